@@ -1,0 +1,160 @@
+"""The operators in plain PyTorch. These are the definitions: they serve the CPU, and every kernel is tested against them.
+
+Shape legend: B images, S tokens of the whole pyramid, K kept tokens of the batch (packed), N rows of queries (packed,
+image after image), Q queries of one image, H heads, D channels of a head, L levels, P points, C = H * D channels.
+`level_shapes` is a tuple of (height, width), finest level first; S is the sum of their products.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ats_detr.kernels.plan import TokenPlan
+
+LevelShapes = Sequence[tuple[int, int]]
+
+
+# -------------------------------------------------------------------------------- multi-scale deformable attention
+def sampling_locations(reference_points: Tensor, offsets: Tensor, level_shapes: LevelShapes) -> Tensor:
+    """Normalised (x, y) at which each query samples each level, [N, H, L, P, 2].
+
+    Args:
+        reference_points: [N, L, 2] points, or [N, L, 4] boxes (cx, cy, w, h), normalised to each level's full map.
+        offsets: [N, H, L, P, 2] (x, y): in pixels of the level for points; in units of half the box divided by P
+            for boxes (Deformable DETR, eq. 2 and its appendix on boxes as references).
+    """
+    if reference_points.shape[-1] == 2:
+        size_L2 = offsets.new_tensor([[width, height] for height, width in level_shapes])
+        return reference_points[:, None, :, None] + offsets / size_L2[:, None]
+    centre, size = reference_points[:, None, :, None].split(2, -1)
+    return centre + offsets / offsets.shape[-2] * size * 0.5
+
+
+def attention_weights(logits: Tensor) -> Tensor:
+    """Softmax of [..., L, P] logits over levels and points together."""
+    return logits.flatten(-2).softmax(-1).view_as(logits)
+
+
+def multi_scale_deformable_attention(
+    value_BSHD: Tensor, level_shapes: LevelShapes, locations_BQHLP2: Tensor, weights_BQHLP: Tensor
+) -> Tensor:
+    """The classical operator of Deformable DETR (eq. 3): weighted bilinear samples of every level, [B, Q, H*D].
+
+    A sample at normalised (x, y) reads pixel (x*W - 0.5, y*H - 0.5) bilinearly; pixels outside the map count as 0.
+    A sample whose location is NaN or infinite is NaN.
+    """
+    batch, num_queries = locations_BQHLP2.shape[:2]
+    return _sample(
+        value_BSHD, level_shapes, locations_BQHLP2.flatten(0, 1), weights_BQHLP.flatten(0, 1), [num_queries] * batch
+    ).unflatten(0, (batch, num_queries))
+
+
+def deformable_attention(
+    value_BSHD: Tensor,
+    level_shapes: LevelShapes,
+    reference_points: Tensor,
+    offsets_NHLP2: Tensor,
+    logits_NHLP: Tensor,
+    image_index_N: Tensor | None = None,
+) -> Tensor:
+    """Deformable attention of packed queries from raw projections, [N, H*D]: softmax and locations included.
+
+    Args:
+        value_BSHD: projected values of all tokens, padded tokens already zeroed.
+        reference_points: [N, L, 2] or [N, L, 4], see `sampling_locations`.
+        image_index_N: int32, ascending: the image each query attends to. None: N = B*Q queries, Q for every image.
+    """
+    batch, num_rows = value_BSHD.shape[0], offsets_NHLP2.shape[0]
+    if image_index_N is None:
+        counts = [num_rows // batch] * batch
+    else:
+        counts = torch.bincount(image_index_N, minlength=batch).tolist()
+    locations = sampling_locations(reference_points, offsets_NHLP2, level_shapes)
+    return _sample(value_BSHD, level_shapes, locations, attention_weights(logits_NHLP), counts)
+
+
+def _sample(
+    value_BSHD: Tensor, level_shapes: LevelShapes, locations_NHLP2: Tensor, weights_NHLP: Tensor, counts: list[int]
+) -> Tensor:
+    """[N, H*D] weighted bilinear samples; the first counts[0] rows read image 0, the next counts[1] image 1, and so on."""
+    if len(set(counts)) > 1:  # ragged: one image at a time, so that each pays for its own queries only
+        parts = zip(
+            value_BSHD.split(1), locations_NHLP2.split(counts), weights_NHLP.split(counts), counts, strict=True
+        )
+        return torch.cat([_sample(v, level_shapes, x, w, [n]) for v, x, w, n in parts])
+    batch, _, num_heads, head_dim = value_BSHD.shape
+    num_levels, num_points = weights_NHLP.shape[-2:]
+    num_queries = counts[0] if counts else 0
+    grid = locations_NHLP2.to(value_BSHD.dtype) * 2 - 1
+    grid = grid.view(batch, num_queries, num_heads, num_levels, num_points, 2).transpose(1, 2).flatten(0, 1)
+    samples = []
+    for level, value in enumerate(value_BSHD.split([h * w for h, w in level_shapes], dim=1)):
+        height, width = level_shapes[level]
+        image = value.permute(0, 2, 3, 1).reshape(batch * num_heads, head_dim, height, width)
+        samples.append(F.grid_sample(image, grid[:, :, level], padding_mode="zeros", align_corners=False))
+    weights = weights_NHLP.to(value_BSHD.dtype).view(batch, num_queries, num_heads, num_levels * num_points)
+    weights = weights.transpose(1, 2).reshape(batch * num_heads, 1, num_queries, num_levels * num_points)
+    out = (torch.cat(samples, dim=-1) * weights).sum(-1)
+    return out.view(batch, num_heads * head_dim, num_queries).transpose(1, 2).flatten(0, 1)
+
+
+# ------------------------------------------------------------------------------------------------- token selection
+def select_tokens(scores_BS: Tensor, num_keep_B: Tensor, padding_mask_BS: Tensor | None = None) -> TokenPlan:
+    """The num_keep_B[i] best-scored tokens of each image i, as a plan in ascending index order.
+
+    Ties go to the lower index, NaN counts as the largest score (as in torch.topk), and a padded token is taken only
+    when no valid one is left. Asking for more than S tokens keeps all S.
+    """
+    order = scores_BS.sort(dim=1, descending=True, stable=True).indices
+    if padding_mask_BS is not None:
+        valid_first = padding_mask_BS.gather(1, order).int().sort(dim=1, stable=True).indices
+        order = order.gather(1, valid_first)
+    kept_by_rank = torch.arange(scores_BS.shape[1], device=scores_BS.device) < num_keep_B[:, None]
+    return TokenPlan.from_mask(torch.zeros_like(kept_by_rank).scatter(1, order, kept_by_rank))
+
+
+def pack_tokens(plan: TokenPlan, *dense: Tensor) -> tuple[Tensor, ...]:
+    """Kept rows [K, ...] of each dense tensor [B, S, ...]."""
+    index = plan.flat_index_K
+    return tuple(tensor.flatten(0, 1).index_select(0, index) for tensor in dense)
+
+
+def scatter_tokens(plan: TokenPlan, memory_BSC: Tensor, rows_KC: Tensor) -> Tensor:
+    """`memory_BSC` with the kept tokens replaced by their packed rows; a new tensor, gradients to both inputs."""
+    return memory_BSC.flatten(0, 1).index_copy(0, plan.flat_index_K, rows_KC).view_as(memory_BSC)
+
+
+# ---------------------------------------------------------------------------------- decoder cross-attention map (DAM)
+def attention_map(locations_BQHLP2: Tensor, weights_BQHLP: Tensor, level_shapes: LevelShapes) -> Tensor:
+    """How much attention each token receives, float32 [B, S]: weights spread bilinearly, summed over queries and heads.
+
+    Sparse DETR's DAM: around (x*W, y*H) *without* the half-pixel shift of the sampling itself; the corners are the
+    floor and the floor + 1, and corners outside the map are dropped. Carries no gradient.
+    """
+    weights = weights_BQHLP.detach().float()
+    maps = []
+    for level, (height, width) in enumerate(level_shapes):
+        x, y = (locations_BQHLP2[..., level, :, :].detach().float() * weights.new_tensor([width, height])).unbind(-1)
+        x0, y0 = x.floor(), y.floor()
+        level_map = weights.new_zeros(weights.shape[0], height * width)
+        for column, row in ((x0, y0), (x0 + 1, y0), (x0, y0 + 1), (x0 + 1, y0 + 1)):
+            inside = (column >= 0) & (column < width) & (row >= 0) & (row < height)
+            share = weights[..., level, :] * (1 - (x - column).abs()) * (1 - (y - row).abs())
+            token = torch.where(inside, row * width + column, 0).long()
+            level_map.scatter_add_(1, token.flatten(1), torch.where(inside, share, 0).flatten(1))
+        maps.append(level_map)
+    return torch.cat(maps, dim=1)
+
+
+def deformable_attention_map(
+    reference_points: Tensor, offsets_NHLP2: Tensor, logits_NHLP: Tensor, level_shapes: LevelShapes, num_images: int
+) -> Tensor:
+    """`attention_map` of one deformable attention from its raw projections, float32 [B, S]; N = B*Q rows."""
+    locations = sampling_locations(reference_points, offsets_NHLP2, level_shapes)
+    weights = attention_weights(logits_NHLP)
+    shape = (num_images, weights.shape[0] // num_images)
+    return attention_map(locations.unflatten(0, shape), weights.unflatten(0, shape), level_shapes)
