@@ -1,0 +1,71 @@
+"""What flows into the detector: a padded batch of images, and the targets of each image."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Target:
+    """Ground truth of one image."""
+
+    image_id: int
+    original_size: tuple[int, int]
+    """(height, width) in pixels of the image as stored."""
+    labels_N: Tensor
+    """int64 class rows of the N objects."""
+    boxes_N4: Tensor
+    """float32 cxcywh, 0..1 of the unpadded image."""
+
+    def to(self, device: torch.device | str) -> Target:
+        labels, boxes = (t.to(device, non_blocking=True) for t in (self.labels_N, self.boxes_N4))
+        return Target(self.image_id, self.original_size, labels, boxes)
+
+
+@dataclass
+class ImageBatch:
+    """Normalised images of several sizes in one tensor, zero-padded at the bottom and right."""
+
+    images_B3HW: Tensor
+    sizes: list[tuple[int, int]]
+    """(height, width) of each image without padding; kept on the host."""
+
+    @staticmethod
+    def collate(images: Sequence[Tensor], size_multiple: int = 1) -> ImageBatch:
+        """Pad float32 [3, h, w] images to the largest height and width among them, rounded up to `size_multiple`."""
+        sizes = [(image.shape[-2], image.shape[-1]) for image in images]
+        height, width = bucket_size((max(h for h, _ in sizes), max(w for _, w in sizes)), size_multiple)
+        batch = images[0].new_zeros(len(images), 3, height, width)
+        for slot, image in zip(batch, images, strict=True):
+            slot[:, : image.shape[-2], : image.shape[-1]] = image
+        return ImageBatch(batch, sizes)
+
+    @property
+    def padding_mask_BHW(self) -> Tensor:
+        """Bool, True on padding."""
+        height, width = self.images_B3HW.shape[-2:]
+        device = self.images_B3HW.device
+        size_B2 = torch.tensor(self.sizes).to(device, non_blocking=True)
+        below_BH = torch.arange(height, device=device) >= size_B2[:, :1]
+        right_BW = torch.arange(width, device=device) >= size_B2[:, 1:]
+        return below_BH[:, :, None] | right_BW[:, None, :]
+
+    def to(self, device: torch.device | str) -> ImageBatch:
+        return ImageBatch(self.images_B3HW.to(device, non_blocking=True), self.sizes)
+
+    def pin_memory(self) -> ImageBatch:
+        return ImageBatch(self.images_B3HW.pin_memory(), self.sizes)
+
+    def __len__(self) -> int:
+        return len(self.sizes)
+
+
+def bucket_size(size: tuple[int, int], multiple: int) -> tuple[int, int]:
+    """The padded (height, width) of an image: each side rounded up. A function of the image alone."""
+    height, width = size
+    return math.ceil(height / multiple) * multiple, math.ceil(width / multiple) * multiple
