@@ -47,7 +47,7 @@ def _check_positive(config: object, *keys: str) -> None:
 class BackboneConfig:
     """The image network under the pyramid: its stride 8, 16 and 32 outputs are read."""
 
-    name: str = "resnet50"
+    name: str = "resnet50.tv_in1k"
     """Any timm model that supports `features_only` and has strides 8, 16 and 32."""
     pretrained: bool = True
     """Start from ImageNet weights, fetched by timm; random weights, with a warning, when they cannot be fetched."""
@@ -57,6 +57,8 @@ class BackboneConfig:
     """How many stages are never trained: 0 none, 1 the stem and the first stage (as published), and so on."""
     frozen_norm: bool = True
     """Batch norm with fixed statistics and affine parameters (as published)."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Further keyword arguments of the timm model, for example `channels` of a narrow ResNet."""
 
     def __post_init__(self) -> None:
         _check(bool(self.name), "name", self.name, "give the name of a timm model, such as resnet50")
@@ -508,6 +510,10 @@ def _convert(value: Any, hint: Any, key: str) -> Any:
         raise ConfigError(key, value, f"give one of {', '.join(map(str, arguments))}")
     if origin is tuple:
         return _convert_tuple(value, arguments, key)
+    if origin is dict:
+        if isinstance(value, dict):
+            return value
+        raise ConfigError(key, value, "expected settings of the form key: value")
     if hint is bool and isinstance(value, bool):
         return value
     if hint is int and isinstance(value, int) and not isinstance(value, bool):
