@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from ats_detr.boxes import cxcywh_to_xyxy
 from ats_detr.kernels import TokenPlan
 
 
@@ -41,7 +43,9 @@ class TokenScores:
 
 @dataclass
 class DetectorOutput:
-    """One forward pass. Everything the criterion and the distillation read is here; nothing hides in module state."""
+    """One forward pass. Everything the criterion and the distillation read is here; nothing hides in module
+    state.
+    """
 
     last: Prediction
     """The last decoder layer: the detections."""
@@ -62,3 +66,38 @@ class DetectorOutput:
     """The memory through the adaption layer, for distillation (training only)."""
     query_index_BQ: Tensor | None = None
     """Token each two-stage query started from."""
+
+
+@dataclass
+class Detections:
+    """The detections of one image, best first."""
+
+    scores_N: Tensor
+    """float32 probabilities."""
+    labels_N: Tensor
+    """int64 class rows."""
+    boxes_xyxy_N4: Tensor
+    """float32 corners in pixels of the original image, not clipped to it."""
+
+
+def top_detections(
+    prediction: Prediction, original_sizes: Sequence[tuple[int, int]], max_detections: int = 100
+) -> list[Detections]:
+    """The best class-query pairs of each image by probability (no suppression of overlaps, as in Deformable
+    DETR).
+
+    Args:
+        original_sizes: (height, width) in pixels of each image as stored.
+    """
+    num_classes = prediction.logits.shape[-1]
+    scores_BQK = prediction.logits.float().sigmoid().flatten(1)
+    top = scores_BQK.topk(min(max_detections, scores_BQK.shape[1]), dim=1)
+    query_BN = top.indices // num_classes
+    boxes_BN4 = cxcywh_to_xyxy(prediction.boxes.float())
+    boxes_BN4 = boxes_BN4.gather(1, query_BN[..., None].expand(-1, -1, 4))
+    scale_B4 = boxes_BN4.new_tensor([[width, height, width, height] for height, width in original_sizes])
+    boxes_BN4 = boxes_BN4 * scale_B4[:, None]
+    return [
+        Detections(scores, labels, boxes)
+        for scores, labels, boxes in zip(top.values, top.indices % num_classes, boxes_BN4, strict=True)
+    ]

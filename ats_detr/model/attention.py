@@ -1,0 +1,71 @@
+"""Multi-scale deformable attention as a layer (Deformable DETR, section 4.1)."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from ats_detr.kernels import deformable_attention
+from ats_detr.kernels.reference import LevelShapes
+
+
+class DeformableAttention(nn.Module):
+    """Each query samples a few points of every level, at learned offsets from its reference, with learned
+    weights.
+    """
+
+    def __init__(self, width: int, num_heads: int, num_levels: int, num_points: int) -> None:
+        super().__init__()
+        if width % num_heads:
+            raise ValueError(f"width {width} is not divisible by num_heads {num_heads}")
+        self.num_heads, self.num_levels, self.num_points = num_heads, num_levels, num_points
+        self.value_proj = nn.Linear(width, width)
+        self.sampling_offsets = nn.Linear(width, num_heads * num_levels * num_points * 2)
+        self.attention_weights = nn.Linear(width, num_heads * num_levels * num_points)
+        self.output_proj = nn.Linear(width, width)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Uniform weights, and each head looking in a direction of its own, point p at p + 1 pixels."""
+        for projection in (self.value_proj, self.output_proj):
+            nn.init.xavier_uniform_(projection.weight)
+            nn.init.zeros_(projection.bias)
+        for parameter in (*self.attention_weights.parameters(), self.sampling_offsets.weight):
+            nn.init.zeros_(parameter)
+        angle_H = torch.arange(self.num_heads, dtype=torch.float32) * (2 * math.pi / self.num_heads)
+        direction_H2 = torch.stack([angle_H.cos(), angle_H.sin()], -1)
+        direction_H2 /= direction_H2.abs().amax(-1, keepdim=True)
+        distance_P = torch.arange(1, self.num_points + 1, dtype=torch.float32)
+        offsets = direction_H2[:, None, None] * distance_P[:, None]
+        bias = offsets.expand(self.num_heads, self.num_levels, self.num_points, 2).flatten()
+        self.sampling_offsets.bias.copy_(bias)
+
+    def project_value(self, memory_BSC: Tensor, padding_mask_BS: Tensor) -> Tensor:
+        """Values [B, S, H, D] of all tokens, zero at padding."""
+        value = self.value_proj(memory_BSC).masked_fill(padding_mask_BS[..., None], 0.0)
+        return value.unflatten(-1, (self.num_heads, -1))
+
+    def project_query(self, query_NC: Tensor) -> tuple[Tensor, Tensor]:
+        """Raw sampling offsets [N, H, L, P, 2] and attention logits [N, H, L, P]."""
+        shape = (self.num_heads, self.num_levels, self.num_points)
+        offsets = self.sampling_offsets(query_NC).unflatten(-1, (*shape, 2))
+        return offsets, self.attention_weights(query_NC).unflatten(-1, shape)
+
+    def attend(
+        self,
+        value_BSHD: Tensor,
+        level_shapes: LevelShapes,
+        reference_points: Tensor,
+        offsets_NHLP2: Tensor,
+        logits_NHLP: Tensor,
+        image_index_N: Tensor | None = None,
+    ) -> Tensor:
+        """[N, C] what the N packed queries gather; see `ats_detr.kernels.deformable_attention`."""
+        return self.output_proj(
+            deformable_attention(
+                value_BSHD, level_shapes, reference_points, offsets_NHLP2, logits_NHLP, image_index_N
+            )
+        )

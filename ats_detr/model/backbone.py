@@ -1,0 +1,112 @@
+"""Backbones from timm: three feature maps at strides 8, 16 and 32."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import timm
+import torch
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+from timm.layers import freeze_batch_norm_2d
+from torch import Tensor, nn
+
+logger = logging.getLogger(__name__)
+
+STRIDES = (8, 16, 32)
+_STRIDE_OF_FIRST_STAGE = 4
+# What a fetch raises without a network, with the hub switched off, or for an architecture without weights.
+_FETCH_ERRORS = (OSError, HfHubHTTPError, LocalEntryNotFoundError, RuntimeError)
+
+
+class Backbone(nn.Module):
+    """Any timm model with `features_only`, its output at strides 8, 16 and 32.
+
+    Args:
+        name: timm's name, with the tag of its weights (`resnet50.tv_in1k`).
+        pretrained: start from timm's ImageNet weights; from random ones, with a warning, when they cannot be
+            fetched.
+        frozen_stages: 0 trains everything; n >= 1 freezes the stem and the first n stages (published: 1).
+        frozen_norm: batch norms become fixed affine maps by their running statistics (published: yes).
+        options: further keyword arguments of the timm model.
+    """
+
+    def __init__(
+        self,
+        name: str = "resnet50.tv_in1k",
+        *,
+        pretrained: bool = True,
+        frozen_stages: int = 1,
+        frozen_norm: bool = True,
+        options: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        self.body = _create(name, pretrained, options or {})
+        self.num_channels: list[int] = self.body.feature_info.channels()
+        if self.body.feature_info.reduction() != list(STRIDES):
+            raise ValueError(
+                f"backbone {name!r} gives strides {self.body.feature_info.reduction()}, not {list(STRIDES)}"
+            )
+        if frozen_norm:
+            self.body = freeze_batch_norm_2d(self.body)
+        if frozen_stages:
+            self._freeze(frozen_stages)
+
+    def _freeze(self, num_stages: int) -> None:
+        """No gradients up to and including stage `num_stages` (the first stage is the one at stride 4)."""
+        last_stride = _STRIDE_OF_FIRST_STAGE * 2 ** (num_stages - 1)
+        last_module = next(
+            info["module"] for info in self.body.feature_info.info if info["reduction"] == last_stride
+        ).replace(".", "_")
+        for name, module in self.body.named_children():
+            module.requires_grad_(False)
+            if name == last_module:
+                return
+
+    def forward(self, images_B3HW: Tensor) -> list[Tensor]:
+        """Normalised images [B, 3, H, W] -> [B, C_l, H_l, W_l] for each stride."""
+        return self.body(images_B3HW)
+
+
+def _create(name: str, pretrained: bool, options: dict[str, Any]) -> nn.Module:
+    # timm counts the maps from stride 2 on for convolutional networks and from stride 4 on for windowed
+    # transformers.
+    arguments: dict[str, Any] = {"features_only": True, **options}
+    try:
+        reductions = timm.create_model(name, **arguments).feature_info.reduction()
+    except RuntimeError as error:
+        raise ValueError(f"timm has no backbone {name!r}: {error}") from error
+    missing = [stride for stride in STRIDES if stride not in reductions]
+    if missing:
+        raise ValueError(
+            f"backbone {name!r} has no feature map at stride {missing[0]}; its strides are {reductions}"
+        )
+    arguments["out_indices"] = [reductions.index(stride) for stride in STRIDES]
+    if pretrained:
+        try:
+            return timm.create_model(name, pretrained=True, **arguments)
+        except _FETCH_ERRORS as error:
+            logger.warning(
+                "NO PRETRAINED WEIGHTS: backbone %s starts from random weights, its own could not be fetched: %s",
+                name,
+                str(error).splitlines()[0],
+            )
+    return timm.create_model(name, pretrained=False, **arguments)
+
+
+def to_channels_first(features: Tensor, num_channels: int) -> Tensor:
+    """[B, H, W, C] of windowed transformers -> [B, C, H, W]; convolutional features pass through."""
+    return features if features.shape[1] == num_channels else features.permute(0, 3, 1, 2).contiguous()
+
+
+def load_weights(backbone: Backbone, state: dict[str, Tensor]) -> None:
+    """Load a classification or self-supervised checkpoint's tensors into the backbone; its other tensors are
+    left out.
+    """
+    own = backbone.body.state_dict()
+    found = {name: tensor for name, tensor in state.items() if name in own}
+    missing = [name for name in own if name not in found and "num_batches_tracked" not in name]
+    if missing:
+        raise ValueError(f"backbone weights lack {len(missing)} of {len(own)} tensors, first {missing[0]!r}")
+    with torch.no_grad():
+        backbone.body.load_state_dict(found, strict=False)

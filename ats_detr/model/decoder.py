@@ -1,0 +1,120 @@
+"""The decoder: queries that attend to each other, gather from the memory, and refine their boxes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ats_detr.boxes import inverse_sigmoid
+from ats_detr.kernels import deformable_attention_map
+from ats_detr.model.attention import DeformableAttention
+from ats_detr.model.encoder import FeedForward
+from ats_detr.model.output import Prediction
+from ats_detr.model.tokens import Tokens
+
+
+class PredictionHead(nn.Module):
+    """Class logits (a linear map) and box logits (a 3-layer perceptron) of a query."""
+
+    def __init__(self, width: int, num_classes: int) -> None:
+        super().__init__()
+        self.classify = nn.Linear(width, num_classes)
+        self.box = nn.ModuleList([nn.Linear(width, width), nn.Linear(width, width), nn.Linear(width, 4)])
+        nn.init.constant_(self.classify.bias, -math.log(99))  # every class starts at probability 0.01
+        nn.init.zeros_(self.box[-1].weight)
+        nn.init.zeros_(self.box[-1].bias)
+
+    def forward(self, x: Tensor, reference: Tensor) -> Prediction:
+        """[..., C] queries and their reference as logits, [..., 2] or [..., 4] -> logits and boxes (cxcywh,
+        0..1).
+        """
+        box = x
+        for layer in self.box[:-1]:
+            box = layer(box).relu()
+        box = self.box[-1](box).float()
+        if reference.shape[-1] == 2:
+            box = torch.cat([box[..., :2] + reference, box[..., 2:]], -1)
+        else:
+            box = box + reference
+        return Prediction(self.classify(x), box.sigmoid())
+
+
+class DecoderLayer(nn.Module):
+    """Self-attention, deformable cross-attention and feed-forward network; post-norm."""
+
+    def __init__(
+        self,
+        width: int,
+        num_heads: int,
+        num_levels: int,
+        num_points: int,
+        feedforward_width: int,
+        dropout: float,
+    ) -> None:
+        super().__init__()
+        self.self_attention = nn.MultiheadAttention(width, num_heads, dropout=dropout, batch_first=True)
+        self.self_norm = nn.LayerNorm(width)
+        self.cross_attention = DeformableAttention(width, num_heads, num_levels, num_points)
+        self.cross_norm = nn.LayerNorm(width)
+        self.dropout = nn.Dropout(dropout)
+        self.feedforward = FeedForward(width, feedforward_width, dropout)
+
+    def forward(
+        self, x_BQC: Tensor, query_pos_BQC: Tensor, references_NLX: Tensor, memory_BSC: Tensor, tokens: Tokens
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """Refined queries [B, Q, C], and the raw offsets and logits of the cross-attention."""
+        query = x_BQC + query_pos_BQC
+        attended, _ = self.self_attention(query, query, x_BQC, need_weights=False)
+        x_BQC = self.self_norm(x_BQC + self.dropout(attended))
+        attention = self.cross_attention
+        value_BSHD = attention.project_value(memory_BSC, tokens.padding_mask_BS)
+        offsets, logits = attention.project_query((x_BQC + query_pos_BQC).flatten(0, 1))
+        gathered = attention.attend(value_BSHD, tokens.level_shapes, references_NLX, offsets, logits)
+        x_BQC = self.cross_norm(x_BQC + self.dropout(gathered.view_as(x_BQC)))
+        return self.feedforward(x_BQC), (offsets, logits)
+
+
+class Decoder(nn.Module):
+    """A stack of layers. With `box_refine` each layer's (detached) boxes are the next one's references."""
+
+    def __init__(self, num_layers: int, box_refine: bool, **layer: Any) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(DecoderLayer(**layer) for _ in range(num_layers))
+        self.box_refine = box_refine
+
+    def forward(
+        self,
+        x_BQC: Tensor,
+        query_pos_BQC: Tensor,
+        references_BQX: Tensor,
+        memory_BSC: Tensor,
+        tokens: Tokens,
+        heads: Sequence[PredictionHead],
+        *,
+        with_attention_map: bool,
+    ) -> tuple[list[Prediction], Tensor | None]:
+        """The prediction of every layer and, if asked for, the attention each token received in all layers
+        [B, S].
+
+        Args:
+            references_BQX: initial references in 0..1 of the unpadded image, [B, Q, 2] points or [B, Q, 4]
+                boxes.
+            heads: one head per layer, or a single shared one.
+        """
+        predictions, attention_map_BS = [], None
+        for index, layer in enumerate(self.layers):
+            ratios_BL = tokens.valid_ratios_BL2.repeat(1, 1, references_BQX.shape[-1] // 2)
+            references_NLX = (references_BQX[:, :, None] * ratios_BL[:, None]).flatten(0, 1)
+            x_BQC, raw = layer(x_BQC, query_pos_BQC, references_NLX, memory_BSC, tokens)
+            prediction = heads[index % len(heads)](x_BQC, inverse_sigmoid(references_BQX))
+            predictions.append(prediction)
+            if self.box_refine:
+                references_BQX = prediction.boxes.detach()
+            if with_attention_map:
+                layer_map = deformable_attention_map(references_NLX, *raw, tokens.level_shapes, len(x_BQC))
+                attention_map_BS = layer_map if attention_map_BS is None else attention_map_BS + layer_map
+        return predictions, attention_map_BS

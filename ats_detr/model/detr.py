@@ -1,0 +1,291 @@
+"""The detector: images -> pyramid -> tokens -> selection -> encoder -> queries -> decoder -> detections.
+
+One wiring for the whole family: Deformable DETR, Efficient DETR, Sparse DETR, ATS-DETR and its teachers.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from ats_detr.batch import ImageBatch
+from ats_detr.config import ModelConfig
+from ats_detr.model.attention import DeformableAttention
+from ats_detr.model.backbone import Backbone, to_channels_first
+from ats_detr.model.decoder import Decoder, PredictionHead
+from ats_detr.model.encoder import Encoder
+from ats_detr.model.output import DetectorOutput, Prediction, TokenScores
+from ats_detr.model.positions import encode_boxes
+from ats_detr.model.selector import TokenSelector
+from ats_detr.model.tokens import Tokens
+
+
+class Detr(nn.Module):
+    """A deformable detection transformer with an optional token selector.
+
+    Args:
+        backbone: maps at strides 8, 16, 32.
+        encoder, decoder: built for the same `width`.
+        selector: None refines every token.
+        select_by_proposals: score the embedded proposals (Sparse DETR) instead of the raw features
+            (ATS-DETR).
+        two_stage: queries start from the best-scored tokens, else from learned embeddings.
+        queries_from_memory: the content of a two-stage query is its memory row (Efficient DETR).
+        class_specific_proposals: rank tokens by their best class instead of by class 0 (Efficient DETR).
+        encoder_auxiliary: heads of their own after every encoder layer but the last.
+        adaption: a linear map on the memory that only distillation reads.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        encoder: Encoder,
+        decoder: Decoder,
+        *,
+        num_classes: int,
+        width: int = 256,
+        num_levels: int = 4,
+        num_queries: int = 300,
+        selector: TokenSelector | None = None,
+        select_by_proposals: bool = False,
+        two_stage: bool = False,
+        queries_from_memory: bool = False,
+        class_specific_proposals: bool = False,
+        encoder_auxiliary: bool = False,
+        adaption: bool = False,
+    ) -> None:
+        super().__init__()
+        self.num_classes, self.num_queries = num_classes, num_queries
+        self.select_by_proposals = select_by_proposals
+        self.queries_from_memory, self.class_specific_proposals = (
+            queries_from_memory,
+            class_specific_proposals,
+        )
+        self.backbone = backbone
+        self.input_proj = _input_projections(backbone.num_channels, width, num_levels)
+        self.level_embed = nn.Parameter(torch.empty(num_levels, width))
+        self.selector = selector
+        self.encoder = encoder
+        self.decoder = decoder
+        self.proposal_proj: nn.Linear | None = None
+        if two_stage:
+            self.proposal_proj = nn.Linear(width, width)
+            self.proposal_norm = nn.LayerNorm(width)
+            self.query_proj = nn.Linear(2 * width, width if queries_from_memory else 2 * width)
+            self.query_norm = nn.LayerNorm(self.query_proj.out_features)
+        else:
+            self.query_embed = nn.Embedding(num_queries, 2 * width)
+            self.reference_points = nn.Linear(width, 2)
+        self._reset_parameters()
+
+        # One head per prediction layer wherever layers predict from different references; otherwise all share
+        # one.
+        separate = decoder.box_refine or encoder_auxiliary
+        num_decoder_heads = len(decoder.layers) if separate else 1
+        self.decoder_heads = nn.ModuleList(
+            PredictionHead(width, num_classes) for _ in range(num_decoder_heads)
+        )
+        self.proposal_head = PredictionHead(width, num_classes) if two_stage else None
+        num_encoder_heads = len(encoder.layers) - 1 if encoder_auxiliary else 0
+        self.encoder_heads = nn.ModuleList(
+            PredictionHead(width, num_classes) for _ in range(num_encoder_heads)
+        )
+        if not two_stage:
+            nn.init.constant_(self.decoder_heads[0].box[-1].bias[2:], -2.0)  # small boxes to begin with
+        self.adaption = nn.Linear(width, width) if adaption else None
+        if self.adaption is not None:
+            nn.init.xavier_uniform_(self.adaption.weight)
+            nn.init.zeros_(self.adaption.bias)
+
+    def _reset_parameters(self) -> None:
+        for module in (
+            self.selector,
+            self.encoder,
+            self.decoder,
+            self.proposal_proj,
+            getattr(self, "query_proj", None),
+        ):
+            for parameter in module.parameters() if module is not None else ():
+                if parameter.dim() > 1:
+                    nn.init.xavier_uniform_(parameter)
+        for module in self.modules():
+            if isinstance(module, DeformableAttention):
+                module.reset_parameters()
+        nn.init.normal_(self.level_embed)
+        if self.proposal_proj is None:
+            nn.init.xavier_uniform_(self.reference_points.weight)
+            nn.init.zeros_(self.reference_points.bias)
+
+    def forward(self, batch: ImageBatch, *, supervision: bool | None = None) -> DetectorOutput:
+        """Detect objects in normalised images.
+
+        `supervision` adds what only the losses read: the encoder's auxiliary predictions, the adapted memory,
+        and (with a selector) the attention map. Default: in training mode.
+        """
+        supervision = self.training if supervision is None else supervision
+        tokens = self.tokenize(batch)
+        selection = None
+        if self.selector is not None:
+            scored = tokens.features_BSC
+            if self.select_by_proposals:
+                scored = self._embed_proposals(scored + tokens.positions_BSC, tokens.proposals()[1])
+            selection = self.selector(scored, tokens.padding_mask_BS)
+        memory_BSC, layer_rows = self.encoder(tokens, selection.plan if selection else None)
+
+        output_of_encoder, query_index_BQ = None, None
+        if self.proposal_proj is None:
+            query_pos_BQC, content_BQC = self.query_embed.weight.expand(len(memory_BSC), -1, -1).chunk(
+                2, dim=-1
+            )
+            references_BQX = self.reference_points(query_pos_BQC).sigmoid()
+        else:
+            output_of_encoder, query_index_BQ, references_BQX = self._propose(memory_BSC, tokens)
+            query_pos_BQC, content_BQC = self._queries(memory_BSC, query_index_BQ, references_BQX)
+        predictions, attention_map_BS = self.decoder(
+            content_BQC,
+            query_pos_BQC,
+            references_BQX,
+            memory_BSC,
+            tokens,
+            self.decoder_heads,
+            with_attention_map=supervision and selection is not None,
+        )
+        return DetectorOutput(
+            last=predictions[-1],
+            level_shapes=tokens.level_shapes,
+            padding_mask_BS=tokens.padding_mask_BS,
+            memory_BSC=memory_BSC,
+            decoder_auxiliary=predictions[:-1],
+            encoder=output_of_encoder,
+            encoder_auxiliary=self._predict_from_rows(layer_rows, tokens, selection) if supervision else [],
+            selection=selection,
+            attention_map_BS=attention_map_BS,
+            adapted_memory_BSC=self.adaption(memory_BSC)
+            if self.adaption is not None and supervision
+            else None,
+            query_index_BQ=query_index_BQ,
+        )
+
+    def tokenize(self, batch: ImageBatch) -> Tokens:
+        """The tokens of a batch: backbone, projections to one width, one more level below the last map."""
+        maps = self.backbone(batch.images_B3HW)
+        maps = [to_channels_first(m, c) for m, c in zip(maps, self.backbone.num_channels, strict=True)]
+        pyramid = [project(m) for project, m in zip(self.input_proj, maps, strict=False)]
+        coarse = maps[-1]
+        for project in self.input_proj[len(maps) :]:
+            coarse = project(coarse)
+            pyramid.append(coarse)
+        return Tokens.from_pyramid(pyramid, batch.padding_mask_BHW, self.level_embed)
+
+    def _embed_proposals(self, memory_BSC: Tensor, allowed_BS: Tensor) -> Tensor:
+        """Tokens [B, S, C] as the proposal head reads them; padded tokens and impossible proposals zeroed
+        first.
+        """
+        assert self.proposal_proj is not None
+        return self.proposal_norm(self.proposal_proj(memory_BSC.masked_fill(~allowed_BS[..., None], 0.0)))
+
+    def _propose(self, memory_BSC: Tensor, tokens: Tokens) -> tuple[Prediction, Tensor, Tensor]:
+        """Predictions at all tokens, the indices [B, Q] of the best Q, and their boxes [B, Q, 4]
+        (detached).
+        """
+        assert self.proposal_head is not None
+        proposals_BS4, allowed_BS = tokens.proposals()
+        prediction = self.proposal_head(self._embed_proposals(memory_BSC, allowed_BS), proposals_BS4)
+        score_BS = prediction.logits.amax(-1) if self.class_specific_proposals else prediction.logits[..., 0]
+        index_BQ = score_BS.topk(min(self.num_queries, score_BS.shape[1]), dim=1).indices
+        return prediction, index_BQ, _take(prediction.boxes, index_BQ).detach()
+
+    def _queries(self, memory_BSC: Tensor, index_BQ: Tensor, boxes_BQ4: Tensor) -> tuple[Tensor, Tensor]:
+        """Position and content [B, Q, C] of two-stage queries."""
+        encoding = encode_boxes(boxes_BQ4, memory_BSC.shape[-1]).to(memory_BSC.dtype)
+        query = self.query_norm(self.query_proj(encoding))
+        if self.queries_from_memory:
+            return query, _take(memory_BSC, index_BQ)
+        position, content = query.chunk(2, dim=-1)
+        return position, content
+
+    def _predict_from_rows(
+        self, layer_rows: list[Tensor], tokens: Tokens, selection: TokenScores | None
+    ) -> list[Prediction]:
+        """Auxiliary predictions of the encoder's layers on its refined rows."""
+        if not self.encoder_heads:
+            return []
+        proposals_KX = tokens.proposals()[0].flatten(0, 1)
+        if selection is not None:
+            proposals_KX = proposals_KX.index_select(0, selection.plan.flat_index_K)
+        return [head(rows, proposals_KX) for head, rows in zip(self.encoder_heads, layer_rows, strict=False)]
+
+
+def _take(tensor_BSX: Tensor, index_BQ: Tensor) -> Tensor:
+    """Rows [B, Q, ...] of each image by index."""
+    return tensor_BSX.gather(1, index_BQ[..., None].expand(-1, -1, tensor_BSX.shape[-1]))
+
+
+def _input_projections(num_channels: list[int], width: int, num_levels: int) -> nn.ModuleList:
+    """1x1 convolutions of the backbone's maps, then stride-2 3x3 ones from the last raw map down; GroupNorm
+    after each.
+    """
+    if num_levels < len(num_channels):
+        raise ValueError(f"num_levels is {num_levels} but the backbone gives {len(num_channels)} maps")
+    convolutions = [nn.Conv2d(channels, width, 1) for channels in num_channels]
+    for level in range(len(num_channels), num_levels):
+        channels = num_channels[-1] if level == len(num_channels) else width
+        convolutions.append(nn.Conv2d(channels, width, 3, stride=2, padding=1))
+    for convolution in convolutions:
+        nn.init.xavier_uniform_(convolution.weight)
+        assert convolution.bias is not None
+        nn.init.zeros_(convolution.bias)
+    return nn.ModuleList(
+        nn.Sequential(convolution, nn.GroupNorm(math.gcd(32, width), width)) for convolution in convolutions
+    )
+
+
+def build_model(config: ModelConfig, num_classes: int) -> Detr:
+    """The model a config describes, with `num_classes` rows of logits."""
+    layer = {
+        "width": config.width,
+        "num_heads": config.num_heads,
+        "num_levels": config.num_levels,
+        "num_points": config.num_points,
+        "feedforward_width": config.feedforward_width,
+        "dropout": config.dropout,
+    }
+    selector = config.selector
+    token_selector = None
+    if selector is not None and selector.keep_ratio is not None:
+        token_selector = TokenSelector(
+            config.width, selector.keep_ratio, selector.keep_ratio, masked_mean=selector.masked_mean
+        )
+    elif selector is not None:
+        token_selector = TokenSelector(
+            config.width,
+            selector.min_ratio,
+            selector.max_ratio,
+            selector.num_budgets,
+            selector.min_tokens,
+            selector.masked_mean,
+        )
+    return Detr(
+        Backbone(
+            config.backbone.name,
+            pretrained=config.backbone.pretrained,
+            frozen_stages=config.backbone.frozen_stages,
+            frozen_norm=config.backbone.frozen_norm,
+            options=config.backbone.options,
+        ),
+        Encoder(config.num_encoder_layers, **layer),
+        Decoder(config.num_decoder_layers, config.box_refine, **layer),
+        num_classes=num_classes,
+        width=config.width,
+        num_levels=config.num_levels,
+        num_queries=config.num_queries,
+        selector=token_selector,
+        select_by_proposals=selector is not None and selector.scores == "proposals",
+        two_stage=config.two_stage,
+        queries_from_memory=config.queries_from_memory,
+        class_specific_proposals=config.class_specific_proposals,
+        encoder_auxiliary=config.encoder_auxiliary,
+        adaption=config.adaption,
+    )
