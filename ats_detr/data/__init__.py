@@ -1,0 +1,1 @@
+"""Datasets and loaders: COCO-format folders, the published transforms, the synthetic dataset."""
