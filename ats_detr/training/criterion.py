@@ -1,0 +1,221 @@
+"""Every loss of a detector's output: the set criterion of DETR, and what teaches the selector."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate, pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.ops import generalized_box_iou_loss, sigmoid_focal_loss
+
+from ats_detr.batch import Target
+from ats_detr.boxes import cxcywh_to_xyxy
+from ats_detr.model.output import DetectorOutput, Prediction
+from ats_detr.training.matcher import HungarianMatcher, Match, PredictionRows
+
+
+class SetCriterion(nn.Module):
+    """Focal, L1 and GIoU losses of every prediction layer, each with its own matching, and the selector's.
+
+    A prediction layer adds `loss_ce`, `loss_bbox` and `loss_giou` under its suffix: none for the
+    detections, `_0`, `_1`, ... for the decoder layers before the last, `_enc` for the two-stage proposals
+    (over all tokens, padded and invalid ones included, as published), `_enc_0`, ... for the encoder layers
+    before the last (over the kept tokens of each image and no others: the published code adds surplus
+    tokens where the images of a batch keep different numbers). `loss_mask_prediction` teaches the selector
+    which tokens the decoder reads.
+    """
+
+    weights: dict[str, float]
+    """Of each loss in the total: sum(weights[key] * losses[key] for key in weights if key in losses)."""
+
+    def __init__(
+        self,
+        num_classes: int,
+        *,
+        class_specific_proposals: bool = False,
+        num_decoder_layers: int = 6,
+        num_encoder_layers: int = 6,
+        class_weight: float = 2.0,
+        bbox_weight: float = 5.0,
+        giou_weight: float = 2.0,
+        mask_weight: float = 1.0,
+        focal_alpha: float = 0.25,
+        focal_gamma: float = 2.0,
+        matcher: HungarianMatcher | None = None,
+    ) -> None:
+        """`class_specific_proposals`: proposals predict classes; else their class 0 stands for any object."""
+        super().__init__()
+        self.num_classes = num_classes
+        self.class_specific_proposals = class_specific_proposals
+        self.focal_alpha = focal_alpha
+        self.focal_gamma = focal_gamma
+        self.matcher = matcher or HungarianMatcher(focal_alpha=focal_alpha, focal_gamma=focal_gamma)
+        suffixes = ["", *(f"_{i}" for i in range(num_decoder_layers - 1)), "_enc"]
+        suffixes += [f"_enc_{i}" for i in range(num_encoder_layers - 1)]
+        per_layer = {"loss_ce": class_weight, "loss_bbox": bbox_weight, "loss_giou": giou_weight}
+        self.weights = {key + suffix: weight for suffix in suffixes for key, weight in per_layer.items()}
+        self.weights["loss_mask_prediction"] = mask_weight
+
+    def forward(
+        self, output: DetectorOutput, targets: Sequence[Target], num_boxes: Tensor | float
+    ) -> dict[str, Tensor]:
+        """The losses by name, in float32 whatever the precision around, with metrics that carry no gradient.
+
+        Args:
+            num_boxes: objects of all processes divided by their number, at least 1.
+
+        Returns:
+            The losses of `weights` that this model has; and, to be logged only, `class_error` (percent of the
+            matched queries with another class, 100 without objects), `cardinality_error` of each layer (mean
+            difference between the numbers of objects and of rows whose best class is not the last one) and
+            `attention_coverage` (see the function of that name).
+
+        Raises:
+            FloatingPointError: predictions or target boxes are not finite; the message names them.
+            ValueError: the model has a selector but was run without its attention map.
+        """
+        with torch.autocast(output.memory_BSC.device.type, enabled=False):
+            layers = prediction_layers(output, class_specific_proposals=self.class_specific_proposals)
+            matches = self.matcher(list(layers.values()), targets)
+            losses = self._class_losses(layers, matches, targets, num_boxes)
+            losses |= self._box_losses(layers, matches, targets, num_boxes)
+            if output.selection is not None:
+                losses |= self._selector_losses(output)
+            return losses
+
+    def _class_losses(
+        self,
+        layers: dict[str, PredictionRows],
+        matches: list[Match],
+        targets: Sequence[Target],
+        num_boxes: Tensor | float,
+    ) -> dict[str, Tensor]:
+        labels = torch.cat([target.labels_N for target in targets])
+        num_objects_B = torch.tensor([len(target.labels_N) for target in targets]).to(
+            labels.device, non_blocking=True
+        )
+        losses = {}
+        for (suffix, layer), match in zip(layers.items(), matches, strict=True):
+            logits = layer.logits_RK.float()
+            matched_labels = labels[match.objects_M]
+            if layer.class_agnostic:
+                matched_labels = torch.zeros_like(matched_labels)
+            wanted = logits.new_zeros(len(logits), self.num_classes)
+            wanted[match.rows_M, matched_labels] = 1
+            focal = sigmoid_focal_loss(logits, wanted, self.focal_alpha, self.focal_gamma, reduction="sum")
+            losses["loss_ce" + suffix] = focal / num_boxes
+            with torch.no_grad():
+                best = logits.argmax(1)
+                losses["cardinality_error" + suffix] = _cardinality_error(
+                    best, layer.starts, num_objects_B, self.num_classes
+                )
+                if not suffix:
+                    wrong = (best[match.rows_M] != matched_labels).float()
+                    losses["class_error"] = 100 * wrong.mean() if len(wrong) else wrong.new_tensor(100.0)
+        return losses
+
+    def _box_losses(
+        self,
+        layers: dict[str, PredictionRows],
+        matches: list[Match],
+        targets: Sequence[Target],
+        num_boxes: Tensor | float,
+    ) -> dict[str, Tensor]:
+        """Of all layers in one go: torchvision's GIoU waits for the device, once is enough."""
+        object_boxes = torch.cat([target.boxes_N4 for target in targets]).float()
+        boxes = torch.cat(
+            [layer.boxes_R4[m.rows_M] for layer, m in zip(layers.values(), matches, strict=True)]
+        ).float()
+        wanted = object_boxes[torch.cat([match.objects_M for match in matches])]
+        distance = F.l1_loss(boxes, wanted, reduction="none").sum(1) / num_boxes
+        # Areas are products of 0..1 coordinates: torchvision's default eps would change the loss of small
+        # boxes.
+        giou = generalized_box_iou_loss(cxcywh_to_xyxy(boxes), cxcywh_to_xyxy(wanted), eps=0) / num_boxes
+        counts = [len(match.rows_M) for match in matches]
+        losses = {}
+        for suffix, bbox_part, giou_part in zip(
+            layers, distance.split(counts), giou.split(counts), strict=True
+        ):
+            losses["loss_bbox" + suffix] = bbox_part.sum()
+            losses["loss_giou" + suffix] = giou_part.sum()
+        return losses
+
+    def _selector_losses(self, output: DetectorOutput) -> dict[str, Tensor]:
+        selection, attention = output.selection, output.attention_map_BS
+        if attention is None:
+            raise ValueError("the loss of the token scores needs the model run with with_attention_map=True")
+        attention = attention.float()
+        wanted = most_attended(attention, selection.num_kept_B, output.padding_mask_BS)
+        loss = F.multilabel_soft_margin_loss(selection.scores_BS.float(), wanted.float())
+        kept = selection.plan.slot_BS >= 0
+        return {"loss_mask_prediction": loss, **attention_coverage(attention, kept, output.level_shapes)}
+
+
+def prediction_layers(output: DetectorOutput, *, class_specific_proposals: bool) -> dict[str, PredictionRows]:
+    """The prediction layers of an output as rows, by the suffix of their losses."""
+
+    def dense(name: str, prediction: Prediction, class_agnostic: bool = False) -> PredictionRows:
+        batch, num_rows = prediction.boxes.shape[:2]
+        starts = range(0, batch * num_rows + 1, num_rows)
+        logits, boxes = prediction.logits.flatten(0, 1), prediction.boxes.flatten(0, 1)
+        return PredictionRows(
+            name=name, logits_RK=logits, boxes_R4=boxes, starts=starts, class_agnostic=class_agnostic
+        )
+
+    starts: Sequence[int]
+    layers = {"": dense("the last decoder layer", output.last)}
+    for i, prediction in enumerate(output.decoder_auxiliary):
+        layers[f"_{i}"] = dense(f"decoder layer {i}", prediction)
+    if output.encoder is not None:
+        layers["_enc"] = dense("the encoder's proposals", output.encoder, not class_specific_proposals)
+    if output.encoder_auxiliary:
+        if output.selection is not None:
+            starts = output.selection.plan.offsets_B1.tolist()
+        else:
+            batch, num_tokens = output.padding_mask_BS.shape
+            starts = range(0, batch * num_tokens + 1, num_tokens)
+        for i, prediction in enumerate(output.encoder_auxiliary):
+            layers[f"_enc_{i}"] = PredictionRows(
+                name=f"encoder layer {i}",
+                logits_RK=prediction.logits,
+                boxes_R4=prediction.boxes,
+                starts=starts,
+            )
+    return layers
+
+
+def most_attended(attention_BS: Tensor, num_tokens_B: Tensor, padding_mask_BS: Tensor) -> Tensor:
+    """bool [B, S]: the num_tokens_B[i] tokens of image i with the most attention; padded tokens never."""
+    order = attention_BS.masked_fill(padding_mask_BS, -1).argsort(dim=1, descending=True, stable=True)
+    by_rank = torch.arange(order.shape[1], device=order.device) < num_tokens_B[:, None]
+    return torch.zeros_like(by_rank).scatter(1, order, by_rank) & ~padding_mask_BS
+
+
+def attention_coverage(
+    attention_BS: Tensor, kept_BS: Tensor, level_shapes: Sequence[tuple[int, int]]
+) -> dict[str, Tensor]:
+    """Share of the decoder's attention that falls on kept tokens, mean over images; `_0`, ... for each level.
+
+    Attention on padded tokens counts in the denominator. A level without attention has coverage 0.
+    """
+    total_BS, kept_part_BS = attention_BS, attention_BS * kept_BS
+    ends = list(accumulate(height * width for height, width in level_shapes))
+    spans = {"": slice(None), **{f"_{i}": slice(a, b) for i, (a, b) in enumerate(pairwise([0, *ends]))}}
+    tiny = torch.finfo(attention_BS.dtype).tiny
+    return {
+        "attention_coverage" + suffix: (
+            kept_part_BS[:, span].sum(1) / total_BS[:, span].sum(1).clamp(min=tiny)
+        ).mean()
+        for suffix, span in spans.items()
+    }
+
+
+def _cardinality_error(
+    best_R: Tensor, starts: Sequence[int], num_objects_B: Tensor, num_classes: int
+) -> Tensor:
+    """Mean over images of | rows whose best class is not the last - objects |, as DETR logs it."""
+    counts = [end - start for start, end in pairwise(starts)]
+    num_found_B = torch.stack([part.sum() for part in (best_R != num_classes - 1).split(counts)])
+    return (num_found_B - num_objects_B).abs().float().mean()

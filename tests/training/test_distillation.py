@@ -1,0 +1,164 @@
+"""Dual teacher supervision: image AP equal to the nested loops, budget labels, memory loss, frozen teachers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from ats_detr.batch import Target
+from ats_detr.boxes import cxcywh_to_xyxy
+from ats_detr.model import Detections
+from ats_detr.training.distillation import budget_labels, greedy_match, image_average_precision, memory_loss
+
+
+# ------------------------------------------------------------------------------ average precision of an image
+def iou(a: list[float], b: list[float]) -> float:
+    overlap = max(0.0, min(a[2], b[2]) - max(a[0], b[0])) * max(0.0, min(a[3], b[3]) - max(a[1], b[1]))
+    union = (a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - overlap
+    return overlap / union
+
+
+def nested_loops_ap(found: Detections, target: Target, threshold: float) -> float:
+    """The definition, one detection after another."""
+    height, width = target.original_size
+    objects = (cxcywh_to_xyxy(target.boxes_N4) * torch.tensor([width, height, width, height])).tolist()
+    labels = target.labels_N.tolist()
+    precisions = []
+    for label in sorted(set(labels)):
+        free = [box for box, own in zip(objects, labels, strict=True) if own == label]
+        num_objects, hits, seen, recall_before, area = len(free), 0, 0, 0.0, 0.0
+        for box, own in zip(found.boxes_xyxy_N4.tolist(), found.labels_N.tolist(), strict=True):
+            if own != label:
+                continue
+            seen += 1
+            best = max(free, key=lambda candidate, box=box: iou(box, candidate), default=None)
+            if best is not None and iou(box, best) >= threshold:
+                free.remove(best)
+                hits += 1
+            area += (hits / num_objects - recall_before) * hits / seen
+            recall_before = hits / num_objects
+        precisions.append(area)
+    return sum(precisions) / len(precisions) if precisions else 1.0
+
+
+def noisy_scene(
+    g: torch.Generator, num_objects: int, num_found: int, num_classes: int
+) -> tuple[Detections, Target]:
+    """Detections scattered around the objects, several for each, labels sometimes wrong: contested matches."""
+    size = torch.rand(num_objects, 2, generator=g) * 0.2 + 0.1
+    boxes = torch.cat([torch.rand(num_objects, 2, generator=g) * 0.4 + 0.3, size], dim=1)
+    labels = torch.randint(num_classes, (num_objects,), generator=g)
+    if num_objects:
+        source = torch.randint(num_objects, (num_found,), generator=g)
+        around, found_labels = boxes[source], labels[source]
+    else:
+        around, found_labels = torch.full((num_found, 4), 0.5), torch.zeros(num_found, dtype=torch.int64)
+    jitter = torch.randn(num_found, 4, generator=g) * 0.02
+    wrong = torch.rand(num_found, generator=g) < 0.2
+    found_labels = torch.where(wrong, torch.randint(num_classes, (num_found,), generator=g), found_labels)
+    pixels = cxcywh_to_xyxy(around + jitter) * torch.tensor([640, 480, 640, 480])
+    scores = torch.rand(num_found, generator=g).sort(descending=True).values
+    return Detections(scores, found_labels, pixels), Target(0, (480, 640), labels, boxes)
+
+
+@pytest.mark.parametrize("threshold", [0.3, 0.5, 0.75])
+def test_image_ap_equals_the_nested_loops(threshold: float) -> None:
+    g = torch.Generator().manual_seed(int(threshold * 100))
+    shapes = [(n, d, k) for n in (0, 1, 3, 8, 20) for d in (0, 1, 7, 60) for k in (1, 4)]
+    scenes = [noisy_scene(g, *shape) for shape in shapes]
+    result = image_average_precision([d for d, _ in scenes], [t for _, t in scenes], threshold)
+    expected = torch.tensor([nested_loops_ap(d, t, threshold) for d, t in scenes])
+    assert ((expected > 0.05) & (expected < 0.95)).sum() > 10  # the scenes say something
+    torch.testing.assert_close(result, expected, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("num_objects", [1, 2, 3, 7, 10, 37, 49, 64])
+@pytest.mark.parametrize("num_classes", [1, 3])
+def test_a_perfect_image_has_ap_of_exactly_one(num_objects: int, num_classes: int) -> None:
+    """The easy class asks for AP >= 1: a last-bit error would make every image hard."""
+    g = torch.Generator().manual_seed(num_objects)
+    _, target = noisy_scene(g, num_objects, 0, num_classes)
+    boxes = cxcywh_to_xyxy(target.boxes_N4) * torch.tensor([640, 480, 640, 480])
+    found = Detections(torch.ones(num_objects), target.labels_N, boxes)
+    assert image_average_precision([found], [target]).item() == 1.0
+
+
+def test_a_batch_without_objects_and_one_without_detections() -> None:
+    g = torch.Generator().manual_seed(0)
+    empty = [noisy_scene(g, 0, 5, 3), noisy_scene(g, 0, 2, 3)]
+    assert image_average_precision([d for d, _ in empty], [t for _, t in empty]).tolist() == [1.0, 1.0]
+    silent = [noisy_scene(g, 2, 0, 3), noisy_scene(g, 0, 0, 3)]
+    assert image_average_precision([d for d, _ in silent], [t for _, t in silent]).tolist() == [0.0, 1.0]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_bidding_at_once_equals_taking_turns(seed: int) -> None:
+    g = torch.Generator().manual_seed(seed)
+    iou_BDN = torch.rand(3, 40, 12, generator=g)
+    iou_BDN = torch.where(iou_BDN < torch.rand(3, 40, 1, generator=g), -1.0, iou_BDN)
+    expected = torch.zeros(3, 40, dtype=torch.bool)
+    for image, table in enumerate(iou_BDN.clone()):
+        for detection in range(40):
+            best, obj = table[detection].max(0)
+            if best >= 0:
+                expected[image, detection] = True
+                table[:, obj] = -1
+    assert torch.equal(greedy_match(iou_BDN), expected)
+
+
+# ---------------------------------------------------------------------------------------------- budget labels
+def test_two_budgets_label_as_published() -> None:
+    ap = torch.tensor([0.0, 0.5, 0.75, 0.99999, 1.0])
+    assert budget_labels(ap).tolist() == [1, 1, 1, 1, 0]
+    assert budget_labels(ap, bias=0.75).tolist() == [1, 1, 0, 0, 0]
+
+
+def test_more_budgets_divide_what_is_missing_evenly() -> None:
+    ap = torch.tensor([1.0, 0.9, 0.75, 0.7, 0.5, 0.26, 0.2, 0.0])
+    assert budget_labels(ap, num_budgets=5).tolist() == [0, 1, 1, 2, 2, 3, 4, 4]
+    assert budget_labels(ap, bias=0.5, num_budgets=3).tolist() == [0, 0, 0, 0, 0, 1, 2, 2]
+
+
+# ------------------------------------------------------------------------------------------------ memory loss
+SHAPES = ((4, 6), (2, 3), (1, 2), (1, 1))
+
+
+def memories(g: torch.Generator, channels: int = 8) -> tuple[Tensor, Tensor, Tensor]:
+    num_tokens = sum(h * w for h, w in SHAPES)
+    padding = torch.zeros(3, num_tokens, dtype=torch.bool)
+    padding[1, ::3] = True
+    padding[2, 5:20] = True
+    student, teacher = torch.randn(2, 3, num_tokens, channels, generator=g)
+    return student, teacher, padding
+
+
+def test_the_memory_loss_ignores_scale_and_offset_of_a_channel_and_padded_tokens() -> None:
+    g = torch.Generator().manual_seed(0)
+    student, teacher, padding = memories(g)
+    moved = student * torch.linspace(0.5, 3, 8) + torch.linspace(-2, 2, 8)
+    moved[padding] = 1e4
+    expected = memory_loss(student, teacher, padding, SHAPES)
+    torch.testing.assert_close(memory_loss(moved, teacher, padding, SHAPES), expected, atol=1e-5, rtol=1e-5)
+    assert memory_loss(student, student, padding, SHAPES).item() == 0
+    assert expected.item() > 0.1
+
+
+def test_a_constant_channel_passes_no_gradient_instead_of_nan() -> None:
+    g = torch.Generator().manual_seed(0)
+    student, teacher, padding = memories(g)
+    student[..., 2] = 1.5
+    teacher[..., 5] = -0.5
+    student.requires_grad_()
+    memory_loss(student, teacher, padding, SHAPES).backward()
+    assert student.grad.isfinite().all()
+    assert (student.grad[..., 2] == 0).all()
+    assert (student.grad[..., 3][~padding] != 0).any()
+    assert (student.grad[padding] == 0).all()
+
+
+def test_the_memory_loss_is_float32_for_half_precision_memories() -> None:
+    student, teacher, padding = memories(torch.Generator().manual_seed(0))
+    loss = memory_loss(student.bfloat16(), teacher.bfloat16(), padding, SHAPES)
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss, memory_loss(student, teacher, padding, SHAPES), atol=0.01, rtol=0)
