@@ -33,6 +33,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--backend", choices=["reference", "triton"], default="reference", help="operator backend")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "golden(*kinds): runs once per golden case of these kinds")
+
+
 def golden_folder(config: pytest.Config) -> Path | None:
     """The folder of cases, None when there is none."""
     named = config.getoption("--golden", None) or os.environ.get("ATS_DETR_GOLDEN")
@@ -119,7 +123,7 @@ def load_official(model: Detr, weights: dict[str, np.ndarray]) -> None:
 
 def model_config(argv: list[str], repo: str) -> ModelConfig:
     """Our configuration of a published command line."""
-    flags = {key.lstrip("-"): value for key, value in zip(argv, [*argv[1:], "--"], strict=True)}
+    flags = {key.lstrip("-"): value for key, value in zip(argv, [*argv[1:], ""], strict=False)}
     selector = None
     scores = "proposals" if repo == "sparse" else "features"
     if "adaptive" in flags:
