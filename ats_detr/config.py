@@ -279,8 +279,8 @@ class TrainConfig:
     """Share of all steps in which one-cycle rises to the full learning rates; it falls to 0 in the rest."""
     init_from: str | None = None
     """Checkpoint whose fitting weights the model starts from; `weak` or `strong`: the teacher of the same run."""
-    resume: str = "auto"
-    """`auto`: go on from the run's own checkpoint if there is one; `never`: start afresh; or a checkpoint file."""
+    resume: Literal["auto", "never"] = "auto"
+    """`auto`: go on from the checkpoint in the run's folder if there is one; `never`: start afresh."""
     checkpoint_every: int = 1
     """Epochs between checkpoints."""
     evaluate_every: int = 1

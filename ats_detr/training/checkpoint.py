@@ -1,0 +1,128 @@
+"""One file that holds everything a run needs to go on, or a user needs to detect objects. Written whole or not at all.
+
+A checkpoint is a dictionary of tensors and plain values (`torch.load(..., weights_only=True)` reads it): `model`,
+`config` (resolved), `num_classes` (rows of the heads), `classes` (what the rows mean), `epoch` (completed ones),
+`step`, `best_ap`, `train_seconds`, `finished`; then either `optimizer` and `rng` (one state for each process), or `metrics`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ats_detr.config import Config, ConfigError, config_from_dict
+from ats_detr.errors import UserError
+from ats_detr.model import Detr, build_model
+
+_KEYS = ("model", "config", "num_classes", "classes", "epoch", "finished")
+
+
+def save_checkpoint(checkpoint: Mapping[str, Any], path: Path) -> None:
+    """Write to a temporary file beside `path`, then rename: whatever happens, `path` is the old file or the new one.
+
+    Raises UserError where the file cannot be written (no space, no permission); the old file stays whole.
+    """
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("wb") as file:
+            torch.save(dict(checkpoint), file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch reports a failed write as either
+        temporary.unlink(missing_ok=True)
+        reason = error.strerror if isinstance(error, OSError) else str(error).splitlines()[0]
+        kept = "the checkpoint before it is whole" if path.exists() else "nothing was written"
+        raise UserError(f"{path}: cannot write this checkpoint ({reason}); {kept}") from error
+
+
+def load_checkpoint(path: str | Path) -> dict[str, Any]:
+    """Read a checkpoint onto the CPU. Raises UserError when there is none or it is not one of ours."""
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise UserError(f"{path}: cannot read this checkpoint ({error.strerror})") from error
+    except (RuntimeError, EOFError, pickle.UnpicklingError, ValueError) as error:
+        raise UserError(
+            f"{path}: not a checkpoint, or a damaged one ({str(error).splitlines()[0]})"
+        ) from error
+    missing = [key for key in _KEYS if not isinstance(checkpoint, dict) or key not in checkpoint]
+    if missing:
+        raise UserError(f"{path}: not a checkpoint of ats_detr (it has no {missing[0]!r})")
+    return checkpoint
+
+
+def config_of(checkpoint: Mapping[str, Any], path: str | Path) -> Config:
+    """The configuration that a checkpoint was trained with."""
+    try:
+        return config_from_dict(checkpoint["config"])
+    except ConfigError as error:
+        raise UserError(
+            f"{path}: the configuration stored in this checkpoint is unreadable: {error}"
+        ) from error
+
+
+def load_model(path: str | Path) -> tuple[Detr, dict[str, Any]]:
+    """The detector of a checkpoint, with its weights, in evaluation mode; and the checkpoint."""
+    checkpoint = load_checkpoint(path)
+    config = config_of(checkpoint, path)
+    model = build_without_fetching(config, checkpoint["num_classes"])
+    load_weights(model, checkpoint["model"], path)
+    return model.eval(), checkpoint
+
+
+def build_without_fetching(config: Config, num_classes: int) -> Detr:
+    """The model with random weights everywhere: they are about to be replaced."""
+    backbone = dataclasses.replace(config.model.backbone, pretrained=False)
+    return build_model(dataclasses.replace(config.model, backbone=backbone), num_classes)
+
+
+def load_weights(model: nn.Module, state: Mapping[str, Tensor], path: str | Path) -> None:
+    """Load a state of exactly this architecture. Raises UserError naming what differs."""
+    own = model.state_dict()
+    missing = [name for name in own if name not in state]
+    unknown = [name for name in state if name not in own]
+    reshaped = [name for name in own if name in state and own[name].shape != state[name].shape]
+    parts = [
+        f"{len(names)} {what}, such as {names[0]}"
+        for names, what in (
+            (missing, "tensors missing"),
+            (unknown, "unknown"),
+            (reshaped, "of another shape"),
+        )
+        if names
+    ]
+    if parts:
+        raise UserError(f"{path}: a checkpoint of another architecture ({'; '.join(parts)})")
+    model.load_state_dict(dict(state))
+
+
+def init_weights(model: nn.Module, path: str | Path) -> str:
+    """Start `model` from the weights of a checkpoint that fit it by name and shape; the others stay as they are.
+
+    Returns one line that says what was loaded and what was not. Raises UserError when nothing fits.
+    """
+    state = load_checkpoint(path)["model"]
+    own = model.state_dict()
+    fitting = {
+        name: tensor for name, tensor in state.items() if name in own and own[name].shape == tensor.shape
+    }
+    if not fitting:
+        raise UserError(f"{path}: no tensor of this checkpoint fits the model by name and shape")
+    model.load_state_dict(fitting, strict=False)
+    left = [name for name in own if name not in fitting]
+    unused = [name for name in state if name not in fitting]
+    line = f"init_from {path}: {len(fitting)} of {len(own)} tensors loaded"
+    if left:
+        line += f"; {len(left)} start anew ({', '.join(left[:3])}{', ...' if len(left) > 3 else ''})"
+    if unused:
+        line += f"; {len(unused)} of the checkpoint unused"
+    return line

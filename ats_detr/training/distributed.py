@@ -1,0 +1,93 @@
+"""One process or many: started by torchrun, or not. Every function here does the right thing in both cases."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+
+from ats_detr.batch import Target
+from ats_detr.errors import UserError
+
+T = TypeVar("T")
+
+
+@contextmanager
+def process_group(device: str) -> Iterator[torch.device]:
+    """The device of this process; between entry and exit the processes of torchrun are connected.
+
+    Args:
+        device: `auto` (CUDA if there is any, else the CPU) or a torch device. NCCL connects GPUs, gloo CPUs.
+    """
+    chosen = _choose_device(device)
+    launched = "RANK" in os.environ and "WORLD_SIZE" in os.environ
+    if not launched or dist.is_initialized():
+        yield chosen
+        return
+    if chosen.type == "cuda":
+        chosen = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(chosen)
+    dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+    try:
+        yield chosen
+    finally:
+        dist.destroy_process_group()
+
+
+def _choose_device(device: str) -> torch.device:
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+    except RuntimeError as error:
+        raise UserError(f"device = {device!r}: give auto, cpu or cuda") from error
+    if chosen.type == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"device = {device!r}: this machine or this torch has no CUDA; give auto or cpu")
+    return chosen
+
+
+def world_size() -> int:
+    """Processes that train together."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """Number of this process, from 0."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def is_main() -> bool:
+    """Whether this process is the one that prints and writes."""
+    return rank() == 0
+
+
+def barrier() -> None:
+    """Wait for all processes."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def gather(value: T) -> list[T]:
+    """The values of all processes in rank order, on every process. Anything that pickle takes."""
+    if world_size() == 1:
+        return [value]
+    values: list[T | None] = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values  # type: ignore[return-value]
+
+
+def global_num_boxes(targets: Sequence[Target], device: torch.device) -> torch.Tensor:
+    """float32 scalar: objects in the batches of all processes (at least 1) divided by the number of processes.
+
+    DDP averages gradients over processes, so losses divided by this number are, in sum, divided by the global number
+    of objects: the same as one process on the whole batch. (The published code clamps after the division, which
+    differs where a global batch has fewer objects than there are processes.)
+    """
+    count = torch.tensor(float(sum(len(target.labels_N) for target in targets)), device=device)
+    if world_size() > 1:
+        dist.all_reduce(count)
+    return count.clamp(min=1) / world_size()

@@ -1,0 +1,65 @@
+"""The optimiser of the published runs, and the learning rate at every step."""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_right
+
+from torch import nn
+from torch.optim import AdamW
+
+from ats_detr.config import TrainConfig
+
+_OFFSET_NAMES = ("reference_points", "sampling_offsets")
+_REFERENCE_BATCH = 16
+
+
+def build_optimizer(model: nn.Module, config: TrainConfig, global_batch: int) -> AdamW:
+    """AdamW with three groups: `rest`, `backbone`, and `offsets` (sampling offsets and reference points).
+
+    With `scale_learning_rate` both learning rates are multiplied by sqrt(global_batch / 16), where `global_batch`
+    counts the images of all processes in one step. Frozen parameters are left out, empty groups too.
+    """
+    scale = math.sqrt(global_batch / _REFERENCE_BATCH) if config.scale_learning_rate else 1.0
+    learning_rates = {
+        "rest": config.learning_rate * scale,
+        "backbone": config.backbone_learning_rate * scale,
+        "offsets": config.learning_rate * scale * config.offset_learning_rate_factor,
+    }
+    members: dict[str, list[nn.Parameter]] = {name: [] for name in learning_rates}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            members[_group_of(name)].append(parameter)
+    groups = [
+        {"params": parameters, "name": name, "lr": learning_rates[name], "base_lr": learning_rates[name]}
+        for name, parameters in members.items()
+        if parameters
+    ]
+    return AdamW(groups, weight_decay=config.weight_decay)
+
+
+def _group_of(name: str) -> str:
+    if name.startswith("backbone."):
+        return "backbone"
+    return "offsets" if any(part in name for part in _OFFSET_NAMES) else "rest"
+
+
+def learning_rate_factor(config: TrainConfig, step: int, steps_per_epoch: int) -> float:
+    """What the learning rates of all groups are multiplied by in the step of this number (0 is the first of the run).
+
+    `step`: `drop_factor` once for every entry of `drop_epochs` that has been completed. `one_cycle`: up in a straight
+    line over `warmup_share` of the run, then down to 0 along a cosine.
+    """
+    if config.schedule == "step":
+        return config.drop_factor ** bisect_right(sorted(config.drop_epochs), step // steps_per_epoch)
+    total = config.epochs * steps_per_epoch
+    warmup = max(1, round(config.warmup_share * total))
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
+
+
+def set_learning_rates(optimizer: AdamW, factor: float) -> None:
+    """Set every group to `factor` times the learning rate it was built with."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["base_lr"] * factor

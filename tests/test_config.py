@@ -1,0 +1,151 @@
+"""Settings: what is read, what wins, and what is refused with which words."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from ats_detr.config import (
+    Config,
+    SelectorConfig,
+    config_from_dict,
+    config_to_dict,
+    load_config,
+    save_config,
+)
+from ats_detr.errors import UserError
+from ats_detr.model import build_model
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+SHIPPED = sorted(CONFIGS.glob("*.yaml"))
+PUBLISHED_CLASSES = 91
+
+
+def write(folder: Path, text: str, name: str = "a.yaml") -> Path:
+    path = folder / name
+    path.write_text(text)
+    return path
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_every_shipped_config_builds_its_model(path: Path) -> None:
+    config = load_config(path, ["model.backbone.pretrained=false"])
+    assert config.name == path.stem
+    assert path.read_text().startswith("# "), "the first comment says what the config is"
+    with torch.device("meta"):
+        model = build_model(config.model, PUBLISHED_CLASSES)
+    assert model.num_classes == PUBLISHED_CLASSES
+
+
+@pytest.mark.parametrize("path", [p for p in SHIPPED if load_config(p).teachers], ids=lambda path: path.stem)
+def test_the_teachers_of_a_shipped_student_keep_its_smallest_and_largest_budget(path: Path) -> None:
+    student = load_config(path)
+    assert student.teachers is not None
+    assert student.model.selector is not None
+    weak, strong = (
+        load_config(teacher.config) for teacher in (student.teachers.weak, student.teachers.strong)
+    )
+    assert weak.model.selector is not None
+    assert strong.model.selector is not None
+    assert weak.model.selector.keep_ratio == student.model.selector.min_ratio
+    assert strong.model.selector.keep_ratio == student.model.selector.max_ratio
+
+
+def test_a_file_states_differences_from_its_base_and_overrides_win(tmp_path: Path) -> None:
+    (tmp_path / "bases").mkdir()
+    write(tmp_path / "bases", "train: {epochs: 3, learning_rate: 1e-3}\nseed: 5", "b.yaml")
+    path = write(tmp_path, "base: bases/b.yaml\ntrain: {epochs: 4, drop_epochs: [1, 2]}")
+    config = load_config(path, ["seed=6", "train.clip_norm=1e-1", "data.root=/tmp/1", "model.dropout=0"])
+    assert (config.train.epochs, config.train.learning_rate, config.train.drop_epochs) == (4, 1e-3, (1, 2))
+    assert (config.seed, config.train.clip_norm, config.data.root, config.model.dropout) == (
+        6,
+        0.1,
+        "/tmp/1",
+        0.0,
+    )
+
+
+def test_null_replaces_what_the_base_set_and_an_override_can_fill_it_again(tmp_path: Path) -> None:
+    write(tmp_path, "model: {two_stage: true, selector: {keep_ratio: 0.1}}", "b.yaml")
+    path = write(tmp_path, "base: b.yaml\nmodel: {selector: null}")
+    assert load_config(path).model.selector is None
+    assert load_config(path, ["model.selector.keep_ratio=0.5"]).model.selector == SelectorConfig(
+        keep_ratio=0.5
+    )
+
+
+def test_teachers_configs_are_found_beside_the_file_that_names_them(tmp_path: Path) -> None:
+    student = load_config(CONFIGS / "ats_r50_0.05_0.1.yaml")
+    assert student.teachers is not None
+    assert Path(student.teachers.weak.config) == CONFIGS / "ats_teacher_r50_0.05.yaml"
+
+
+def test_a_saved_config_reads_back_equal(tmp_path: Path) -> None:
+    config = load_config(CONFIGS / "sparse_detr_r50_0.1.yaml", ["seed=7"])
+    save_config(config, tmp_path / "config.yaml")
+    assert load_config(tmp_path / "config.yaml") == config
+    assert config_from_dict(config_to_dict(Config())) == Config()
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("model.widht=3", "model.widht = 3: there is no such setting; did you mean model.width?"),
+        ("trian.epochs=3", "did you mean train?"),
+        ("train.epochs=0", "train.epochs = 0: give a number above 0"),
+        ("train.epochs=2.5", "train.epochs = 2.5: give a whole number"),
+        ("train.learning_rate=fast", "train.learning_rate = 'fast': give a finite number"),
+        ("train.learning_rate=.nan", "give a finite number"),
+        ("data.kind=voc", "data.kind = 'voc': give one of coco, synthetic"),
+        ("data.cache_images=1", "data.cache_images = 1: give true or false"),
+        ("data.crop_size=[1,2,3]", "data.crop_size = [1, 2, 3]: give a list of 2"),
+        ("data.train_short_sides=[640,big]", "data.train_short_sides[1] = 'big': give a whole number"),
+        ("model.selector.keep_ratio=1.5", "model.selector.keep_ratio = 1.5: give a share above 0"),
+        ("model.selector.min_ratio=0.1", "model.selector.max_ratio = None: set keep_ratio, or both"),
+        ("model.selector=0.1", "model.selector = 0.1: expected settings"),
+        ("model.width=100", "model.width = 100: give a multiple of num_heads (8)"),
+        ("model.queries_from_memory=true", "needs model.two_stage = true"),
+        ("teachers.weak.config=a.yaml", "teachers.strong = None: this setting has no default"),
+        ("seed", "override 'seed': write it as key.sub=value"),
+        ("seed=[", "the value is not YAML"),
+    ],
+)
+def test_a_wrong_setting_is_named_with_its_value_and_mend(tmp_path: Path, override: str, words: str) -> None:
+    path = write(tmp_path, "seed: 1")
+    with pytest.raises(UserError) as raised:
+        load_config(path, [override])
+    assert words in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_model_with_a_budget_per_image_needs_teachers(tmp_path: Path) -> None:
+    path = write(
+        tmp_path, "model: {two_stage: true, adaption: true, selector: {min_ratio: 0.1, max_ratio: 0.2}}"
+    )
+    with pytest.raises(UserError, match=r"needs teachers\.weak and teachers\.strong"):
+        load_config(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("a: [", "not YAML"),
+        ("- 1", "found a list"),
+        ("base: missing.yaml", "cannot read this configuration file"),
+        ("base: a.yaml", "go round in a circle"),
+        ("base: [a, b]", "give the name of one YAML file"),
+    ],
+)
+def test_a_file_that_is_no_config_is_named(tmp_path: Path, text: str, words: str) -> None:
+    with pytest.raises(UserError, match=words) as raised:
+        load_config(write(tmp_path, text))
+    assert str(tmp_path) in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+def test_every_setting_is_plain_yaml() -> None:
+    tree = config_to_dict(Config())
+    assert yaml.safe_load(yaml.safe_dump(tree)) == tree
