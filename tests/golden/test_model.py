@@ -43,7 +43,9 @@ class Checker:
     def __init__(self, case) -> None:
         self.case = case
         self.compared: set[str] = set()
-        self.scales = {name: c["scale"] for name, c in case.info["float64_check"]["max_abs_f64_minus_f32"].items()}
+        self.scales = {
+            name: c["scale"] for name, c in case.info["float64_check"]["max_abs_f64_minus_f32"].items()
+        }
 
     def has(self, name: str) -> bool:
         return name in self.case.arrays
@@ -73,7 +75,9 @@ def check_geometry(check: Checker, output: DetectorOutput, tokens: Tokens, level
     check.equal("mask_pad_count", torch.stack([mask.sum(1) for mask in masks], 1))
     check.close("valid_ratios", tokens.valid_ratios_BL2)
     check.close("src_first16", tokens.features_BSC[:, :16])
-    check.close("pos_first16", tokens.positions_BSC[:, :16] - level_embed_LC[0])  # stored without the level's embedding
+    check.close(
+        "pos_first16", tokens.positions_BSC[:, :16] - level_embed_LC[0]
+    )  # stored without the level's embedding
 
 
 def check_memory(check: Checker, output: DetectorOutput, tokens: Tokens) -> None:
@@ -92,7 +96,9 @@ def level_statistics(tensor_BSC: Tensor, output: DetectorOutput) -> tuple[Tensor
     """Mean and population standard deviation over the valid tokens of each image and level, [B, L, C]."""
     sizes = [height * width for height, width in output.level_shapes]
     means, stds = [], []
-    for rows_BSC, mask_BS in zip(tensor_BSC.split(sizes, 1), output.padding_mask_BS.split(sizes, 1), strict=True):
+    for rows_BSC, mask_BS in zip(
+        tensor_BSC.split(sizes, 1), output.padding_mask_BS.split(sizes, 1), strict=True
+    ):
         valid = [rows[~mask] for rows, mask in zip(rows_BSC, mask_BS, strict=True)]
         means.append(torch.stack([rows.mean(0) for rows in valid]))
         stds.append(torch.stack([rows.std(0, correction=0) for rows in valid]))
@@ -125,9 +131,13 @@ def check_selection(check: Checker, output: DetectorOutput) -> None:
         num_rows = len(own)
         for layer, auxiliary in enumerate(output.encoder_auxiliary):
             check.close("enc_aux_boxes", auxiliary.boxes[slots], boxes[layer, image, :num_rows])
-            check.close("enc_aux_logits_stats", statistics(auxiliary.logits[slots]), stats[layer, image, :num_rows])
+            check.close(
+                "enc_aux_logits_stats", statistics(auxiliary.logits[slots]), stats[layer, image, :num_rows]
+            )
             first = min(64, num_rows)
-            check.close("enc_aux_logits_first64", auxiliary.logits[slots[:first]], logits[layer, image, :first])
+            check.close(
+                "enc_aux_logits_first64", auxiliary.logits[slots[:first]], logits[layer, image, :first]
+            )
 
 
 def check_proposals(check: Checker, output: DetectorOutput) -> None:

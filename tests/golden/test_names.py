@@ -10,14 +10,19 @@ import torch
 from ats_detr.model import build_model
 from ats_detr.official import official_names
 
-from .conftest import golden_folder, model_config
+from .cases import model_config
+from .conftest import golden_folder
 
 
 def pytest_generate_tests(metafunc):
     folder = golden_folder(metafunc.config)
     paths = sorted(folder.glob("manifest_*.json")) if folder else []
     if not paths:
-        paths = [pytest.param(None, marks=pytest.mark.skip(reason="no golden cases: give their folder with --golden"))]
+        paths = [
+            pytest.param(
+                None, marks=pytest.mark.skip(reason="no golden cases: give their folder with --golden")
+            )
+        ]
     metafunc.parametrize("manifest_path", paths, ids=lambda path: path.stem if path else "none")
 
 
