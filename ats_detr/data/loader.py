@@ -1,0 +1,287 @@
+"""Loaders that yield (ImageBatch, list[Target]).
+
+Training: every epoch is a function of (seed, epoch) alone, down to the augmentation of each image, whatever
+the number of processes and workers and wherever a run was interrupted. Evaluation: every image exactly once
+over all processes, in batches of one padded size, which is a function of the image alone, so that no image
+depends on its batch mates.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from ats_detr.batch import ImageBatch, Target, bucket_size
+from ats_detr.data.coco import CocoDetection, ImageFileError
+from ats_detr.data.transforms import Transform, evaluation_transform, resized_size
+from ats_detr.errors import UserError
+
+log = logging.getLogger(__name__)
+
+Batch = tuple[ImageBatch, list[Target]]
+
+
+@dataclass
+class _Sample:
+    """One transformed image, or none, with what went wrong on the way to it."""
+
+    image: torch.Tensor | None
+    target: Target | None
+    problems: list[str]
+
+
+@dataclass
+class _LoadedBatch:
+    """What a worker sends. Problems travel as data: an exception would arrive with a worker's traceback."""
+
+    images: ImageBatch | None
+    targets: list[Target]
+    problems: list[str]
+
+    def pin_memory(self) -> _LoadedBatch:
+        images = None if self.images is None else self.images.pin_memory()
+        return _LoadedBatch(images, self.targets, self.problems)
+
+
+class _Collate:
+    """Samples -> _LoadedBatch, padded to a multiple of `size_multiple`."""
+
+    def __init__(self, size_multiple: int) -> None:
+        self.size_multiple = size_multiple
+
+    def __call__(self, samples: list[_Sample]) -> _LoadedBatch:
+        images = [sample.image for sample in samples if sample.image is not None]
+        targets = [sample.target for sample in samples if sample.target is not None]
+        problems = [problem for sample in samples for problem in sample.problems]
+        return _LoadedBatch(
+            ImageBatch.collate(images, self.size_multiple) if images else None, targets, problems
+        )
+
+
+class _Batches(Sampler[list[Any]]):
+    """The batches of the current epoch; the loader's workers stay alive while they are exchanged."""
+
+    def __init__(self) -> None:
+        self.batches: list[list[Any]] = []
+
+    def __iter__(self) -> Iterator[list[Any]]:
+        return iter(self.batches)
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+
+def _data_loader(
+    samples: Dataset, batches: _Batches, size_multiple: int, num_workers: int, pin_memory: bool
+) -> DataLoader:
+    return DataLoader(
+        samples,
+        batch_sampler=batches,
+        num_workers=num_workers,
+        collate_fn=_Collate(size_multiple),
+        pin_memory=pin_memory,
+        persistent_workers=num_workers > 0,
+        # Its own generator: otherwise each epoch would draw from the global one, on which the model's dropout depends.
+        generator=torch.Generator().manual_seed(0),
+    )
+
+
+def _sample(dataset: CocoDetection, transform: Transform, index: int) -> _Sample:
+    """Image and target of `index`; an image that cannot be read is a problem, not an exception."""
+    try:
+        image = dataset.read_image(index)
+    except ImageFileError as error:
+        return _Sample(None, None, [str(error)])
+    tensor, boxes, labels = transform(image, *dataset.objects(index))
+    return _Sample(tensor, Target(dataset.image_id(index), dataset.size(index), labels, boxes), [])
+
+
+class _BadImages:
+    """Stops at an unreadable image, or warns and counts, as `on_bad_image` says."""
+
+    def __init__(self, on_bad_image: str) -> None:
+        self.on_bad_image = on_bad_image
+        self.seen: set[str] = set()
+
+    def report(self, problems: Sequence[str]) -> None:
+        for problem in problems:
+            if self.on_bad_image == "error":
+                raise ImageFileError(f"{problem} (data.on_bad_image=skip passes over such images)")
+            if problem not in self.seen:
+                self.seen.add(problem)
+                log.warning("skipped: %s (%d so far)", problem, len(self.seen))
+
+
+class _TrainingSamples(Dataset):
+    """Augmented samples by (epoch, index): both seed the augmentation, so that it does not depend on the
+    worker.
+    """
+
+    MAX_REPLACEMENTS = 100
+
+    def __init__(self, dataset: CocoDetection, transform: Transform, seed: int) -> None:
+        self.dataset, self.transform, self.seed = dataset, transform, seed
+
+    def __getitem__(self, key: tuple[int, int]) -> _Sample:
+        epoch, index = key
+        problems: list[str] = []
+        for attempt in range(self.MAX_REPLACEMENTS):
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(_mix(self.seed, epoch, index))
+                sample = _sample(self.dataset, self.transform, (index + attempt) % len(self.dataset))
+            problems += sample.problems
+            if sample.image is not None or self.dataset.on_bad_image == "error":
+                return _Sample(sample.image, sample.target, problems)
+        raise UserError(f"{self.MAX_REPLACEMENTS} images in a row cannot be read, the last: {problems[-1]}")
+
+
+def _mix(*numbers: int) -> int:
+    """A 63-bit seed that differs for every tuple of numbers."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+class TrainingLoader:
+    """Shuffled, augmented batches; one process of `world_size` gets its share of each global batch.
+
+    A global batch holds images of similar aspect ratio (less padding); the last few of an epoch mix what is
+    left over, and what does not fill a global batch is dropped until the next epoch's shuffle. Images without
+    objects take part. With `on_bad_image="skip"` the next readable image takes the place of a bad one, so
+    that batches keep their size.
+
+    Raises UserError if the dataset is smaller than one global batch; ImageFileError while iterating.
+    """
+
+    def __init__(
+        self,
+        dataset: CocoDetection,
+        transform: Transform,
+        *,
+        batch_size: int,
+        seed: int = 42,
+        num_workers: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        size_multiple: int = 1,
+        pin_memory: bool = False,
+    ) -> None:
+        self.dataset, self.batch_size, self.seed = dataset, batch_size, seed
+        self.rank, self.world_size = rank, world_size
+        self.bad_images = _BadImages(dataset.on_bad_image)
+        self._batches = _Batches()
+        samples = _TrainingSamples(dataset, transform, seed)
+        self._loader = _data_loader(samples, self._batches, size_multiple, num_workers, pin_memory)
+        if len(self) == 0:
+            raise UserError(
+                f"{len(dataset)} training images do not fill one batch of {batch_size} x {world_size} processes;"
+                " lower data.batch_size"
+            )
+
+    def __len__(self) -> int:
+        """Batches of an epoch: the same in every epoch and process."""
+        return len(self.dataset) // (self.batch_size * self.world_size)
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+        """The batches of `epoch` from number `start` on (to go on where an interrupted run stopped)."""
+        share = slice(self.rank, None, self.world_size)
+        global_batches = self.global_batches(epoch)[start:]
+        self._batches.batches = [[(epoch, index) for index in batch[share]] for batch in global_batches]
+        for loaded in self._loader:
+            self.bad_images.report(loaded.problems)
+            yield loaded.images, loaded.targets
+
+    def global_batches(self, epoch: int) -> list[list[int]]:
+        """Dataset indices of each batch of `epoch`, over all processes; position i belongs to rank i %
+        world_size.
+        """
+        size = self.batch_size * self.world_size
+        batches: list[list[int]] = []
+        waiting: dict[int, list[int]] = defaultdict(list)
+        order = np.random.default_rng([self.seed, epoch]).permutation(len(self.dataset))
+        groups = _aspect_groups(self.dataset.annotations.sizes)
+        for index in order.tolist():
+            group = waiting[int(groups[index])]
+            group.append(index)
+            if len(group) == size:
+                batches.append(group.copy())
+                group.clear()
+        left_over = [index for group in sorted(waiting) for index in waiting[group]]
+        batches += [left_over[i : i + size] for i in range(0, len(left_over) - size + 1, size)]
+        return batches
+
+
+def _aspect_groups(sizes: np.ndarray) -> np.ndarray:
+    """Group of each (height, width): portrait or landscape, each slight or strong (4:3 against 3:2 and
+    beyond).
+    """
+    log_ratio = np.log2(sizes[:, 1] / sizes[:, 0])
+    return np.digitize(log_ratio, [-0.5, 0.0, 0.5])
+
+
+class _EvaluationSamples(Dataset):
+    """Resized samples by index."""
+
+    def __init__(self, dataset: CocoDetection, transform: Transform) -> None:
+        self.dataset, self.transform = dataset, transform
+
+    def __getitem__(self, index: int) -> _Sample:
+        return _sample(self.dataset, self.transform, index)
+
+
+class EvaluationLoader:
+    """Every image once over all processes, in batches of one bucket: `bucket_size` of its resized size.
+
+    An image is padded the same, to the pixel, alone or in any batch, order or number of processes. There are
+    no duplicates to even out the processes: some may get a batch less, so nothing in a step may wait for the
+    others. `indices` restricts or reorders the images (default: all). With `on_bad_image="skip"` bad images
+    are left out and `evaluate` leaves them out of the ground truth.
+    """
+
+    def __init__(
+        self,
+        dataset: CocoDetection,
+        *,
+        short_side: int = 800,
+        long_side: int = 1333,
+        size_multiple: int = 64,
+        batch_size: int = 1,
+        num_workers: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        indices: Sequence[int] | None = None,
+        pin_memory: bool = False,
+    ) -> None:
+        self.dataset, self.rank, self.world_size = dataset, rank, world_size
+        self.bad_images = _BadImages(dataset.on_bad_image)
+        buckets: dict[tuple[int, int], list[int]] = defaultdict(list)
+        for index in range(len(dataset)) if indices is None else indices:
+            size = resized_size(dataset.size(index), short_side, long_side)
+            buckets[bucket_size(size, size_multiple)].append(index)
+        # Large buckets first: a device that is too small for them says so at once, and processes end together.
+        self.global_batches = [
+            buckets[bucket][i : i + batch_size]
+            for bucket in sorted(buckets, key=math.prod, reverse=True)
+            for i in range(0, len(buckets[bucket]), batch_size)
+        ]
+        """Dataset indices of each batch over all processes; batch i belongs to rank i % world_size."""
+        samples = _EvaluationSamples(dataset, evaluation_transform(short_side, long_side))
+        self._batches = _Batches()
+        self._batches.batches = list(self.global_batches[rank::world_size])
+        self._loader = _data_loader(samples, self._batches, size_multiple, num_workers, pin_memory)
+
+    def __len__(self) -> int:
+        """Batches of this process."""
+        return len(self._batches)
+
+    def __iter__(self) -> Iterator[Batch]:
+        for loaded in self._loader:
+            self.bad_images.report(loaded.problems)
+            if loaded.images is not None:
+                yield loaded.images, loaded.targets
