@@ -198,15 +198,21 @@ class SyntheticConfig:
     num_train: int = 2000
     num_val: int = 250
     image_size: int = 128
-    """Side of the square images in pixels."""
+    """Images have about the square of this many pixels."""
+    max_aspect_ratio: float = 1.0
+    """Aspect ratios are spread from its inverse to this; 1: all images are square."""
     num_classes: int = 4
-    max_objects: int = 12
-    """Images hold 1 to this many objects."""
+    min_objects: int = 1
+    max_objects: int = 25
+    """Images hold `min_objects` to this many objects; few are common, many are rare."""
     seed: int = 0
 
     def __post_init__(self) -> None:
         _check_positive(self, "num_train", "num_val", "num_classes", "max_objects")
-        _check(self.image_size >= 64, "image_size", self.image_size, "give at least 64 pixels")
+        _check(self.image_size >= 32, "image_size", self.image_size, "give at least 32 pixels")
+        _check(1 <= self.max_aspect_ratio <= 4, "max_aspect_ratio", self.max_aspect_ratio, "give 1 to 4")
+        mend = f"give 0 to max_objects ({self.max_objects})"
+        _check(0 <= self.min_objects <= self.max_objects, "min_objects", self.min_objects, mend)
 
 
 @dataclass(frozen=True, kw_only=True)
