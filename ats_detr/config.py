@@ -260,6 +260,9 @@ class DataConfig:
             self.crop_size,
             "give [smallest, largest] pixels",
         )
+        if self.crop_short_sides:
+            mend = f"the smallest crop must fit the smallest of crop_short_sides ({min(self.crop_short_sides)})"
+            _check(self.crop_size[0] <= min(self.crop_short_sides), "crop_size", self.crop_size, mend)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,6 +7,7 @@ A checkpoint is a dictionary of tensors and plain values (`torch.load(..., weigh
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import pickle
@@ -38,7 +39,8 @@ def save_checkpoint(checkpoint: Mapping[str, Any], path: Path) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch reports a failed write as either
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
         reason = error.strerror if isinstance(error, OSError) else str(error).splitlines()[0]
         kept = "the checkpoint before it is whole" if path.exists() else "nothing was written"
         raise UserError(f"{path}: cannot write this checkpoint ({reason}); {kept}") from error

@@ -1,0 +1,94 @@
+"""The data sets and loaders that a config describes, for this process."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from ats_detr.config import DataConfig
+from ats_detr.data.coco import ClassMap, CocoDetection
+from ats_detr.data.loader import EvaluationLoader, TrainingLoader
+from ats_detr.data.synthetic import synthetic_dataset
+from ats_detr.data.transforms import training_transform
+from ats_detr.training import distributed
+
+
+@dataclass(frozen=True)
+class Loaders:
+    """What a training run reads."""
+
+    train: TrainingLoader
+    val: EvaluationLoader
+    class_map: ClassMap
+
+
+def build_loaders(config: DataConfig, seed: int, *, pin_memory: bool = False) -> Loaders:
+    """Training and validation loaders of this process. The classes are those of the training annotations."""
+    root = data_root(config)
+    train_set = CocoDetection(
+        root / config.train_images,
+        root / config.train_annotations,
+        cache_images=config.cache_images,
+        on_bad_image=config.on_bad_image,
+    )
+    transform = training_transform(
+        short_sides=config.train_short_sides,
+        long_side=config.long_side,
+        crop_short_sides=config.crop_short_sides,
+        crop_size=config.crop_size,
+    )
+    train = TrainingLoader(
+        train_set,
+        transform,
+        batch_size=config.batch_size,
+        seed=seed,
+        num_workers=config.num_workers,
+        rank=distributed.rank(),
+        world_size=distributed.world_size(),
+        pin_memory=pin_memory,
+    )
+    val = build_evaluation_loader(config, train_set.class_map, pin_memory=pin_memory)
+    return Loaders(train, val, train_set.class_map)
+
+
+def build_evaluation_loader(
+    config: DataConfig, class_map: ClassMap, *, pin_memory: bool = False
+) -> EvaluationLoader:
+    """The validation loader of this process, for a model with these classes."""
+    root = data_root(config)
+    dataset = CocoDetection(
+        root / config.val_images,
+        root / config.val_annotations,
+        class_map=class_map,
+        cache_images=config.cache_images,
+        on_bad_image=config.on_bad_image,
+    )
+    return EvaluationLoader(
+        dataset,
+        short_side=config.short_side,
+        long_side=config.long_side,
+        size_multiple=config.size_multiple,
+        batch_size=config.eval_batch_size,
+        num_workers=config.num_workers,
+        rank=distributed.rank(),
+        world_size=distributed.world_size(),
+        pin_memory=pin_memory,
+    )
+
+
+def data_root(config: DataConfig) -> Path:
+    """The folder that the config's paths are relative to; synthetic images are drawn into it now, if need be."""
+    if config.kind == "coco":
+        return Path(config.root)
+    synthetic = config.synthetic
+    return synthetic_dataset(
+        config.root,
+        num_train=synthetic.num_train,
+        num_val=synthetic.num_val,
+        image_size=synthetic.image_size,
+        max_aspect_ratio=synthetic.max_aspect_ratio,
+        num_classes=synthetic.num_classes,
+        min_objects=synthetic.min_objects,
+        max_objects=synthetic.max_objects,
+        seed=synthetic.seed,
+    )

@@ -1,0 +1,118 @@
+"""Checkpoints: whole or not at all, and refused in one line when they do not fit."""
+
+from __future__ import annotations
+
+import resource
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tests.training.small import small_config
+
+from ats_detr.config import config_to_dict
+from ats_detr.errors import UserError
+from ats_detr.training.checkpoint import (
+    build_without_fetching,
+    init_weights,
+    load_checkpoint,
+    load_model,
+    load_weights,
+    save_checkpoint,
+)
+
+
+def checkpoint_of(folder: Path, **changes: Any) -> dict[str, Any]:
+    config = small_config(folder, **changes)
+    model = build_without_fetching(config, 3)
+    return {
+        "model": model.state_dict(),
+        "config": config_to_dict(config),
+        "num_classes": 3,
+        "classes": {"num_rows": 3, "categories": []},
+        "epoch": 1,
+        "finished": True,
+    }
+
+
+@contextmanager
+def files_of_at_most(num_bytes: int) -> Iterator[None]:
+    """Writes beyond this size fail, as on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, handler)
+
+
+def test_a_model_comes_back_as_it_was_saved(tmp_path: Path) -> None:
+    checkpoint = checkpoint_of(tmp_path)
+    save_checkpoint(checkpoint, tmp_path / "a.pt")
+    model, loaded = load_model(tmp_path / "a.pt")
+    assert not model.training
+    assert loaded["config"] == checkpoint["config"]
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, checkpoint["model"][name]), name
+
+
+def test_a_full_disk_leaves_the_old_checkpoint_whole_and_nothing_else(tmp_path: Path) -> None:
+    path = tmp_path / "a.pt"
+    save_checkpoint(checkpoint_of(tmp_path), path)
+    before = path.read_bytes()
+    with (
+        files_of_at_most(1000),
+        pytest.raises(UserError, match=r"a\.pt: cannot write .* the checkpoint before it is whole") as raised,
+    ):
+        save_checkpoint(checkpoint_of(tmp_path, seed=1), path)
+    assert "\n" not in str(raised.value)
+    assert path.read_bytes() == before
+    assert [file.name for file in tmp_path.iterdir()] == ["a.pt"]
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"file/a\.pt: cannot write .* nothing was written"):
+        save_checkpoint({"model": {}}, tmp_path / "file" / "a.pt")
+
+
+@pytest.mark.parametrize("damage", ["missing", "truncated", "text", "foreign"])
+def test_what_is_no_checkpoint_is_refused_in_one_line(tmp_path: Path, damage: str) -> None:
+    path = tmp_path / "a.pt"
+    if damage == "truncated":
+        save_checkpoint(checkpoint_of(tmp_path), path)
+        path.write_bytes(path.read_bytes()[:5000])
+    elif damage == "text":
+        path.write_text("not a checkpoint")
+    elif damage == "foreign":
+        torch.save({"state_dict": {}}, path)
+    with pytest.raises(UserError, match=r"a\.pt: ") as raised:
+        load_checkpoint(path)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_checkpoint_of_another_architecture_is_refused_with_what_differs(tmp_path: Path) -> None:
+    state = checkpoint_of(tmp_path, model={"num_decoder_layers": 3, "feedforward_width": 16})["model"]
+    model = build_without_fetching(small_config(tmp_path), 3)
+    with pytest.raises(UserError, match=r"another architecture .*unknown.*of another shape") as raised:
+        load_weights(model, state, "a.pt")
+    assert "\n" not in str(raised.value)
+
+
+def test_starting_weights_are_taken_where_they_fit_and_the_rest_is_reported(tmp_path: Path) -> None:
+    checkpoint = checkpoint_of(tmp_path)
+    save_checkpoint(checkpoint, tmp_path / "a.pt")
+    model = build_without_fetching(small_config(tmp_path), num_classes=5)
+    line = init_weights(model, tmp_path / "a.pt")
+    state = model.state_dict()
+    refitted = [name for name, tensor in checkpoint["model"].items() if state[name].shape != tensor.shape]
+    assert refitted, "class heads must have another number of rows"
+    assert f"{len(refitted)} start anew ({refitted[0]}" in line
+    assert f"{len(refitted)} of the checkpoint unused" in line
+    taken = [name for name in state if name not in refitted]
+    assert all(torch.equal(state[name], checkpoint["model"][name]) for name in taken)
