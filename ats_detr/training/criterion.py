@@ -145,7 +145,9 @@ class SetCriterion(nn.Module):
     def _selector_losses(self, output: DetectorOutput) -> dict[str, Tensor]:
         selection, attention = output.selection, output.attention_map_BS
         if attention is None:
-            raise ValueError("the loss of the token scores needs the model run with with_attention_map=True")
+            raise ValueError(
+                "the loss of the token scores needs the attention map: run the model with supervision=True"
+            )
         attention = attention.float()
         wanted = most_attended(attention, selection.num_kept_B, output.padding_mask_BS)
         loss = F.multilabel_soft_margin_loss(selection.scores_BS.float(), wanted.float())

@@ -26,8 +26,11 @@ from .cases import Case, load_official, model_config
 
 LOSS_TOLERANCE = 1e-5
 """Relative; float64 differs from float32 by up to 6e-7 (float64_check of the cases)."""
-GRADIENT_TOLERANCE = 1e-3
-"""Of the gradient's norm; float64 differs by up to 3e-4."""
+GRADIENT_NORM_TOLERANCE = 2e-3
+GRADIENT_TOLERANCE = 1e-2
+"""Of the gradient's norm. Rounding moves values across the kinks of ReLU and of bilinear sampling: our float32
+gradients of backbone weights differ from our float64 ones by up to 5e-3, which in turn lie within 2e-4 of the published
+ones; those of sampling offsets by up to 2e-3 (loss_ats_teacher_equal)."""
 UPDATE_TOLERANCE = 2e-2
 """Of the update's norm: Adam's first step is the sign of the gradient, and gradients near 0 are rounding noise."""
 MEANINGLESS_GRADIENTS = {"adaption_layer.bias"}
@@ -126,9 +129,14 @@ def check_gradients(case: Case, model: Detr) -> None:
         if norm < 0:
             assert parameter.grad is None, f"{name} has a gradient"
         elif name not in MEANINGLESS_GRADIENTS:
-            close(f"gradient norm of {name}", parameter.grad.double().norm(), norm, GRADIENT_TOLERANCE * norm)
+            close(
+                f"gradient norm of {name}",
+                parameter.grad.double().norm(),
+                norm,
+                GRADIENT_NORM_TOLERANCE * norm,
+            )
             sketch = (parameter.grad.double() * probes(name, parameter)).sum()
-            close(f"gradient of {name}", sketch, case.arrays["grad_probe"][i], 3 * GRADIENT_TOLERANCE * norm)
+            close(f"gradient of {name}", sketch, case.arrays["grad_probe"][i], GRADIENT_TOLERANCE * norm)
 
 
 def check_update(case: Case, model: Detr) -> None:
@@ -156,7 +164,12 @@ def check_update(case: Case, model: Detr) -> None:
             3 * tolerance,
         )
         norm_after = parameter.detach().double().norm()
-        close(f"norm of {name}", norm_after, case.arrays["param_norm_after"][i], 1e-6 * norm_after.item())
+        close(
+            f"norm of {name}",
+            norm_after,
+            case.arrays["param_norm_after"][i],
+            tolerance + 1e-6 * norm_after.item(),
+        )
 
 
 def by_official_name(case: Case, model: Detr):

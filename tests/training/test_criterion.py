@@ -1,0 +1,234 @@
+"""The set criterion against its formulas, layer by layer, and what must not change its losses."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from ats_detr.batch import Target
+from ats_detr.kernels import TokenPlan
+from ats_detr.model import DetectorOutput, Prediction, TokenScores
+from ats_detr.training.criterion import SetCriterion, attention_coverage, most_attended, prediction_layers
+
+SHAPES = ((4, 5), (2, 3), (1, 2), (1, 1))
+NUM_TOKENS = sum(height * width for height, width in SHAPES)
+NUM_CLASSES = 5
+
+
+def random_targets(counts: tuple[int, ...], g: torch.Generator) -> list[Target]:
+    targets = []
+    for image, n in enumerate(counts):
+        size = torch.rand(n, 2, generator=g) * 0.3 + 0.05
+        centre = torch.rand(n, 2, generator=g) * (1 - size) + size / 2
+        labels = torch.randint(NUM_CLASSES, (n,), generator=g)
+        targets.append(Target(image, (100, 200), labels, torch.cat([centre, size], dim=1)))
+    return targets
+
+
+def random_prediction(*shape: int, g: torch.Generator) -> Prediction:
+    boxes = torch.rand(*shape, 4, generator=g) * 0.4 + 0.2
+    return Prediction(torch.randn(*shape, NUM_CLASSES, generator=g).requires_grad_(), boxes.requires_grad_())
+
+
+def random_output(num_kept: tuple[int, ...] = (6, 9), *, seed: int = 0) -> DetectorOutput:
+    """A full output: two decoder layers, proposals, two auxiliary encoder layers, a selector."""
+    g = torch.Generator().manual_seed(seed)
+    batch = len(num_kept)
+    scores = torch.randn(batch, NUM_TOKENS, generator=g)
+    padding = torch.zeros(batch, NUM_TOKENS, dtype=torch.bool)
+    padding[-1, [4, 9, 14, 19]] = True
+    kept = torch.zeros(batch, NUM_TOKENS, dtype=torch.bool)
+    for image, k in enumerate(num_kept):
+        kept[image, scores[image].masked_fill(padding[image], -10).topk(k).indices] = True
+    plan = TokenPlan.from_mask(kept)
+    return DetectorOutput(
+        last=random_prediction(batch, 8, g=g),
+        level_shapes=SHAPES,
+        padding_mask_BS=padding,
+        memory_BSC=torch.randn(batch, NUM_TOKENS, 4, generator=g),
+        decoder_auxiliary=[random_prediction(batch, 8, g=g)],
+        encoder=random_prediction(batch, NUM_TOKENS, g=g),
+        encoder_auxiliary=[random_prediction(sum(num_kept), g=g) for _ in range(2)],
+        selection=TokenScores(scores.requires_grad_(), (~padding).sum(1), torch.tensor(num_kept), None, plan),
+        attention_map_BS=torch.rand(batch, NUM_TOKENS, generator=g),
+    )
+
+
+def criterion(**changes: object) -> SetCriterion:
+    return SetCriterion(NUM_CLASSES, class_specific_proposals=True, **changes)
+
+
+# ----------------------------------------------------------------------------------------------------- the formulas
+def formula_losses(
+    logits: Tensor, boxes: Tensor, wanted: dict[int, tuple[int, list[float]]]
+) -> dict[str, float]:
+    """Sums over rows in plain floats; `wanted`: row -> (label, box) of its object."""
+    loss_ce = 0.0
+    for row, row_logits in enumerate(logits.tolist()):
+        for label, x in enumerate(row_logits):
+            p = 1 / (1 + math.exp(-x))
+            if wanted.get(row, (None,))[0] == label:
+                loss_ce += 0.25 * (1 - p) ** 2 * -math.log(p)
+            else:
+                loss_ce += 0.75 * p**2 * -math.log(1 - p)
+    loss_bbox = loss_giou = 0.0
+    for row, (_, target) in wanted.items():
+        box = boxes[row].tolist()
+        loss_bbox += sum(abs(a - b) for a, b in zip(box, target, strict=True))
+        (ax0, ay0, ax1, ay1), (bx0, by0, bx1, by1) = (
+            (x - w / 2, y - h / 2, x + w / 2, y + h / 2) for x, y, w, h in (box, target)
+        )
+        overlap = max(0.0, min(ax1, bx1) - max(ax0, bx0)) * max(0.0, min(ay1, by1) - max(ay0, by0))
+        union = (ax1 - ax0) * (ay1 - ay0) + (bx1 - bx0) * (by1 - by0) - overlap
+        hull = (max(ax1, bx1) - min(ax0, bx0)) * (max(ay1, by1) - min(ay0, by0))
+        loss_giou += 1 - overlap / union + (hull - union) / hull
+    return {"loss_ce": loss_ce, "loss_bbox": loss_bbox, "loss_giou": loss_giou}
+
+
+def test_the_losses_of_every_layer_equal_their_formulas() -> None:
+    output, targets = random_output(), random_targets((3, 2), torch.Generator().manual_seed(1))
+    own = criterion()
+    losses = own(output, targets, num_boxes=2.5)
+    layers = prediction_layers(output, class_specific_proposals=True)
+    assert list(layers) == ["", "_0", "_enc", "_enc_0", "_enc_1"]
+    labels = torch.cat([t.labels_N for t in targets]).tolist()
+    boxes = torch.cat([t.boxes_N4 for t in targets]).tolist()
+    for (suffix, layer), match in zip(
+        layers.items(), own.matcher(list(layers.values()), targets), strict=True
+    ):
+        assert sorted(match.objects_M.tolist()) == [0, 1, 2, 3, 4]
+        wanted = {
+            row: (labels[obj], boxes[obj])
+            for row, obj in zip(match.rows_M.tolist(), match.objects_M.tolist(), strict=True)
+        }
+        for key, value in formula_losses(layer.logits_RK, layer.boxes_R4, wanted).items():
+            assert losses[key + suffix].item() == pytest.approx(value / 2.5, rel=1e-5), key + suffix
+    scores, k = output.selection.scores_BS, output.selection.num_kept_B
+    total = 0.0
+    for image in range(2):
+        attention = output.attention_map_BS[image].masked_fill(output.padding_mask_BS[image], -1)
+        looked_at = set(attention.topk(int(k[image])).indices.tolist())
+        for token, score in enumerate(scores[image].tolist()):
+            total += math.log1p(math.exp(-score if token in looked_at else score))
+    assert losses["loss_mask_prediction"].item() == pytest.approx(total / (2 * NUM_TOKENS), rel=1e-5)
+
+
+def test_the_weights_cover_every_loss_and_nothing_that_is_only_logged() -> None:
+    targets = random_targets((3, 2), torch.Generator().manual_seed(1))
+    own = criterion(num_decoder_layers=2, num_encoder_layers=3)
+    losses = own(random_output(), targets, 5)
+    assert set(own.weights) == {key for key in losses if key.startswith("loss_")}
+    assert all(losses[key].requires_grad for key in own.weights)
+    logged = {key for key in losses if key not in own.weights}
+    assert {"class_error", "cardinality_error_enc_1", "attention_coverage", "attention_coverage_3"} <= logged
+    assert not any(losses[key].requires_grad for key in logged)
+
+
+def test_class_agnostic_proposals_are_all_of_class_0() -> None:
+    output, targets = random_output(), random_targets((3, 2), torch.Generator().manual_seed(1))
+    agnostic = SetCriterion(NUM_CLASSES)(output, targets, 5)
+    for target in targets:
+        target.labels_N.zero_()
+    expected = criterion()(output, targets, 5)
+    for key in ("loss_ce_enc", "loss_bbox_enc", "loss_giou_enc"):
+        assert agnostic[key].item() == expected[key].item()
+    assert agnostic["loss_ce"].item() != expected["loss_ce"].item()
+
+
+# -------------------------------------------------------------------------------------- what must make no difference
+def test_a_batch_without_objects_gives_zero_box_losses_and_gradients_to_every_head() -> None:
+    """Under DDP a process without objects must still reduce the gradient of every parameter."""
+    output, targets = random_output(), random_targets((0, 0), torch.Generator())
+    own = criterion()
+    losses = own(output, targets, 1)
+    assert losses["loss_bbox"].item() == losses["loss_giou_enc_1"].item() == 0
+    assert losses["class_error"].item() == 100
+    sum(own.weights[key] * losses[key] for key in own.weights if key in losses).backward()
+    for prediction in (output.last, *output.decoder_auxiliary, output.encoder, *output.encoder_auxiliary):
+        assert (prediction.boxes.grad == 0).all()
+        assert prediction.logits.grad.abs().sum() > 0
+
+
+def test_images_contribute_the_same_alone_and_in_a_batch_of_unequal_budgets() -> None:
+    """The auxiliary encoder losses read the kept tokens of each image only, however many its neighbours keep."""
+    output = random_output((6, 9))
+    targets = random_targets((3, 2), torch.Generator().manual_seed(1))
+    together = criterion()(output, targets, 5)
+    alone = []
+    for image, rows in enumerate(output.selection.plan.image_slices()):
+        one = slice(image, image + 1)
+        selection = output.selection
+        single = DetectorOutput(
+            last=Prediction(output.last.logits[one], output.last.boxes[one]),
+            level_shapes=SHAPES,
+            padding_mask_BS=output.padding_mask_BS[one],
+            memory_BSC=output.memory_BSC[one],
+            encoder=Prediction(output.encoder.logits[one], output.encoder.boxes[one]),
+            encoder_auxiliary=[Prediction(p.logits[rows], p.boxes[rows]) for p in output.encoder_auxiliary],
+            selection=TokenScores(
+                selection.scores_BS[one],
+                selection.num_valid_B[one],
+                selection.num_kept_B[one],
+                None,
+                TokenPlan.from_mask(selection.plan.slot_BS[one] >= 0),
+            ),
+            attention_map_BS=output.attention_map_BS[one],
+        )
+        alone.append(criterion()(single, targets[one], 5))
+    for key in alone[0]:
+        if key.startswith("loss_"):
+            combine = (lambda a, b: (a + b) / 2) if key == "loss_mask_prediction" else (lambda a, b: a + b)
+            assert together[key].item() == pytest.approx(
+                combine(*(x[key].item() for x in alone)), rel=1e-5
+            ), key
+
+
+def test_the_order_of_queries_and_of_objects_makes_no_difference() -> None:
+    output, targets = random_output(), random_targets((4, 3), torch.Generator().manual_seed(2))
+    expected = criterion()(output, targets, 7)
+    order = torch.randperm(8, generator=torch.Generator().manual_seed(3))
+    output.last = Prediction(output.last.logits[:, order], output.last.boxes[:, order])
+    for target in targets:
+        target.labels_N, target.boxes_N4 = target.labels_N.flip(0), target.boxes_N4.flip(0)
+    for key, value in criterion()(output, targets, 7).items():
+        assert value.item() == pytest.approx(expected[key].item(), rel=1e-5), key
+
+
+def test_the_losses_are_float32_under_autocast() -> None:
+    output, targets = random_output(), random_targets((3, 2), torch.Generator().manual_seed(1))
+    expected = criterion()(output, targets, 5)
+    output.last.logits = output.last.logits.detach().bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        losses = criterion()(output, targets, 5)
+    assert {value.dtype for value in losses.values()} == {torch.float32}
+    assert losses["loss_ce_0"].item() == expected["loss_ce_0"].item()
+    assert losses["loss_ce"].item() == pytest.approx(expected["loss_ce"].item(), rel=0.02)
+
+
+# ------------------------------------------------------------------------------------------------------ the selector
+def test_padded_tokens_are_never_wanted_even_when_more_tokens_are_kept_than_are_valid() -> None:
+    attention = torch.tensor([[5.0, 1, 9, 3], [5.0, 1, 9, 3]])
+    padding = torch.tensor([[False, False, True, False], [True, True, True, False]])
+    wanted = most_attended(attention, torch.tensor([2, 3]), padding)
+    assert wanted.tolist() == [[True, False, False, True], [False, False, False, True]]
+
+
+def test_attention_coverage_is_the_share_of_attention_on_kept_tokens_in_all_and_per_level() -> None:
+    attention = torch.tensor([[1.0, 3, 4, 0], [2.0, 2, 0, 0]])
+    kept = torch.tensor([[True, False, True, True], [True, True, False, False]])
+    coverage = attention_coverage(attention, kept, ((1, 2), (1, 2)))
+    assert {key: value.item() for key, value in coverage.items()} == {
+        "attention_coverage": pytest.approx((5 / 8 + 1) / 2),
+        "attention_coverage_0": pytest.approx((1 / 4 + 1) / 2),
+        "attention_coverage_1": pytest.approx((1 + 0) / 2),  # no attention at all: 0, not NaN
+    }
+
+
+def test_a_selector_without_its_attention_map_is_an_error() -> None:
+    output = random_output()
+    output.attention_map_BS = None
+    with pytest.raises(ValueError, match="supervision=True"):
+        criterion()(output, random_targets((1, 1), torch.Generator()), 2)
