@@ -6,7 +6,6 @@ category.
 
 from __future__ import annotations
 
-import contextlib
 import io
 import json
 import logging
@@ -22,7 +21,6 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from PIL import Image
-from pycocotools.coco import COCO
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -139,8 +137,6 @@ class CocoAnnotations:
     """bytes [images], UTF-8"""
     starts: np.ndarray
     """int64 [images + 1] first annotation of each image"""
-    annotation_ids: np.ndarray
-    """int64 [annotations]"""
     boxes_xywh: np.ndarray
     """float64 [annotations, 4] in pixels, as in the file"""
     areas: np.ndarray
@@ -182,7 +178,6 @@ class CocoAnnotations:
             starts=np.concatenate([[0], np.bincount(image_index, minlength=len(images)).cumsum()]).astype(
                 np.int64
             ),
-            annotation_ids=np.array([r.get("id", i + 1) for i, r in enumerate(records)], np.int64)[order],
             boxes_xywh=boxes[order],
             areas=areas[order],
             category_ids=np.array([r["category_id"] for r in records], np.int64)[order],
@@ -195,41 +190,30 @@ class CocoAnnotations:
     def file_name(self, index: int) -> str:
         return self.file_names[index].decode()
 
-    def to_pycocotools(self) -> COCO:
-        """The ground truth for the referee: every annotation, crowds included, exactly as in the file."""
-        image_ids = self.image_ids.tolist()
-        image_index = np.repeat(np.arange(len(self)), np.diff(self.starts)).tolist()
-        coco = COCO()
-        coco.dataset = {
-            "images": [
-                {"id": i, "height": h, "width": w}
-                for i, (h, w) in zip(image_ids, self.sizes.tolist(), strict=True)
-            ],
-            "categories": [{"id": i, "name": name} for i, name in self.categories.items()],
-            "annotations": [
-                {
-                    "id": a,
-                    "image_id": image_ids[i],
-                    "category_id": c,
-                    "bbox": box,
-                    "area": area,
-                    "iscrowd": int(crowd),
-                }
-                for a, i, c, box, area, crowd in zip(
-                    # Numbered afresh: pycocotools takes an annotation of id 0 for "unmatched".
-                    range(1, len(self.annotation_ids) + 1),
-                    image_index,
-                    self.category_ids.tolist(),
-                    self.boxes_xywh.tolist(),
-                    self.areas.tolist(),
-                    self.crowd.tolist(),
-                    strict=True,
+    def to_coco(self, indices: Sequence[int] | None = None) -> dict[str, Any]:
+        """The ground truth in COCO's layout for an evaluator: every annotation, crowds included, as in the file.
+
+        `indices` restricts it to those images. Annotations are numbered afresh from 1: pycocotools takes an
+        annotation of id 0 for "unmatched".
+        """
+        images: list[dict[str, Any]] = []
+        annotations: list[dict[str, Any]] = []
+        for index in range(len(self)) if indices is None else indices:
+            image_id, (height, width) = int(self.image_ids[index]), self.sizes[index].tolist()
+            images.append({"id": image_id, "height": height, "width": width})
+            for row in range(self.starts[index], self.starts[index + 1]):
+                annotations.append(
+                    {
+                        "id": len(annotations) + 1,
+                        "image_id": image_id,
+                        "category_id": int(self.category_ids[row]),
+                        "bbox": self.boxes_xywh[row].tolist(),
+                        "area": float(self.areas[row]),
+                        "iscrowd": int(self.crowd[row]),
+                    }
                 )
-            ],
-        }
-        with contextlib.redirect_stdout(io.StringIO()):
-            coco.createIndex()
-        return coco
+        categories = [{"id": i, "name": name} for i, name in self.categories.items()]
+        return {"info": {}, "images": images, "annotations": annotations, "categories": categories}
 
 
 def _parse(file: Path) -> dict[str, Any]:
@@ -273,11 +257,11 @@ def _check_annotation(
     where = f"{file}: annotations[{i}]"
     if not isinstance(record, dict):
         raise AnnotationError(f"{where} is not an object")
-    if record.get("image_id") not in images:
+    if not isinstance(record.get("image_id"), int) or record["image_id"] not in images:
         raise AnnotationError(
             f"{where} names image_id {record.get('image_id')!r}, which is not under 'images'"
         )
-    if record.get("category_id") not in categories:
+    if not isinstance(record.get("category_id"), int) or record["category_id"] not in categories:
         known = f"{min(categories)}..{max(categories)}" if categories else "none"
         raise AnnotationError(
             f"{where} has category_id {record.get('category_id')!r}, which is not under 'categories'"
@@ -286,6 +270,8 @@ def _check_annotation(
     box = record.get("bbox")
     if not (isinstance(box, list) and len(box) == 4 and all(_is_finite(value) for value in box)):
         raise AnnotationError(f"{where} needs 'bbox' [x, y, width, height] in pixels, found {box!r}")
+    if not _is_finite(record.get("area", 0)):
+        raise AnnotationError(f"{where} needs a number as 'area', found {record['area']!r}")
 
 
 def _is_finite(value: Any) -> bool:
@@ -379,7 +365,7 @@ class CocoDetection(Dataset):
         try:
             encoded = path.read_bytes() if self._cache is None else self._cache[index]
             with Image.open(io.BytesIO(encoded)) as file:
-                image = file.convert("RGB")
+                image = _to_rgb(file)
         except FileNotFoundError:
             raise ImageFileError(f"image {path} does not exist") from None
         except _DECODING_ERRORS as error:
@@ -425,6 +411,13 @@ class CocoDetection(Dataset):
                     f" {annotations.categories[category_id]!r}, the model calls it {name!r};"
                     " ids and names must agree"
                 )
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    """Any mode to RGB. 16-bit gray (mode I;16, or I in older Pillow) is scaled: Pillow would clip it to white."""
+    if image.mode.startswith("I"):
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    return image.convert("RGB")
 
 
 class _FileCache:

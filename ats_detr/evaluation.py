@@ -1,0 +1,300 @@
+"""COCO average precision of a detector, and how many tokens it spent on which image."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import io
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+from rich.progress import track
+from scipy.stats import spearmanr
+
+from ats_detr.batch import Target
+from ats_detr.data.coco import ClassMap, CocoAnnotations, ImageFileError
+from ats_detr.data.loader import EvaluationLoader
+from ats_detr.errors import UserError
+from ats_detr.model import Detr
+from ats_detr.model.output import Detections, DetectorOutput, top_detections
+
+Evaluator = Literal["auto", "pycocotools", "hotcoco"]
+
+MAX_DETECTIONS = 100
+"""Detections per image that COCO's protocol counts."""
+HISTOGRAM_BINS = 20
+"""Bins of the keep ratio over 0..1."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageRecord:
+    """What the detector spent on one image."""
+
+    image_id: int
+    num_objects: int
+    """Annotated objects, crowds not counted."""
+    num_valid_tokens: int
+    num_kept_tokens: int
+    budget_class: int | None
+    """Chosen budget, 0 the smallest; None where the budget is fixed or all tokens are kept."""
+
+    @property
+    def keep_ratio(self) -> float:
+        return self.num_kept_tokens / self.num_valid_tokens
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return {**vars(self), "keep_ratio": self.keep_ratio}
+
+
+@dataclass(frozen=True)
+class AveragePrecision:
+    """COCO's summary, each 0..1; NaN where there is no ground truth to measure it on."""
+
+    ap: float
+    """Mean over IoU 0.50:0.95."""
+    ap50: float
+    ap75: float
+    ap_small: float
+    """Area below 32² pixels."""
+    ap_medium: float
+    ap_large: float
+    """Area above 96² pixels."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Metrics:
+    """An evaluation of every image of a dataset."""
+
+    precision: AveragePrecision
+    images: tuple[ImageRecord, ...]
+    """By ascending image id."""
+    num_budgets: int
+    """Budgets the model can choose from; 0 where it cannot choose."""
+    num_skipped: int
+    """Images that could not be read (`on_bad_image="skip"`), left out of everything."""
+
+    @property
+    def mean_keep_ratio(self) -> float:
+        """Share of the valid tokens that was kept, averaged over images."""
+        return float(np.mean([record.keep_ratio for record in self.images]))
+
+    @property
+    def budget_histogram(self) -> list[int]:
+        """Images per budget, smallest budget first; empty where the model cannot choose."""
+        chosen = [record.budget_class for record in self.images if record.budget_class is not None]
+        return np.bincount(np.array(chosen, np.int64), minlength=self.num_budgets).tolist()
+
+    @property
+    def keep_ratio_histogram(self) -> list[int]:
+        """Images per interval of the keep ratio, HISTOGRAM_BINS equal ones over 0..1."""
+        ratios = [record.keep_ratio for record in self.images]
+        return np.histogram(ratios, bins=HISTOGRAM_BINS, range=(0, 1))[0].tolist()
+
+    @property
+    def budget_object_spearman(self) -> float:
+        """Rank correlation of the chosen budget and the number of objects; NaN if either is constant."""
+        budgets = [
+            record.keep_ratio if record.budget_class is None else record.budget_class
+            for record in self.images
+        ]
+        objects = [record.num_objects for record in self.images]
+        if len(set(budgets)) < 2 or len(set(objects)) < 2:
+            return math.nan
+        return float(spearmanr(objects, budgets).statistic)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready, without the single images; None for what cannot be measured."""
+        numbers = {
+            "AP": self.precision.ap,
+            "AP50": self.precision.ap50,
+            "AP75": self.precision.ap75,
+            "APs": self.precision.ap_small,
+            "APm": self.precision.ap_medium,
+            "APl": self.precision.ap_large,
+            "mean_keep_ratio": self.mean_keep_ratio,
+            "budget_object_spearman": self.budget_object_spearman,
+        }
+        return {
+            **{key: None if math.isnan(value) else value for key, value in numbers.items()},
+            "budget_histogram": self.budget_histogram,
+            "keep_ratio_histogram": self.keep_ratio_histogram,
+            "num_images": len(self.images),
+            "num_skipped": self.num_skipped,
+        }
+
+
+@torch.no_grad()
+def evaluate(
+    model: Detr,
+    loader: EvaluationLoader,
+    device: torch.device | str,
+    *,
+    evaluator: Evaluator = "auto",
+    show_progress: bool = False,
+) -> Metrics:
+    """Metrics of `model` on all images of `loader`, the same on every process.
+
+    With torch.distributed initialised, each process calls it with its own share of the images
+    (`EvaluationLoader` with rank and world_size) and the processes wait for each other once, at the end. The
+    model is put in evaluation mode and back. Pass the bare model, not DistributedDataParallel.
+
+    Raises ImageFileError, on every process, if one of them meets an image that cannot be read.
+    """
+    was_training = model.training
+    model.eval()
+    found = _Found()
+    try:
+        batches = track(loader, "evaluating", total=len(loader), transient=True, disable=not show_progress)
+        for batch, targets in batches:
+            output = model(batch.to(device), supervision=False)
+            found.add(output, targets, loader.dataset.class_map)
+    except ImageFileError as error:
+        found.error = str(error)  # told to the others, who would wait for this process
+    finally:
+        model.train(was_training)
+
+    shares = _gather(found)
+    for share in shares:
+        if share.error is not None:
+            raise ImageFileError(share.error)
+    metrics = None
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        metrics = _summarise(shares, loader, evaluator)
+    return _broadcast(metrics)
+
+
+class _Found:
+    """What one process found on its share of the images."""
+
+    def __init__(self) -> None:
+        self.detections: list[np.ndarray] = []
+        self.records: list[ImageRecord] = []
+        self.num_budgets = 0
+        self.error: str | None = None
+
+    def add(self, output: DetectorOutput, targets: Sequence[Target], class_map: ClassMap) -> None:
+        sizes = [target.original_size for target in targets]
+        batch_detections = top_detections(output.last, sizes, MAX_DETECTIONS)
+        for target, detections in zip(targets, batch_detections, strict=True):
+            self.detections.append(detection_rows(target.image_id, detections, class_map))
+        num_valid_B = (~output.padding_mask_BS).sum(1)
+        num_kept_B, budget_B = num_valid_B, torch.full_like(num_valid_B, -1)
+        if output.selection is not None:
+            num_kept_B = output.selection.num_kept_B
+            if output.selection.budget_logits_BR is not None:
+                budget_B = output.selection.budget_logits_BR.argmax(1)
+                self.num_budgets = output.selection.budget_logits_BR.shape[1]
+        columns = torch.stack([num_valid_B, num_kept_B.to(num_valid_B), budget_B], dim=1).tolist()
+        for target, (num_valid, num_kept, budget) in zip(targets, columns, strict=True):
+            self.records.append(
+                ImageRecord(
+                    image_id=target.image_id,
+                    num_objects=len(target.labels_N),
+                    num_valid_tokens=num_valid,
+                    num_kept_tokens=num_kept,
+                    budget_class=None if budget < 0 else budget,
+                )
+            )
+
+
+def detection_rows(image_id: int, detections: Detections, class_map: ClassMap) -> np.ndarray:
+    """float64 [n, 7] image id, x, y, width, height, score, category id: COCO's results of one image.
+
+    Detections of rows that no category uses (ten of COCO's 91) are left out, as evaluators ignore them.
+    """
+    boxes = detections.boxes_xyxy_N4.double().cpu().numpy()
+    category_ids = class_map.category_ids_of(detections.labels_N.cpu().numpy())
+    rows = np.column_stack(
+        [
+            np.full(len(boxes), image_id, np.float64),
+            boxes[:, :2],
+            boxes[:, 2:] - boxes[:, :2],
+            detections.scores_N.double().cpu().numpy(),
+            category_ids,
+        ]
+    )
+    return rows[category_ids >= 0]
+
+
+def _summarise(shares: Sequence[_Found], loader: EvaluationLoader, evaluator: Evaluator) -> Metrics:
+    records = sorted((r for share in shares for r in share.records), key=lambda record: record.image_id)
+    image_ids = [record.image_id for record in records]
+    assert len(set(image_ids)) == len(image_ids), "an image was evaluated twice"
+    annotations = loader.dataset.annotations
+    indices = np.searchsorted(annotations.image_ids, image_ids).tolist()
+    rows = np.concatenate([np.zeros((0, 7)), *(d for share in shares for d in share.detections)])
+    return Metrics(
+        precision=average_precision(annotations, rows, indices=indices, evaluator=evaluator),
+        images=tuple(records),
+        num_budgets=max(share.num_budgets for share in shares),
+        num_skipped=sum(map(len, loader.global_batches)) - len(records),
+    )
+
+
+def average_precision(
+    annotations: CocoAnnotations,
+    detections: np.ndarray,
+    *,
+    indices: Sequence[int] | None = None,
+    evaluator: Evaluator = "auto",
+) -> AveragePrecision:
+    """COCO box AP of float64 [n, 7] `detections` (see `detection_rows`) on the images at `indices` (default:
+    all).
+
+    `evaluator`: pycocotools is the referee; hotcoco (pip install hotcoco) gives the same numbers about 150
+    times faster (17.6 s against 0.12 s on 1000 images with 100 detections each, one core). "auto" takes
+    hotcoco where it is installed. Without any detection every AP is 0.
+    """
+    ground_truth = annotations.to_coco(indices)
+    has_hotcoco = importlib.util.find_spec("hotcoco") is not None
+    with contextlib.redirect_stdout(io.StringIO()):  # both print progress and tables
+        run: Any
+        if evaluator == "pycocotools" or (evaluator == "auto" and not has_hotcoco):
+            truth = _pycocotools(ground_truth)
+            nothing = _pycocotools({**ground_truth, "annotations": []})
+            run = COCOeval(truth, truth.loadRes(detections) if len(detections) else nothing, "bbox")
+        elif not has_hotcoco:
+            raise UserError("the evaluator hotcoco is not installed: pip install hotcoco, or use pycocotools")
+        else:
+            import hotcoco  # type: ignore[import-not-found,unused-ignore]
+
+            truth = hotcoco.COCO(ground_truth)
+            nothing = hotcoco.COCO({**ground_truth, "annotations": []})
+            run = hotcoco.COCOeval(truth, truth.loadRes(detections) if len(detections) else nothing, "bbox")
+        run.evaluate()
+        run.accumulate()
+        run.summarize()
+    return AveragePrecision(*(math.nan if value < 0 else float(value) for value in run.stats[:6]))
+
+
+def _pycocotools(content: dict[str, Any]) -> COCO:
+    coco = COCO()
+    coco.dataset = content
+    coco.createIndex()
+    return coco
+
+
+def _gather(value: _Found) -> list[_Found]:
+    """The values of all processes in rank order."""
+    if not dist.is_initialized():
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def _broadcast(metrics: Metrics | None) -> Metrics:
+    """Rank 0's metrics, on every process."""
+    values = [metrics]
+    if dist.is_initialized():
+        dist.broadcast_object_list(values)
+    assert values[0] is not None
+    return values[0]

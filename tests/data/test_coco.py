@@ -1,0 +1,217 @@
+"""Reading COCO-format data: what is kept, how classes are numbered, and that every mistake is named."""
+
+from __future__ import annotations
+
+import json
+import logging
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from pycocotools.coco import COCO
+
+from ats_detr.data.coco import (
+    COCO_2017_IDS,
+    AnnotationError,
+    ClassMap,
+    CocoAnnotations,
+    CocoDetection,
+    ImageFileError,
+)
+from ats_detr.errors import UserError
+from tests.data.conftest import annotation_content
+
+
+def test_objects_are_clipped_and_crowds_and_empty_boxes_dropped(make_dataset):
+    dataset = make_dataset()
+    assert [dataset.image_id(i) for i in range(2)] == [3, 7]
+    boxes, labels = dataset.objects(1)
+    assert boxes.tolist() == [[1, 2, 11, 14], [30, 20, 40, 30]]
+    assert labels.tolist() == [1, 0]  # categories 20 and 5, numbered in ascending order of their ids
+    assert dataset.class_map.names == ("cat", "cup")
+
+
+def test_images_without_objects_are_kept(make_dataset):
+    dataset = make_dataset()
+    image, boxes, labels = dataset[0]
+    assert image.size == (40, 30)
+    assert boxes.shape == (0, 4)
+    assert labels.dtype == torch.int64
+    assert len(dataset) == 2
+
+
+def test_ground_truth_of_the_evaluation_equals_pycocotools_reading_of_the_file(coco_tiny):
+    file = coco_tiny / "annotations/instances_val2017.json"
+    ours, theirs = COCO(), COCO(file)
+    ours.dataset = CocoAnnotations.read(file).to_coco()
+    ours.createIndex()
+    assert ours.getImgIds() == sorted(theirs.getImgIds())
+    assert sorted(ours.getCatIds()) == sorted(theirs.getCatIds())
+    for image_id in ours.getImgIds():
+        pair = [coco.loadAnns(coco.getAnnIds(imgIds=[image_id])) for coco in (ours, theirs)]
+        fields = ("category_id", "bbox", "area", "iscrowd")
+        assert [[a[f] for f in fields] for a in pair[0]] == [[a[f] for f in fields] for a in pair[1]]
+
+
+def test_coco_keeps_the_published_91_rows(coco_tiny):
+    dataset = CocoDetection(coco_tiny / "train2017", coco_tiny / "annotations/instances_train2017.json")
+    assert dataset.class_map.num_rows == 91
+    assert dataset.class_map.rows == tuple(sorted(COCO_2017_IDS))
+    assert dataset.class_map.name_of_row(18) == "dog"
+    assert dataset.class_map.name_of_row(12) == "row 12"
+    objects = [dataset.objects(i) for i in range(len(dataset))]
+    assert any(len(labels) == 0 for _, labels in objects)
+    labels = torch.cat([labels for _, labels in objects])
+    assert set(labels.tolist()) <= COCO_2017_IDS
+    assert all((boxes[:, 2:] > boxes[:, :2]).all() for boxes, _ in objects)
+
+
+def test_class_map_survives_the_checkpoint_and_converts_both_ways():
+    class_map = ClassMap.from_categories({30: "b", 4: "a", 100: "c"})
+    restored = ClassMap.from_dict(json.loads(json.dumps(class_map.to_dict())))
+    assert restored == class_map
+    np.testing.assert_array_equal(restored.rows_of(np.array([100, 4, 5])), [2, 0, -1])
+    np.testing.assert_array_equal(restored.category_ids_of(np.array([1, 0, 3])), [30, 4, -1])
+
+
+def test_validation_uses_the_class_map_of_the_model(make_dataset):
+    class_map = ClassMap.from_categories({1: "dog", 5: "cat", 20: "cup"})
+    _, labels = make_dataset(class_map=class_map).objects(1)
+    assert labels.tolist() == [2, 1]
+
+
+def test_category_ids_outside_the_models_classes_are_refused(make_dataset):
+    with pytest.raises(AnnotationError, match=r"outside the model's 1 classes: 5 \(cat\)"):
+        make_dataset(class_map=ClassMap.from_categories({20: "cup"}))
+
+
+def test_category_of_another_name_is_refused(make_dataset):
+    with pytest.raises(AnnotationError, match="calls category 5 'cat', the model calls it 'dog'"):
+        make_dataset(class_map=ClassMap.from_categories({5: "dog", 20: "cup"}))
+
+
+@pytest.mark.parametrize("mode", ["L", "CMYK", "RGB"])
+def test_every_mode_becomes_rgb(make_dataset, mode):
+    assert make_dataset(modes=(mode, mode))[0][0].mode == "RGB"
+
+
+def test_exif_rotation_is_not_applied(make_dataset):
+    dataset = make_dataset()
+    exif = Image.Exif()
+    exif[274] = 6  # turn by 90 degrees to view
+    Image.new("RGB", (40, 30)).save(dataset.path(0), exif=exif)
+    assert dataset.read_image(0).size == (40, 30)
+
+
+def test_sixteen_bit_gray_is_scaled_not_clipped(make_dataset):
+    dataset = make_dataset()
+    ramp = np.linspace(0, 65535, 30 * 40).reshape(30, 40).astype(np.uint16)
+    Image.fromarray(ramp).save(dataset.path(0), format="PNG")
+    pixels = np.asarray(dataset.read_image(0))
+    np.testing.assert_allclose(pixels[..., 1], ramp / 257, atol=1.5)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("not json {", "is not JSON"),
+        ("[1, 2]", "not a COCO instances file: no list under 'images', 'annotations', 'categories'"),
+        ('{"images": [], "categories": []}', "no list under 'annotations'"),
+        ('{"images": [], "annotations": [], "categories": [{"id": 1, "name": "x"}]}', "lists no images"),
+    ],
+)
+def test_files_that_are_not_coco_are_refused_in_one_line(make_dataset, tmp_path, text, message):
+    make_dataset()
+    file = tmp_path / "annotations.json"
+    file.write_text(text)
+    with pytest.raises(AnnotationError, match=message) as raised:
+        CocoDetection(tmp_path / "images", file)
+    assert str(file) in str(raised.value)
+    assert "\n" not in str(raised.value)
+    assert isinstance(raised.value, UserError)
+
+
+@pytest.mark.parametrize(
+    ("key", "field", "value", "message"),
+    [
+        ("images", "height", None, r"images\[0\] needs 'height' of type int, found None"),
+        ("images", "height", 0, "image 7 has height 0"),
+        ("images", "id", 3, r"images\[1\] repeats id 3"),
+        ("annotations", "image_id", 99, r"annotations\[0\] names image_id 99"),
+        ("annotations", "image_id", [7], r"annotations\[0\] names image_id \[7\]"),
+        ("annotations", "category_id", 6, r"annotations\[0\] has category_id 6, .* \(ids 5..20\)"),
+        ("annotations", "bbox", [1, 2, 3], r"annotations\[0\] needs 'bbox'"),
+        ("annotations", "bbox", [1, 2, 3, float("nan")], r"annotations\[0\] needs 'bbox'"),
+        ("annotations", "area", "big", r"annotations\[0\] needs a number as 'area'"),
+        ("categories", "name", 5, r"categories\[0\] needs 'name' of type str"),
+    ],
+)
+def test_broken_records_are_named(make_dataset, key, field, value, message):
+    content = annotation_content()
+    content[key][0][field] = value
+    with pytest.raises(AnnotationError, match=message):
+        make_dataset(content=content)
+
+
+def test_missing_folder_and_missing_file_are_named(tmp_path, make_dataset):
+    dataset = make_dataset()
+    with pytest.raises(UserError, match="image folder .*nowhere does not exist"):
+        CocoDetection(tmp_path / "nowhere", dataset.annotations.file)
+    with pytest.raises(UserError, match="annotation file .*nothing.json does not exist"):
+        CocoDetection(tmp_path, tmp_path / "nothing.json")
+
+
+@pytest.mark.parametrize("cache_images", [False, True])
+def test_missing_image_is_named_at_once_or_left_to_the_loaders(make_dataset, caplog, cache_images):
+    whole = make_dataset()
+    whole.path(0).unlink()
+    folder, file = whole.image_folder, whole.annotations.file
+    with pytest.raises(ImageFileError, match=r"1 of 2 images of .* are missing, first .*a\.jpg"):
+        CocoDetection(folder, file, cache_images=cache_images)
+    with caplog.at_level(logging.WARNING):
+        dataset = CocoDetection(folder, file, cache_images=cache_images, on_bad_image="skip")
+    assert "1 of 2 images" in caplog.text
+    with pytest.raises(ImageFileError, match=r"image .*a\.jpg does not exist"):
+        dataset.read_image(0)
+    dataset.read_image(1)
+
+
+def test_a_folder_without_any_of_the_images_is_an_error_even_when_skipping(make_dataset, tmp_path):
+    with pytest.raises(ImageFileError, match="2 of 2 images"):
+        CocoDetection(tmp_path, make_dataset().annotations.file, on_bad_image="skip")
+
+
+@pytest.mark.parametrize("cache_images", [False, True])
+def test_truncated_image_is_named(make_dataset, cache_images):
+    path = make_dataset().path(1)
+    noise = np.random.default_rng(0).integers(0, 255, (30, 40, 3), np.uint8)
+    Image.fromarray(noise).save(path)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    dataset = CocoDetection(path.parent, path.parents[1] / "annotations.json", cache_images=cache_images)
+    with pytest.raises(ImageFileError, match=r"image .*b\.jpg cannot be read: .*truncated"):
+        dataset.read_image(1)
+    path.write_bytes(b"")
+    with pytest.raises(ImageFileError, match=r"image .*b\.jpg cannot be read"):
+        CocoDetection(path.parent, dataset.annotations.file).read_image(1)
+
+
+def test_image_of_another_size_than_annotated_is_named(make_dataset):
+    dataset = make_dataset()
+    Image.new("RGB", (30, 40)).save(dataset.path(0))
+    with pytest.raises(ImageFileError, match=r"a\.jpg is 30x40 pixels but .* says 40x30"):
+        dataset.read_image(0)
+
+
+def test_cache_serves_the_same_images_without_the_files(make_dataset):
+    dataset = make_dataset(cache_images=True)
+    before = [np.asarray(dataset.read_image(i)) for i in range(2)]
+    for i in range(2):
+        dataset.path(i).unlink()
+    for i in range(2):
+        np.testing.assert_array_equal(np.asarray(dataset.read_image(i)), before[i])
+    assert (
+        len(pickle.dumps(dataset)) < 20_000
+    )  # workers that do not fork share the block instead of copying it
