@@ -2,7 +2,8 @@
 
 A checkpoint is a dictionary of tensors and plain values (`torch.load(..., weights_only=True)` reads it): `model`,
 `config` (resolved), `num_classes` (rows of the heads), `classes` (what the rows mean), `epoch` (completed ones),
-`step`, `best_ap`, `train_seconds`, `finished`; then either `optimizer` and `rng` (one state for each process), or `metrics`.
+`step`, `best_ap`, `train_seconds`, `finished`; then either `optimizer` and `rng` (one state for each process), or
+`metrics`.
 """
 
 from __future__ import annotations

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch.utils.tensorboard import SummaryWriter
 
@@ -24,10 +23,21 @@ _SECONDS_BETWEEN_LINES = 30.0
 def configure() -> None:
     """Show the package's messages on the console of the first process. Call it once the processes are connected."""
     console.quiet = not distributed.is_main()
-    level = logging.INFO if distributed.is_main() else logging.ERROR
-    handler = RichHandler(console=console, show_path=False, show_time=False, markup=False)
-    logging.basicConfig(level=logging.WARNING, handlers=[handler], format="%(message)s", force=True)
-    logging.getLogger("ats_detr").setLevel(level)
+    logging.basicConfig(level=logging.WARNING, handlers=[_ConsoleHandler()], force=True)
+    logging.getLogger("ats_detr").setLevel(logging.INFO if distributed.is_main() else logging.ERROR)
+
+
+def say(text: str) -> None:
+    """A line on the console of the first process."""
+    console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+class _ConsoleHandler(logging.Handler):
+    """Log records as lines above the progress bar."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        prefix = "" if record.levelno < logging.WARNING else f"{record.levelname.lower()}: "
+        say(prefix + record.getMessage())
 
 
 class RunLog:
@@ -64,26 +74,23 @@ class RunLog:
                 yield batch
                 progress.update(task, completed=done, text=self._text)
                 if not console.is_terminal and time.monotonic() - printed > _SECONDS_BETWEEN_LINES:
-                    console.print(f"{title} step {done}/{num_steps} {self._text}", highlight=False)
+                    say(f"{title} step {done}/{num_steps} {self._text}")
                     printed = time.monotonic()
 
-    def write(self, step: int, epoch: int, values: Mapping[str, float], *, kind: str = "train") -> None:
+    def write(self, step: int, epoch: int, values: Mapping[str, Any], *, kind: str = "train") -> None:
         """One line of the log: `kind` is `train` or `evaluation`."""
         if self._writer is None:
             return
         with self._file.open("a") as file:
             file.write(json.dumps({"kind": kind, "step": step, "epoch": epoch, **values}) + "\n")
         for key, value in values.items():
-            self._writer.add_scalar(f"{kind}/{key}", value, step)
+            if isinstance(value, (int, float)):
+                self._writer.add_scalar(f"{kind}/{key}", value, step)
         if kind == "train":
             shown = {"loss": "{:.3f}", "learning_rate": "lr {:.1e}", "images_per_second": "{:.1f} images/s"}
             self._text = "  ".join(text.format(values[key]) for key, text in shown.items() if key in values)
             if "keep_ratio" in values:
                 self._text += f"  keep {values['keep_ratio']:.1%}"
-
-    def say(self, text: str) -> None:
-        """A line on the console of the first process."""
-        console.print(text, highlight=False)
 
     def close(self) -> None:
         """Flush TensorBoard's file."""

@@ -90,7 +90,7 @@ def write_small_chain(folder: Path, **changes: Any) -> Path:
 
 
 def random_batch(
-    seed: int, num_objects: list[int], size: int = 64, num_classes: int = 3
+    seed: int, num_objects: list[int], size: int = 128, num_classes: int = 3
 ) -> tuple[ImageBatch, list[Target]]:
     """Square noise images of one size with the given numbers of objects."""
     g = torch.Generator().manual_seed(seed)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 from torch import nn
 
@@ -25,7 +27,8 @@ def test_three_groups_with_rates_scaled_by_the_square_root_of_the_global_batch()
     optimizer = build_optimizer(model, TrainConfig(), global_batch=64)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     groups = {
-        group["name"]: (group["lr"], sorted(names[id(p)] for p in group["params"])) for group in optimizer.param_groups
+        group["name"]: (group["lr"], sorted(names[id(p)] for p in group["params"]))
+        for group in optimizer.param_groups
     }
     assert groups == {
         "rest": (pytest.approx(4e-4), ["encoder.value_proj.bias", "encoder.value_proj.weight"]),
@@ -59,8 +62,8 @@ def test_one_cycle_rises_to_the_full_rate_and_ends_near_zero() -> None:
     factors = [learning_rate_factor(config, step, 10) for step in range(100)]
     assert max(factors) == 1
     assert factors.index(1) == 19
-    assert all(a < b for a, b in zip(factors[:19], factors[1:20], strict=True))
-    assert all(a >= b for a, b in zip(factors[20:-1], factors[21:], strict=True))
+    assert all(a < b for a, b in pairwise(factors[:20]))
+    assert all(a >= b for a, b in pairwise(factors[20:]))
     assert 0 < factors[-1] < 1e-3
 
 

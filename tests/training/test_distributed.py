@@ -1,0 +1,88 @@
+"""Several processes train like one on their batches taken together."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor, nn
+
+from ats_detr.batch import ImageBatch, Target
+from ats_detr.config import config_from_dict
+from ats_detr.model import build_model
+from ats_detr.training.optim import build_optimizer
+from ats_detr.training.trainer import build_criterion, compute_losses, parallel
+from tests.training.small import random_batch, small_tree
+
+ROOT = Path(__file__).parents[2]
+OBJECTS_OF_STEPS = ([2, 1, 3, 4], [3, 2, 0, 0], [1, 0, 2, 1])
+"""Objects of the four images of each step; two processes take two images each, the second has none in step two."""
+
+
+def train_three_steps(tree: dict[str, Any], rank: int, world_size: int) -> dict[str, dict[str, Tensor]]:
+    """Gradients of every step and the parameters after the last one."""
+    torch.set_num_threads(1)
+    config = config_from_dict(tree)
+    torch.manual_seed(0)
+    model = build_model(config.model, num_classes=3).train()
+    trained = parallel(model, torch.device("cpu"))
+    optimizer = build_optimizer(model, config.train, global_batch=4)
+    criterion = build_criterion(config, 3)
+    result: dict[str, dict[str, Tensor]] = {}
+    for step, objects in enumerate(OBJECTS_OF_STEPS):
+        batch, targets = share_of(*random_batch(step, objects), rank, world_size)
+        losses = compute_losses(trained, criterion, None, batch, targets)[1]
+        losses["loss"].backward()
+        result[f"gradient of step {step}"] = {
+            name: parameter.grad.clone()
+            for name, parameter in model.named_parameters()
+            if parameter.grad is not None
+        }
+        nn.utils.clip_grad_norm_(model.parameters(), config.train.clip_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+    result["parameters"] = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    return result
+
+
+def share_of(
+    batch: ImageBatch, targets: list[Target], rank: int, world_size: int
+) -> tuple[ImageBatch, list[Target]]:
+    size = len(targets) // world_size
+    part = slice(rank * size, (rank + 1) * size)
+    return ImageBatch(batch.images_B3HW[part], batch.sizes[part]), targets[part]
+
+
+def run_process(rank: int, folder: str, tree: dict[str, Any]) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    result = train_three_steps(tree, rank, 2)
+    if rank == 0:
+        torch.save(result, f"{folder}/result.pt")
+    dist.destroy_process_group()
+
+
+def test_two_processes_equal_one_in_every_gradient_and_parameter(tmp_path: Path) -> None:
+    # Two channels in each group of the group norms: with one, the gradient of the bias in front is rounding noise,
+    # from which Adam makes whole steps.
+    tree = small_tree(tmp_path, model={"width": 64})
+    alone = train_three_steps(tree, 0, 1)
+    mp.spawn(run_process, (str(tmp_path), tree), nprocs=2)
+    together = torch.load(tmp_path / "result.pt")
+    for what, expected in alone.items():
+        assert expected.keys() == together[what].keys()
+        for name, tensor in expected.items():
+            difference = (together[what][name] - tensor).abs().max().item()
+            assert difference < 1e-5, f"{what}: {name} differs by {difference}"
+
+
+def test_every_trained_parameter_gets_a_gradient_also_without_objects(tmp_path: Path) -> None:
+    """DDP waits for the gradient of every parameter: one that gets none would hang it."""
+    config = config_from_dict(small_tree(tmp_path))
+    model = build_model(config.model, num_classes=3).train()
+    batch, targets = random_batch(0, [0, 0])
+    compute_losses(model, build_criterion(config, 3), None, batch, targets)[1]["loss"].backward()
+    without = [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    assert without == []
