@@ -237,8 +237,9 @@ def _input_projections(num_channels: list[int], width: int, num_levels: int) -> 
         nn.init.xavier_uniform_(convolution.weight)
         assert convolution.bias is not None
         nn.init.zeros_(convolution.bias)
+    num_groups = width // 8 if width % 8 == 0 else math.gcd(32, width)  # 32 at the published width of 256
     return nn.ModuleList(
-        nn.Sequential(convolution, nn.GroupNorm(math.gcd(32, width), width)) for convolution in convolutions
+        nn.Sequential(convolution, nn.GroupNorm(num_groups, width)) for convolution in convolutions
     )
 
 

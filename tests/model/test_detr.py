@@ -1,0 +1,184 @@
+"""Behaviour of the model that the published numbers do not show: what an image gets, and what it pays for."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from ats_detr.batch import ImageBatch, bucket_size
+from ats_detr.config import BackboneConfig, ModelConfig, SelectorConfig
+from ats_detr.model import Detr, build_model, top_detections
+from ats_detr.model.selector import TokenSelector
+
+BUCKET = 64
+
+
+def small_model(**changes) -> Detr:
+    """An ATS-DETR of 0.3 M parameters whose random weights still tell images apart."""
+    config = {
+        "backbone": BackboneConfig(
+            name="resnet10t",
+            pretrained=False,
+            frozen_stages=0,
+            frozen_norm=False,
+            options={"channels": (8, 16, 16, 16)},
+        ),
+        "selector": SelectorConfig(min_ratio=0.1, max_ratio=0.5, min_tokens=4),
+        "width": 32,
+        "num_heads": 4,
+        "num_encoder_layers": 2,
+        "num_decoder_layers": 2,
+        "feedforward_width": 64,
+        "num_queries": 10,
+        "two_stage": True,
+        "box_refine": True,
+        "queries_from_memory": True,
+        "class_specific_proposals": True,
+        "encoder_auxiliary": True,
+    }
+    torch.manual_seed(0)
+    model = build_model(ModelConfig(**(config | changes)), num_classes=5).eval()
+    for module in model.modules():  # the heads' zero initialisation would make all boxes alike
+        if isinstance(module, torch.nn.Linear):
+            torch.nn.init.normal_(module.weight, std=module.in_features**-0.5)
+    return model
+
+
+def images(*sizes: tuple[int, int]) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    # Contrast differs from image to image, so that budgets do.
+    return [torch.randn(3, *size, generator=generator) * 3 ** (i % 3 - 1) for i, size in enumerate(sizes)]
+
+
+@torch.no_grad()
+def test_an_image_is_treated_the_same_alone_and_in_any_batch():
+    model = small_model()
+    pictures = images((128, 120), (100, 128), (128, 128), (90, 70), (128, 65), (97, 128))
+    groups = [[0], [1], [2], [3], [4], [5], [2, 1, 0], [5, 4], [0, 5, 1, 2]]
+    seen: dict[int, tuple] = {}
+    for group in groups:
+        assert len({bucket_size(tuple(pictures[i].shape[-2:]), BUCKET) for i in group}) == 1
+        batch = ImageBatch.collate([pictures[i] for i in group], BUCKET)
+        output = model(batch)
+        detections = top_detections(output.last, batch.sizes, 20)
+        for row, (i, kept) in enumerate(zip(group, output.selection.plan.image_slices(), strict=True)):
+            tokens = output.selection.plan.token_index_K[kept]
+            if i in seen:
+                assert torch.equal(seen[i][0], tokens)
+                torch.testing.assert_close(seen[i][1], detections[row].scores_N, atol=1e-4, rtol=0)
+                torch.testing.assert_close(seen[i][2], detections[row].boxes_xyxy_N4, atol=1e-4 * 128, rtol=0)
+            seen.setdefault(i, (tokens, detections[row].scores_N, detections[row].boxes_xyxy_N4))
+    assert len({len(tokens) for tokens, _, _ in seen.values()}) > 1, "the images should get different budgets"
+
+
+@torch.no_grad()
+def test_an_image_pays_for_its_own_tokens_only():
+    model = small_model()
+    rows: list[int] = []
+    model.encoder.layers[0].feedforward.register_forward_hook(
+        lambda module, args, out: rows.append(len(args[0]))
+    )
+    output = model(ImageBatch.collate(images((128, 128), (64, 96), (128, 100))))
+    counts = output.selection.num_kept_B.tolist()
+    assert rows == [sum(counts)] and len(set(counts)) > 1
+    assert output.selection.plan.counts_B.tolist() == counts
+
+
+@torch.no_grad()
+def test_only_kept_tokens_change_in_the_encoder():
+    model = small_model()
+    batch = ImageBatch.collate(images((128, 128), (64, 96)))
+    features = model.tokenize(batch).features_BSC
+    output = model(batch)
+    kept = output.selection.plan.slot_BS >= 0
+    changed = (output.memory_BSC != features).any(-1)
+    assert torch.equal(kept, changed)
+
+
+@torch.no_grad()
+def test_padding_is_never_kept_while_valid_tokens_remain():
+    model = small_model(selector=SelectorConfig(keep_ratio=1.0))
+    output = model(ImageBatch.collate(images((128, 128), (40, 50))))
+    kept = output.selection.plan.slot_BS >= 0
+    assert torch.equal(kept, ~output.padding_mask_BS)
+
+
+@pytest.mark.parametrize("two_stage", [False, True])
+@pytest.mark.parametrize("box_refine", [False, True])
+def test_family_without_a_selector(two_stage, box_refine):
+    model = small_model(
+        selector=None,
+        two_stage=two_stage,
+        box_refine=box_refine,
+        queries_from_memory=False,
+        class_specific_proposals=False,
+        encoder_auxiliary=False,
+    )
+    output = model(ImageBatch.collate(images((64, 96), (96, 64))), supervision=True)
+    assert output.last.logits.shape == (2, 10, 5) and output.last.boxes.shape == (2, 10, 4)
+    assert output.selection is None and output.attention_map_BS is None and output.encoder_auxiliary == []
+    assert (output.encoder is not None) == two_stage
+    (output.last.logits.sum() + output.last.boxes.sum()).backward()
+    assert model.backbone.body.conv1[0].weight.grad.abs().sum() > 0
+
+
+def test_an_image_smaller_than_the_number_of_queries():
+    output = small_model(num_queries=300)(ImageBatch.collate(images((64, 64))))
+    assert output.last.boxes.shape[1] == output.padding_mask_BS.shape[1] < 300
+
+
+@torch.no_grad()
+def test_masked_mean_ignores_what_lies_in_the_padding():
+    features, padding = torch.randn(2, 40, 16), torch.zeros(2, 40, dtype=torch.bool)
+    padding[:, 30:] = True
+    other = torch.where(padding[..., None], torch.randn(2, 40, 16) * 9, features)
+    for masked_mean in (True, False):
+        selector = TokenSelector(16, 0.1, 0.5, 2, masked_mean=masked_mean)
+        one, two = selector(features, padding), selector(other, padding)
+        assert torch.allclose(one.budget_logits_BR, two.budget_logits_BR) == masked_mean
+
+
+@given(
+    num_valid=st.lists(st.integers(1, 30000), min_size=1, max_size=8),
+    ratio=st.floats(0.001, 1.0),
+    num_budgets=st.integers(2, 5),
+    min_tokens=st.integers(0, 500),
+)
+@settings(max_examples=50, deadline=None)
+def test_budgets_stay_within_their_bounds(num_valid, ratio, num_budgets, min_tokens):
+    valid = torch.tensor(num_valid)
+    fixed = TokenSelector(16, ratio, ratio).num_tokens(valid, None)
+    assert ((fixed >= 1) & (fixed <= valid)).all()
+    assert (fixed <= (valid * ratio).int() + 2).all()
+    selector = TokenSelector(16, ratio / 2, ratio, num_budgets, min_tokens)
+    for budget in range(num_budgets):
+        logits = torch.zeros(len(num_valid), num_budgets)
+        logits[:, budget] = 1
+        kept = selector.num_tokens(valid, logits)
+        assert ((kept >= valid.clamp(max=min_tokens)) & (kept <= valid)).all()
+        expected = (ratio / 2 + ratio / 2 * budget / (num_budgets - 1)) * valid
+        free = (kept > min_tokens) & (kept < valid)
+        assert ((kept - expected).abs()[free] <= 2 + 0.01 * valid[free]).all()
+
+
+def test_frozen_parts_of_the_published_backbone_stay_fixed():
+    with torch.device("meta"):
+        model = build_model(ModelConfig(backbone=BackboneConfig(pretrained=False)), num_classes=91)
+    trainable = {name for name, parameter in model.backbone.named_parameters() if parameter.requires_grad}
+    assert trainable and all(name.split(".")[1] in {"layer2", "layer3", "layer4"} for name in trainable)
+    assert not [name for name, _ in model.backbone.named_parameters() if ".bn" in name]
+
+
+def test_an_unknown_backbone_is_named():
+    with pytest.raises(ValueError, match="resnet5000"):
+        build_model(ModelConfig(backbone=BackboneConfig(name="resnet5000", pretrained=False)), num_classes=3)
+
+
+def test_training_from_random_weights_is_said_when_nothing_can_be_fetched(monkeypatch, caplog):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    build_model(ModelConfig(backbone=BackboneConfig(name="resnet10t.c3_in1k")), num_classes=3)
+    assert "NO PRETRAINED WEIGHTS" in caplog.text
