@@ -11,6 +11,7 @@ from ats_detr.data.loader import EvaluationLoader, TrainingLoader
 from ats_detr.data.synthetic import synthetic_dataset
 from ats_detr.data.transforms import training_transform
 from ats_detr.training import distributed
+from ats_detr.visualize import spread_over_difficulty
 
 
 @dataclass(frozen=True)
@@ -52,9 +53,19 @@ def build_loaders(config: DataConfig, seed: int, *, pin_memory: bool = False) ->
 
 
 def build_evaluation_loader(
-    config: DataConfig, class_map: ClassMap, *, pin_memory: bool = False
+    config: DataConfig,
+    class_map: ClassMap,
+    *,
+    shared: bool = True,
+    num_images: int | None = None,
+    pin_memory: bool = False,
 ) -> EvaluationLoader:
-    """The validation loader of this process, for a model with these classes."""
+    """The validation loader of this process, for a model with these classes.
+
+    Args:
+        shared: each process gets its share of the images; False: all of them.
+        num_images: only this many, from the one with the fewest objects to the one with the most.
+    """
     root = data_root(config)
     dataset = CocoDetection(
         root / config.val_images,
@@ -70,8 +81,9 @@ def build_evaluation_loader(
         size_multiple=config.size_multiple,
         batch_size=config.eval_batch_size,
         num_workers=config.num_workers,
-        rank=distributed.rank(),
-        world_size=distributed.world_size(),
+        rank=distributed.rank() if shared else 0,
+        world_size=distributed.world_size() if shared else 1,
+        indices=None if num_images is None else spread_over_difficulty(dataset, num_images),
         pin_memory=pin_memory,
     )
 

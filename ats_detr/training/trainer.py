@@ -182,12 +182,12 @@ def stop_if_not_finite(values: dict[str, float], step: int, targets: Sequence[Ta
 
 
 def make_folder(folder: Path) -> None:
-    """The folder of a stage, with those above it."""
+    """Make a folder for results, with those above it."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(
-            f"{folder}: cannot make this folder ({error.strerror}); choose another output_dir"
+            f"{folder}: cannot make this folder ({error.strerror}); choose another one"
         ) from error
 
 

@@ -1,0 +1,157 @@
+"""What a trained detector achieves: the report of one checkpoint, and the comparison of a student with its teachers."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.table import Table
+
+from ats_detr.config import Config
+from ats_detr.data.coco import ClassMap
+from ats_detr.data.loader import EvaluationLoader
+from ats_detr.evaluation import Metrics, evaluate
+from ats_detr.flops import count_flops
+from ats_detr.model import Detr
+from ats_detr.training import distributed
+from ats_detr.training.checkpoint import build_without_fetching, load_checkpoint, load_weights
+from ats_detr.training.datasets import build_evaluation_loader
+from ats_detr.training.logging import console, say
+from ats_detr.training.stages import Stage
+from ats_detr.training.trainer import make_folder
+from ats_detr.visualize import plot_budgets, save_pictures
+
+_AP_NAMES = {
+    "AP": "IoU 0.50:0.95",
+    "AP50": "IoU 0.50",
+    "AP75": "IoU 0.75",
+    "APs": "small, area below 32² pixels",
+    "APm": "medium",
+    "APl": "large, area above 96² pixels",
+}
+
+
+def evaluate_checkpoint(config: Config, path: Path, folder: Path, device: torch.device) -> Metrics:
+    """Print and write what a checkpoint achieves on the validation images of `config`.
+
+    `folder` gets metrics.json, pictures of `num_pictures` images, and, for a model with a budget per image,
+    budgets.png. Every process of a distributed run calls it.
+    """
+    make_folder(folder)
+    model, class_map = load_detector(config, path, device)
+    loader = build_evaluation_loader(config.data, class_map)
+    metrics = evaluate(model, loader, device, show_progress=console.is_terminal)
+    if distributed.is_main():
+        print_metrics(metrics)
+        write_json(metrics.to_dict(), folder / "metrics.json")
+        write_pictures(config, model, class_map, metrics, folder, device)
+        say(f"written to {folder}: metrics.json and pictures")
+    distributed.barrier()
+    return metrics
+
+
+def summarise(stages: Mapping[str, Stage], folder: Path, device: torch.device) -> None:
+    """Compare the finished stages on the student's validation images: a table, pictures, and last summary.json.
+
+    summary.json: for each stage AP and AP50 (0..1), the mean share of the tokens kept and the encoder's giga
+    multiply-adds per image; the rank correlation of the student's budgets with the number of objects; the number of
+    images; the minutes that all trainings took. Every process of a distributed run calls it.
+    """
+    summary: dict[str, Any] = {}
+    student = stages["student"]
+    seconds = 0.0
+    for name, stage in stages.items():
+        model, class_map = load_detector(stage.config, stage.checkpoint, device)
+        metrics = evaluate(model, build_evaluation_loader(student.config.data, class_map), device)
+        seconds += load_checkpoint(stage.checkpoint)["train_seconds"]
+        if not distributed.is_main():
+            continue
+        everything = build_evaluation_loader(student.config.data, class_map, shared=False)
+        summary[name] = {key: metrics.to_dict()[key] for key in ("AP", "AP50", "mean_keep_ratio")}
+        summary[name]["encoder_gflops"] = mean_encoder_gflops(model, everything)
+        if name == "student":
+            correlation = metrics.budget_object_spearman
+            summary["budget_object_spearman"] = None if math.isnan(correlation) else correlation
+            summary["num_val_images"] = len(metrics.images)
+            write_pictures(student.config, model, class_map, metrics, folder, device)
+    if distributed.is_main():
+        summary["train_minutes"] = seconds / 60
+        print_comparison(summary)
+        write_json(summary, folder / "summary.json")
+        say(f"written to {folder}: budgets.png, pictures and summary.json")
+    distributed.barrier()
+
+
+def load_detector(config: Config, path: Path, device: torch.device) -> tuple[Detr, ClassMap]:
+    """The model of `config` with the weights of a checkpoint, and what its class rows mean."""
+    checkpoint = load_checkpoint(path)
+    model = build_without_fetching(config, checkpoint["num_classes"])
+    load_weights(model, checkpoint["model"], path)
+    return model.to(device).eval(), ClassMap.from_dict(checkpoint["classes"])
+
+
+def mean_encoder_gflops(model: Detr, loader: EvaluationLoader) -> float:
+    """Giga multiply-adds of the encoder per image, with the budgets that the images get."""
+    total, num_images = 0.0, 0
+    for batch, _ in loader:
+        total += count_flops(model, batch).encoder * len(batch)
+        num_images += len(batch)
+    return total / num_images
+
+
+def write_pictures(
+    config: Config, model: Detr, class_map: ClassMap, metrics: Metrics, folder: Path, device: torch.device
+) -> None:
+    """pictures/ of images over the whole range of difficulty, and budgets.png where there is a choice."""
+    loader = build_evaluation_loader(config.data, class_map, shared=False, num_images=config.num_pictures)
+    save_pictures(model, loader, device, folder / "pictures")
+    if metrics.num_budgets:
+        plot_budgets(metrics).savefig(folder / "budgets.png")
+
+
+def write_json(content: Mapping[str, Any], path: Path) -> None:
+    """Write whole or not at all."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(content, indent=2) + "\n")
+    temporary.replace(path)
+
+
+def print_metrics(metrics: Metrics) -> None:
+    """COCO's table, the mean keep ratio and how often each budget was chosen."""
+    values = metrics.to_dict()
+    table = Table(title=f"{len(metrics.images)} images")
+    for column in ("", "", "value"):
+        table.add_column(column, justify="right" if column else "left")
+    for key, meaning in _AP_NAMES.items():
+        table.add_row(key, meaning, _number(values[key]))
+    table.add_row(
+        "keep ratio", "share of the tokens that the encoder updates, mean", f"{metrics.mean_keep_ratio:.1%}"
+    )
+    for budget, count in enumerate(metrics.budget_histogram):
+        table.add_row(f"budget {budget}", "images that chose it, smallest budget first", str(count))
+    if metrics.num_skipped:
+        table.add_row("skipped", "images that could not be read", str(metrics.num_skipped))
+    console.print(table)
+
+
+def print_comparison(summary: Mapping[str, Any]) -> None:
+    """The stages side by side."""
+    table = Table(title=f"{summary['num_val_images']} validation images")
+    for column in ("", "AP", "AP50", "mean keep ratio", "encoder GFLOPs"):
+        table.add_column(column, justify="right" if column else "left")
+    for name in ("weak", "strong", "student"):
+        row = summary[name]
+        ratio, gflops = f"{row['mean_keep_ratio']:.1%}", f"{row['encoder_gflops']:.4f}"
+        table.add_row(name, _number(row["AP"]), _number(row["AP50"]), ratio, gflops)
+    console.print(table)
+    correlation = summary["budget_object_spearman"]
+    found = "the budget is the same for all images" if correlation is None else f"Spearman {correlation:.2f}"
+    say(f"budget against number of objects: {found}; trained in {summary['train_minutes']:.1f} minutes")
+
+
+def _number(value: float | None) -> str:
+    return "none" if value is None else f"{value:.3f}"

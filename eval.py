@@ -1,0 +1,42 @@
+"""Evaluate a checkpoint: COCO AP, the budgets it used, pictures.
+
+python eval.py --config configs/quickstart.yaml --checkpoint runs/quickstart/student/final.pt [key=value ...]
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from ats_detr.config import load_config
+from ats_detr.errors import run_cli
+from ats_detr.summary import evaluate_checkpoint
+from ats_detr.training import distributed, logging
+from ats_detr.training.checkpoint import config_of, load_checkpoint
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config", help="a YAML file; default: the settings stored in the checkpoint")
+    parser.add_argument(
+        "--checkpoint", required=True, type=Path, help="such as runs/quickstart/student/final.pt"
+    )
+    parser.add_argument(
+        "--output", type=Path, help="folder for metrics.json and pictures; default: beside the checkpoint"
+    )
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as data.eval_batch_size=8")
+    arguments = parser.parse_args()
+    if arguments.config:
+        config = load_config(arguments.config, arguments.overrides)
+    else:
+        config = config_of(load_checkpoint(arguments.checkpoint), arguments.checkpoint)
+    output = arguments.output or arguments.checkpoint.parent / "evaluation"
+    with distributed.process_group(config.device) as device:
+        logging.configure()
+        evaluate_checkpoint(config, arguments.checkpoint, output, device)
+
+
+if __name__ == "__main__":
+    run_cli(main)
