@@ -1,0 +1,240 @@
+"""Pictures for people: detections, the tokens a detector kept, and its budgets against the number of objects."""
+
+from __future__ import annotations
+
+import colorsys
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.collections import PatchCollection
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from ats_detr.data.coco import ClassMap, CocoDetection
+from ats_detr.data.loader import EvaluationLoader
+from ats_detr.evaluation import Metrics
+from ats_detr.model import Detr
+from ats_detr.model.output import Detections, top_detections
+
+PICTURE_SIDE = 640
+"""Images are enlarged by a whole factor to about this shorter side before anything is written on them."""
+DIMMED = 0.28
+"""Brightness that is left to tokens that were not kept."""
+ACCENT = "#ff9f1c"
+INK = "#22303c"
+
+
+def class_colour(row: int) -> tuple[int, int, int]:
+    """RGB of a class row; neighbouring rows get hues far apart (golden-ratio steps around the colour circle)."""
+    red, green, blue = colorsys.hsv_to_rgb((0.08 + row * 0.618034) % 1, 0.78, 0.98)
+    return round(red * 255), round(green * 255), round(blue * 255)
+
+
+def draw_detections(
+    image: Image.Image, detections: Detections, class_map: ClassMap, *, min_score: float = 0.4
+) -> Image.Image:
+    """A copy of `image` (RGB, as stored) with the detections of at least `min_score`, the best one on top.
+
+    Small images are enlarged by a whole factor, so that names and scores can be read.
+    """
+    factor = max(1, round(PICTURE_SIDE / min(image.size)))
+    picture = image.convert("RGB").resize(
+        (image.width * factor, image.height * factor), Image.Resampling.BICUBIC
+    )
+    draw = ImageDraw.Draw(picture)
+    font = ImageFont.load_default(max(12, round(min(picture.size) / 42)))
+    line_width = max(2, round(min(picture.size) / 240))
+    scores = detections.scores_N.tolist()
+    boxes = (detections.boxes_xyxy_N4.cpu() * factor).tolist()
+    shown = [i for i, score in enumerate(scores) if score >= min_score]
+    for i in reversed(shown):
+        row = int(detections.labels_N[i])
+        colour = class_colour(row)
+        left, top, right, bottom = _clip(boxes[i], picture.size)
+        draw.rectangle((left, top, right, bottom), outline=colour, width=line_width)
+        text = f"{class_map.name_of_row(row)} {scores[i]:.2f}"
+        _, _, text_width, text_height = draw.textbbox((0, 0), text, font=font)
+        # Above the box; inside it where the picture ends.
+        text_top = top - text_height - 4 if top - text_height - 4 >= 0 else top
+        text_left = max(0, min(left, picture.width - text_width - 6))
+        draw.rectangle(
+            (text_left, text_top, text_left + text_width + 6, text_top + text_height + 4), fill=colour
+        )
+        draw.text((text_left + 3, text_top + 1), text, fill=_readable_on(colour), font=font)
+    return picture
+
+
+def _clip(box: Sequence[float], size: tuple[int, int]) -> tuple[float, float, float, float]:
+    """A box within the picture whose corners are in order, as PIL demands."""
+    width, height = size
+    left, right = sorted(min(max(x, 0), width - 1) for x in (box[0], box[2]))
+    top, bottom = sorted(min(max(y, 0), height - 1) for y in (box[1], box[3]))
+    return left, top, right, bottom
+
+
+def _readable_on(colour: tuple[int, int, int]) -> str:
+    red, green, blue = colour
+    return "black" if 0.299 * red + 0.587 * green + 0.114 * blue > 140 else "white"
+
+
+def draw_kept_tokens(
+    image: Image.Image,
+    kept_S: Tensor,
+    level_shapes: Sequence[tuple[int, int]],
+    *,
+    resized_size: tuple[int, int],
+    padded_size: tuple[int, int],
+    title: str = "",
+) -> Figure:
+    """One panel per level of the pyramid: the image where its tokens were kept, dimmed where they were not.
+
+    Args:
+        image: as stored; it fills the area that `resized_size` has in the padded model input.
+        kept_S: bool, all tokens of the pyramid, level after level, row-major (`plan.slot_BS[i] >= 0`).
+        level_shapes: (rows, columns) of each level. A level covers `padded_size`, as the model sees it.
+        resized_size, padded_size: (height, width) in pixels of the model's input without and with padding.
+    """
+    height, width = resized_size
+    # Fine tokens of large images need room: two panels a row instead of all in one.
+    columns = len(level_shapes) if max(resized_size) <= 256 else min(2, len(level_shapes))
+    rows = math.ceil(len(level_shapes) / columns)
+    panel_width = 12.8 / columns
+    panel_height = min(max(panel_width * height / width, 1.6), 2 * panel_width)
+    figure_size = (panel_width * columns + 0.2, (panel_height + 0.28) * rows + 0.35)
+    figure = Figure(figsize=figure_size, dpi=130, layout="constrained")
+    if title:
+        figure.suptitle(title, fontsize=11, color=INK, fontweight="bold")
+    levels = kept_S.cpu().split([math.prod(shape) for shape in level_shapes])
+    axes = figure.subplots(rows, columns, squeeze=False).flatten()
+    for axis in axes[len(levels) :]:
+        axis.set_axis_off()
+    for axis, level_S, shape in zip(axes[: len(levels)], levels, level_shapes, strict=True):
+        _draw_level(axis, image, level_S.view(shape).numpy(), resized_size, padded_size)
+    return figure
+
+
+def _draw_level(
+    axis: Axes,
+    image: Image.Image,
+    kept: np.ndarray,
+    resized_size: tuple[int, int],
+    padded_size: tuple[int, int],
+) -> None:
+    height, width = resized_size
+    cell_height, cell_width = padded_size[0] / kept.shape[0], padded_size[1] / kept.shape[1]
+    axis.imshow(image, extent=(0, width, height, 0), interpolation="bicubic")
+    dimming = np.zeros((*kept.shape, 4))
+    dimming[..., 3] = np.where(kept, 0, 1 - DIMMED)
+    axis.imshow(dimming, extent=(0, padded_size[1], padded_size[0], 0), interpolation="nearest")
+    outlines = [
+        Rectangle((column * cell_width, row * cell_height), cell_width, cell_height)
+        for row, column in np.argwhere(kept)
+    ]
+    line_width = min(1.2, 40 * cell_width / width)
+    axis.add_collection(PatchCollection(outlines, facecolor="none", edgecolor=ACCENT, linewidth=line_width))
+    axis.set(xlim=(0, width), ylim=(height, 0), xticks=[], yticks=[])
+    for spine in axis.spines.values():
+        spine.set_visible(False)
+    # Only cells whose centre is in the image: the others are padding.
+    rows = min(kept.shape[0], math.ceil(height / cell_height))
+    columns = min(kept.shape[1], math.ceil(width / cell_width))
+    num_kept, num_valid = int(kept[:rows, :columns].sum()), rows * columns
+    axis.set_title(f"stride {cell_width:g}: {num_kept} of {num_valid}", fontsize=9, color=INK)
+
+
+def plot_budgets(metrics: Metrics) -> Figure:
+    """Tokens kept of each image against its number of objects, and their mean for every number of objects."""
+    objects = np.array([record.num_objects for record in metrics.images])
+    ratios = np.array([record.keep_ratio for record in metrics.images]) * 100
+    figure = Figure(figsize=(6.4, 4.2), dpi=130, layout="constrained")
+    axis = figure.subplots()
+    jitter = np.random.default_rng(0)
+    spread = max(float(np.ptp(ratios)), 1.0)
+    axis.scatter(
+        objects + jitter.uniform(-0.3, 0.3, len(objects)),
+        ratios + jitter.uniform(-0.02, 0.02, len(objects)) * spread,
+        s=14,
+        color="#3a86c8",
+        alpha=0.45,
+        linewidths=0,
+        label="one image",
+    )
+    counts = np.unique(objects)
+    means = [ratios[objects == count].mean() for count in counts]
+    axis.plot(counts, means, color=ACCENT, linewidth=2.2, marker="o", markersize=4, label="mean")
+    axis.axhline(
+        ratios.mean(), color=INK, linewidth=1, linestyle=":", label=f"mean of all, {ratios.mean():.1f} %"
+    )
+    axis.set_xlabel("objects in the image", color=INK)
+    axis.set_ylabel("tokens kept (%)", color=INK)
+    axis.set_ylim(bottom=0)
+    correlation = metrics.budget_object_spearman
+    found = "the budget is constant" if math.isnan(correlation) else f"Spearman r = {correlation:.2f}"
+    axis.set_title(f"Budget against difficulty: {found}, {len(objects)} images", fontsize=11, color=INK)
+    axis.grid(alpha=0.25)
+    axis.spines[["top", "right"]].set_visible(False)
+    figure.legend(frameon=False, loc="outside lower center", ncols=3)
+    return figure
+
+
+def spread_over_difficulty(dataset: CocoDetection, num_images: int) -> list[int]:
+    """Dataset indices of `num_images` images (or all, if there are fewer), from the fewest objects to the
+    most.
+    """
+    num_objects = [len(dataset.objects(index)[1]) for index in range(len(dataset))]
+    order = np.argsort(num_objects, kind="stable")
+    places = np.linspace(0, len(order) - 1, min(num_images, len(order))).round().astype(int)
+    return order[places].tolist()
+
+
+@torch.no_grad()
+def save_pictures(
+    model: Detr,
+    loader: EvaluationLoader,
+    device: torch.device | str,
+    folder: str | Path,
+    *,
+    min_score: float = 0.4,
+) -> list[Path]:
+    """Write <image id>_detections.png and, for models that select tokens, <image id>_tokens.png of each
+    image.
+
+    `loader` holds just the images to draw, e.g. EvaluationLoader(..., indices=spread_over_difficulty(dataset,
+    8)). The model is put in evaluation mode and back. Call it in one process.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    dataset, written = loader.dataset, []
+    was_training = model.training
+    model.eval()
+    for batch, targets in loader:
+        output = model(batch.to(device), supervision=False)
+        detections = top_detections(output.last, [target.original_size for target in targets])
+        for i, target in enumerate(targets):
+            image = dataset.read_image(int(np.searchsorted(dataset.annotations.image_ids, target.image_id)))
+            path = folder / f"{target.image_id:06d}_detections.png"
+            draw_detections(image, detections[i], dataset.class_map, min_score=min_score).save(path)
+            written.append(path)
+            if output.selection is None:
+                continue
+            kept, valid = int(output.selection.num_kept_B[i]), int(output.selection.num_valid_B[i])
+            figure = draw_kept_tokens(
+                image,
+                output.selection.plan.slot_BS[i] >= 0,
+                output.level_shapes,
+                resized_size=batch.sizes[i],
+                padded_size=(batch.images_B3HW.shape[2], batch.images_B3HW.shape[3]),
+                title=f"image {target.image_id}, {len(target.labels_N)} objects: "
+                f"keeps {kept} of {valid} tokens ({kept / valid:.0%})",
+            )
+            path = folder / f"{target.image_id:06d}_tokens.png"
+            figure.savefig(path)
+            written.append(path)
+    model.train(was_training)
+    return written
