@@ -8,6 +8,7 @@ image after image), Q queries of one image, H heads, D channels of a head, L lev
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
@@ -49,7 +50,11 @@ def multi_scale_deformable_attention(
     """
     batch, num_queries = locations_BQHLP2.shape[:2]
     return _sample(
-        value_BSHD, level_shapes, locations_BQHLP2.flatten(0, 1), weights_BQHLP.flatten(0, 1), [num_queries] * batch
+        value_BSHD,
+        level_shapes,
+        locations_BQHLP2.flatten(0, 1),
+        weights_BQHLP.flatten(0, 1),
+        [num_queries] * batch,
     ).unflatten(0, (batch, num_queries))
 
 
@@ -78,12 +83,20 @@ def deformable_attention(
 
 
 def _sample(
-    value_BSHD: Tensor, level_shapes: LevelShapes, locations_NHLP2: Tensor, weights_NHLP: Tensor, counts: list[int]
+    value_BSHD: Tensor,
+    level_shapes: LevelShapes,
+    locations_NHLP2: Tensor,
+    weights_NHLP: Tensor,
+    counts: list[int],
 ) -> Tensor:
     """[N, H*D] weighted bilinear samples; the first counts[0] rows read image 0, the next counts[1] image 1, and so on."""
     if len(set(counts)) > 1:  # ragged: one image at a time, so that each pays for its own queries only
         parts = zip(
-            value_BSHD.split(1), locations_NHLP2.split(counts), weights_NHLP.split(counts), counts, strict=True
+            value_BSHD.split(1),
+            locations_NHLP2.split(counts),
+            weights_NHLP.split(counts),
+            counts,
+            strict=True,
         )
         return torch.cat([_sample(v, level_shapes, x, w, [n]) for v, x, w, n in parts])
     batch, _, num_heads, head_dim = value_BSHD.shape
@@ -136,22 +149,27 @@ def attention_map(locations_BQHLP2: Tensor, weights_BQHLP: Tensor, level_shapes:
     floor and the floor + 1, and corners outside the map are dropped. Carries no gradient.
     """
     weights = weights_BQHLP.detach().float()
-    maps = []
-    for level, (height, width) in enumerate(level_shapes):
-        x, y = (locations_BQHLP2[..., level, :, :].detach().float() * weights.new_tensor([width, height])).unbind(-1)
-        x0, y0 = x.floor(), y.floor()
-        level_map = weights.new_zeros(weights.shape[0], height * width)
-        for column, row in ((x0, y0), (x0 + 1, y0), (x0, y0 + 1), (x0 + 1, y0 + 1)):
-            inside = (column >= 0) & (column < width) & (row >= 0) & (row < height)
-            share = weights[..., level, :] * (1 - (x - column).abs()) * (1 - (y - row).abs())
-            token = torch.where(inside, row * width + column, 0).long()
-            level_map.scatter_add_(1, token.flatten(1), torch.where(inside, share, 0).flatten(1))
-        maps.append(level_map)
-    return torch.cat(maps, dim=1)
+    height_L1, width_L1 = weights.new_tensor(level_shapes).T[..., None]
+    sizes = [height * width for height, width in level_shapes]
+    start_L1 = weights.new_tensor([0, *accumulate(sizes[:-1])])[:, None]
+    x, y = locations_BQHLP2.detach().float().unbind(-1)
+    x, y = x * width_L1, y * height_L1
+    x0, y0 = x.floor(), y.floor()
+    map_BS = weights.new_zeros(weights.shape[0], sum(sizes))
+    for column, row in ((x0, y0), (x0 + 1, y0), (x0, y0 + 1), (x0 + 1, y0 + 1)):
+        inside = (column >= 0) & (column < width_L1) & (row >= 0) & (row < height_L1)
+        share = weights * (1 - (x - column).abs()) * (1 - (y - row).abs())
+        token = torch.where(inside, start_L1 + row * width_L1 + column, 0).long()
+        map_BS.scatter_add_(1, token.flatten(1), torch.where(inside, share, 0).flatten(1))
+    return map_BS
 
 
 def deformable_attention_map(
-    reference_points: Tensor, offsets_NHLP2: Tensor, logits_NHLP: Tensor, level_shapes: LevelShapes, num_images: int
+    reference_points: Tensor,
+    offsets_NHLP2: Tensor,
+    logits_NHLP: Tensor,
+    level_shapes: LevelShapes,
+    num_images: int,
 ) -> Tensor:
     """`attention_map` of one deformable attention from its raw projections, float32 [B, S]; N = B*Q rows."""
     locations = sampling_locations(reference_points, offsets_NHLP2, level_shapes)

@@ -130,7 +130,7 @@ class Detr(nn.Module):
         if self.selector is not None:
             scored = tokens.features_BSC
             if self.select_by_proposals:
-                scored = self._embed_proposals(scored + tokens.positions_BSC, tokens.proposals()[1])
+                scored = self._embed_proposals(scored + tokens.positions_BSC, tokens.proposals[1])
             selection = self.selector(scored, tokens.padding_mask_BS)
         memory_BSC, layer_rows = self.encoder(tokens, selection.plan if selection else None)
 
@@ -191,7 +191,7 @@ class Detr(nn.Module):
         (detached).
         """
         assert self.proposal_head is not None
-        proposals_BS4, allowed_BS = tokens.proposals()
+        proposals_BS4, allowed_BS = tokens.proposals
         prediction = self.proposal_head(self._embed_proposals(memory_BSC, allowed_BS), proposals_BS4)
         score_BS = prediction.logits.amax(-1) if self.class_specific_proposals else prediction.logits[..., 0]
         index_BQ = score_BS.topk(min(self.num_queries, score_BS.shape[1]), dim=1).indices
@@ -212,7 +212,7 @@ class Detr(nn.Module):
         """Auxiliary predictions of the encoder's layers on its refined rows."""
         if not self.encoder_heads:
             return []
-        proposals_KX = tokens.proposals()[0].flatten(0, 1)
+        proposals_KX = tokens.proposals[0].flatten(0, 1)
         if selection is not None:
             proposals_KX = proposals_KX.index_select(0, selection.plan.flat_index_K)
         return [head(rows, proposals_KX) for head, rows in zip(self.encoder_heads, layer_rows, strict=False)]

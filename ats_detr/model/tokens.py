@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -56,6 +57,7 @@ class Tokens:
             centres.append(grid_S2 / (self.valid_ratios_BL2[:, None, level] * size_2))
         return torch.cat(centres, 1)[:, :, None] * self.valid_ratios_BL2[:, None]
 
+    @cached_property
     def proposals(self) -> tuple[Tensor, Tensor]:
         """A box at each token as logits, float32 [B, S, 4] cxcywh, and bool [B, S] whether it can be
         proposed.

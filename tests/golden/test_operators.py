@@ -82,7 +82,7 @@ def test_positions_references_and_proposals(case):
         assert_close(
             "reference_points", tokens.reference_points(), case.tensor(f"s{index}_reference_points"), 1e-5
         )
-        proposals, allowed = tokens.proposals()
+        proposals, allowed = tokens.proposals
         assert_close("proposals", proposals, golden["proposals"], 1e-5)
         sizes = [height * width for height, width in shapes]
         for level, mask in enumerate(tokens.padding_mask_BS.split(sizes, 1)):
