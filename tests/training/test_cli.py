@@ -1,0 +1,191 @@
+"""train.py and eval.py as a user calls them: the whole chain, going on after a kill, and mistakes in one line."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import runpy
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from tests.training.small import write_small_chain
+
+ROOT = Path(__file__).parents[2]
+
+
+@dataclass
+class Done:
+    """What a command left behind."""
+
+    code: int
+    out: str
+    err: str
+
+
+def run(script: str, *arguments: str | Path) -> Done:
+    """A script of the project, in this process: starting Python and torch takes longer than these trainings."""
+    out, err = io.StringIO(), io.StringIO()
+    code = 0
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+    ):
+        patch.setattr(sys, "argv", [script, *map(str, arguments)])
+        patch.setenv("COLUMNS", "200")
+        try:
+            runpy.run_path(str(ROOT / script), run_name="__main__")
+        except SystemExit as end:
+            code = end.code
+    return Done(code, out.getvalue(), err.getvalue())
+
+
+def run_apart(*arguments: str | Path) -> Done:
+    """A Python process in the project's folder."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+    command = [sys.executable, *map(str, arguments)]
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240, check=False
+    )
+    return Done(done.returncode, done.stdout, done.stderr)
+
+
+@pytest.fixture(scope="module")
+def chain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a finished run of all three stages."""
+    folder = tmp_path_factory.mktemp("chain")
+    config = write_small_chain(folder)
+    tree = yaml.safe_load(config.read_text())
+    config.write_text(yaml.safe_dump({**tree, "summary": True}))
+    done = run("train.py", "--config", config)
+    assert done.code == 0, done.err
+    return folder
+
+
+def test_one_command_trains_teachers_and_student_and_compares_them(chain: Path) -> None:
+    summary = json.loads((chain / "run" / "summary.json").read_text())
+    stages = ("weak", "strong", "student")
+    assert summary.keys() == {*stages, "budget_object_spearman", "num_val_images", "train_minutes"}
+    assert summary["num_val_images"] == 7
+    for stage in stages:
+        assert summary[stage].keys() == {"AP", "AP50", "mean_keep_ratio", "encoder_gflops"}
+        assert {"config.yaml", "final.pt", "metrics.json", "log.jsonl", "tensorboard"} == {
+            path.name for path in (chain / "run" / stage).iterdir()
+        }
+    weak, strong, student = (summary[stage] for stage in stages)
+    assert 0 < weak["encoder_gflops"] <= student["encoder_gflops"] <= strong["encoder_gflops"]
+    assert (chain / "run" / "budgets.png").exists()
+    assert len(list((chain / "run" / "pictures").glob("*.png"))) == 2
+
+
+def test_the_log_holds_every_step_and_evaluation(chain: Path) -> None:
+    lines = [json.loads(line) for line in (chain / "run" / "student" / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if line["kind"] == "train"] == list(range(1, 9))
+    assert [line["epoch"] for line in lines if line["kind"] == "evaluation"] == [1, 2]
+    assert {"loss", "loss_ce", "loss_budget", "loss_memory", "learning_rate", "keep_ratio"} <= lines[0].keys()
+
+
+def test_finished_stages_are_not_trained_again(chain: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in (chain / "run").rglob("final.pt")}
+    done = run("train.py", "--config", chain / "student.yaml", "--stage", "strong", "data.num_workers=1")
+    assert done.code == 0, done.err
+    assert "strong: finished already" in done.out
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+
+
+def test_a_finished_stage_of_other_settings_is_not_taken_for_the_wanted_one(chain: Path) -> None:
+    done = run("train.py", "--config", chain / "student.yaml", "train.epochs=3")
+    assert done.code == 2
+    assert "was trained with other settings (train.epochs = 2, now 3)" in done.err
+
+
+def test_evaluation_prints_and_writes_the_same_numbers_as_training(chain: Path, tmp_path: Path) -> None:
+    done = run("eval.py", *evaluation_of(chain, tmp_path), "data.eval_batch_size=3")
+    assert done.code == 0, done.err
+    assert_equal_metrics(tmp_path, chain / "run" / "student")
+    for words in ("AP50", "keep ratio", "budget 1"):
+        assert words in done.out
+    assert {path.name for path in tmp_path.iterdir()} == {"metrics.json", "pictures", "budgets.png"}
+
+
+def test_two_processes_evaluate_an_odd_number_of_images_like_one(chain: Path, tmp_path: Path) -> None:
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    done = run_apart(*launcher, "eval.py", *evaluation_of(chain, tmp_path), "data.eval_batch_size=2")
+    assert done.code == 0, done.err
+    assert_equal_metrics(tmp_path, chain / "run" / "student")
+    assert done.out.count("keep ratio") == 1, "only one process prints"
+
+
+def evaluation_of(chain: Path, output: Path) -> tuple[str | Path, ...]:
+    checkpoint = chain / "run" / "student" / "final.pt"
+    return ("--config", chain / "student.yaml", "--checkpoint", checkpoint, "--output", output)
+
+
+def assert_equal_metrics(folder: Path, expected_folder: Path) -> None:
+    found, expected = (json.loads((f / "metrics.json").read_text()) for f in (folder, expected_folder))
+    assert found.keys() == expected.keys()
+    for key, value in expected.items():
+        assert found[key] == (pytest.approx(value, abs=1e-6) if isinstance(value, float) else value), key
+
+
+def test_a_killed_run_goes_on_to_the_same_weights(tmp_path: Path) -> None:
+    undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
+    for folder in (undisturbed, killed):
+        folder.mkdir()
+        write_small_chain(folder, model={"dropout": 0.1})
+    assert run("train.py", "--config", undisturbed / "weak.yaml").code == 0
+    code = (
+        "import os, runpy, sys, ats_detr.training.trainer as trainer\n"
+        "save = trainer.save_checkpoint\n"
+        "trainer.save_checkpoint = lambda *a: (save(*a), os.kill(os.getpid(), 9))\n"
+        f"sys.argv = ['train.py', '--config', {str(killed / 'weak.yaml')!r}]\n"
+        "runpy.run_path('train.py', run_name='__main__')\n"
+    )
+    assert run_apart("-c", code).code == -9
+    assert {path.name for path in (killed / "run").glob("*.pt")} == {"checkpoint.pt"}
+    done = run("train.py", "--config", killed / "weak.yaml")
+    assert done.code == 0, done.err
+    assert "going on from" in done.out
+    states = [torch.load(folder / "run" / "final.pt")["model"] for folder in (undisturbed, killed)]
+    for name, tensor in states[0].items():
+        assert torch.equal(tensor, states[1][name]), name
+    steps = [json.loads(line)["step"] for line in (killed / "run" / "log.jsonl").read_text().splitlines()]
+    assert steps == [1, 2, 3, 4, 4, 5, 6, 7, 8, 8], "train and evaluation entries, none twice"
+
+
+def test_a_teacher_of_another_architecture_is_refused_before_anything_is_written(
+    chain: Path, tmp_path: Path
+) -> None:
+    teacher = chain / "run" / "strong" / "final.pt"
+    config = write_small_chain(tmp_path, model={"num_encoder_layers": 3})
+    given = [f"teachers.{name}.checkpoint={teacher}" for name in ("weak", "strong")]
+    done = run("train.py", "--config", config, *given)
+    assert_one_line(done, r"strong/final.pt: a checkpoint of another architecture")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_given_teacher_that_does_not_exist_is_named(chain: Path) -> None:
+    done = run("train.py", "--config", chain / "student.yaml", "teachers.weak.checkpoint=/nowhere.pt")
+    assert_one_line(done, "teachers.weak.checkpoint = '/nowhere.pt': there is no such file")
+
+
+def test_an_unknown_setting_is_refused_with_the_nearest_name(chain: Path) -> None:
+    assert_one_line(
+        run("train.py", "--config", chain / "student.yaml", "train.epoch=1"), "did you mean train.epochs?"
+    )
+
+
+def assert_one_line(done: Done, words: str) -> None:
+    assert done.code == 2, done.err
+    assert words in done.err
+    errors = [line for line in done.err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert "Traceback" not in done.err
