@@ -1,0 +1,173 @@
+"""How much a detector computes: multiply-adds per image, counted on the images and budgets at hand.
+
+Two conventions. The published figures of this family count what a training-time model returns, auxiliary encoder heads
+and adaption layer included, and four operations per bilinear sample. Inference needs less: only what the detections
+depend on. It also needs one more operation per sample, the attention weight.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from fvcore.nn import FlopCountAnalysis
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from ats_detr.batch import ImageBatch
+from ats_detr.model import Detr
+
+_GIGA = 1e9
+_CORNERS = 4
+_CORNERS_AND_WEIGHT = 5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Flops:
+    """Giga multiply-adds per image, the mean over a batch."""
+
+    total: float
+    encoder: float
+    """The encoder's layers: value projections of all tokens, everything else of the kept ones."""
+    by_operator: dict[str, float]
+    by_module: dict[str, float]
+    """By module name, as in `model.named_modules()`; the empty name is the whole."""
+    keep_ratio: float
+    """Share of the valid tokens that was kept, mean over images; 1 for a dense encoder."""
+
+
+def count_flops(model: Detr, batch: ImageBatch, *, as_published: bool = False) -> Flops:
+    """What one pass over the batch computes, counted by fvcore.
+
+    Args:
+        as_published: count as the published figures do, see above. Default: what inference needs.
+
+    The model runs on the CPU, on a copy where it lives elsewhere: the reference operators are what is counted, whatever
+    kernels the device has.
+    """
+    model, images = _on_cpu(model, batch)
+    counted = _Counted(model, images.sizes, as_published)
+    with _quiet(), torch.no_grad():
+        analysis = FlopCountAnalysis(counted, images.images_B3HW)
+        analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
+        samples = _CORNERS if as_published else _CORNERS_AND_WEIGHT
+        analysis.set_op_handle(
+            "aten::grid_sampler", lambda inputs, outputs: samples * math.prod(_shape(outputs[0]))
+        )
+        analysis.set_op_handle("aten::scaled_dot_product_attention", _attention_macs)
+        by_module, by_operator = analysis.by_module(), analysis.by_operator()
+    per_image = _GIGA * len(images)
+    prefix = "model."
+    modules = {"": by_module[""] / per_image}
+    modules |= {
+        name.removeprefix(prefix): count / per_image
+        for name, count in by_module.items()
+        if name.startswith(prefix)
+    }
+    return Flops(
+        total=modules[""],
+        encoder=modules["encoder.layers"],
+        by_operator={name: count / per_image for name, count in by_operator.items()},
+        by_module=modules,
+        keep_ratio=counted.keep_ratio,
+    )
+
+
+def count_flops_eager(model: Detr, batch: ImageBatch, *, as_published: bool = False) -> Flops:
+    """The same by `torch.utils.flop_counter`, which watches the operators as they run.
+
+    It leaves out norms, and counts whatever is executed, whether the detections depend on it or not. Its own table
+    lacks bilinear sampling and the CPU's attention kernel; both are added here.
+    """
+    model, images = _on_cpu(model, batch)
+    counted = _Counted(model, images.sizes, as_published)
+    samples = _CORNERS if as_published else _CORNERS_AND_WEIGHT
+
+    def sampler_flops(*_: Any, out_shape: tuple[int, ...], **__: Any) -> int:
+        return 2 * samples * math.prod(out_shape)
+
+    def attention_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+        return 2 * math.prod(query[:-1]) * key[-2] * (query[-1] + value[-1])
+
+    mapping = {
+        torch.ops.aten.grid_sampler_2d: sampler_flops,
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention_flops,
+    }
+    with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=mapping) as counter:
+        counted(images.images_B3HW)
+    per_image = 2 * _GIGA * len(images)
+    counts = counter.get_flop_counts()
+    prefix = f"{_Counted.__name__}.model."
+    modules = {"": counter.get_total_flops() / per_image}
+    modules |= {
+        name.removeprefix(prefix): sum(by_operator.values()) / per_image
+        for name, by_operator in counts.items()
+        if name.startswith(prefix)
+    }
+    own_layers = [f"encoder.layers.{i}" for i in range(len(model.encoder.layers))]
+    by_operator = {str(name).removeprefix("aten."): n / per_image for name, n in counts["Global"].items()}
+    return Flops(
+        total=modules[""],
+        encoder=sum(modules[name] for name in own_layers),
+        by_operator=by_operator,
+        by_module=modules,
+        keep_ratio=counted.keep_ratio,
+    )
+
+
+def num_parameters(model: nn.Module, *, trainable_only: bool = False) -> int:
+    """Elements of all parameters, a shared one counted once."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad or not trainable_only)
+
+
+class _Counted(nn.Module):
+    """The model as a function from tensor to tensors, which is what can be traced."""
+
+    def __init__(self, model: Detr, sizes: list[tuple[int, int]], as_published: bool) -> None:
+        super().__init__()
+        self.model = model
+        self.sizes, self.as_published = sizes, as_published
+        self.keep_ratio = 1.0
+
+    def forward(self, images_B3HW: Tensor) -> tuple[Tensor, ...]:
+        output = self.model(ImageBatch(images_B3HW, self.sizes), supervision=self.as_published)
+        if output.selection is not None:
+            self.keep_ratio = output.selection.keep_ratio_B.mean().item()
+        predictions = [output.last]
+        others = []
+        if self.as_published:
+            predictions += [*output.decoder_auxiliary, *output.encoder_auxiliary]
+            predictions += [output.encoder] if output.encoder is not None else []
+            others = [output.adapted_memory_BSC] if output.adapted_memory_BSC is not None else []
+        return (*(t for p in predictions for t in (p.logits, p.boxes)), *others)
+
+
+def _on_cpu(model: Detr, batch: ImageBatch) -> tuple[Detr, ImageBatch]:
+    return copy.deepcopy(model).cpu().eval().requires_grad_(False), batch.to("cpu")
+
+
+def _shape(value: Any) -> list[int]:
+    return value.type().sizes()
+
+
+def _attention_macs(inputs: list[Any], outputs: list[Any]) -> int:
+    """Scores and weighted sum of scaled dot-product attention."""
+    *batch, num_queries, width = _shape(inputs[0])
+    num_keys, value_width = _shape(inputs[1])[-2], _shape(inputs[2])[-1]
+    return math.prod(batch) * num_queries * num_keys * (width + value_width)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the warnings of tracing: the trace is counted and thrown away."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", category=torch.jit.TracerWarning)
+        warnings.simplefilter("ignore", category=FutureWarning)
+        warnings.simplefilter("ignore", category=DeprecationWarning)
+        yield

@@ -1,0 +1,96 @@
+"""The operation counts against sums made by hand, and the two counters against each other."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from ats_detr.batch import ImageBatch
+from ats_detr.config import BackboneConfig, ModelConfig, SelectorConfig
+from ats_detr.flops import count_flops, count_flops_eager, num_parameters
+from ats_detr.model import Detr, build_model
+
+WIDTH, HIDDEN, HEADS, LAYERS, QUERIES = 32, 48, 4, 2, 10
+
+
+def small_model(selector: SelectorConfig | None, **changes: object) -> Detr:
+    torch.manual_seed(0)
+    config = ModelConfig(
+        backbone=BackboneConfig(name="resnet10t", pretrained=False, options={"channels": [8, 8, 16, 16]}),
+        selector=selector,
+        width=WIDTH,
+        num_heads=HEADS,
+        num_encoder_layers=LAYERS,
+        num_decoder_layers=LAYERS,
+        feedforward_width=HIDDEN,
+        num_queries=QUERIES,
+        two_stage=True,
+        box_refine=True,
+        queries_from_memory=True,
+        class_specific_proposals=True,
+        **changes,
+    )
+    return build_model(config, num_classes=3)
+
+
+def batch() -> ImageBatch:
+    g = torch.Generator().manual_seed(0)
+    return ImageBatch.collate([torch.randn(3, 128, 96, generator=g), torch.randn(3, 80, 128, generator=g)])
+
+
+def encoder_by_hand(num_tokens: int, num_kept: int, per_sample: int) -> int:
+    """Multiply-adds of the encoder's layers on one image, norms left out."""
+    points = HEADS * 4 * 4
+    value = num_tokens * WIDTH * WIDTH
+    queries = num_kept * WIDTH * (points * 2 + points + WIDTH) + num_kept * 2 * WIDTH * HIDDEN
+    return LAYERS * (value + queries + per_sample * num_kept * 16 * WIDTH)
+
+
+@pytest.mark.parametrize("keep_ratio", [0.1, 0.4, None])
+def test_the_encoder_costs_what_its_kept_tokens_cost(keep_ratio: float | None) -> None:
+    model = small_model(None if keep_ratio is None else SelectorConfig(keep_ratio=keep_ratio))
+    output = model.eval()(batch())
+    num_tokens = output.memory_BSC.shape[1]
+    kept = output.selection.num_kept_B.tolist() if output.selection else [num_tokens] * 2
+    for as_published, per_sample in ((False, 5), (True, 4)):
+        by_hand = sum(encoder_by_hand(num_tokens, k, per_sample) for k in kept) / 2
+        norms = 5 * 2 * LAYERS * WIDTH * sum(kept) / 2  # fvcore: five operations for each normalised number
+        result = count_flops(model, batch(), as_published=as_published)
+        assert result.encoder * 1e9 == pytest.approx(by_hand + norms, rel=1e-9)
+        eager = count_flops_eager(model, batch(), as_published=as_published)
+        assert eager.encoder * 1e9 == pytest.approx(by_hand, rel=1e-9)
+        share = 1.0 if output.selection is None else output.selection.keep_ratio_B.mean().item()
+        assert result.keep_ratio == eager.keep_ratio == share
+
+
+def test_the_published_convention_adds_what_only_training_needs() -> None:
+    model = small_model(SelectorConfig(keep_ratio=0.3), encoder_auxiliary=True, adaption=True)
+    published = count_flops(model, batch(), as_published=True)
+    needed = count_flops(model, batch())
+    output = model.eval()(batch())
+    num_tokens, rows = output.memory_BSC.shape[1], output.selection.num_kept_B.sum().item()
+    head = 2 * WIDTH * WIDTH + WIDTH * (4 + 3)
+    assert published.by_module["adaption"] * 2e9 == pytest.approx(2 * num_tokens * WIDTH * WIDTH)
+    assert published.by_module["encoder_heads"] * 2e9 == pytest.approx(rows * head)
+    assert needed.by_module.get("adaption", 0) == needed.by_module.get("encoder_heads", 0) == 0
+    # Class logits of the decoder layers before the last decide nothing.
+    unused = 2 * QUERIES * WIDTH * 3
+    assert (published.by_module["decoder_heads"] - needed.by_module["decoder_heads"]) * 2e9 == pytest.approx(
+        unused
+    )
+
+
+def test_the_two_counters_agree_on_everything_but_norms_and_the_resized_masks() -> None:
+    model = small_model(SelectorConfig(keep_ratio=0.3), encoder_auxiliary=True, adaption=True)
+    traced = count_flops(model, batch(), as_published=True)
+    eager = count_flops_eager(model, batch(), as_published=True)
+    only_traced = sum(n for name, n in traced.by_operator.items() if "norm" in name or "upsample" in name)
+    assert eager.total == pytest.approx(traced.total - only_traced, rel=1e-9)
+
+
+def test_counting_leaves_the_model_as_it_was() -> None:
+    model = small_model(SelectorConfig(keep_ratio=0.3)).train()
+    count_flops(model, batch())
+    assert model.training
+    assert model.level_embed.requires_grad
+    assert num_parameters(model, trainable_only=True) < num_parameters(model)
