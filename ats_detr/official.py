@@ -10,6 +10,7 @@ from ats_detr.model import Detr
 
 # (ours, published); {} stands for the same piece of a name on both sides. First match wins.
 _TABLE = (
+    ("backbone.body.layers_{}.{}", "backbone.0.body.layers.{}.{}"),  # Swin
     ("backbone.body.{}", "backbone.0.body.{}"),
     ("input_proj.{}", "input_proj.{}"),
     ("level_embed", "transformer.level_embed"),
@@ -35,6 +36,9 @@ _TABLE = (
     ("adaption.{}", "adaption_layer.{}"),
 )
 _SELECTOR = {True: "transformer.enc_mask_predictor", False: "transformer.encoder.enc_mask_predicotor.0"}
+# Swin: the published code keeps the merging of patches at the end of a stage, timm at the start of the next one.
+_PATCH_MERGING = re.compile(r"backbone\.body\.layers_(\d+)\.downsample\.(.+)")
+_OUTPUT_NORM = re.compile(r"backbone\.output_norms\.(\d+)\.(.+)")
 _HEAD = re.compile(r"(decoder_heads|proposal_head|encoder_heads)(?:\.(\d+))?\.(classify|box)\.(.+)")
 
 
@@ -51,6 +55,12 @@ def _official(name: str, model: Detr) -> list[str]:
     head = _HEAD.fullmatch(name)
     if head:
         return _official_head(head, model)
+    merging = _PATCH_MERGING.fullmatch(name)
+    if merging:
+        return [f"backbone.0.body.layers.{int(merging[1]) - 1}.downsample.{merging[2]}"]
+    norm = _OUTPUT_NORM.fullmatch(name)
+    if norm:
+        return [f"backbone.0.body.norm{int(norm[1]) + 1}.{norm[2]}"]
     for ours, official in _TABLE:
         match = re.fullmatch(re.escape(ours).replace(r"\{\}", "(.+?)"), name)
         if match:

@@ -11,6 +11,8 @@ from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from timm.layers import freeze_batch_norm_2d
 from torch import Tensor, nn
 
+from ats_detr.model import swin
+
 logger = logging.getLogger(__name__)
 
 STRIDES = (8, 16, 32)
@@ -47,6 +49,10 @@ class Backbone(nn.Module):
             raise ValueError(
                 f"backbone {name!r} gives strides {self.body.feature_info.reduction()}, not {list(STRIDES)}"
             )
+        self.output_norms: nn.ModuleList | None = None
+        if swin.is_swin(name):
+            swin.adapt(self.body)
+            self.output_norms = swin.output_norms(self.num_channels)
         if frozen_norm:
             self.body = freeze_batch_norm_2d(self.body)
         if frozen_stages:
@@ -61,17 +67,29 @@ class Backbone(nn.Module):
         for name, module in self.body.named_children():
             module.requires_grad_(False)
             if name == last_module:
-                return
+                break
+        following = getattr(self.body, f"layers_{num_stages}", None)
+        if self.output_norms is not None and following is not None:
+            # timm counts Swin's merging of patches with the stage it leads to, the published code with the one before.
+            following.downsample.requires_grad_(False)
 
     def forward(self, images_B3HW: Tensor) -> list[Tensor]:
         """Normalised images [B, 3, H, W] -> [B, C_l, H_l, W_l] for each stride."""
-        return self.body(images_B3HW)
+        if self.output_norms is None:
+            return self.body(images_B3HW)
+        maps_BHWC = self.body(swin.pad_to_patches(images_B3HW))
+        return [
+            norm(map_BHWC).permute(0, 3, 1, 2).contiguous()
+            for norm, map_BHWC in zip(self.output_norms, maps_BHWC, strict=True)
+        ]
 
 
 def _create(name: str, pretrained: bool, options: dict[str, Any]) -> nn.Module:
     # timm counts the maps from stride 2 on for convolutional networks and from stride 4 on for windowed
     # transformers.
     arguments: dict[str, Any] = {"features_only": True, **options}
+    if swin.is_swin(name):
+        arguments = {**swin.creation_options(), **arguments}
     try:
         reductions = timm.create_model(name, **arguments).feature_info.reduction()
     except RuntimeError as error:
