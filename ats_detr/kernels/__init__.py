@@ -1,14 +1,14 @@
-"""The operators of the detector. Needs torch only; knows nothing about detection.
+"""The operators of the detector. Needs torch only (and Triton for its kernels); knows nothing about detection.
 
-One place chooses the implementation: CPU tensors run the definitions of `reference`.
+`reference` defines every operator in plain PyTorch; `gpu` holds the Triton kernels; the modules beside them choose between the
+two (`backend.choose_backend`) and register the operators with PyTorch.
 """
 
+from ats_detr.kernels.attention import deformable_attention, multi_scale_deformable_attention
 from ats_detr.kernels.plan import TokenPlan
 from ats_detr.kernels.reference import (
     attention_map,
-    deformable_attention,
     deformable_attention_map,
-    multi_scale_deformable_attention,
     pack_tokens,
     scatter_tokens,
     select_tokens,

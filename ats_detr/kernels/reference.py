@@ -28,6 +28,7 @@ def sampling_locations(reference_points: Tensor, offsets: Tensor, level_shapes: 
         offsets: [N, H, L, P, 2] (x, y): in pixels of the level for points; in units of half the box divided by P
             for boxes (Deformable DETR, eq. 2 and its appendix on boxes as references).
     """
+    offsets, reference_points = _at_least_float32(offsets), _at_least_float32(reference_points)
     if reference_points.shape[-1] == 2:
         size_L2 = offsets.new_tensor([[width, height] for height, width in level_shapes])
         return reference_points[:, None, :, None] + offsets / size_L2[:, None]
@@ -36,8 +37,12 @@ def sampling_locations(reference_points: Tensor, offsets: Tensor, level_shapes: 
 
 
 def attention_weights(logits: Tensor) -> Tensor:
-    """Softmax of [..., L, P] logits over levels and points together."""
-    return logits.flatten(-2).softmax(-1).view_as(logits)
+    """Softmax of [..., L, P] logits over levels and points together, at least float32."""
+    return _at_least_float32(logits).flatten(-2).softmax(-1).view_as(logits)
+
+
+def _at_least_float32(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def multi_scale_deformable_attention(
@@ -49,13 +54,8 @@ def multi_scale_deformable_attention(
     A sample whose location is NaN or infinite is NaN.
     """
     batch, num_queries = locations_BQHLP2.shape[:2]
-    return _sample(
-        value_BSHD,
-        level_shapes,
-        locations_BQHLP2.flatten(0, 1),
-        weights_BQHLP.flatten(0, 1),
-        [num_queries] * batch,
-    ).unflatten(0, (batch, num_queries))
+    out = sample_packed(value_BSHD, level_shapes, locations_BQHLP2.flatten(0, 1), weights_BQHLP.flatten(0, 1))
+    return out.unflatten(0, (batch, num_queries))
 
 
 def deformable_attention(
@@ -65,6 +65,7 @@ def deformable_attention(
     offsets_NHLP2: Tensor,
     logits_NHLP: Tensor,
     image_index_N: Tensor | None = None,
+    num_rows: Tensor | None = None,
 ) -> Tensor:
     """Deformable attention of packed queries from raw projections, [N, H*D]: softmax and locations included.
 
@@ -72,14 +73,35 @@ def deformable_attention(
         value_BSHD: projected values of all tokens, padded tokens already zeroed.
         reference_points: [N, L, 2] or [N, L, 4], see `sampling_locations`.
         image_index_N: int32, ascending: the image each query attends to. None: N = B*Q queries, Q for every image.
+        num_rows: int32 [1]: queries in use; later rows of the result mean nothing (here: zeros).
     """
-    batch, num_rows = value_BSHD.shape[0], offsets_NHLP2.shape[0]
+    locations = sampling_locations(reference_points, offsets_NHLP2, level_shapes)
+    weights = attention_weights(logits_NHLP)
+    return sample_packed(value_BSHD, level_shapes, locations, weights, image_index_N, num_rows)
+
+
+def sample_packed(
+    value_BSHD: Tensor,
+    level_shapes: LevelShapes,
+    locations_NHLP2: Tensor,
+    weights_NHLP: Tensor,
+    image_index_N: Tensor | None = None,
+    num_rows: Tensor | None = None,
+) -> Tensor:
+    """`multi_scale_deformable_attention` of packed queries, [N, H*D] in the value's dtype, computed in at least float32."""
+    batch, rows = value_BSHD.shape[0], locations_NHLP2.shape[0]
+    if num_rows is not None:
+        used = int(num_rows)
+        image_index = None if image_index_N is None else image_index_N[:used]
+        out = sample_packed(value_BSHD, level_shapes, locations_NHLP2[:used], weights_NHLP[:used], image_index)
+        return F.pad(out, (0, 0, 0, rows - used))
     if image_index_N is None:
-        counts = [num_rows // batch] * batch
+        counts = [rows // max(1, batch)] * batch
     else:
         counts = torch.bincount(image_index_N, minlength=batch).tolist()
-    locations = sampling_locations(reference_points, offsets_NHLP2, level_shapes)
-    return _sample(value_BSHD, level_shapes, locations, attention_weights(logits_NHLP), counts)
+    dtype = torch.promote_types(torch.promote_types(value_BSHD.dtype, locations_NHLP2.dtype), torch.float32)
+    inputs = (value_BSHD.to(dtype), locations_NHLP2.to(dtype), weights_NHLP.to(dtype))
+    return _sample(inputs[0], level_shapes, *inputs[1:], counts).to(value_BSHD.dtype)
 
 
 def _sample(
@@ -89,7 +111,7 @@ def _sample(
     weights_NHLP: Tensor,
     counts: list[int],
 ) -> Tensor:
-    """[N, H*D] weighted bilinear samples; the first counts[0] rows read image 0, the next counts[1] image 1, and so on."""
+    """[N, H*D]; the first counts[0] rows read image 0, the next counts[1] image 1, and so on. One dtype throughout."""
     if len(set(counts)) > 1:  # ragged: one image at a time, so that each pays for its own queries only
         parts = zip(
             value_BSHD.split(1),
@@ -100,19 +122,22 @@ def _sample(
         )
         return torch.cat([_sample(v, level_shapes, x, w, [n]) for v, x, w, n in parts])
     batch, _, num_heads, head_dim = value_BSHD.shape
-    num_levels, num_points = weights_NHLP.shape[-2:]
+    num_rows, _, num_levels, num_points, _ = locations_NHLP2.shape
     num_queries = counts[0] if counts else 0
-    grid = locations_NHLP2.to(value_BSHD.dtype) * 2 - 1
+    finite = locations_NHLP2.isfinite().all(-1, keepdim=True)
+    grid = torch.where(finite, locations_NHLP2 * 2 - 1, -9.0)  # grid_sample is undefined on NaN: read outside instead
     grid = grid.view(batch, num_queries, num_heads, num_levels, num_points, 2).transpose(1, 2).flatten(0, 1)
     samples = []
     for level, value in enumerate(value_BSHD.split([h * w for h, w in level_shapes], dim=1)):
         height, width = level_shapes[level]
         image = value.permute(0, 2, 3, 1).reshape(batch * num_heads, head_dim, height, width)
         samples.append(F.grid_sample(image, grid[:, :, level], padding_mode="zeros", align_corners=False))
-    weights = weights_NHLP.to(value_BSHD.dtype).view(batch, num_queries, num_heads, num_levels * num_points)
+    weights = weights_NHLP.view(batch, num_queries, num_heads, num_levels * num_points)
     weights = weights.transpose(1, 2).reshape(batch * num_heads, 1, num_queries, num_levels * num_points)
     out = (torch.cat(samples, dim=-1) * weights).sum(-1)
-    return out.view(batch, num_heads * head_dim, num_queries).transpose(1, 2).flatten(0, 1)
+    out = out.view(batch, num_heads, head_dim, num_queries).permute(0, 3, 1, 2).reshape(num_rows, num_heads, head_dim)
+    lost = ~finite.flatten(2).all(-1)
+    return torch.where(lost[..., None], torch.nan, out).flatten(1)
 
 
 # ------------------------------------------------------------------------------------------------- token selection

@@ -1,0 +1,40 @@
+"""Who computes an operator: the Triton kernels or the PyTorch reference. Decided here and nowhere else."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+
+import torch
+from torch import Tensor
+
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+BACKENDS = ("reference", "triton")
+
+
+def choose_backend(tensor: Tensor, backend: str | None = None) -> str:
+    """'triton' or 'reference' for an operator on `tensor`.
+
+    `backend` decides, then the environment variable ATS_DETR_BACKEND, then the device: CUDA runs the kernels where Triton is
+    installed, everything else the reference. float64 always runs the reference. Asking for Triton on the CPU needs its
+    interpreter (TRITON_INTERPRET=1 in the environment before Python starts).
+    """
+    asked = backend or os.environ.get("ATS_DETR_BACKEND") or None
+    if asked is not None and asked not in BACKENDS:
+        raise ValueError(f"backend {asked!r}: use one of {', '.join(BACKENDS)}")
+    if asked == "reference" or tensor.dtype == torch.float64:
+        return "reference"
+    if asked is None:
+        return "triton" if tensor.is_cuda and HAS_TRITON else "reference"
+    if not HAS_TRITON:
+        raise ValueError("backend 'triton': the package triton is not installed; pip install triton")
+    if not tensor.is_cuda and os.environ.get("TRITON_INTERPRET", "0") != "1":
+        raise ValueError(
+            f"backend 'triton' on a {tensor.device.type} tensor: set TRITON_INTERPRET=1 before Python starts"
+        )
+    return "triton"
+
+
+def runs_inside_graph() -> bool:
+    """Whether a compiler is tracing: operators then go through their opaque custom op whatever the backend."""
+    return torch.compiler.is_compiling()

@@ -1,0 +1,258 @@
+"""Launches the deformable attention kernels on contiguous enough tensors. Shapes are checked by the caller."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ats_detr.kernels.gpu import binned, msda, tuning
+from ats_detr.kernels.gpu.common import INTERPRETING
+
+MAX_LEVELS = 8
+TILE = binned.TILE.value
+COUNTERS_PER_TILE = 4  # so that samples of a crowded coarse tile do not queue at one counter
+
+
+class Problem(NamedTuple):
+    """What every kernel of one call needs to know."""
+
+    value: Tensor
+    reference: Tensor | None
+    offsets: Tensor
+    weights: Tensor
+    image_index: Tensor | None
+    sizes: tuple[tuple[int, int], ...]
+    num_queries: int
+    levels: tuple[int, ...]
+    """(height << 16 | width) of eight levels, 0 for those that are not there."""
+
+    @property
+    def queries_per_image(self) -> int:
+        return max(1, self.num_queries // self.value.shape[0])
+
+    def constants(self) -> dict:
+        """Compile-time constants common to the kernels."""
+        _, num_heads, num_levels, num_points = self.weights.shape
+        return dict(
+            HEADS=num_heads,
+            LEVELS=num_levels,
+            POINTS=num_points,
+            OFFSET_PITCH=self.offsets.stride(0),
+            REFERENCE=0 if self.reference is None else self.reference.shape[-1],
+            enable_fp_fusion=True,
+            num_stages=1,
+        )
+
+    def value_constants(self, kind: str) -> dict:
+        """Compile-time constants of the kernels that read value rows as `kind`."""
+        head_dim = self.value.shape[-1]
+        columns = head_dim if kind == "plain" else head_dim // 2
+        return dict(
+            self.constants(),
+            HEAD_DIM=head_dim,
+            VALUE_PITCH=self.value.stride(1),
+            WEIGHT_PITCH=self.weights.stride(0),
+            PACKED=self.image_index is not None,
+            THIN=any(min(size) == 1 for size in self.sizes),
+            KIND=kind,
+            COLUMNS=columns,
+            WIDTH=triton.next_power_of_2(columns),
+            SAMPLES_PADDED=triton.next_power_of_2(self.weights.shape[2] * self.weights.shape[3]),
+        )
+
+    def key(self) -> tuning.Key:
+        dtype = str(self.value.dtype).removeprefix("torch.")
+        _, num_heads, num_levels, num_points = self.weights.shape
+        return (dtype, num_heads, self.value.shape[-1], num_levels, num_points, self.reference is not None)
+
+
+def prepare(
+    value: Tensor,
+    sizes: Sequence[int],
+    reference: Tensor | None,
+    offsets: Tensor,
+    weights: Tensor,
+    image_index: Tensor | None,
+) -> Problem:
+    """Copies what the kernels cannot address: they take the pitch from token to token and from query to query as it is
+    (so that slices of one larger projection are read in place), and everything within contiguous and 16-byte aligned."""
+    batch, num_tokens, num_heads, head_dim = value.shape
+    pitch = value.stride(1)
+    if (
+        value.stride(3) != 1
+        or value.stride(2) != head_dim
+        or (batch > 1 and value.stride(0) != num_tokens * pitch)
+        or value.data_ptr() % 16
+    ):
+        value = value.clone(memory_format=torch.contiguous_format)
+    if not offsets[:1].is_contiguous() or offsets.stride(0) % 2 or offsets.data_ptr() % 16:
+        offsets = offsets.clone(memory_format=torch.contiguous_format)
+    if not weights[:1].is_contiguous():
+        weights = weights.contiguous()
+    if reference is not None:
+        reference = reference.contiguous()
+    if image_index is not None:
+        image_index = image_index.to(torch.int32).contiguous()
+    pairs = tuple(zip(sizes[::2], sizes[1::2], strict=True))
+    levels = tuple(height << 16 | width for height, width in pairs)
+    levels += (0,) * (MAX_LEVELS - len(levels))
+    return Problem(value, reference, offsets, weights, image_index, pairs, offsets.shape[0], levels)
+
+
+def row_kind(value: Tensor, whole_rows: bool = False) -> str:
+    """How a row of values is read, see `common.load_row`."""
+    head_dim, pitch = value.shape[-1], value.stride(1)
+    if value.dtype == torch.float32:
+        return "plain" if whole_rows or head_dim % 8 else "halves"
+    if head_dim % 2 or pitch % 2:
+        return "plain"
+    return "bf16" if value.dtype == torch.bfloat16 else "fp16"
+
+
+def _block(constants: dict, num_warps: int, multiple: int) -> int:
+    """Rows per program that give every lane four consecutive words, `multiple` times over."""
+    return max(1, 128 // constants["WIDTH"]) * num_warps * multiple
+
+
+def forward(problem: Problem, num_rows: Tensor | None) -> Tensor:
+    """[N, H * D] deformable attention; rows past `num_rows` are left as they are."""
+    value, num_queries = problem.value, problem.num_queries
+    num_heads, head_dim = value.shape[2:]
+    out = value.new_empty(num_queries, num_heads * head_dim)
+    if num_queries == 0:
+        return out
+    if value.numel() == 0:
+        return out.zero_()
+
+    def launch(num_warps: int, unroll: int, multiple: int = 1, whole_rows: bool = False) -> None:
+        constants = problem.value_constants(row_kind(value, whole_rows))
+        block = _block(constants, num_warps, multiple)
+        msda.msda_forward[(triton.cdiv(num_queries * num_heads, block),)](
+            value, problem.reference, problem.offsets, problem.weights, problem.image_index, num_rows, out,
+            num_queries, problem.queries_per_image, value.shape[1], *problem.levels,
+            **constants, COUNTED=num_rows is not None, BLOCK=block, UNROLL=unroll, num_warps=num_warps,
+        )  # fmt: skip
+
+    tuning.run("msda_forward", problem.key(), num_queries, value.device, launch)
+    return out
+
+
+def backward(
+    problem: Problem, out: Tensor, grad_out: Tensor, need_value: bool, deterministic: bool
+) -> tuple[Tensor | None, Tensor, Tensor]:
+    """Gradients by value (None unless needed), offsets and weights."""
+    value, num_queries = problem.value, problem.num_queries
+    grad_offsets = torch.empty(problem.offsets.shape, dtype=problem.offsets.dtype, device=value.device)
+    grad_weights = torch.empty(problem.weights.shape, dtype=problem.weights.dtype, device=value.device)
+    if num_queries == 0 or value.numel() == 0:
+        return torch.zeros_like(value) if need_value else None, grad_offsets.zero_(), grad_weights.zero_()
+    grad_out, out = grad_out.contiguous(), out.contiguous()
+    binned_value = need_value and (deterministic or tuning.prefers_binned(problem.key(), num_queries, value))
+    scatter = need_value and not binned_value
+    grad_value = None
+    if scatter:
+        grad_value = torch.zeros(value.shape, dtype=torch.float32, device=value.device)
+
+    def launch(num_warps: int, unroll: int, multiple: int = 1, whole_rows: bool = False) -> None:
+        constants = problem.value_constants(row_kind(value, whole_rows))
+        block = _block(constants, num_warps, multiple)
+        msda.msda_backward[(triton.cdiv(num_queries * value.shape[2], block),)](
+            value, problem.reference, problem.offsets, problem.weights, problem.image_index, out, grad_out,
+            grad_value, grad_offsets, grad_weights,
+            num_queries, problem.queries_per_image, value.shape[1], *problem.levels,
+            **constants, SCATTER=scatter, BLOCK=block, UNROLL=unroll, num_warps=num_warps,
+        )  # fmt: skip
+
+    def reset() -> None:
+        if grad_value is not None:
+            grad_value.zero_()
+
+    tuning.run("msda_backward", (*problem.key(), scatter), num_queries, value.device, launch, reset)
+    if binned_value:
+        grad_value = value_gradient_binned(problem, grad_out, deterministic).to(value.dtype)
+    elif scatter:
+        grad_value = _value_gradient_in_order(grad_value, value)
+    return grad_value, grad_offsets, grad_weights
+
+
+def _value_gradient_in_order(summed: Tensor, value: Tensor) -> Tensor:
+    kind = row_kind(value)
+    if kind not in ("bf16", "fp16"):
+        return summed.to(value.dtype)
+    out = torch.empty(value.shape, dtype=value.dtype, device=value.device)
+    columns, num_rows = value.shape[-1] // 2, summed.numel() // value.shape[-1]
+    width = triton.next_power_of_2(columns)
+    block = max(1, 2048 // width)
+    msda.interleave_halves[(triton.cdiv(num_rows, block),)](
+        summed, out, num_rows, COLUMNS=columns, WIDTH=width, KIND=kind, BLOCK=block, num_warps=4
+    )
+    return out
+
+
+def value_gradient_binned(problem: Problem, grad_out: Tensor, deterministic: bool) -> Tensor:
+    """float32 gradient by the value from samples sorted by pixel tile, see `binned`."""
+    value, weights, num_queries = problem.value, problem.weights, problem.num_queries
+    batch, num_tokens, num_heads, head_dim = value.shape
+    num_levels, num_points = weights.shape[2:]
+    constants = problem.constants()
+    tiles = [(triton.cdiv(height, TILE), triton.cdiv(width, TILE)) for height, width in problem.sizes]
+    num_tiles = sum(rows * columns for rows, columns in tiles)
+    copies = 1 if deterministic else COUNTERS_PER_TILE
+    num_bins = batch * num_heads * num_tiles * copies
+    num_samples = weights.numel()
+    integers = dict(dtype=torch.int32, device=value.device)
+    bins = torch.empty(num_samples, **integers)
+    ranks = torch.empty(num_samples, **integers)
+    counters = torch.zeros(num_bins, **integers)
+    points_padded = triton.next_power_of_2(num_points)
+    block = max(1, 512 // points_padded)
+    grid = (triton.cdiv(num_queries * num_heads, block),)
+    binned.bin_samples[grid](
+        problem.reference, problem.offsets, problem.image_index, counters, bins, ranks,
+        num_queries, problem.queries_per_image, num_tiles, num_bins, *problem.levels,
+        **constants, PACKED=problem.image_index is not None, POINTS_PADDED=points_padded, COPIES=copies,
+        RANKED=not deterministic, BLOCK=block, num_warps=4,
+    )  # fmt: skip
+    if deterministic:
+        sorted_bins, order = bins.sort(stable=True)
+        binned.invert_permutation[(triton.cdiv(num_samples, 1024),)](order, ranks, num_samples, BLOCK=1024)
+        ends = torch.searchsorted(sorted_bins, torch.arange(num_bins, **integers), right=True, out_int32=True)
+    else:
+        ends = counters.cumsum(0, dtype=torch.int32)
+    samples = torch.empty(num_samples, 4, **integers)
+    binned.fill_bins[grid](
+        problem.reference, problem.offsets, weights, bins, ranks, ends, samples, num_queries, num_bins, *problem.levels,
+        **constants, WEIGHT_PITCH=weights.stride(0), POINTS_PADDED=points_padded,
+        SAMPLES_PADDED=triton.next_power_of_2(num_levels * num_points), RANKED=not deterministic, BLOCK=block, num_warps=4,
+    )  # fmt: skip
+    grad_value = torch.zeros(value.shape, dtype=torch.float32, device=value.device)
+    width = max(16, triton.next_power_of_2(head_dim))
+    operand = tl.float32 if value.dtype == torch.float32 or INTERPRETING else _TRITON_TYPE[value.dtype]
+    first_token, first_tile = 0, 0
+    for (height, level_width), (tiles_y, tiles_x) in zip(problem.sizes, tiles, strict=True):
+        groups = batch * num_heads
+        pieces = num_samples / num_levels / (groups * tiles_x * tiles_y) / binned.PIECE
+        splits = 1 if deterministic else max(1, round(pieces / PIECES_PER_PROGRAM))
+        for color in range(4) if deterministic else (-1,):
+            rows = tiles_y if color < 0 else (tiles_y + 1 - color // 2) // 2
+            columns = tiles_x if color < 0 else (tiles_x + 1 - color % 2) // 2
+            if rows * columns == 0:
+                continue
+            binned.reduce_tiles[(groups * rows * columns * splits,)](
+                samples, ends, grad_out, grad_value, num_tokens, num_tiles, tiles_x, tiles_y, first_token, first_tile,
+                height, level_width, splits, HEADS=num_heads, HEAD_DIM=head_dim, WIDTH=width, COPIES=copies, COLOR=color,
+                OPERAND=operand, PIECE=binned.PIECE, num_warps=1 if width <= 32 else 4 if width <= 128 else 8,
+                num_stages=1, enable_fp_fusion=True,
+            )  # fmt: skip
+        first_token += height * level_width
+        first_tile += tiles_x * tiles_y
+    return grad_value
+
+
+PIECES_PER_PROGRAM = 4
+_TRITON_TYPE = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}

@@ -1,0 +1,182 @@
+"""What the deformable attention kernels share: levels, samples, hat weights, rows of values.
+
+A *row* is one head of one query. Per sample the pixel window is clamped into the map and weighted by a hat function
+max(0, 1 - |x - pixel|), which is bilinear interpolation with zeros outside, so that no load is masked and the four corners
+share one address.
+
+A row of values is read as two float32 half-tiles (see `load_row`): 16-bit channels as 32-bit words of two neighbours,
+float32 channels as first and second half. Half as many lanes per row then repeat the index arithmetic.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+INTERPRETING = triton.knobs.runtime.interpret  # TRITON_INTERPRET: kernels run on the CPU, in NumPy
+SIZES = [f"shape{level}" for level in range(8)]  # launch arguments that hold the level sizes
+LOG2E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def level_size(
+    LEVEL: tl.constexpr, shape0, shape1, shape2, shape3, shape4, shape5, shape6, shape7
+):  # (height << 16 | width) each
+    if LEVEL == 0:
+        packed = shape0
+    elif LEVEL == 1:
+        packed = shape1
+    elif LEVEL == 2:
+        packed = shape2
+    elif LEVEL == 3:
+        packed = shape3
+    elif LEVEL == 4:
+        packed = shape4
+    elif LEVEL == 5:
+        packed = shape5
+    elif LEVEL == 6:
+        packed = shape6
+    else:
+        packed = shape7
+    return packed >> 16, packed & 0xFFFF
+
+
+@triton.jit
+def view_as(ptr, dtype: tl.constexpr):
+    return ptr.to(tl.pointer_type(dtype), bitcast=True)
+
+
+@triton.jit
+def _load_tile(ptr, column, COLUMNS: tl.constexpr, WIDTH: tl.constexpr):
+    if COLUMNS == WIDTH:
+        return tl.load(ptr)
+    else:
+        return tl.load(ptr, mask=(column < COLUMNS)[None, :], other=0)
+
+
+@triton.jit
+def load_row(ptr, column, COLUMNS: tl.constexpr, WIDTH: tl.constexpr, KIND: tl.constexpr):
+    """Two float32 tiles [rows, WIDTH] out of the rows at `ptr`.
+
+    KIND 'bf16' and 'fp16' read COLUMNS words of two channels (even, odd); 'halves' reads two runs of COLUMNS channels;
+    'plain' one run (the second tile is then the first, and unused).
+    """
+    first = _load_tile(ptr, column, COLUMNS, WIDTH)
+    if KIND == "bf16":
+        return (first << 16).to(tl.float32, bitcast=True), (first & -65536).to(tl.float32, bitcast=True)
+    elif KIND == "fp16":
+        even = first.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+        odd = (first >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+        return even, odd
+    elif KIND == "halves":
+        return first.to(tl.float32), _load_tile(ptr + COLUMNS, column, COLUMNS, WIDTH).to(tl.float32)
+    else:
+        return first.to(tl.float32), first.to(tl.float32)
+
+
+@triton.jit
+def store_row(ptr, first, second, mask, COLUMNS: tl.constexpr, KIND: tl.constexpr):
+    """The inverse of `load_row`."""
+    if KIND == "bf16" or KIND == "fp16":
+        dtype: tl.constexpr = tl.bfloat16 if KIND == "bf16" else tl.float16
+        even = first.to(dtype).to(tl.uint16, bitcast=True).to(tl.int32)
+        odd = second.to(dtype).to(tl.uint16, bitcast=True).to(tl.int32)
+        tl.store(ptr, even | (odd << 16), mask=mask)
+    else:
+        tl.store(ptr, first.to(ptr.dtype.element_ty), mask=mask)
+        if KIND == "halves":
+            tl.store(ptr + COLUMNS, second.to(ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def load_pair(ptr, index):
+    """(x, y) number `index` of an array of pairs, float32; one load of 4 or 8 bytes."""
+    if ptr.dtype.element_ty == tl.float32:
+        pair = tl.load(view_as(ptr, tl.int64) + index)
+        return pair.to(tl.int32).to(tl.float32, bitcast=True), (pair >> 32).to(tl.int32).to(tl.float32, bitcast=True)
+    else:
+        pair = tl.load(view_as(ptr, tl.int32) + index)
+        if ptr.dtype.element_ty == tl.bfloat16:
+            return (pair << 16).to(tl.float32, bitcast=True), (pair & -65536).to(tl.float32, bitcast=True)
+        else:
+            x = pair.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+            return x, (pair >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+
+
+@triton.jit
+def pack_pair(ptr, x, y):
+    """(x, y) packed as the words that `load_pair` reads from `ptr`."""
+    dtype: tl.constexpr = ptr.dtype.element_ty
+    if dtype == tl.float32:
+        low = x.to(tl.uint32, bitcast=True).to(tl.int64)
+        return low | (y.to(tl.int32, bitcast=True).to(tl.int64) << 32)
+    else:
+        low = x.to(dtype).to(tl.uint16, bitcast=True).to(tl.int32)
+        return low | (y.to(dtype).to(tl.uint16, bitcast=True).to(tl.int32) << 16)
+
+
+@triton.jit
+def pair_words(ptr):
+    if ptr.dtype.element_ty == tl.float32:
+        return view_as(ptr, tl.int64)
+    else:
+        return view_as(ptr, tl.int32)
+
+
+@triton.jit
+def window(x, size, THIN: tl.constexpr):
+    """First pixel of the clamped two-pixel window, the distance to it, and the hat weights of both pixels.
+
+    Infinite and NaN coordinates get an in-range window and zero weights. THIN: some level is one pixel wide or high;
+    the window's second pixel is then the first again, with weight 0.
+    """
+    base = tl.maximum(tl.minimum(tl.floor(x), size - 2.0), 0.0)
+    t = x - base
+    first = tl.clamp(1.0 - tl.abs(t), 0.0, 1.0)
+    second = tl.clamp(1.0 - tl.abs(t - 1.0), 0.0, 1.0)
+    if THIN:
+        second = tl.where(size > 1.0, second, 0.0)
+    return base, t, first, second
+
+
+@triton.jit
+def slopes(t, size, THIN: tl.constexpr):
+    """Derivatives of the two hat weights by the coordinate: the right-hand ones at pixel centres."""
+    first = tl.where(t < 0.0, tl.where(t >= -1.0, 1.0, 0.0), tl.where(t < 1.0, -1.0, 0.0))
+    second = tl.where(t < 1.0, tl.where(t >= 0.0, 1.0, 0.0), tl.where(t < 2.0, -1.0, 0.0))
+    if THIN:
+        second = tl.where(size > 1.0, second, 0.0)
+    return first, second
+
+
+@triton.jit
+def reference_on_level(reference_ptr, query, width, height, LEVEL: tl.constexpr, LEVELS: tl.constexpr, POINTS: tl.constexpr,
+               REFERENCE: tl.constexpr):  # fmt: skip
+    """Pixel coordinates of each query's reference on this level, and pixels per unit of offset.
+
+    REFERENCE 2: points, 4: boxes (cx, cy, w, h), 0: none (then offsets are normalised locations).
+    """
+    x = -0.5
+    y = -0.5
+    x_unit = width
+    y_unit = height
+    if REFERENCE != 0:
+        at = (query * LEVELS + LEVEL) * REFERENCE
+        x = tl.load(reference_ptr + at).to(tl.float32) * width - 0.5
+        y = tl.load(reference_ptr + at + 1).to(tl.float32) * height - 0.5
+        x_unit = 1.0
+        y_unit = 1.0
+    if REFERENCE == 4:
+        x_unit = tl.load(reference_ptr + at + 2).to(tl.float32) * width * (0.5 / POINTS)
+        y_unit = tl.load(reference_ptr + at + 3).to(tl.float32) * height * (0.5 / POINTS)
+    return x, y, x_unit, y_unit
+
+
+@triton.jit
+def softmax_scale(weight_ptr, at, SAMPLES: tl.constexpr, PADDED: tl.constexpr):
+    """log2 of the softmax denominator of each row's SAMPLES logits (its maximum taken out and put back)."""
+    column = tl.arange(0, PADDED)
+    logit = tl.load(weight_ptr + at[:, None] + column[None, :], mask=(column < SAMPLES)[None, :], other=float("-inf"))
+    logit = logit.to(tl.float32) * LOG2E
+    top = tl.max(logit, axis=1)
+    return top + tl.log2(tl.sum(tl.exp2(logit - top[:, None]), axis=1))

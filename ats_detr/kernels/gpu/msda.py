@@ -1,0 +1,260 @@
+"""Multi-scale deformable attention in Triton: forward, and backward with atomic sums into the value's gradient.
+
+Rows (one head of one query) lie in memory order, so that the parameters of the rows of a program are neighbours: at eight
+heads of 32 channels one warp holds one query. Everything is computed and summed in float32.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from ats_detr.kernels.gpu.common import (
+    LOG2E,
+    SIZES,
+    level_size,
+    load_pair,
+    load_row,
+    pack_pair,
+    pair_words,
+    reference_on_level,
+    slopes,
+    softmax_scale,
+    store_row,
+    view_as,
+    window,
+)
+
+
+@triton.jit(do_not_specialize=["num_queries", "queries_per_image", "num_tokens", *SIZES])
+def msda_forward(
+    value_ptr,  # [B, S, HEADS, HEAD_DIM], VALUE_PITCH elements from token to token
+    reference_ptr,  # [N, LEVELS, REFERENCE]
+    offset_ptr,  # [N, HEADS, LEVELS, POINTS, 2] offsets, or locations where REFERENCE is 0; OFFSET_PITCH from query to query
+    weight_ptr,  # [N, HEADS, LEVELS, POINTS] logits, or weights where REFERENCE is 0; WEIGHT_PITCH from query to query
+    image_ptr,  # [N] int32 image of each query, where PACKED
+    count_ptr,  # [1] int32 queries in use, where COUNTED
+    out_ptr,  # [N, HEADS, HEAD_DIM]
+    num_queries, queries_per_image, num_tokens,
+    shape0, shape1, shape2, shape3, shape4, shape5, shape6, shape7,
+    HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, LEVELS: tl.constexpr, POINTS: tl.constexpr,
+    VALUE_PITCH: tl.constexpr, OFFSET_PITCH: tl.constexpr, WEIGHT_PITCH: tl.constexpr,
+    REFERENCE: tl.constexpr, PACKED: tl.constexpr, COUNTED: tl.constexpr, THIN: tl.constexpr, KIND: tl.constexpr,
+    COLUMNS: tl.constexpr, WIDTH: tl.constexpr, SAMPLES_PADDED: tl.constexpr, BLOCK: tl.constexpr, UNROLL: tl.constexpr,
+):  # fmt: skip
+    """out[row] = sum over samples of weight * bilinear(value). Reads per row: 4 corners x samples x HEAD_DIM values."""
+    WORD: tl.constexpr = 2 if KIND == "bf16" or KIND == "fp16" else 1
+    PITCH: tl.constexpr = VALUE_PITCH // WORD
+    SAMPLES: tl.constexpr = LEVELS * POINTS
+    num_rows = num_queries * HEADS
+    if COUNTED:
+        num_rows = tl.minimum(num_rows, tl.load(count_ptr) * HEADS)
+        if tl.program_id(0) * BLOCK >= num_rows:
+            return
+    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    column = tl.arange(0, WIDTH)
+    live = row < num_rows
+    row = tl.minimum(row, num_rows - 1)
+    query = row // HEADS
+    head = row % HEADS
+    if PACKED:
+        image = tl.load(image_ptr + query)
+    else:
+        image = query // queries_per_image
+    origin = image * num_tokens
+    if WORD == 2:
+        value_ptr = view_as(value_ptr, tl.int32)
+        out_ptr = view_as(out_ptr, tl.int32)
+    values = value_ptr + (head * (HEAD_DIM // WORD))[:, None] + column[None, :]
+    offset_at = query * (OFFSET_PITCH // 2) + head * SAMPLES
+    weight_at = query * WEIGHT_PITCH + head * SAMPLES
+    if REFERENCE != 0:
+        scale = softmax_scale(weight_ptr, weight_at, SAMPLES, SAMPLES_PADDED)
+    first = tl.zeros((BLOCK, WIDTH), tl.float32)
+    second = tl.zeros((BLOCK, WIDTH), tl.float32)
+    poison = tl.zeros((BLOCK,), tl.float32)
+    for level in tl.static_range(LEVELS):
+        height, width = level_size(level, shape0, shape1, shape2, shape3, shape4, shape5, shape6, shape7)
+        width_f = width.to(tl.float32)
+        height_f = height.to(tl.float32)
+        right = tl.where(width > 1, PITCH, 0) if THIN else PITCH
+        below = tl.where(height > 1, width, 0) * PITCH if THIN else width * PITCH
+        x0, y0, x_unit, y_unit = reference_on_level(reference_ptr, query, width_f, height_f, level, LEVELS, POINTS, REFERENCE)
+        for point in tl.range(POINTS, loop_unroll_factor=UNROLL):
+            j = level * POINTS + point
+            x, y = load_pair(offset_ptr, offset_at + j)
+            weight = tl.load(weight_ptr + weight_at + j).to(tl.float32)
+            x = x * x_unit + x0
+            y = y * y_unit + y0
+            if REFERENCE != 0:
+                weight = tl.exp2(weight * LOG2E - scale)
+            poison = x * 0.0 + (y * 0.0 + poison)  # NaN as soon as one coordinate is NaN or infinite
+            xb, _, left_w, right_w = window(x, width_f, THIN)
+            yb, _, top_w, low_w = window(y, height_f, THIN)
+            token = origin + (yb * width_f + xb).to(tl.int32)
+            top = values + (token.to(tl.int64) * PITCH)[:, None]
+            low = top + below
+            top_w *= weight
+            low_w *= weight
+            u, v = load_row(top, column, COLUMNS, WIDTH, KIND)
+            w = (top_w * left_w)[:, None]
+            first += u * w
+            second += v * w
+            u, v = load_row(top + right, column, COLUMNS, WIDTH, KIND)
+            w = (top_w * right_w)[:, None]
+            first += u * w
+            second += v * w
+            u, v = load_row(low, column, COLUMNS, WIDTH, KIND)
+            w = (low_w * left_w)[:, None]
+            first += u * w
+            second += v * w
+            u, v = load_row(low + right, column, COLUMNS, WIDTH, KIND)
+            w = (low_w * right_w)[:, None]
+            first += u * w
+            second += v * w
+        origin += height * width
+    first += poison[:, None]
+    second += poison[:, None]
+    out = out_ptr + (row * (HEAD_DIM // WORD))[:, None] + column[None, :]
+    store_row(out, first, second, live[:, None] & (column < COLUMNS)[None, :], COLUMNS, KIND)
+
+
+@triton.jit
+def _add_row(ptr, first, second, weight, column, COLUMNS: tl.constexpr, WIDTH: tl.constexpr, KIND: tl.constexpr):
+    """One pixel's share of a row's gradient, summed into float32 memory: the first tile, then the second."""
+    if COLUMNS == WIDTH:
+        tl.atomic_add(ptr, first * weight[:, None], sem="relaxed")
+        if KIND != "plain":
+            tl.atomic_add(ptr + COLUMNS, second * weight[:, None], sem="relaxed")
+    else:
+        mask = (weight == weight)[:, None] & (column < COLUMNS)[None, :]
+        tl.atomic_add(ptr, first * weight[:, None], mask=mask, sem="relaxed")
+        if KIND != "plain":
+            tl.atomic_add(ptr + COLUMNS, second * weight[:, None], mask=mask, sem="relaxed")
+
+
+@triton.jit
+def _product(ptr, first, second, column, COLUMNS: tl.constexpr, WIDTH: tl.constexpr, KIND: tl.constexpr):
+    """<row at ptr, gradient row>, [rows]."""
+    u, v = load_row(ptr, column, COLUMNS, WIDTH, KIND)
+    if KIND == "plain":
+        return tl.sum(first * u, axis=1)
+    else:
+        return tl.sum(first * u + second * v, axis=1)
+
+
+@triton.jit(do_not_specialize=["num_queries", "queries_per_image", "num_tokens", *SIZES])
+def msda_backward(
+    value_ptr, reference_ptr, offset_ptr, weight_ptr, image_ptr,  # as in msda_forward
+    out_ptr,  # [N, HEADS, HEAD_DIM] what the forward pass gave (fused only)
+    grad_out_ptr,  # [N, HEADS, HEAD_DIM]
+    grad_value_ptr,  # [B, S, HEADS, HEAD_DIM] float32, zeros; 16-bit kinds: even channels of a head, then odd ones
+    grad_offset_ptr, grad_weight_ptr,  # contiguous
+    num_queries, queries_per_image, num_tokens,
+    shape0, shape1, shape2, shape3, shape4, shape5, shape6, shape7,
+    HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, LEVELS: tl.constexpr, POINTS: tl.constexpr,
+    VALUE_PITCH: tl.constexpr, OFFSET_PITCH: tl.constexpr, WEIGHT_PITCH: tl.constexpr,
+    REFERENCE: tl.constexpr, PACKED: tl.constexpr, THIN: tl.constexpr, KIND: tl.constexpr,
+    COLUMNS: tl.constexpr, WIDTH: tl.constexpr, SAMPLES_PADDED: tl.constexpr,
+    SCATTER: tl.constexpr, BLOCK: tl.constexpr, UNROLL: tl.constexpr,
+):  # fmt: skip
+    """Gradients by offsets and logits (or locations and weights) and, where SCATTER, by the value.
+
+    With s the products of the gradient row with the four corners, everything but the value's gradient is scalar work:
+    d/dweight = sum of hat * s; d/dx = weight * sum of slope * s. The softmax needs sum_j weight_j d/dweight_j, which is
+    <gradient, output>, as in flash attention. Programs of one warp need no barrier.
+    """
+    WORD: tl.constexpr = 2 if KIND == "bf16" or KIND == "fp16" else 1
+    PITCH: tl.constexpr = VALUE_PITCH // WORD
+    GRAD_PITCH: tl.constexpr = HEADS * HEAD_DIM
+    SAMPLES: tl.constexpr = LEVELS * POINTS
+    num_rows = num_queries * HEADS
+    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    column = tl.arange(0, WIDTH)
+    live = row < num_rows
+    row = tl.minimum(row, num_rows - 1)
+    query = row // HEADS
+    head = row % HEADS
+    if PACKED:
+        image = tl.load(image_ptr + query)
+    else:
+        image = query // queries_per_image
+    origin = image * num_tokens
+    if WORD == 2:
+        value_ptr = view_as(value_ptr, tl.int32)
+        out_ptr = view_as(out_ptr, tl.int32)
+        grad_out_ptr = view_as(grad_out_ptr, tl.int32)
+    values = value_ptr + (head * (HEAD_DIM // WORD))[:, None] + column[None, :]
+    if SCATTER:
+        grads = grad_value_ptr + (head * HEAD_DIM)[:, None] + column[None, :]
+    offset_at = query * (OFFSET_PITCH // 2) + head * SAMPLES
+    weight_at = query * WEIGHT_PITCH + head * SAMPLES
+    out_at = (row * (HEAD_DIM // WORD))[:, None] + column[None, :]
+    g_first, g_second = load_row(grad_out_ptr + out_at, column, COLUMNS, WIDTH, KIND)
+    g_first = tl.where(live[:, None], g_first, 0.0)
+    g_second = tl.where(live[:, None], g_second, 0.0)
+    if REFERENCE != 0:
+        scale = softmax_scale(weight_ptr, weight_at, SAMPLES, SAMPLES_PADDED)
+        mean = _product(out_ptr + out_at, g_first, g_second, column, COLUMNS, WIDTH, KIND)
+    for level in tl.static_range(LEVELS):
+        height, width = level_size(level, shape0, shape1, shape2, shape3, shape4, shape5, shape6, shape7)
+        width_f = width.to(tl.float32)
+        height_f = height.to(tl.float32)
+        right = tl.where(width > 1, 1, 0) if THIN else 1
+        below = tl.where(height > 1, width, 0) if THIN else width
+        x0, y0, x_unit, y_unit = reference_on_level(reference_ptr, query, width_f, height_f, level, LEVELS, POINTS, REFERENCE)
+        for point in tl.range(POINTS, loop_unroll_factor=UNROLL):
+            j = level * POINTS + point
+            x, y = load_pair(offset_ptr, offset_at + j)
+            weight = tl.load(weight_ptr + weight_at + j).to(tl.float32)
+            if REFERENCE != 0:
+                weight = tl.exp2(weight * LOG2E - scale)
+            xb, tx, left_w, right_w = window(x * x_unit + x0, width_f, THIN)
+            yb, ty, top_w, low_w = window(y * y_unit + y0, height_f, THIN)
+            token = (origin + (yb * width_f + xb).to(tl.int32)).to(tl.int64)
+            top = values + (token * PITCH)[:, None]
+            low = top + below * PITCH
+            s00 = _product(top, g_first, g_second, column, COLUMNS, WIDTH, KIND)
+            s01 = _product(top + right * PITCH, g_first, g_second, column, COLUMNS, WIDTH, KIND)
+            s10 = _product(low, g_first, g_second, column, COLUMNS, WIDTH, KIND)
+            s11 = _product(low + right * PITCH, g_first, g_second, column, COLUMNS, WIDTH, KIND)
+            left_d, right_d = slopes(tx, width_f, THIN)
+            top_d, low_d = slopes(ty, height_f, THIN)
+            upper = left_w * s00 + right_w * s01
+            lower = left_w * s10 + right_w * s11
+            dw = top_w * upper + low_w * lower
+            dx = weight * x_unit * (left_d * (top_w * s00 + low_w * s10) + right_d * (top_w * s01 + low_w * s11))
+            dy = weight * y_unit * (top_d * upper + low_d * lower)
+            if REFERENCE != 0:
+                dw = weight * (dw - mean)
+            at = row * SAMPLES + j
+            tl.store(grad_weight_ptr + at, dw.to(grad_weight_ptr.dtype.element_ty), mask=live)
+            tl.store(pair_words(grad_offset_ptr) + at, pack_pair(grad_offset_ptr, dx, dy), mask=live)
+            if SCATTER:
+                target = grads + (token * GRAD_PITCH)[:, None]
+                target_low = target + below * GRAD_PITCH
+                top_w *= weight
+                low_w *= weight
+                _add_row(target, g_first, g_second, top_w * left_w, column, COLUMNS, WIDTH, KIND)
+                _add_row(target + right * GRAD_PITCH, g_first, g_second, top_w * right_w, column, COLUMNS, WIDTH, KIND)
+                _add_row(target_low, g_first, g_second, low_w * left_w, column, COLUMNS, WIDTH, KIND)
+                _add_row(target_low + right * GRAD_PITCH, g_first, g_second, low_w * right_w, column, COLUMNS, WIDTH, KIND)
+        origin += height * width
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def interleave_halves(
+    planar_ptr,  # [rows, 2, COLUMNS] float32: even channels, odd channels
+    out_ptr,  # [rows, COLUMNS] words of two 16-bit channels
+    num_rows,
+    COLUMNS: tl.constexpr, WIDTH: tl.constexpr, KIND: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Casts the value's gradient from the order in which it was summed to that of the value."""
+    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    column = tl.arange(0, WIDTH)
+    mask = (row < num_rows)[:, None] & (column < COLUMNS)[None, :]
+    at = row.to(tl.int64)[:, None] * COLUMNS + column[None, :]
+    plane = planar_ptr + row.to(tl.int64)[:, None] * (2 * COLUMNS) + column[None, :]
+    even = tl.load(plane, mask=mask)
+    odd = tl.load(plane + COLUMNS, mask=mask)
+    store_row(view_as(out_ptr, tl.int32) + at, even, odd, mask, COLUMNS, KIND)

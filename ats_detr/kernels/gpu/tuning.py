@@ -1,0 +1,139 @@
+"""Which launch configuration a kernel takes: by GPU, operator and bucket of sizes, never by the exact size.
+
+Looked up in this order: what this process found; the user's cache (`ATS_DETR_CACHE`, default ~/.cache/ats_detr); the winners
+shipped in `winners/` for this GPU, the nearest bucket standing in for a missing one. Where nothing is known about an operator
+on this GPU its few configurations are timed once (about a second each, most of it compilation) and cached on disk.
+`ATS_DETR_TUNING=off` never times, `force` times every bucket that this process meets for the first time.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import pathlib
+import re
+import tempfile
+from collections.abc import Callable
+
+import torch
+import triton
+from torch import Tensor
+
+from ats_detr.kernels.gpu.common import INTERPRETING
+
+Key = tuple
+Config = dict[str, int | bool]
+
+# Every configuration compiles without spills on sm_80, sm_90 and sm_100 (tests/kernels/test_offline.py).
+CONFIGS: dict[str, list[Config]] = {
+    "msda_forward": [
+        {"num_warps": 1, "unroll": 4},
+        {"num_warps": 1, "unroll": 2},
+        {"num_warps": 2, "unroll": 4},
+        {"num_warps": 4, "unroll": 4},
+        {"num_warps": 4, "unroll": 2},
+    ],
+    "msda_backward": [
+        {"num_warps": 1, "unroll": 4},
+        {"num_warps": 1, "unroll": 2},
+        {"num_warps": 1, "unroll": 1},
+    ],
+}
+WHOLE_ROWS: Config = {"num_warps": 4, "unroll": 4, "whole_rows": True}  # float32 only: a row per eight lanes
+INTERPRETED: Config = {"num_warps": 1, "unroll": 1, "multiple": 8}  # few large programs
+BINNED_FROM = 4096
+"""Queries from which the value's gradient is summed tile by tile rather than by atomics."""
+
+_chosen: dict[tuple, Config] = {}
+
+
+def prefers_binned(key: Key, num_queries: int, value: Tensor) -> bool:
+    return num_queries >= BINNED_FROM and value.shape[-1] <= 128
+
+
+def configurations(operator: str, key: Key) -> list[Config]:
+    """The candidates of one operator, the default first."""
+    candidates = CONFIGS[operator]
+    if operator == "msda_forward" and key[0] == "float32":
+        candidates = [*candidates, WHOLE_ROWS]
+    return candidates
+
+
+def run(
+    operator: str,
+    key: Key,
+    size: int,
+    device: torch.device,
+    launch: Callable[..., None],
+    reset: Callable[[], None] | None = None,
+) -> None:
+    """Calls `launch` with the best known configuration of `operator` for `size`; `reset` undoes trial launches."""
+    name = (operator, key, size.bit_length(), device.index)
+    config = _chosen.get(name)
+    if config is None:
+        config = _chosen[name] = _choose(operator, key, size, device, launch, reset)
+    launch(**config)
+
+
+def _choose(operator, key, size, device, launch, reset) -> Config:
+    candidates = configurations(operator, key)
+    if device.type != "cuda":
+        return INTERPRETED if INTERPRETING else candidates[0]
+    mode = os.environ.get("ATS_DETR_TUNING", "auto")
+    if mode not in ("auto", "off", "force"):
+        raise ValueError(f"ATS_DETR_TUNING={mode}: use auto, off or force")
+    gpu = torch.cuda.get_device_name(device)
+    bucket = size.bit_length()
+    row = "|".join(map(str, (operator, *key)))
+    known = _table(gpu).get(row, {})
+    if known and mode != "force":
+        nearest = min(known, key=lambda other: (abs(int(other) - bucket), other))
+        config = {name: value for name, value in known[nearest].items() if name != "ms"}
+        if config in candidates:
+            return config
+    if mode == "off" or torch.cuda.is_current_stream_capturing():
+        return candidates[0]
+    times = {}
+    for index, config in enumerate(candidates):
+        times[index] = triton.testing.do_bench(
+            functools.partial(launch, **config), warmup=5, rep=20, return_mode="median"
+        )
+    if reset is not None:
+        reset()
+    best = min(times, key=times.get)
+    _remember(gpu, row, bucket, {**candidates[best], "ms": round(times[best], 5)})
+    return candidates[best]
+
+
+# ------------------------------------------------------------------------------------------------------- tables on disk
+def _file_name(gpu: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", gpu.lower()).strip("-") + ".json"
+
+
+def cache_folder() -> pathlib.Path:
+    return pathlib.Path(os.environ.get("ATS_DETR_CACHE", pathlib.Path.home() / ".cache" / "ats_detr"))
+
+
+@functools.cache
+def _table(gpu: str) -> dict[str, dict[str, Config]]:
+    """{operator|key: {bucket: configuration}}; the user's cache wins over what is shipped."""
+    table: dict[str, dict[str, Config]] = {}
+    for folder in (pathlib.Path(__file__).parent / "winners", cache_folder()):
+        path = folder / _file_name(gpu)
+        if path.exists():
+            for row, buckets in json.loads(path.read_text()).items():
+                table.setdefault(row, {}).update(buckets)
+    return table
+
+
+def _remember(gpu: str, row: str, bucket: int, entry: Config) -> None:
+    _table(gpu).setdefault(row, {})[str(bucket)] = entry
+    folder = cache_folder()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=folder, delete=False) as file:
+            json.dump(_table(gpu), file, indent=1, sort_keys=True)
+        os.replace(file.name, folder / _file_name(gpu))
+    except OSError:
+        pass  # a read-only home costs the next process another second of timing, nothing else
