@@ -368,12 +368,7 @@ class Config:
 
     def __post_init__(self) -> None:
         _check(bool(self.name) and "/" not in self.name, "name", self.name, "give a name without slashes")
-        if self.model.adaptive:
-            mend = "a model with a budget per image needs teachers.weak and teachers.strong"
-            _check(self.teachers is not None, "teachers", None, mend)
-            mend = "the strong teacher is imitated through it: set it to true"
-            _check(self.model.adaption, "model.adaption", self.model.adaption, mend)
-        else:
+        if not self.model.adaptive:
             _check(
                 self.teachers is None, "teachers", "set", "only a model with a budget per image has teachers"
             )
@@ -400,9 +395,20 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     for override in overrides:
         _apply_override(tree, override)
     try:
-        return config_from_dict(tree)
+        config = config_from_dict(tree)
+        _check_trainable(config)
     except ConfigError as error:
         raise UserError(f"{path}: {error}") from error
+    return config
+
+
+def _check_trainable(config: Config) -> None:
+    """What a run needs beyond what its model needs in inference."""
+    if config.model.adaptive:
+        mend = "a model with a budget per image needs teachers.weak and teachers.strong"
+        _check(config.teachers is not None, "teachers", None, mend)
+        mend = "the strong teacher is imitated through it: set it to true"
+        _check(config.model.adaption, "model.adaption", config.model.adaption, mend)
 
 
 def config_from_dict(tree: Mapping[str, Any]) -> Config:
