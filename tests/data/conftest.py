@@ -40,7 +40,9 @@ def varied(tmp_path_factory: pytest.TempPathFactory) -> CocoDetection:
 
 @pytest.fixture
 def make_dataset(tmp_path: Path) -> Callable[..., CocoDetection]:
-    """Writes two 40x30 images and an annotation file, `content` overriding parts of it, and opens the dataset."""
+    """Writes two 40x30 images and an annotation file, `content` overriding parts of it, and opens the
+    dataset.
+    """
 
     def make(
         *, modes: tuple[str, str] = ("RGB", "RGB"), class_map=None, content=None, **options
