@@ -135,7 +135,8 @@ class _TrainingSamples(Dataset):
         problems: list[str] = []
         for attempt in range(self.MAX_REPLACEMENTS):
             with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(_mix(self.seed, epoch, index))
+                # Not torch.manual_seed, which would reset the GPU's generator too when loading in this process.
+                torch.default_generator.manual_seed(_mix(self.seed, epoch, index))
                 sample = _sample(self.dataset, self.transform, (index + attempt) % len(self.dataset))
             problems += sample.problems
             if sample.image is not None or self.dataset.on_bad_image == "error":
