@@ -17,8 +17,8 @@ from ats_detr.data.loader import EvaluationLoader
 from ats_detr.evaluation import Metrics, evaluate
 from ats_detr.flops import count_flops
 from ats_detr.model import Detr
+from ats_detr.training import checkpoint as checkpoints
 from ats_detr.training import distributed
-from ats_detr.training.checkpoint import build_without_fetching, load_checkpoint, load_weights
 from ats_detr.training.datasets import build_evaluation_loader
 from ats_detr.training.logging import console, say
 from ats_detr.training.stages import Stage
@@ -67,7 +67,7 @@ def summarise(stages: Mapping[str, Stage], folder: Path, device: torch.device) -
     for name, stage in stages.items():
         model, class_map = load_detector(stage.config, stage.checkpoint, device)
         metrics = evaluate(model, build_evaluation_loader(student.config.data, class_map), device)
-        seconds += load_checkpoint(stage.checkpoint)["train_seconds"]
+        seconds += checkpoints.load_checkpoint(stage.checkpoint)["train_seconds"]
         if not distributed.is_main():
             continue
         everything = build_evaluation_loader(student.config.data, class_map, shared=False)
@@ -88,10 +88,10 @@ def summarise(stages: Mapping[str, Stage], folder: Path, device: torch.device) -
 
 def load_detector(config: Config, path: Path, device: torch.device) -> tuple[Detr, ClassMap]:
     """The model of `config` with the weights of a checkpoint, and what its class rows mean."""
-    checkpoint = load_checkpoint(path)
-    model = build_without_fetching(config, checkpoint["num_classes"])
-    load_weights(model, checkpoint["model"], path)
-    return model.to(device).eval(), ClassMap.from_dict(checkpoint["classes"])
+    checkpoint = checkpoints.load_checkpoint(path)
+    return checkpoints.load_detector(config, checkpoint, path).to(device), ClassMap.from_dict(
+        checkpoint["classes"]
+    )
 
 
 def mean_encoder_gflops(model: Detr, loader: EvaluationLoader) -> float:

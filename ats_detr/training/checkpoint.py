@@ -3,64 +3,120 @@
 A checkpoint is a dictionary of tensors and plain values (`torch.load(..., weights_only=True)` reads it): `model`,
 `config` (resolved), `num_classes` (rows of the heads), `classes` (what the rows mean), `epoch` (completed ones),
 `step`, `best_ap`, `train_seconds`, `finished`; then either `optimizer` and `rng` (one state for each process), or
-`metrics`.
+`metrics`. A .safetensors file holds the same without the optimiser, plain values as JSON in its metadata. Files of the
+published code are read too.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
+import logging
 import os
 import pickle
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from ats_detr.config import Config, ConfigError, config_from_dict
+from ats_detr.convert import ALLOWED_TYPES, from_official, is_official
 from ats_detr.errors import UserError
 from ats_detr.model import Detr, build_model
 
+logger = logging.getLogger(__name__)
+
+_METADATA = "ats_detr"
+"""Key of our entry in the metadata of a .safetensors file."""
 _KEYS = ("model", "config", "num_classes", "classes", "epoch", "finished")
 
 
 def save_checkpoint(checkpoint: Mapping[str, Any], path: Path) -> None:
     """Write to a temporary file beside `path`, then rename: whatever happens, `path` is the old file or the new one.
 
-    Raises UserError where the file cannot be written (no space, no permission); the old file stays whole.
+    The suffix .safetensors chooses that format. Raises UserError where the file cannot be written (no space, no
+    permission); the old file stays whole.
     """
     temporary = path.with_name(path.name + ".tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as file:
-            torch.save(dict(checkpoint), file)
+            if path.suffix == ".safetensors":
+                file.write(_as_safetensors(checkpoint))
+            else:
+                torch.save(dict(checkpoint), file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch reports a failed write as either
         with contextlib.suppress(OSError):
             temporary.unlink()
-        reason = error.strerror if isinstance(error, OSError) else str(error).splitlines()[0]
+        reason = error.strerror if isinstance(error, OSError) else _first_line(error)
         kept = "the checkpoint before it is whole" if path.exists() else "nothing was written"
         raise UserError(f"{path}: cannot write this checkpoint ({reason}); {kept}") from error
 
 
+def _as_safetensors(checkpoint: Mapping[str, Any]) -> bytes:
+    tensors = {name: tensor.contiguous() for name, tensor in checkpoint["model"].items()}
+    others = {key: value for key, value in checkpoint.items() if key not in ("model", "optimizer", "rng")}
+    return safetensors.torch.save(tensors, metadata={_METADATA: json.dumps(others)})
+
+
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
-    """Read a checkpoint onto the CPU. Raises UserError when there is none or it is not one of ours."""
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise UserError(f"{path}: cannot read this checkpoint ({error.strerror})") from error
-    except (RuntimeError, EOFError, pickle.UnpicklingError, ValueError) as error:
-        raise UserError(
-            f"{path}: not a checkpoint, or a damaged one ({str(error).splitlines()[0]})"
-        ) from error
+    """Read a checkpoint of ours, or of the published code, onto the CPU.
+
+    Raises UserError when there is none, when it is neither, or when it holds what could execute code.
+    """
+    checkpoint = read_file(path)
+    if is_official(checkpoint):
+        checkpoint = from_official(checkpoint, source=str(path))
+        for note in checkpoint["notes"]:
+            logger.info("%s: %s", path, note)
     missing = [key for key in _KEYS if not isinstance(checkpoint, dict) or key not in checkpoint]
     if missing:
         raise UserError(f"{path}: not a checkpoint of ats_detr (it has no {missing[0]!r})")
     return checkpoint
+
+
+def read_file(path: str | Path) -> Any:
+    """What a file of torch.save or a .safetensors file of ours holds, on the CPU.
+
+    Pickles are read by torch's weights-only unpickler: tensors, plain values and argparse.Namespace. Anything else is
+    refused before it is made, so that a hostile file executes nothing. Raises UserError.
+    """
+    path = Path(path)
+    try:
+        if path.suffix == ".safetensors":
+            return _from_safetensors(path)
+        with torch.serialization.safe_globals(ALLOWED_TYPES):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise UserError(f"{path}: cannot read this checkpoint ({error.strerror or error})") from error
+    except pickle.UnpicklingError as error:
+        forbidden = re.search(r"GLOBAL ([\w.]+)", str(error))
+        if forbidden:
+            reason = f"it holds {forbidden[1]}, which a checkpoint may not hold; nothing of it was executed"
+            raise UserError(f"{path}: refused ({reason})") from error
+        raise UserError(f"{path}: not a checkpoint, or a damaged one (its pickle is unreadable)") from error
+    except (RuntimeError, EOFError, ValueError, SafetensorError) as error:
+        raise UserError(f"{path}: not a checkpoint, or a damaged one ({_first_line(error)})") from error
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
+
+
+def _from_safetensors(path: Path) -> dict[str, Any]:
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata() or {}
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dictionary)
+    return {"model": tensors, **json.loads(metadata.get(_METADATA, "{}"))}
 
 
 def config_of(checkpoint: Mapping[str, Any], path: str | Path) -> Config:
@@ -77,9 +133,24 @@ def load_model(path: str | Path) -> tuple[Detr, dict[str, Any]]:
     """The detector of a checkpoint, with its weights, in evaluation mode; and the checkpoint."""
     checkpoint = load_checkpoint(path)
     config = config_of(checkpoint, path)
+    return load_detector(config, checkpoint, path), checkpoint
+
+
+def load_detector(config: Config, checkpoint: Mapping[str, Any], path: str | Path) -> Detr:
+    """The detector that `config` describes with the weights of a checkpoint, in evaluation mode.
+
+    Two settings follow the checkpoint, whatever `config` says: there is no adaption layer where it has none (inference
+    does not use it), and weights of the published code average over padding, as they were trained to.
+    """
+    changes: dict[str, Any] = {}
+    if not any(name.startswith("adaption.") for name in checkpoint["model"]):
+        changes["adaption"] = False
+    if checkpoint.get("published") and config.model.selector is not None:
+        changes["selector"] = dataclasses.replace(config.model.selector, masked_mean=False)
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, **changes))
     model = build_without_fetching(config, checkpoint["num_classes"])
     load_weights(model, checkpoint["model"], path)
-    return model.eval(), checkpoint
+    return model.eval()
 
 
 def build_without_fetching(config: Config, num_classes: int) -> Detr:

@@ -14,7 +14,7 @@ import torch
 from ats_detr.config import Config, TeacherConfig, config_to_dict, load_config
 from ats_detr.errors import UserError
 from ats_detr.model import Detr
-from ats_detr.training.checkpoint import build_without_fetching, config_of, load_checkpoint, load_weights
+from ats_detr.training.checkpoint import config_of, load_checkpoint, load_detector
 from ats_detr.training.distillation import DualTeacher
 from ats_detr.training.trainer import FINISHED, train
 
@@ -167,7 +167,4 @@ def load_teacher(stage: Stage, student: Config) -> Detr:
             raise UserError(
                 f"the {stage.name} teacher has model.{key} = {own}, its student {wanted}: they must agree"
             )
-    checkpoint = load_checkpoint(stage.checkpoint)
-    model = build_without_fetching(stage.config, checkpoint["num_classes"])
-    load_weights(model, checkpoint["model"], stage.checkpoint)
-    return model
+    return load_detector(stage.config, load_checkpoint(stage.checkpoint), stage.checkpoint)
