@@ -1,0 +1,258 @@
+"""Published checkpoints (Deformable DETR, Sparse DETR, ATS-DETR) as ours, and back.
+
+The architecture is read off the names and shapes of the tensors. What names cannot tell is taken from the command line
+that the published code stores beside them, and otherwise assumed, with a note that says so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ats_detr.config import (
+    BackboneConfig,
+    Config,
+    ConfigError,
+    ModelConfig,
+    SelectorConfig,
+    config_from_dict,
+    config_to_dict,
+)
+from ats_detr.data.coco import ClassMap
+from ats_detr.errors import UserError
+from ats_detr.model import Detr, build_model
+from ats_detr.official import official_names
+
+COCO_CLASSES = {
+    1: "person", 2: "bicycle", 3: "car", 4: "motorcycle", 5: "airplane", 6: "bus", 7: "train", 8: "truck", 9: "boat",
+    10: "traffic light", 11: "fire hydrant", 13: "stop sign", 14: "parking meter", 15: "bench", 16: "bird", 17: "cat",
+    18: "dog", 19: "horse", 20: "sheep", 21: "cow", 22: "elephant", 23: "bear", 24: "zebra", 25: "giraffe",
+    27: "backpack", 28: "umbrella", 31: "handbag", 32: "tie", 33: "suitcase", 34: "frisbee", 35: "skis",
+    36: "snowboard", 37: "sports ball", 38: "kite", 39: "baseball bat", 40: "baseball glove", 41: "skateboard",
+    42: "surfboard", 43: "tennis racket", 44: "bottle", 46: "wine glass", 47: "cup", 48: "fork", 49: "knife",
+    50: "spoon", 51: "bowl", 52: "banana", 53: "apple", 54: "sandwich", 55: "orange", 56: "broccoli", 57: "carrot",
+    58: "hot dog", 59: "pizza", 60: "donut", 61: "cake", 62: "chair", 63: "couch", 64: "potted plant", 65: "bed",
+    67: "dining table", 70: "toilet", 72: "tv", 73: "laptop", 74: "mouse", 75: "remote", 76: "keyboard",
+    77: "cell phone", 78: "microwave", 79: "oven", 80: "toaster", 81: "sink", 82: "refrigerator", 84: "book",
+    85: "clock", 86: "vase", 87: "scissors", 88: "teddy bear", 89: "hair drier", 90: "toothbrush",
+}  # fmt: skip
+"""Names of the COCO 2017 categories by id: what the rows of a published 91-row head mean."""
+
+ALLOWED_TYPES = [argparse.Namespace]
+"""What published files hold beyond tensors and plain values: their command line."""
+_BODY = "backbone.0.body."
+_ADAPTION = "adaption_layer."
+_DERIVED = ".relative_position_index"
+"""Swin's buffers that follow from the window size; stored by the published code, computed by ours."""
+_RESNETS = {
+    (True, (3, 4, 6, 3)): "resnet50.tv_in1k",
+    (True, (3, 4, 23, 3)): "resnet101.tv_in1k",
+    (False, (2, 2, 2, 2)): "resnet18.tv_in1k",
+    (False, (3, 4, 6, 3)): "resnet34.tv_in1k",
+}
+"""(bottleneck blocks?, blocks of each stage) -> timm's name."""
+_SWINS = {
+    (96, 6): "swin_tiny_patch4_window7_224.ms_in1k",
+    (96, 18): "swin_small_patch4_window7_224.ms_in1k",
+    (128, 18): "swin_base_patch4_window7_224.ms_in22k_ft_in1k",
+    (192, 18): "swin_large_patch4_window7_224.ms_in22k_ft_in1k",
+}
+"""(channels of the first stage, blocks of the third) -> timm's name."""
+
+
+def is_official(content: Any) -> bool:
+    """Whether a file's content is a checkpoint of the published code (or its state dict alone)."""
+    state = _state_of(content)
+    return any(name.startswith("transformer.") for name in state)
+
+
+def _state_of(content: Any) -> dict[str, Tensor]:
+    """The tensors by name, whether they are wrapped or not; empty if there are none."""
+    if isinstance(content, Mapping) and isinstance(content.get("model"), Mapping):
+        content = content["model"]
+    if not isinstance(content, Mapping):
+        return {}
+    return {name: value for name, value in content.items() if isinstance(value, Tensor)}
+
+
+# --------------------------------------------------------------------------------------------- published file -> ours
+def from_official(
+    content: Mapping[str, Any], *, source: str = "checkpoint", keep_adaption: bool = False
+) -> dict[str, Any]:
+    """A published checkpoint as one of ours: what `load_checkpoint` returns, with `notes` on what was assumed or left.
+
+    Args:
+        source: named in errors.
+        keep_adaption: keep the adaption layer, which only distillation uses.
+
+    Raises:
+        UserError: the tensors are not exactly those of a model of this family.
+    """
+    state = {name: tensor for name, tensor in _state_of(content).items() if not name.endswith(_DERIVED)}
+    arguments = content.get("args") if "model" in content else None
+    arguments = vars(arguments) if isinstance(arguments, argparse.Namespace) else {}
+    notes: list[str] = []
+    if not keep_adaption and any(name.startswith(_ADAPTION) for name in state):
+        state = {name: tensor for name, tensor in state.items() if not name.startswith(_ADAPTION)}
+        notes.append("left out: the adaption layer, which only training uses (--keep-adaption keeps it)")
+    if dropped := [key for key in ("optimizer", "lr_scheduler") if key in content]:
+        notes.append(f"left out: the state of {' and '.join(dropped)}")
+    try:
+        model_config = detect_model(state, arguments, notes)
+    except KeyError as error:
+        raise UserError(f"{source}: not a model of this family, it has no tensor {error}") from error
+    except ConfigError as error:
+        raise UserError(f"{source}: not a model of this family ({error})") from error
+    num_classes = len(state["class_embed.0.bias"])
+    model = _on_meta(model_config, num_classes)
+    config = Config(name=re.sub(r"[^\w.-]+", "_", Path(source).stem) or "published", model=model_config)
+    return {
+        "model": _rename(state, model, source),
+        "config": config_to_dict(config),
+        "num_classes": num_classes,
+        "classes": _classes(num_classes).to_dict(),
+        "epoch": int(content.get("epoch", -1)) + 1 if "model" in content else 0,
+        "step": 0,
+        "train_seconds": 0.0,
+        "finished": True,
+        "published": True,
+        "notes": notes,
+    }
+
+
+def detect_model(
+    state: Mapping[str, Tensor], arguments: Mapping[str, Any] | None = None, notes: list[str] | None = None
+) -> ModelConfig:
+    """The architecture behind published names and shapes; `arguments` is the command line stored with them, if any.
+
+    Appends to `notes` what neither names nor arguments tell. Raises KeyError when a tensor of every such model lacks.
+    """
+    arguments, notes = arguments or {}, [] if notes is None else notes
+    width = len(state["transformer.level_embed"][0])
+    num_levels = len(state["transformer.level_embed"])
+    num_heads = int(arguments.get("nheads", 8))
+    two_stage = "transformer.enc_output.weight" in state
+    queries_from_memory = two_stage and len(state["transformer.pos_trans.bias"]) == width
+    num_encoder_layers = _count(state, r"transformer\.encoder\.layers\.(\d+)\.")
+    num_decoder_layers = _count(state, r"transformer\.decoder\.layers\.(\d+)\.")
+    if two_stage:
+        num_queries = int(arguments.get("num_queries", 300))
+    else:
+        num_queries = len(state["query_embed.weight"])
+    return ModelConfig(
+        backbone=BackboneConfig(name=_detect_backbone(state), pretrained=False),
+        selector=_detect_selector(state, arguments, notes),
+        width=width,
+        num_heads=num_heads,
+        num_levels=num_levels,
+        num_points=len(state["transformer.encoder.layers.0.self_attn.attention_weights.bias"])
+        // (num_heads * num_levels),
+        num_encoder_layers=num_encoder_layers,
+        num_decoder_layers=num_decoder_layers,
+        feedforward_width=len(state["transformer.encoder.layers.0.linear1.bias"]),
+        dropout=float(arguments.get("dropout", 0.1)),
+        num_queries=num_queries,
+        two_stage=two_stage,
+        box_refine="transformer.decoder.bbox_embed.0.layers.0.weight" in state,
+        queries_from_memory=queries_from_memory,
+        class_specific_proposals=two_stage and bool(arguments.get("eff_specific_head", queries_from_memory)),
+        encoder_auxiliary=_count(state, r"class_embed\.(\d+)\.") > num_decoder_layers + two_stage,
+        adaption=any(name.startswith(_ADAPTION) for name in state),
+    )
+
+
+def _detect_selector(
+    state: Mapping[str, Tensor], arguments: Mapping[str, Any], notes: list[str]
+) -> SelectorConfig | None:
+    by_features = any(name.startswith("transformer.encoder.enc_mask_predicotor.") for name in state)
+    if not by_features and not any(name.startswith("transformer.enc_mask_predictor.") for name in state):
+        return None
+    scores = "features" if by_features else "proposals"
+    if any(".enc_mask_predicotor.0.rate." in name for name in state):
+        given = [arguments.get(key) for key in ("min_ratio", "max_ratio")]
+        if None in given:
+            notes.append(
+                "the file does not say its budgets: 0.1 and 0.2, unless a configuration gives"
+                " model.selector.min_ratio and max_ratio"
+            )
+        low, high = (float(value or fallback) for value, fallback in zip(given, (0.1, 0.2), strict=True))
+        return SelectorConfig(min_ratio=low, max_ratio=high, masked_mean=False)
+    rho = arguments.get("rho")
+    rho = rho[0] if isinstance(rho, (list, tuple)) and rho else rho
+    if not rho:
+        notes.append(
+            "the file does not say its keep ratio: 0.1, unless a configuration gives model.selector.keep_ratio"
+        )
+    return SelectorConfig(scores=scores, keep_ratio=float(rho or 0.1), masked_mean=False)
+
+
+def _detect_backbone(state: Mapping[str, Tensor]) -> str:
+    names = [name.removeprefix(_BODY) for name in state if name.startswith(_BODY)]
+    if any(name.startswith("layer1.") for name in names):
+        blocks = tuple(_count(names, rf"layer{stage}\.(\d+)\.") for stage in range(1, 5))
+        kind: tuple[Any, ...] = ("layer1.0.conv3.weight" in names, blocks)
+        found = _RESNETS.get(kind)
+    else:
+        kind = len(state[f"{_BODY}patch_embed.proj.bias"]), _count(names, r"layers\.2\.blocks\.(\d+)\.")
+        found = _SWINS.get(kind)
+    if found is None:
+        raise ConfigError("backbone", kind, "only ResNet-18, 34, 50, 101 and Swin-T, S, B, L are known")
+    return found
+
+
+def _count(names: Iterable[str], pattern: str) -> int:
+    """One more than the largest number that the pattern finds at the beginning of a name; 0 if it finds none."""
+    numbers = [int(match[1]) for match in map(re.compile(pattern).match, names) if match]
+    return max(numbers, default=-1) + 1
+
+
+def _on_meta(config: ModelConfig, num_classes: int) -> Detr:
+    with torch.device("meta"):
+        return build_model(config, num_classes)
+
+
+def _rename(state: Mapping[str, Tensor], model: Detr, source: str) -> dict[str, Tensor]:
+    """Published names -> ours, exactly and with equal shapes; tensors stored several times must be equal."""
+    ours, own = official_names(model), model.state_dict()
+    problems = {
+        "missing": [name for name in ours if name not in state],
+        "unknown": [name for name in state if name not in ours],
+        "of another shape": [n for n in ours if n in state and state[n].shape != own[ours[n]].shape],
+    }
+    parts = [f"{len(names)} {what}, such as {names[0]}" for what, names in problems.items() if names]
+    if parts:
+        raise UserError(f"{source}: not a model of this family ({'; '.join(parts)})")
+    renamed: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        copy = renamed.setdefault(ours[name], tensor)
+        if copy is not tensor and not torch.equal(copy, tensor):
+            raise UserError(f"{source}: {name} and its copy under another name differ")
+    return renamed
+
+
+def _classes(num_rows: int) -> ClassMap:
+    if num_rows == 91:
+        return ClassMap.from_categories(COCO_CLASSES)
+    rows = tuple(range(num_rows))  # the published code uses category ids as rows
+    names = tuple(f"category {row}" for row in rows)
+    return ClassMap(num_rows=num_rows, rows=rows, category_ids=rows, names=names)
+
+
+# --------------------------------------------------------------------------------------------- ours -> published file
+def to_official(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    """One of our checkpoints as the published code stores it: {"model": every tensor under all of its names}."""
+    config = config_from_dict(checkpoint["config"]).model
+    backbone = dataclasses.replace(config.backbone, pretrained=False)
+    model = build_model(dataclasses.replace(config, backbone=backbone), checkpoint["num_classes"])
+    state = {name: checkpoint["model"][own] for name, own in official_names(model).items()}
+    for name, buffer in model.backbone.body.named_buffers():
+        if name.endswith(_DERIVED):
+            state[_BODY + name.replace("layers_", "layers.")] = buffer
+    return {"model": state}
