@@ -219,13 +219,12 @@ def test_images_left_out_do_not_count_as_missed(annotation_files):
 
 def test_rows_without_a_category_are_not_reported():
     class_map = ClassMap(num_rows=5, rows=(1, 3), category_ids=(10, 30), names=("a", "b"))
-    detections = Detections(
-        torch.tensor([0.9, 0.8, 0.7]),
-        torch.tensor([3, 2, 1]),
-        torch.tensor([[0.0, 0, 4, 5], [0, 0, 1, 1], [2, 3, 10, 20]]),
+    first = Detections(
+        torch.tensor([0.75, 0.5]), torch.tensor([3, 2]), torch.tensor([[0.0, 0, 4, 5], [0, 0, 1, 1]])
     )
-    rows = detection_rows(8, detections, class_map)
-    np.testing.assert_allclose(rows, [[8, 0, 0, 4, 5, 0.9, 30], [8, 2, 3, 8, 17, 0.7, 10]], rtol=1e-6)
+    second = Detections(torch.tensor([0.25]), torch.tensor([1]), torch.tensor([[2.0, 3, 10, 20]]))
+    rows = detection_rows([8, 2**40 + 1], [first, second], class_map)
+    assert rows.tolist() == [[8, 0, 0, 4, 5, 0.75, 30], [2**40 + 1, 2, 3, 8, 17, 0.25, 10]]
 
 
 def tiny_model(num_classes: int) -> nn.Module:
