@@ -261,28 +261,10 @@ def test_no_image_depends_on_batch_size_or_order(dataset):
     assert len({record.num_valid_tokens for record in alone.images}) > 2
 
 
-def test_two_processes_find_what_one_finds_on_an_odd_number_of_images(dataset, tmp_path):
-    model = tiny_model(dataset.class_map.num_rows)
-    single = evaluate(model, EvaluationLoader(dataset, batch_size=4, **SIZES), "cpu")
-    torch.multiprocessing.spawn(_evaluate_share, (dataset, model, tmp_path), nprocs=2)
-    for rank in range(2):
-        assert_same(torch.load(tmp_path / f"{rank}.pt", weights_only=False), single)
-
-
-def _evaluate_share(rank: int, dataset: CocoDetection, model: nn.Module, folder: Path) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    loader = EvaluationLoader(dataset, batch_size=4, rank=rank, world_size=2, **SIZES)
-    torch.save(evaluate(model, loader, "cpu"), folder / f"{rank}.pt")
-    dist.destroy_process_group()
-
-
-@pytest.fixture
-def damaged(dataset: CocoDetection, tmp_path: Path) -> Path:
-    """A folder with the images of `dataset`, the first one (a large one is first in no batch order) cut
-    short.
-    """
-    folder = tmp_path / "damaged"
-    folder.mkdir()
+@pytest.fixture(scope="module")
+def damaged(dataset: CocoDetection, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the images of `dataset`, the first one cut short."""
+    folder = tmp_path_factory.mktemp("damaged")
     for i in range(len(dataset)):
         content = dataset.path(i).read_bytes()
         (folder / dataset.path(i).name).write_bytes(content[:200] if i == 0 else content)
@@ -297,24 +279,47 @@ def test_skipped_images_are_counted_and_left_out(dataset, damaged):
     assert metrics.precision.ap == pytest.approx(1)
 
 
-def test_a_bad_image_of_one_process_stops_all_of_them(dataset, damaged, tmp_path):
+def test_a_bad_image_stops_the_evaluation(dataset, damaged):
     strict = CocoDetection(damaged, dataset.annotations.file)
-    oracle = Oracle(dataset)
     with pytest.raises(ImageFileError, match=r"000001\.jpg cannot be read"):
-        evaluate(oracle, EvaluationLoader(strict, **SIZES), "cpu")
-    torch.multiprocessing.spawn(_meet_bad_image, (strict, oracle, tmp_path), nprocs=2)
-    messages = [(tmp_path / f"{rank}.txt").read_text() for rank in range(2)]
-    assert messages[0] == messages[1]
-    assert "000001.jpg cannot be read" in messages[0]
+        evaluate(Oracle(dataset), EvaluationLoader(strict, **SIZES), "cpu")
 
 
-def _meet_bad_image(rank: int, dataset: CocoDetection, model: nn.Module, folder: Path) -> None:
+@pytest.fixture(scope="module")
+def two_processes(dataset, damaged, tmp_path_factory: pytest.TempPathFactory) -> list[tuple[Metrics, str]]:
+    """For each of two processes, its metrics of `dataset` and its error on the damaged images."""
+    folder = tmp_path_factory.mktemp("processes")
+    strict = CocoDetection(damaged, dataset.annotations.file)
+    torch.multiprocessing.spawn(
+        _evaluate_share, (dataset, strict, tiny_model(dataset.class_map.num_rows), folder), nprocs=2
+    )
+    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)]
+
+
+def _evaluate_share(
+    rank: int, dataset: CocoDetection, damaged: CocoDetection, model: nn.Module, folder: Path
+) -> None:
+    torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    try:
-        evaluate(model, EvaluationLoader(dataset, rank=rank, world_size=2, **SIZES), "cpu")
-    except ImageFileError as error:
-        (folder / f"{rank}.txt").write_text(str(error))
+    share = {"batch_size": 4, "rank": rank, "world_size": 2, **SIZES}
+    metrics = evaluate(model, EvaluationLoader(dataset, **share), "cpu")
+    with pytest.raises(ImageFileError) as raised:
+        evaluate(model, EvaluationLoader(damaged, **share), "cpu")
+    torch.save((metrics, str(raised.value)), folder / f"{rank}.pt")
     dist.destroy_process_group()
+
+
+def test_two_processes_find_what_one_finds_on_an_odd_number_of_images(dataset, two_processes):
+    model = tiny_model(dataset.class_map.num_rows)
+    single = evaluate(model, EvaluationLoader(dataset, batch_size=4, **SIZES), "cpu")
+    for metrics, _ in two_processes:
+        assert_same(metrics, single)
+
+
+def test_a_bad_image_of_one_process_stops_both_with_the_same_message(two_processes):
+    (_, first), (_, second) = two_processes
+    assert first == second
+    assert "000001.jpg cannot be read" in first
 
 
 def test_detections_are_reported_in_pixels_of_the_original(dataset):
