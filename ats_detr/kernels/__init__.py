@@ -5,14 +5,10 @@ two (`backend.choose_backend`) and register the operators with PyTorch.
 """
 
 from ats_detr.kernels.attention import deformable_attention, multi_scale_deformable_attention
+from ats_detr.kernels.attention_map import attention_map, deformable_attention_map
+from ats_detr.kernels.packing import pack_tokens, scatter_tokens
 from ats_detr.kernels.plan import TokenPlan
-from ats_detr.kernels.reference import (
-    attention_map,
-    deformable_attention_map,
-    pack_tokens,
-    scatter_tokens,
-    select_tokens,
-)
+from ats_detr.kernels.selection import select_tokens
 
 __all__ = [
     "TokenPlan",

@@ -21,15 +21,22 @@ class TokenPlan:
     image_index_K: Tensor
     """Image each kept token belongs to, 0..B-1, ascending."""
     offsets_B1: Tensor
-    """[B+1] first packed row of each image; the last entry is the number of rows in use (K unless a capacity was
-    asked for; rows from there on carry no token)."""
+    """[B+1] first packed row of each image; the last entry is the number of rows in use."""
     slot_BS: Tensor
     """[B, S] packed row of each token, -1 where the token is not kept."""
+    exact: bool = True
+    """Whether all K rows are in use. False: K is a capacity, only the device knows how many rows are used; the others name
+    token 0 of the last image, and the kernels neither read nor write them."""
 
     @property
     def counts_B(self) -> Tensor:
         """[B] kept tokens of each image."""
         return self.offsets_B1.diff()
+
+    @property
+    def num_rows(self) -> Tensor | None:
+        """int32 [1] rows in use, on the device; None where all are."""
+        return None if self.exact else self.offsets_B1[-1:]
 
     @property
     def flat_index_K(self) -> Tensor:
@@ -43,10 +50,25 @@ class TokenPlan:
         return [slice(a, b) for a, b in zip(starts[:-1], starts[1:], strict=True)]
 
     @staticmethod
-    def from_mask(keep_BS: Tensor) -> TokenPlan:
-        """The plan that keeps exactly the True entries of `keep_BS` (bool [B, S]; waits for the device)."""
-        image_index_K, token_index_K = keep_BS.nonzero(as_tuple=True)
-        counts_B = keep_BS.sum(1)
-        offsets_B1 = torch.cat([counts_B.new_zeros(1), counts_B.cumsum(0)])
-        slot_BS = keep_BS.flatten().cumsum(0).sub(1).view_as(keep_BS).masked_fill(~keep_BS, -1)
-        return TokenPlan(token_index_K.int(), image_index_K.int(), offsets_B1.int(), slot_BS.int())
+    def from_mask(keep_BS: Tensor, capacity: int | None = None) -> TokenPlan:
+        """The plan that keeps exactly the True entries of `keep_BS` (bool [B, S]).
+
+        Without a capacity there are as many rows as tokens kept (waits for the device); with one there are `capacity` rows,
+        the device is not waited for, and tokens past the capacity are dropped.
+        """
+        batch, num_tokens = keep_BS.shape
+        slot_BS = (keep_BS.flatten().cumsum(0) - 1).view_as(keep_BS)
+        exact = capacity is None
+        if exact:
+            capacity = int(keep_BS.sum())
+        else:
+            capacity = min(capacity, batch * num_tokens)
+            keep_BS = keep_BS & (slot_BS < capacity)
+        rows = torch.where(keep_BS, slot_BS, capacity).flatten()  # tokens that are not kept share a row that is cut off
+        position = torch.arange(batch * num_tokens, device=keep_BS.device)
+        flat_K = rows.new_full((capacity + 1,), (batch - 1) * num_tokens).scatter(0, rows, position)[:capacity]
+        offsets_B1 = torch.cat([rows.new_zeros(1), keep_BS.sum(1).cumsum(0)])
+        image_index_K = flat_K // max(1, num_tokens)
+        token_index_K = flat_K - image_index_K * num_tokens
+        slot_BS = slot_BS.masked_fill(~keep_BS, -1)
+        return TokenPlan(token_index_K.int(), image_index_K.int(), offsets_B1.int(), slot_BS.int(), exact)

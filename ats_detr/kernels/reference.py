@@ -141,18 +141,22 @@ def _sample(
 
 
 # ------------------------------------------------------------------------------------------------- token selection
-def select_tokens(scores_BS: Tensor, num_keep_B: Tensor, padding_mask_BS: Tensor | None = None) -> TokenPlan:
+def select_tokens(
+    scores_BS: Tensor, num_keep_B: Tensor, padding_mask_BS: Tensor | None = None, capacity: int | None = None
+) -> TokenPlan:
     """The num_keep_B[i] best-scored tokens of each image i, as a plan in ascending index order.
 
     Ties go to the lower index, NaN counts as the largest score (as in torch.topk), and a padded token is taken only
-    when no valid one is left. Asking for more than S tokens keeps all S.
+    when no valid one is left (padded tokens: lower index first). Asking for more than S tokens keeps all S. With a capacity nothing waits for the device.
     """
+    if padding_mask_BS is not None:
+        scores_BS = scores_BS.masked_fill(padding_mask_BS, 0.0)  # padded tokens are all alike
     order = scores_BS.sort(dim=1, descending=True, stable=True).indices
     if padding_mask_BS is not None:
         valid_first = padding_mask_BS.gather(1, order).int().sort(dim=1, stable=True).indices
         order = order.gather(1, valid_first)
     kept_by_rank = torch.arange(scores_BS.shape[1], device=scores_BS.device) < num_keep_B[:, None]
-    return TokenPlan.from_mask(torch.zeros_like(kept_by_rank).scatter(1, order, kept_by_rank))
+    return TokenPlan.from_mask(torch.zeros_like(kept_by_rank).scatter(1, order, kept_by_rank), capacity)
 
 
 def pack_tokens(plan: TokenPlan, *dense: Tensor) -> tuple[Tensor, ...]:
@@ -163,7 +167,20 @@ def pack_tokens(plan: TokenPlan, *dense: Tensor) -> tuple[Tensor, ...]:
 
 def scatter_tokens(plan: TokenPlan, memory_BSC: Tensor, rows_KC: Tensor) -> Tensor:
     """`memory_BSC` with the kept tokens replaced by their packed rows; a new tensor, gradients to both inputs."""
+    if not plan.exact:
+        return merge(plan.slot_BS, rows_KC, memory_BSC)
     return memory_BSC.flatten(0, 1).index_copy(0, plan.flat_index_K, rows_KC).view_as(memory_BSC)
+
+
+def merge(slot_BS: Tensor, packed: Tensor | None, dense: Tensor | None) -> Tensor:
+    """The packed row of each kept token (None: zeros), the row of `dense` (None: zeros) of every other token."""
+    like, leading = (packed, 1) if dense is None else (dense, 2)
+    shape = (*slot_BS.shape, *like.shape[leading:])
+    kept = (slot_BS >= 0).view(*slot_BS.shape, *[1] * (len(shape) - 2))
+    rows, elsewhere = like.new_zeros(()), like.new_zeros(()) if dense is None else dense
+    if packed is not None and packed.shape[0]:
+        rows = packed.index_select(0, slot_BS.clamp(min=0).flatten().long()).view(shape)
+    return torch.where(kept, rows, elsewhere).expand(shape)
 
 
 # ---------------------------------------------------------------------------------- decoder cross-attention map (DAM)

@@ -21,7 +21,8 @@ COUNTERS_PER_TILE = 4  # so that samples of a crowded coarse tile do not queue a
 class Problem(NamedTuple):
     """What every kernel of one call needs to know."""
 
-    value: Tensor
+    value: Tensor | None
+    """None where only the samples matter (the attention map)."""
     reference: Tensor | None
     offsets: Tensor
     weights: Tensor
@@ -72,7 +73,7 @@ class Problem(NamedTuple):
 
 
 def prepare(
-    value: Tensor,
+    value: Tensor | None,
     sizes: Sequence[int],
     reference: Tensor | None,
     offsets: Tensor,
@@ -81,15 +82,11 @@ def prepare(
 ) -> Problem:
     """Copies what the kernels cannot address: they take the pitch from token to token and from query to query as it is
     (so that slices of one larger projection are read in place), and everything within contiguous and 16-byte aligned."""
-    batch, num_tokens, num_heads, head_dim = value.shape
-    pitch = value.stride(1)
-    if (
-        value.stride(3) != 1
-        or value.stride(2) != head_dim
-        or (batch > 1 and value.stride(0) != num_tokens * pitch)
-        or value.data_ptr() % 16
-    ):
-        value = value.clone(memory_format=torch.contiguous_format)
+    if value is not None:
+        batch, num_tokens, _, head_dim = value.shape
+        in_place = value.stride(3) == 1 and value.stride(2) == head_dim and value.data_ptr() % 16 == 0
+        if not in_place or (batch > 1 and value.stride(0) != num_tokens * value.stride(1)):
+            value = value.clone(memory_format=torch.contiguous_format)
     if not offsets[:1].is_contiguous() or offsets.stride(0) % 2 or offsets.data_ptr() % 16:
         offsets = offsets.clone(memory_format=torch.contiguous_format)
     if not weights[:1].is_contiguous():

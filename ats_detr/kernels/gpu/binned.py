@@ -19,23 +19,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ats_detr.kernels.gpu.common import LOG2E, SIZES, level_size, load_pair, reference_on_level, softmax_scale, view_as
+from ats_detr.kernels.gpu.common import LOG2E, SIZES, level_size, samples_of_level, softmax_scale, view_as
 
 PIECE = 64  # samples per step of reduce_tiles
 TILE = tl.constexpr(7)  # cells per side of a tile; its window is 8x8 pixels
-
-
-@triton.jit
-def _samples_of_level(
-    reference_ptr, offset_ptr, query, offset_at, point, height, width,
-    LEVEL: tl.constexpr, LEVELS: tl.constexpr, POINTS: tl.constexpr, REFERENCE: tl.constexpr,
-):  # fmt: skip
-    """Pixel coordinates of a level's samples, [rows, points]; `query` and `offset_at` are columns, `point` is a row."""
-    x0, y0, x_unit, y_unit = reference_on_level(
-        reference_ptr, query, width.to(tl.float32), height.to(tl.float32), LEVEL, LEVELS, POINTS, REFERENCE
-    )
-    x, y = load_pair(offset_ptr, offset_at + LEVEL * POINTS + point)
-    return x * x_unit + x0, y * y_unit + y0
 
 
 @triton.jit
@@ -71,7 +58,7 @@ def bin_samples(
     copy = tl.program_id(0) % COPIES
     for level in tl.static_range(LEVELS):
         height, width = level_size(level, shape0, shape1, shape2, shape3, shape4, shape5, shape6, shape7)
-        x, y = _samples_of_level(
+        x, y = samples_of_level(
             reference_ptr, offset_ptr, query, offset_at, tl.minimum(point, POINTS - 1), height, width,
             level, LEVELS, POINTS, REFERENCE,
         )  # fmt: skip
@@ -113,7 +100,7 @@ def fill_bins(
     point = tl.arange(0, POINTS_PADDED)[None, :]
     for level in tl.static_range(LEVELS):
         height, width = level_size(level, shape0, shape1, shape2, shape3, shape4, shape5, shape6, shape7)
-        x, y = _samples_of_level(
+        x, y = samples_of_level(
             reference_ptr, offset_ptr, query[:, None], offset_at[:, None], tl.minimum(point, POINTS - 1), height, width,
             level, LEVELS, POINTS, REFERENCE,
         )  # fmt: skip

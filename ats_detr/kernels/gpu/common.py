@@ -180,3 +180,16 @@ def softmax_scale(weight_ptr, at, SAMPLES: tl.constexpr, PADDED: tl.constexpr):
     logit = logit.to(tl.float32) * LOG2E
     top = tl.max(logit, axis=1)
     return top + tl.log2(tl.sum(tl.exp2(logit - top[:, None]), axis=1))
+
+
+@triton.jit
+def samples_of_level(
+    reference_ptr, offset_ptr, query, offset_at, point, height, width,
+    LEVEL: tl.constexpr, LEVELS: tl.constexpr, POINTS: tl.constexpr, REFERENCE: tl.constexpr,
+):  # fmt: skip
+    """Pixel coordinates of a level's samples, [rows, points]; `query` and `offset_at` are columns, `point` is a row."""
+    x0, y0, x_unit, y_unit = reference_on_level(
+        reference_ptr, query, width.to(tl.float32), height.to(tl.float32), LEVEL, LEVELS, POINTS, REFERENCE
+    )
+    x, y = load_pair(offset_ptr, offset_at + LEVEL * POINTS + point)
+    return x * x_unit + x0, y * y_unit + y0

@@ -1,0 +1,140 @@
+"""Rows of several dense tensors into packed form, and back, one launch each. Pure copies: bytes decide the time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+GROUP = 4  # tensors per launch
+ELEMENTS = 1024  # about so many per tensor and program
+
+
+@triton.jit
+def _move(source_ptr, target_ptr, source_row, target_row, mask, ROW: tl.constexpr, WIDTH: tl.constexpr):
+    column = tl.arange(0, WIDTH)[None, :]
+    inside = mask[:, None] & (column < ROW)
+    value = tl.load(source_ptr + source_row[:, None] * ROW + column, mask=inside)
+    tl.store(target_ptr + target_row[:, None] * ROW + column, value, mask=inside)
+
+
+@triton.jit(do_not_specialize=["num_rows", "num_tokens"])
+def move_rows(
+    token_index_ptr, image_index_ptr,  # [K]
+    count_ptr,  # [1] int32 rows in use, where COUNTED
+    dense0_ptr, dense1_ptr, dense2_ptr, dense3_ptr,  # [B, S, ROWi]
+    packed0_ptr, packed1_ptr, packed2_ptr, packed3_ptr,  # [K, ROWi]
+    num_rows, num_tokens,
+    ROW0: tl.constexpr, ROW1: tl.constexpr, ROW2: tl.constexpr, ROW3: tl.constexpr,  # elements, 0: no such tensor
+    WIDTH0: tl.constexpr, WIDTH1: tl.constexpr, WIDTH2: tl.constexpr, WIDTH3: tl.constexpr,
+    COUNTED: tl.constexpr, INTO_DENSE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """packed[k] = dense[image_index[k], token_index[k]], or the other way round where INTO_DENSE."""
+    if COUNTED:
+        num_rows = tl.minimum(num_rows, tl.load(count_ptr))
+        if tl.program_id(0) * BLOCK >= num_rows:
+            return
+    packed_row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = packed_row < num_rows
+    image = tl.load(image_index_ptr + packed_row, mask=mask, other=0).to(tl.int64)
+    dense_row = image * num_tokens + tl.load(token_index_ptr + packed_row, mask=mask, other=0)
+    packed_row = packed_row.to(tl.int64)
+    if INTO_DENSE:
+        _move(packed0_ptr, dense0_ptr, packed_row, dense_row, mask, ROW0, WIDTH0)
+    else:
+        _move(dense0_ptr, packed0_ptr, dense_row, packed_row, mask, ROW0, WIDTH0)
+        if ROW1 > 0:
+            _move(dense1_ptr, packed1_ptr, dense_row, packed_row, mask, ROW1, WIDTH1)
+        if ROW2 > 0:
+            _move(dense2_ptr, packed2_ptr, dense_row, packed_row, mask, ROW2, WIDTH2)
+        if ROW3 > 0:
+            _move(dense3_ptr, packed3_ptr, dense_row, packed_row, mask, ROW3, WIDTH3)
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def merge_rows(
+    slot_ptr,  # [B, S] packed row of each token, or -1
+    packed_ptr,  # [K, ROW], or None: zeros
+    dense_ptr,  # [B, S, ROW], or None: zeros
+    out_ptr,  # [B, S, ROW]
+    num_rows,  # B * S
+    ROW: tl.constexpr, WIDTH: tl.constexpr, HAS_PACKED: tl.constexpr, HAS_DENSE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """out[token] = packed[slot] where the token is kept, dense[token] elsewhere: every row is written once, in order."""
+    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = row < num_rows
+    slot = tl.load(slot_ptr + row, mask=mask, other=-1)
+    column = tl.arange(0, WIDTH)[None, :]
+    inside = mask[:, None] & (column < ROW)
+    kept = slot[:, None] >= 0
+    at = row.to(tl.int64)[:, None] * ROW + column
+    value = tl.zeros((BLOCK, WIDTH), out_ptr.dtype.element_ty)
+    if HAS_DENSE:
+        value = tl.load(dense_ptr + at, mask=inside & (slot[:, None] < 0), other=0)
+    if HAS_PACKED:
+        packed = tl.load(packed_ptr + slot.to(tl.int64)[:, None] * ROW + column, mask=inside & kept, other=0)
+        value = tl.where(kept, packed, value)
+    tl.store(out_ptr + at, value, mask=inside)
+
+
+def _row_length(tensor: Tensor, leading: int) -> int:
+    return tensor.shape[leading:].numel()
+
+
+def _block(width: int) -> int:
+    return max(1, ELEMENTS // width)
+
+
+def _launch_moves(token_index, image_index, count, dense, packed, into_dense: bool) -> None:
+    num_rows, num_tokens = token_index.shape[0], dense[0].shape[1]
+    for first in range(0, len(dense), GROUP):
+        some_dense, some_packed = dense[first : first + GROUP], packed[first : first + GROUP]
+        lengths = [_row_length(tensor, 2) for tensor in some_dense]
+        widths = [triton.next_power_of_2(length) for length in lengths]
+        block = _block(max(widths))
+        absent = GROUP - len(some_dense)
+        move_rows[(triton.cdiv(num_rows, block),)](
+            token_index, image_index, count,
+            *some_dense, *[None] * absent, *some_packed, *[None] * absent, num_rows, num_tokens,
+            *lengths, *[0] * absent, *widths, *[1] * absent,
+            COUNTED=count is not None, INTO_DENSE=into_dense, BLOCK=block, num_warps=4,
+        )  # fmt: skip
+
+
+def pack(token_index: Tensor, image_index: Tensor, count: Tensor | None, dense: Sequence[Tensor]) -> list[Tensor]:
+    """Kept rows of each dense tensor; rows past `count` are not written."""
+    packed = [tensor.new_empty(token_index.shape[0], *tensor.shape[2:]) for tensor in dense]
+    if token_index.shape[0]:
+        pairs = [(d.contiguous(), p) for d, p in zip(dense, packed, strict=True) if p.numel()]
+        if pairs:
+            _launch_moves(token_index, image_index, count, *zip(*pairs, strict=True), into_dense=False)
+    return packed
+
+
+def scatter_in_place(token_index: Tensor, image_index: Tensor, count: Tensor | None, memory: Tensor, rows: Tensor) -> None:
+    """Overwrites the kept tokens of `memory` with the packed rows."""
+    if rows.numel():
+        _launch_moves(token_index, image_index, count, [memory], [rows.contiguous()], into_dense=True)
+
+
+def merge(slots: Tensor, packed: Tensor | None, dense: Tensor | None) -> Tensor:
+    """The dense tensor whose kept tokens are the packed rows (None: zeros) and whose others are `dense` (None: zeros)."""
+    like = packed if dense is None else dense
+    shape = like.shape[1:] if dense is None else like.shape[2:]
+    out = torch.empty(*slots.shape, *shape, dtype=like.dtype, device=like.device)
+    if out.numel() == 0:
+        return out
+    length = shape.numel()
+    width = triton.next_power_of_2(length)
+    block = _block(width)
+    merge_rows[(triton.cdiv(slots.numel(), block),)](
+        slots,
+        None if packed is None else packed.contiguous(),
+        None if dense is None else dense.contiguous(),
+        out, slots.numel(), ROW=length, WIDTH=width, HAS_PACKED=packed is not None, HAS_DENSE=dense is not None,
+        BLOCK=block, num_warps=4,
+    )  # fmt: skip
+    return out

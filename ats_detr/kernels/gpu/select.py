@@ -1,0 +1,171 @@
+"""Adaptive token selection in two launches without a host sync: one threshold per image, then compaction in index order."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+CHUNK = 1024  # tokens per program of the compaction
+MAX_TOKENS = 65536  # keys of one image live in the registers of one program
+
+
+@triton.jit
+def ordered_keys(score, padded, inside):
+    """int32 keys that sort as the scores do: NaN above all, -0 as 0, padded tokens below all, tokens outside below those."""
+    bits = (score + 0.0).to(tl.int32, bitcast=True)
+    key = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    key = tl.where(score != score, 0x7FFFFFFF, key)
+    key = tl.where(padded, -0x7FFFFFFF, key)
+    return tl.where(inside, key, -0x7FFFFFFF - 1)
+
+
+@triton.jit
+def score_of(key):
+    """The float32 score of a key (scalar)."""
+    return (key ^ ((key >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def load_keys(score_ptr, padding_ptr, image, token, num_tokens, PADDED: tl.constexpr):
+    inside = token < num_tokens
+    at = image * num_tokens + token
+    score = tl.load(score_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    padded = token < 0
+    if PADDED:
+        padded = tl.load(padding_ptr + at, mask=inside, other=0) != 0
+    return ordered_keys(score, padded, inside)
+
+
+@triton.jit
+def count_true(mask, SIZE: tl.constexpr):
+    return tl.sum(tl.reshape(mask.to(tl.int32), (SIZE,), can_reorder=True))
+
+
+@triton.jit(do_not_specialize=["num_tokens"])
+def find_thresholds(
+    score_ptr,  # [B, S]
+    padding_ptr,  # [B, S] bool, where PADDED
+    keep_ptr,  # [B] tokens to keep
+    threshold_ptr,  # [B] int32 out: the keep-th largest key
+    ties_ptr,  # [B] int32 out: how many of the tokens at the threshold are kept
+    above_ptr,  # [B, CHUNKS] int32 out: tokens above the threshold in the chunks before this one
+    equal_ptr,  # [B, CHUNKS] int32 out: tokens at the threshold in the chunks before this one
+    num_tokens,
+    PADDED: tl.constexpr, CHUNKS: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """One program per image, all keys in registers: a search between the smallest and the largest key.
+
+    Steps alternate between interpolating the score at which the count should be met and halving the range of keys; at most
+    64, usually about ten, each one count over all keys.
+    """
+    image = tl.program_id(0)
+    SIZE: tl.constexpr = CHUNKS * CHUNK
+    token = tl.arange(0, CHUNKS)[:, None] * CHUNK + tl.arange(0, CHUNK)[None, :]
+    key = load_keys(score_ptr, padding_ptr, image, token, num_tokens, PADDED)
+    keep = tl.minimum(tl.maximum(tl.load(keep_ptr + image).to(tl.int32), 0), num_tokens)
+    flat = tl.reshape(key, (SIZE,), can_reorder=True)
+    high = tl.max(flat)
+    at_high = count_true(key == high, SIZE)
+    # The threshold is the largest key that at least `keep` keys reach: low always is one, high is none.
+    low = tl.min(flat)
+    at_low = tl.zeros_like(at_high) + SIZE
+    if at_high >= keep:
+        low = high
+        at_low = at_high
+    step = 0
+    while (high.to(tl.int64) - low.to(tl.int64) > 1) & (at_low != keep):
+        width = high.to(tl.int64) - low.to(tl.int64)
+        middle = (low.to(tl.int64) + width // 2).to(tl.int32)
+        share = (at_low - keep).to(tl.float32) / (at_low - at_high).to(tl.float32)
+        guess = score_of(low) + (score_of(high) - score_of(low)) * share
+        bits = (guess + 0.0).to(tl.int32, bitcast=True)
+        guess_key = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+        good = (step % 2 == 0) & (guess == guess) & (guess_key > low) & (guess_key < high)
+        middle = tl.where(good, guess_key, middle)
+        reached = count_true(key >= middle, SIZE)
+        enough = reached >= keep
+        low = tl.where(enough, middle, low)
+        at_low = tl.where(enough, reached, at_low)
+        high = tl.where(enough, high, middle)
+        at_high = tl.where(enough, at_high, reached)
+        step += 1
+    above = (key > low).to(tl.int32)
+    equal = (key == low).to(tl.int32)
+    above_C = tl.sum(above, axis=1)
+    equal_C = tl.sum(equal, axis=1)
+    at = image * CHUNKS + tl.arange(0, CHUNKS)
+    tl.store(above_ptr + at, tl.cumsum(above_C) - above_C)
+    tl.store(equal_ptr + at, tl.cumsum(equal_C) - equal_C)
+    tl.store(threshold_ptr + image, low)
+    tl.store(ties_ptr + image, keep - tl.sum(above_C))
+
+
+@triton.jit(do_not_specialize=["num_images", "num_tokens", "capacity"])
+def compact_tokens(
+    score_ptr, padding_ptr, keep_ptr, threshold_ptr, ties_ptr, above_ptr, equal_ptr,  # as in find_thresholds
+    token_index_ptr, image_index_ptr,  # [capacity] int32 out
+    offsets_ptr,  # [B + 1] int32 out
+    slot_ptr,  # [B, S] int32 out
+    num_images, num_tokens, capacity,
+    PADDED: tl.constexpr, CHUNKS: tl.constexpr, CHUNK: tl.constexpr, IMAGES_PADDED: tl.constexpr,
+):  # fmt: skip
+    """Writes the plan, one chunk of one image per program; rows that no token fills become token 0 of the last image."""
+    image = tl.program_id(0)
+    chunk = tl.program_id(1)
+    images = tl.arange(0, IMAGES_PADDED)
+    keep_B = tl.load(keep_ptr + images, mask=images < num_images, other=0).to(tl.int32)
+    keep_B = tl.minimum(tl.maximum(keep_B, 0), num_tokens)
+    start = tl.sum(tl.where(images < image, keep_B, 0))
+    total = tl.minimum(tl.sum(keep_B), capacity)
+    if chunk == 0:
+        keep = tl.sum(tl.where(images == image, keep_B, 0))
+        tl.store(offsets_ptr + image + 1, tl.minimum(start + keep, capacity))
+        if image == 0:
+            tl.store(offsets_ptr, 0)
+    lane = tl.arange(0, CHUNK)
+    row = (image * tl.num_programs(1) + chunk) * CHUNK + lane
+    unused = (row >= total) & (row < capacity)
+    tl.store(token_index_ptr + row, tl.zeros_like(row), mask=unused)
+    tl.store(image_index_ptr + row, tl.zeros_like(row) + num_images - 1, mask=unused)
+    token = chunk * CHUNK + lane
+    key = load_keys(score_ptr, padding_ptr, image, token, num_tokens, PADDED)
+    threshold = tl.load(threshold_ptr + image)
+    ties = tl.load(ties_ptr + image)
+    above = key > threshold
+    equal = key == threshold
+    both = (above.to(tl.int32) << 16) + equal.to(tl.int32)
+    before = tl.cumsum(both) - both
+    above_before = (before >> 16) + tl.load(above_ptr + image * CHUNKS + chunk)
+    equal_before = (before & 0xFFFF) + tl.load(equal_ptr + image * CHUNKS + chunk)
+    slot = start + above_before + tl.minimum(equal_before, ties)
+    kept = (above | (equal & (equal_before < ties))) & (slot < capacity) & (token < num_tokens)
+    tl.store(token_index_ptr + slot, token, mask=kept)
+    tl.store(image_index_ptr + slot, tl.zeros_like(token) + image, mask=kept)
+    tl.store(slot_ptr + image * num_tokens + token, tl.where(kept, slot, -1), mask=token < num_tokens)
+
+
+def select(
+    scores: Tensor, num_keep: Tensor, padding_mask: Tensor | None, capacity: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(token index, image index, offsets, slots) of a plan with `capacity` rows."""
+    batch, num_tokens = scores.shape
+    integers = dict(dtype=torch.int32, device=scores.device)
+    token_index, image_index = torch.empty(capacity, **integers), torch.empty(capacity, **integers)
+    offsets, slots = torch.empty(batch + 1, **integers), torch.empty(batch, num_tokens, **integers)
+    chunks = triton.next_power_of_2(triton.cdiv(num_tokens, CHUNK))
+    scratch = torch.empty(batch * (2 * chunks + 2), **integers)
+    above, equal, rest = scratch.split([batch * chunks, batch * chunks, 2 * batch])
+    threshold, ties = rest.split(batch)
+    scores = scores.contiguous()
+    if padding_mask is not None:
+        padding_mask = padding_mask.contiguous().view(torch.uint8)
+    keys = (scores, padding_mask, num_keep, threshold, ties, above, equal)
+    constants = dict(PADDED=padding_mask is not None, CHUNKS=chunks, CHUNK=CHUNK)
+    find_thresholds[(batch,)](*keys, num_tokens, **constants, num_warps=max(4, min(32, chunks)))
+    compact_tokens[(batch, triton.cdiv(num_tokens, CHUNK))](
+        *keys, token_index, image_index, offsets, slots, batch, num_tokens, capacity,
+        **constants, IMAGES_PADDED=triton.next_power_of_2(batch), num_warps=4,
+    )  # fmt: skip
+    return token_index, image_index, offsets, slots
