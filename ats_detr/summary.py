@@ -59,7 +59,7 @@ def summarise(stages: Mapping[str, Stage], folder: Path, device: torch.device) -
 
     summary.json: for each stage AP and AP50 (0..1), the mean share of the tokens kept and the encoder's giga
     multiply-adds per image; the rank correlation of the student's budgets with the number of objects; the number of
-    images; the minutes that all trainings took. Every process of a distributed run calls it.
+    images; the minutes that all trainings took, teachers that were given not counted. Every process of a distributed run calls it.
     """
     summary: dict[str, Any] = {}
     student = stages["student"]
@@ -67,7 +67,7 @@ def summarise(stages: Mapping[str, Stage], folder: Path, device: torch.device) -
     for name, stage in stages.items():
         model, class_map = load_detector(stage.config, stage.checkpoint, device)
         metrics = evaluate(model, build_evaluation_loader(student.config.data, class_map), device)
-        seconds += checkpoints.load_checkpoint(stage.checkpoint)["train_seconds"]
+        seconds += checkpoints.load_checkpoint(stage.checkpoint).get("train_seconds", 0.0)
         if not distributed.is_main():
             continue
         everything = build_evaluation_loader(student.config.data, class_map, shared=False)

@@ -87,7 +87,11 @@ class RunLog:
             if isinstance(value, (int, float)):
                 self._writer.add_scalar(f"{kind}/{key}", value, step)
         if kind == "train":
-            shown = {"loss": "{:.3f}", "learning_rate": "lr {:.1e}", "images_per_second": "{:.1f} images/s"}
+            shown = {
+                "loss": "loss {:.3f}",
+                "learning_rate": "lr {:.1e}",
+                "images_per_second": "{:.1f} images/s",
+            }
             self._text = "  ".join(text.format(values[key]) for key, text in shown.items() if key in values)
             if "keep_ratio" in values:
                 self._text += f"  keep {values['keep_ratio']:.1%}"

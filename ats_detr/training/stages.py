@@ -23,19 +23,9 @@ logger = logging.getLogger(__name__)
 _STUDENT_ONLY = ("name", "output_dir", "summary", "teachers", "model.selector", "model.adaption")
 """Overrides of these keys do not reach the teachers."""
 _HARMLESS = (
-    "data.num_workers",
-    "data.cache_images",
-    "data.on_bad_image",
-    "data.eval_batch_size",
-    "device",
-    "name",
-)
-_HARMLESS += ("output_dir", "num_pictures", "summary", "teachers", "train.resume", "train.init_from")
-_HARMLESS += (
-    "train.checkpoint_every",
-    "train.evaluate_every",
-    "train.log_every",
-    "model.backbone.pretrained",
+    *("name", "output_dir", "device", "summary", "num_pictures", "teachers", "model.backbone.pretrained"),
+    *("data.num_workers", "data.cache_images", "data.on_bad_image", "data.eval_batch_size"),
+    *("train.resume", "train.init_from", "train.checkpoint_every", "train.evaluate_every", "train.log_every"),
 )
 """A finished stage may differ from its config in these and still be used."""
 
