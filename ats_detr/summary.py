@@ -41,9 +41,9 @@ def evaluate_checkpoint(config: Config, path: Path, folder: Path, device: torch.
     `folder` gets metrics.json, pictures of `num_pictures` images, and, for a model with a budget per image,
     budgets.png. Every process of a distributed run calls it.
     """
-    make_folder(folder)
     model, class_map = load_detector(config, path, device)
     loader = build_evaluation_loader(config.data, class_map)
+    make_folder(folder)
     metrics = evaluate(model, loader, device, show_progress=console.is_terminal)
     if distributed.is_main():
         print_metrics(metrics)
@@ -59,7 +59,7 @@ def summarise(stages: Mapping[str, Stage], folder: Path, device: torch.device) -
 
     summary.json: for each stage AP and AP50 (0..1), the mean share of the tokens kept and the encoder's giga
     multiply-adds per image; the rank correlation of the student's budgets with the number of objects; the number of
-    images; the minutes that all trainings took, teachers that were given not counted. Every process of a distributed run calls it.
+    images; the minutes that all trainings took (given teachers have none). Every process of a distributed run calls it.
     """
     summary: dict[str, Any] = {}
     student = stages["student"]

@@ -7,8 +7,10 @@ import io
 import json
 import os
 import runpy
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +18,7 @@ import pytest
 import torch
 import yaml
 
-from tests.training.small import write_small_chain
+from tests.training.small import files_of_at_most, small_tree, write_small_chain
 
 ROOT = Path(__file__).parents[2]
 
@@ -181,6 +183,104 @@ def test_an_unknown_setting_is_refused_with_the_nearest_name(chain: Path) -> Non
     assert_one_line(
         run("train.py", "--config", chain / "student.yaml", "train.epoch=1"), "did you mean train.epochs?"
     )
+
+
+@pytest.fixture
+def coco(chain: Path, tmp_path: Path) -> Path:
+    """A COCO-format data set in `coco` and the config of a training on it; both may be spoiled."""
+    (source,) = (chain / "data").glob("synthetic-*")
+    shutil.copytree(source, tmp_path / "coco")
+    data = {"kind": "coco", "root": str(tmp_path / "coco"), "cache_images": False}
+    tree = small_tree(tmp_path, data=data, train={"epochs": 1})
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(tree))
+    return tmp_path
+
+
+def test_any_coco_format_folder_can_be_trained_on(coco: Path) -> None:
+    done = run("train.py", "--config", coco / "config.yaml")
+    assert done.code == 0, done.err
+    assert (coco / "run" / "final.pt").exists()
+
+
+def no_folder(data: Path) -> str:
+    shutil.rmtree(data / "train2017")
+    return f"{data}/train2017 does not exist"
+
+
+def no_annotations(data: Path) -> str:
+    (data / "annotations" / "instances_val2017.json").unlink()
+    return "instances_val2017.json does not exist"
+
+
+def annotations_not_json(data: Path) -> str:
+    (data / "annotations" / "instances_train2017.json").write_text("{'images': ")
+    return "instances_train2017.json is not JSON"
+
+
+def annotations_not_coco(data: Path) -> str:
+    (data / "annotations" / "instances_train2017.json").write_text('{"images": []}')
+    return "not a COCO instances file: no list under 'annotations', 'categories'"
+
+
+def categories_that_the_model_lacks(data: Path) -> str:
+    path = data / "annotations" / "instances_val2017.json"
+    content = json.loads(path.read_text())
+    content["categories"].append({"id": 77, "name": "newcomer"})
+    content["annotations"][0]["category_id"] = 77
+    path.write_text(json.dumps(content))
+    return "has category ids outside the model's 3 classes: 77 (newcomer)"
+
+
+def missing_image(data: Path) -> str:
+    (data / "train2017" / "000005.jpg").unlink()
+    return f"1 of 16 images of {data}/annotations/instances_train2017.json are missing, first"
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        no_folder,
+        no_annotations,
+        annotations_not_json,
+        annotations_not_coco,
+        categories_that_the_model_lacks,
+        missing_image,
+    ],
+    ids=lambda function: function.__name__,
+)
+def test_data_that_cannot_be_used_is_named_before_anything_is_written(
+    coco: Path, spoil: Callable[[Path], str]
+) -> None:
+    words = spoil(coco / "coco")
+    assert_one_line(run("train.py", "--config", coco / "config.yaml"), words)
+    assert not (coco / "run").exists()
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_truncated_image_stops_the_run_and_is_named_or_is_left_out(coco: Path, num_workers: int) -> None:
+    path = coco / "coco" / "train2017" / "000005.jpg"
+    path.write_bytes(path.read_bytes()[:300])
+    command = ("train.py", "--config", coco / "config.yaml", f"data.num_workers={num_workers}")
+    assert_one_line(run(*command), f"image {path} cannot be read")
+    assert not list((coco / "run").glob("*.pt*"))
+    done = run(*command, "data.on_bad_image=skip")
+    assert done.code == 0, done.err
+    assert f"skipped: image {path}" in done.out
+
+
+def test_a_full_disk_stops_the_run_in_one_line_and_leaves_no_half_checkpoint(coco: Path) -> None:
+    with files_of_at_most(200_000):
+        done = run("train.py", "--config", coco / "config.yaml")
+    assert_one_line(done, "cannot write this checkpoint")
+    assert not list((coco / "run").glob("*.pt*"))
+
+
+def test_evaluation_refuses_classes_that_the_checkpoint_does_not_know(chain: Path, coco: Path) -> None:
+    words = categories_that_the_model_lacks(coco / "coco")
+    checkpoint = chain / "run" / "weak" / "final.pt"
+    arguments = ("--config", coco / "config.yaml", "--checkpoint", checkpoint, "--output", coco / "out")
+    assert_one_line(run("eval.py", *arguments), words)
+    assert not (coco / "out").exists()
 
 
 def assert_one_line(done: Done, words: str) -> None:
