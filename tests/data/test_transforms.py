@@ -109,17 +109,26 @@ def test_same_seed_same_augmentation():
         assert torch.equal(a, b)
 
 
-def test_clipped_boxes_stay_and_boxes_cropped_away_go():
+def test_clipped_boxes_stay_and_boxes_cropped_away_go_with_their_labels():
     transform = training_transform((64,), 200, crop_short_sides=(100,), crop_size=(64, 64))
-    boxes = torch.tensor([[0.0, 0, 100, 100], [0, 0, 1, 1]])
+    boxes = torch.tensor([[0.0, 0, 1, 1], [0, 0, 100, 100]])
     kept = set()
     for seed in range(30):
         torch.manual_seed(seed)
         _, boxes_out, labels = transform(Image.new("RGB", (100, 100)), boxes, torch.tensor([0, 1]))
-        assert labels[0] == 0
-        torch.testing.assert_close(boxes_out[0], torch.tensor([0.5, 0.5, 1, 1]))
+        assert labels[-1] == 1
+        torch.testing.assert_close(boxes_out[-1], torch.tensor([0.5, 0.5, 1, 1]))
         kept.add(len(labels))
     assert kept == {1, 2}
+
+
+def test_boxes_beyond_the_image_are_clipped():
+    boxes = torch.tensor([[-30.0, 10, 50, 120], [101, 0, 110, 9]])
+    _, boxes_out, labels = evaluation_transform(100, 100)(
+        Image.new("RGB", (100, 100)), boxes, torch.tensor([4, 5])
+    )
+    torch.testing.assert_close(boxes_out, torch.tensor([[0.25, 0.55, 0.5, 0.9]]))
+    assert labels.tolist() == [4]
 
 
 def test_images_without_objects_pass():
