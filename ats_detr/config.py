@@ -261,7 +261,9 @@ class DataConfig:
             "give [smallest, largest] pixels",
         )
         if self.crop_short_sides:
-            mend = f"the smallest crop must fit the smallest of crop_short_sides ({min(self.crop_short_sides)})"
+            mend = (
+                f"the smallest crop must fit the smallest of crop_short_sides ({min(self.crop_short_sides)})"
+            )
             _check(self.crop_size[0] <= min(self.crop_short_sides), "crop_size", self.crop_size, mend)
 
 
@@ -393,7 +395,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """The configuration in a YAML file, after `a.b=c` overrides. Raises UserError naming file, key and mend."""
     tree = _read_tree(Path(path), ())
     for override in overrides:
-        _apply_override(tree, override)
+        apply_override(tree, override)
     try:
         config = config_from_dict(tree)
         _check_trainable(config)
@@ -467,7 +469,8 @@ def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def _apply_override(tree: dict[str, Any], override: str) -> None:
+def apply_override(tree: dict[str, Any], override: str) -> None:
+    """Set one `a.b=c` in nested dictionaries; the value is read as YAML. Raises UserError when it is not of that form."""
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise UserError(f"override {override!r}: write it as key.sub=value")
