@@ -470,7 +470,7 @@ def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
 
 
 def apply_override(tree: dict[str, Any], override: str) -> None:
-    """Set one `a.b=c` in nested dictionaries; the value is read as YAML. Raises UserError when it is not of that form."""
+    """Set one `a.b=c` in nested dictionaries; the value is read as YAML. Raises UserError for another form."""
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise UserError(f"override {override!r}: write it as key.sub=value")

@@ -179,8 +179,8 @@ def _detect_selector(
         given = [arguments.get(key) for key in ("min_ratio", "max_ratio")]
         if None in given:
             notes.append(
-                "the file does not say its budgets: 0.1 and 0.2, unless a configuration gives"
-                " model.selector.min_ratio and max_ratio"
+                "the file does not say its budgets; taken to be 0.1 and 0.2"
+                " (model.selector.min_ratio and max_ratio say otherwise)"
             )
         low, high = (float(value or fallback) for value, fallback in zip(given, (0.1, 0.2), strict=True))
         return SelectorConfig(min_ratio=low, max_ratio=high, masked_mean=False)
@@ -188,7 +188,7 @@ def _detect_selector(
     rho = rho[0] if isinstance(rho, (list, tuple)) and rho else rho
     if not rho:
         notes.append(
-            "the file does not say its keep ratio: 0.1, unless a configuration gives model.selector.keep_ratio"
+            "the file does not say its keep ratio; taken to be 0.1 (model.selector.keep_ratio says otherwise)"
         )
     return SelectorConfig(scores=scores, keep_ratio=float(rho or 0.1), masked_mean=False)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
+import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,12 +17,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from fvcore.nn import FlopCountAnalysis
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from ats_detr.batch import ImageBatch
 from ats_detr.model import Detr
+
+with warnings.catch_warnings():  # fvcore compiles functions with torch.jit.script when it is imported
+    warnings.simplefilter("ignore", category=FutureWarning)
+    warnings.simplefilter("ignore", category=DeprecationWarning)
+    from fvcore.nn import FlopCountAnalysis
 
 _GIGA = 1e9
 _CORNERS = 4
@@ -53,7 +58,7 @@ def count_flops(model: Detr, batch: ImageBatch, *, as_published: bool = False) -
     """
     model, images = _on_cpu(model, batch)
     counted = _Counted(model, images.sizes, as_published)
-    with _quiet(), torch.no_grad():
+    with _reference_operators(), _quiet(), torch.no_grad():
         analysis = FlopCountAnalysis(counted, images.images_B3HW)
         analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
         samples = _CORNERS if as_published else _CORNERS_AND_WEIGHT
@@ -99,7 +104,11 @@ def count_flops_eager(model: Detr, batch: ImageBatch, *, as_published: bool = Fa
         torch.ops.aten.grid_sampler_2d: sampler_flops,
         torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention_flops,
     }
-    with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=mapping) as counter:
+    with (
+        _reference_operators(),
+        torch.no_grad(),
+        FlopCounterMode(display=False, custom_mapping=mapping) as counter,
+    ):
         counted(images.images_B3HW)
     per_image = 2 * _GIGA * len(images)
     counts = counter.get_flop_counts()
@@ -161,6 +170,20 @@ def _attention_macs(inputs: list[Any], outputs: list[Any]) -> int:
     *batch, num_queries, width = _shape(inputs[0])
     num_keys, value_width = _shape(inputs[1])[-2], _shape(inputs[2])[-1]
     return math.prod(batch) * num_queries * num_keys * (width + value_width)
+
+
+@contextmanager
+def _reference_operators() -> Iterator[None]:
+    """Whatever ATS_DETR_BACKEND asks for: kernels are opaque to the counters, and would count as nothing."""
+    asked = os.environ.get("ATS_DETR_BACKEND")
+    os.environ["ATS_DETR_BACKEND"] = "reference"
+    try:
+        yield
+    finally:
+        if asked is None:
+            del os.environ["ATS_DETR_BACKEND"]
+        else:
+            os.environ["ATS_DETR_BACKEND"] = asked
 
 
 @contextmanager

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 
@@ -94,3 +96,12 @@ def test_counting_leaves_the_model_as_it_was() -> None:
     assert model.training
     assert model.level_embed.requires_grad
     assert num_parameters(model, trainable_only=True) < num_parameters(model)
+
+
+def test_the_count_does_not_depend_on_the_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kernel is opaque to both counters; it must not count as nothing."""
+    model = small_model(SelectorConfig(keep_ratio=0.3))
+    expected = count_flops(model, batch()), count_flops_eager(model, batch())
+    monkeypatch.setenv("ATS_DETR_BACKEND", "triton")
+    assert (count_flops(model, batch()), count_flops_eager(model, batch())) == expected
+    assert os.environ["ATS_DETR_BACKEND"] == "triton"

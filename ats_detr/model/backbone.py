@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import timm
-import torch
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from timm.layers import freeze_batch_norm_2d
 from torch import Tensor, nn
 
+from ats_detr.errors import UserError
 from ats_detr.model import swin
 
 logger = logging.getLogger(__name__)
@@ -117,14 +118,42 @@ def to_channels_first(features: Tensor, num_channels: int) -> Tensor:
     return features if features.shape[1] == num_channels else features.permute(0, 3, 1, 2).contiguous()
 
 
-def load_weights(backbone: Backbone, state: dict[str, Tensor]) -> None:
-    """Load a classification or self-supervised checkpoint's tensors into the backbone; its other tensors are
-    left out.
+def load_weights(backbone: Backbone, content: Any, source: str) -> str:
+    """Load the backbone of a classifier or of a self-supervised model (such as SCRL) under its usual names.
+
+    Args:
+        content: what the file holds: tensors by name, possibly nested (`state_dict`, `model`) and with a common prefix
+            (`module.`, `backbone.`); tensors of other parts, such as a classifier, are left out.
+        source: named in the errors.
+
+    Returns one line that says what was loaded. Raises UserError when a tensor of the backbone is missing.
     """
-    own = backbone.body.state_dict()
-    found = {name: tensor for name, tensor in state.items() if name in own}
-    missing = [name for name in own if name not in found and "num_batches_tracked" not in name]
+    own = {
+        name: t for name, t in backbone.body.state_dict().items() if not name.endswith("num_batches_tracked")
+    }
+    tensors = dict(_tensors(content))
+    first = next(iter(own))
+    prefixes = [name.removesuffix(first) for name in tensors if name == first or name.endswith(f".{first}")]
+    prefix = max(prefixes, key=lambda p: sum(p + name in tensors for name in own), default="")
+    found = {name: tensors[prefix + name] for name in own if prefix + name in tensors}
+    missing = [name for name in own if name not in found]
     if missing:
-        raise ValueError(f"backbone weights lack {len(missing)} of {len(own)} tensors, first {missing[0]!r}")
-    with torch.no_grad():
-        backbone.body.load_state_dict(found, strict=False)
+        raise UserError(
+            f"{source}: lacks {len(missing)} of the {len(own)} backbone tensors, such as {missing[0]}"
+        )
+    reshaped = [name for name in own if found[name].shape != own[name].shape]
+    if reshaped:
+        raise UserError(
+            f"{source}: weights of another backbone, {reshaped[0]} is {tuple(found[reshaped[0]].shape)}"
+        )
+    backbone.body.load_state_dict(found, strict=False)
+    return f"backbone weights from {source}: {len(found)} tensors loaded, {len(tensors) - len(found)} others unused"
+
+
+def _tensors(content: Any, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor) of nested dictionaries; names of inner ones are joined with dots."""
+    if isinstance(content, Tensor):
+        yield prefix.removesuffix("."), content
+    elif isinstance(content, Mapping):
+        for name, value in content.items():
+            yield from _tensors(value, f"{prefix}{name}.")

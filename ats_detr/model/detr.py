@@ -271,7 +271,7 @@ def build_model(config: ModelConfig, num_classes: int) -> Detr:
     return Detr(
         Backbone(
             config.backbone.name,
-            pretrained=config.backbone.pretrained,
+            pretrained=config.backbone.pretrained and config.backbone.weights is None,
             frozen_stages=config.backbone.frozen_stages,
             frozen_norm=config.backbone.frozen_norm,
             options=config.backbone.options,

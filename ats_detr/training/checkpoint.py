@@ -16,6 +16,7 @@ import logging
 import os
 import pickle
 import re
+import struct
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,20 @@ from ats_detr.model import Detr, build_model
 
 logger = logging.getLogger(__name__)
 
+_ZIP = b"PK\x03\x04"
+_OLD_TORCH_SAVE = pickle.dumps(torch.serialization.MAGIC_NUMBER, protocol=2)
+"""How the files of torch.save begin: since and before its version 1.6."""
+_DAMAGE = (
+    RuntimeError,
+    EOFError,
+    ValueError,
+    LookupError,
+    AttributeError,
+    TypeError,
+    struct.error,
+    SafetensorError,
+)
+"""What the readers raise on damaged files."""
 _METADATA = "ats_detr"
 """Key of our entry in the metadata of a .safetensors file."""
 _KEYS = ("model", "config", "num_classes", "classes", "epoch", "finished")
@@ -94,6 +109,10 @@ def read_file(path: str | Path) -> Any:
     try:
         if path.suffix == ".safetensors":
             return _from_safetensors(path)
+        with path.open("rb") as file:
+            beginning = file.read(len(_OLD_TORCH_SAVE))
+        if not beginning.startswith(_ZIP) and beginning != _OLD_TORCH_SAVE:
+            raise UserError(f"{path}: not a checkpoint (torch.save did not write it)")
         with torch.serialization.safe_globals(ALLOWED_TYPES):
             return torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
@@ -104,7 +123,9 @@ def read_file(path: str | Path) -> Any:
             reason = f"it holds {forbidden[1]}, which a checkpoint may not hold; nothing of it was executed"
             raise UserError(f"{path}: refused ({reason})") from error
         raise UserError(f"{path}: not a checkpoint, or a damaged one (its pickle is unreadable)") from error
-    except (RuntimeError, EOFError, ValueError, SafetensorError) as error:
+    except UserError:
+        raise
+    except _DAMAGE as error:
         raise UserError(f"{path}: not a checkpoint, or a damaged one ({_first_line(error)})") from error
 
 
@@ -177,26 +198,3 @@ def load_weights(model: nn.Module, state: Mapping[str, Tensor], path: str | Path
     if parts:
         raise UserError(f"{path}: a checkpoint of another architecture ({'; '.join(parts)})")
     model.load_state_dict(dict(state))
-
-
-def init_weights(model: nn.Module, path: str | Path) -> str:
-    """Start `model` from the weights of a checkpoint that fit it by name and shape; the others stay as they are.
-
-    Returns one line that says what was loaded and what was not. Raises UserError when nothing fits.
-    """
-    state = load_checkpoint(path)["model"]
-    own = model.state_dict()
-    fitting = {
-        name: tensor for name, tensor in state.items() if name in own and own[name].shape == tensor.shape
-    }
-    if not fitting:
-        raise UserError(f"{path}: no tensor of this checkpoint fits the model by name and shape")
-    model.load_state_dict(fitting, strict=False)
-    left = [name for name in own if name not in fitting]
-    unused = [name for name in state if name not in fitting]
-    line = f"init_from {path}: {len(fitting)} of {len(own)} tensors loaded"
-    if left:
-        line += f"; {len(left)} start anew ({', '.join(left[:3])}{', ...' if len(left) > 3 else ''})"
-    if unused:
-        line += f"; {len(unused)} of the checkpoint unused"
-    return line

@@ -26,12 +26,13 @@ from ats_detr.model import Detr, build_model
 from ats_detr.model.backbone import load_weights as load_backbone_weights
 from ats_detr.model.output import DetectorOutput
 from ats_detr.training import distributed
-from ats_detr.training.checkpoint import init_weights, load_checkpoint, load_weights, save_checkpoint
+from ats_detr.training.checkpoint import load_checkpoint, load_weights, read_file, save_checkpoint
 from ats_detr.training.criterion import SetCriterion
 from ats_detr.training.datasets import Loaders, build_loaders
 from ats_detr.training.distillation import DualTeacher
-from ats_detr.training.logging import RunLog, say
+from ats_detr.training.logging import RunLog, console, say
 from ats_detr.training.optim import build_optimizer, learning_rate_factor, set_learning_rates
+from ats_detr.training.transfer import transfer_weights
 
 logger = logging.getLogger(__name__)
 
@@ -201,10 +202,10 @@ def prepare_model(config: Config, class_map: ClassMap) -> Detr:
         )
     model = build_model(config.model, num_classes)
     if config.model.backbone.weights is not None:
-        state = torch.load(config.model.backbone.weights, map_location="cpu", weights_only=True)
-        load_backbone_weights(model.backbone, state)
+        weights = config.model.backbone.weights
+        say(load_backbone_weights(model.backbone, read_file(weights), weights))
     if config.train.init_from is not None:
-        logger.info(init_weights(model, config.train.init_from))
+        console.print(transfer_weights(model, class_map, config.train.init_from).table())
     return model
 
 

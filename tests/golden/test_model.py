@@ -20,7 +20,12 @@ TOLERANCE = 1e-4
 @pytest.mark.golden("model")
 @torch.no_grad()
 def test_model(case):
-    model, batch = case.model(), case.batch()
+    compare(case, case.model())
+
+
+def compare(case, model) -> None:
+    """Every array of the case against what the model computes."""
+    batch = case.batch()
     seen: dict[str, Tokens] = {}
     tokenize = model.tokenize
     model.tokenize = lambda batch: seen.setdefault("tokens", tokenize(batch))

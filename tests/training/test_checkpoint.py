@@ -11,18 +11,17 @@ from typing import Any
 
 import pytest
 import torch
-from tests.training.small import small_config
 
 from ats_detr.config import config_to_dict
 from ats_detr.errors import UserError
 from ats_detr.training.checkpoint import (
     build_without_fetching,
-    init_weights,
     load_checkpoint,
     load_model,
     load_weights,
     save_checkpoint,
 )
+from tests.training.small import small_config
 
 
 def checkpoint_of(folder: Path, **changes: Any) -> dict[str, Any]:
@@ -102,17 +101,3 @@ def test_a_checkpoint_of_another_architecture_is_refused_with_what_differs(tmp_p
     with pytest.raises(UserError, match=r"another architecture .*unknown.*of another shape") as raised:
         load_weights(model, state, "a.pt")
     assert "\n" not in str(raised.value)
-
-
-def test_starting_weights_are_taken_where_they_fit_and_the_rest_is_reported(tmp_path: Path) -> None:
-    checkpoint = checkpoint_of(tmp_path)
-    save_checkpoint(checkpoint, tmp_path / "a.pt")
-    model = build_without_fetching(small_config(tmp_path), num_classes=5)
-    line = init_weights(model, tmp_path / "a.pt")
-    state = model.state_dict()
-    refitted = [name for name, tensor in checkpoint["model"].items() if state[name].shape != tensor.shape]
-    assert refitted, "class heads must have another number of rows"
-    assert f"{len(refitted)} start anew ({refitted[0]}" in line
-    assert f"{len(refitted)} of the checkpoint unused" in line
-    taken = [name for name in state if name not in refitted]
-    assert all(torch.equal(state[name], checkpoint["model"][name]) for name in taken)

@@ -1,0 +1,107 @@
+"""Starting from another model's weights (`train.init_from`): what fits is copied, class by class where classes differ.
+
+Not to be mixed up with resuming, which restores a run exactly or refuses (`checkpoint.load_weights`).
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from rich.table import Table
+from torch import Tensor
+
+from ats_detr.data.coco import ClassMap
+from ats_detr.errors import UserError
+from ats_detr.model import Detr
+from ats_detr.training.checkpoint import load_checkpoint
+
+_CLASS_HEAD = re.compile(r"(?P<group>decoder_heads|proposal_head|encoder_heads)\b.*\.classify\.(weight|bias)")
+
+
+@dataclass
+class Transfer:
+    """What became of each tensor, by name."""
+
+    source: str
+    loaded: list[str] = field(default_factory=list)
+    """Copied whole."""
+    remade: list[str] = field(default_factory=list)
+    """Of the model: of another shape in the source, or lacking there. They keep their initial values, but for
+    `copied_rows`."""
+    unused: list[str] = field(default_factory=list)
+    """Of the source: without a counterpart of equal shape."""
+    copied_classes: list[str] = field(default_factory=list)
+    """Classes of both, whose rows were copied in heads that were re-made."""
+
+    def table(self) -> Table:
+        """Loaded, re-made and unused tensors of each part of the model."""
+        table = Table(title=f"initial weights from {self.source}")
+        table.add_column("part")
+        counts = {
+            title: Counter(map(_part, getattr(self, title))) for title in ("loaded", "remade", "unused")
+        }
+        for title in ("loaded", "re-made", "unused"):
+            table.add_column(title, justify="right")
+        for part in dict.fromkeys(part for counter in counts.values() for part in counter):
+            table.add_row(part, *(str(counter[part] or "") for counter in counts.values()))
+        table.add_section()
+        table.add_row("all", *(str(counter.total()) for counter in counts.values()))
+        if any(_CLASS_HEAD.fullmatch(name) for name in self.remade):
+            names = ", ".join(self.copied_classes[:10]) + (", ..." if len(self.copied_classes) > 10 else "")
+            table.caption = f"class rows copied by name: {len(self.copied_classes)}" + (
+                f" ({names})" if names else ""
+            )
+        return table
+
+
+@torch.no_grad()
+def transfer_weights(model: Detr, class_map: ClassMap, path: str | Path) -> Transfer:
+    """Start `model` from the checkpoint at `path`, ours or a published one.
+
+    Tensors of equal name and shape are copied. Class heads are copied whole where both models name the same classes in
+    the same rows; otherwise they are re-made, and classes of equal name keep their rows. Raises UserError when
+    nothing fits.
+    """
+    checkpoint = load_checkpoint(path)
+    state: Mapping[str, Tensor] = checkpoint["model"]
+    source_map = ClassMap.from_dict(checkpoint["classes"])
+    same_classes = source_map.num_rows == class_map.num_rows and _rows(source_map) == _rows(class_map)
+    shared = [name for name in class_map.names if name in _rows(source_map)]
+    ours, theirs = ([_rows(classes)[name] for name in shared] for classes in (class_map, source_map))
+    result = Transfer(str(path))
+    for name, tensor in model.state_dict().items():
+        source = state.get(name)
+        head = _CLASS_HEAD.fullmatch(name)
+        if source is not None and source.shape == tensor.shape and (same_classes or head is None):
+            tensor.copy_(source)
+            result.loaded.append(name)
+            continue
+        result.remade.append(name)
+        if source is None or head is None or source.shape[1:] != tensor.shape[1:]:
+            continue
+        if head["group"] == "proposal_head" and not model.class_specific_proposals:
+            tensor[0] = source[0]  # its row 0 stands for any object
+        else:
+            tensor[ours] = source[theirs].to(tensor.dtype)
+            result.copied_classes = shared
+    result.unused = [name for name in state if name not in set(result.loaded) | set(result.remade)]
+    result.unused += [name for name in result.remade if name in state and not _CLASS_HEAD.fullmatch(name)]
+    if not result.loaded:
+        raise UserError(f"{path}: no tensor of this checkpoint fits the model by name and shape")
+    return result
+
+
+def _rows(class_map: ClassMap) -> dict[str, int]:
+    return dict(zip(class_map.names, class_map.rows, strict=True))
+
+
+def _part(name: str) -> str:
+    """The part of the model a tensor belongs to, as the table names it."""
+    if _CLASS_HEAD.fullmatch(name):
+        return f"{name.split('.')[0]}, classes"
+    return name.split(".")[0]

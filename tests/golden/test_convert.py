@@ -1,0 +1,94 @@
+"""Files with published names become ours and come back without loss, and compute what the published code computes."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ats_detr.__main__ import main
+from ats_detr.config import config_from_dict
+from ats_detr.training.checkpoint import load_model, read_file
+
+from .cases import Case, model_config
+from .conftest import golden_folder
+from .test_model import compare
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "manifest_path" not in metafunc.fixturenames:
+        return
+    folder = golden_folder(metafunc.config)
+    paths = sorted(folder.glob("manifest_*.json")) if folder else []
+    if not paths:
+        skip = pytest.mark.skip(reason="no golden cases: give their folder with --golden")
+        paths = [pytest.param(None, marks=skip)]
+    metafunc.parametrize("manifest_path", paths, ids=lambda path: path.stem if path else "none")
+
+
+def official_file(case: Case, manifest: dict[str, Any], argv: list[str]) -> dict[str, Any]:
+    """What the published code would have saved, its command line included."""
+    weights = case.recipe.fill(
+        manifest, case.info.get("weight_seed", 7), overrides=case.info.get("overrides")
+    )
+    state = {name: torch.from_numpy(array) for name, array in weights.items()}
+    for entry in manifest["entries"]:  # Swin's index buffers: any content, they are computed
+        if "int" in entry["dtype"]:
+            state[entry["name"]] = torch.zeros(entry["shape"], dtype=torch.int64)
+    flags = {
+        key.lstrip("-"): value
+        for key, value in zip(argv, [*argv[1:], ""], strict=False)
+        if key.startswith("--")
+    }
+    known: dict[str, Any] = {
+        "nheads": 8,
+        "num_queries": 300,
+        "eff_specific_head": "eff_specific_head" in flags,
+    }
+    known |= {key: float(flags[key]) for key in ("min_ratio", "max_ratio") if key in flags}
+    if "rho" in flags:
+        known["rho"] = [float(flags["rho"])]
+    return {"model": state, "epoch": 49, "optimizer": {}, "args": argparse.Namespace(**known)}
+
+
+@torch.no_grad()
+def test_a_published_file_survives_the_way_there_and_back_and_computes_the_golden_outputs(
+    manifest_path: Path, tmp_path: Path
+) -> None:
+    manifest = json.loads(manifest_path.read_text())
+    case = first_model_case(manifest_path)
+    argv = case.info.get("argv", manifest["argv"])
+    content = official_file(case, manifest, argv)
+    source, ours, back = (tmp_path / name for name in ("official.pth", "ours.safetensors", "back.pth"))
+    torch.save(content, source)
+    main(["convert", str(source), str(ours), "--keep-adaption"])
+    source.unlink()
+    model, checkpoint = load_model(ours)  # strict
+    assert config_from_dict(checkpoint["config"]).model == model_config(argv, manifest["repo"])
+    if case.info:  # some manifests have no golden outputs
+        compare(case, model)
+
+    main(["convert", str(ours), str(back)])
+    ours.unlink()
+    returned = read_file(back)["model"]
+    back.unlink()
+    assert set(returned) == set(content["model"])
+    for name, tensor in content["model"].items():
+        if name.endswith("relative_position_index"):
+            assert returned[name].shape == tensor.shape
+            assert returned[name].unique().numel() == (2 * 7 - 1) ** 2
+        else:
+            assert torch.equal(returned[name], tensor), name
+
+
+def first_model_case(manifest_path: Path) -> Case:
+    """The first case of a whole model with these names; the manifest alone where there is none."""
+    for path in sorted(manifest_path.parent.glob("model_*.json")):
+        info = json.loads(path.read_text())
+        if info.get("state_dict_manifest") == manifest_path.name:
+            return Case(path, info)
+    return Case(manifest_path, {})
