@@ -19,6 +19,7 @@ from ats_detr.batch import ImageBatch, Target
 from ats_detr.boxes import cxcywh_to_xyxy
 from ats_detr.model import Detr
 from ats_detr.model.output import Detections, DetectorOutput, top_detections
+from ats_detr.training.distributed import sum_over_processes
 
 # Shapes: B images, R budgets, S tokens of the pyramid, C channels, N objects and D detections of an image
 # (padded).
@@ -181,13 +182,14 @@ def memory_loss(
 def standardise(features_BSC: Tensor, valid_BS: Tensor, eps: float = 1e-6) -> Tensor:
     """Each channel with zero mean and unit (population) deviation over the valid positions, 0 elsewhere.
 
+    The positions are those of all processes, so that several train like one (the published code: each its own).
     A channel that is constant over them becomes 0 and passes no gradient; the published code passes NaN.
     """
     valid_BS1 = valid_BS[..., None]
-    num_valid = valid_BS.sum().clamp(min=1)
-    mean_C = torch.where(valid_BS1, features_BSC, 0).sum((0, 1)) / num_valid
+    num_valid = sum_over_processes(valid_BS.sum().float()).clamp(min=1)
+    mean_C = sum_over_processes(torch.where(valid_BS1, features_BSC, 0).sum((0, 1))) / num_valid
     centred_BSC = torch.where(valid_BS1, features_BSC - mean_C, 0)
-    variance_C = centred_BSC.square().sum((0, 1)) / num_valid
+    variance_C = sum_over_processes(centred_BSC.square().sum((0, 1))) / num_valid
     varies_C = variance_C > 0
     deviation_C = torch.where(varies_C, variance_C, 1).sqrt() + eps
     return torch.where(varies_C, centred_BSC / deviation_C, 0)
