@@ -120,7 +120,10 @@ def train_epoch(
     for batch, targets in log.track(loaders.train.epoch(epoch), num_steps, epoch, config.train.epochs):
         set_learning_rates(optimizer, learning_rate_factor(config.train, progress.step, num_steps))
         batch, targets = batch.to(device), [target.to(device) for target in targets]
-        output, losses = compute_losses(model, criterion, teachers, batch, targets)
+        try:
+            output, losses = compute_losses(model, criterion, teachers, batch, targets)
+        except FloatingPointError as error:
+            raise diverged(str(error), progress.step + 1) from error
         losses["loss"].backward()
         gradient_norm = nn.utils.clip_grad_norm_(model.parameters(), config.train.clip_norm)
         optimizer.step()
@@ -176,10 +179,14 @@ def stop_if_not_finite(values: dict[str, float], step: int, targets: Sequence[Ta
     bad = [key for key, value in values.items() if not math.isfinite(value)]
     if bad:
         images = ", ".join(str(target.image_id) for target in targets)
-        raise UserError(
-            f"training diverged: {bad[0]} is {values[bad[0]]} in step {step} (images {images});"
-            " lower train.learning_rate, and go on from the last checkpoint"
-        )
+        raise diverged(f"{bad[0]} is {values[bad[0]]} (images {images})", step)
+
+
+def diverged(what: str, step: int) -> UserError:
+    """The end of a run whose numbers are no longer finite."""
+    return UserError(
+        f"training diverged in step {step}: {what}; lower train.learning_rate, and go on from the last checkpoint"
+    )
 
 
 def make_folder(folder: Path) -> None:

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
 
 from ats_detr.batch import Target
-from ats_detr.boxes import cxcywh_to_xyxy
-from ats_detr.model import Detections
-from ats_detr.training.distillation import budget_labels, greedy_match, image_average_precision, memory_loss
+from ats_detr.boxes import cxcywh_to_xyxy, xyxy_to_cxcywh
+from ats_detr.model import Detections, build_model, top_detections
+from ats_detr.training.distillation import (
+    DualTeacher,
+    budget_labels,
+    greedy_match,
+    image_average_precision,
+    memory_loss,
+)
+from tests.training.small import ADAPTIVE, random_batch, small_config
 
 
 # ------------------------------------------------------------------------------ average precision of an image
@@ -162,3 +171,48 @@ def test_the_memory_loss_is_float32_for_half_precision_memories() -> None:
     loss = memory_loss(student.bfloat16(), teacher.bfloat16(), padding, SHAPES)
     assert loss.dtype == torch.float32
     torch.testing.assert_close(loss, memory_loss(student, teacher, padding, SHAPES), atol=0.01, rtol=0)
+
+
+# ---------------------------------------------------------------------------------------------------- the two teachers
+def test_the_teachers_teach_and_stay_as_they_are(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    weak, strong, student = (
+        build_model(small_config(tmp_path, model=model).model, num_classes=3)
+        for model in ({}, {"selector": {"keep_ratio": 0.6}}, ADAPTIVE)
+    )
+    teachers = DualTeacher(weak, strong)
+    before = [parameter.clone() for teacher in (weak, strong) for parameter in teacher.parameters()]
+    batch, targets = random_batch(seed=0, num_objects=[3, 0])
+    losses = teachers(batch, targets, student.train()(batch))
+    assert set(losses) == {"loss_budget", "loss_memory"}
+    sum(losses.values()).backward()
+    assert not weak.training
+    assert not strong.training
+    after = [parameter for teacher in (weak, strong) for parameter in teacher.parameters()]
+    assert all(torch.equal(a, b) and b.grad is None for a, b in zip(before, after, strict=True))
+    for name in (
+        "selector.budget.2.weight",
+        "adaption.weight",
+        "encoder.layers.0.attention.value_proj.weight",
+    ):
+        assert student.get_parameter(name).grad.abs().sum() > 0, name
+    for name in ("decoder_heads.0.classify.weight", "selector.score.4.weight"):
+        assert student.get_parameter(name).grad is None, (
+            name
+        )  # detections and scores are the criterion's to teach
+
+
+def test_the_label_of_an_image_is_what_the_weak_teacher_achieves_on_it(tmp_path: Path) -> None:
+    """Its own detections as objects make an image easy; objects it has not found make it hard."""
+    torch.manual_seed(0)
+    weak, student = (
+        build_model(small_config(tmp_path, model=model).model, num_classes=3) for model in ({}, ADAPTIVE)
+    )
+    batch, targets = random_batch(seed=0, num_objects=[1, 1])
+    best = top_detections(weak.eval()(batch).last, [target.original_size for target in targets], 1)[0]
+    targets[0].labels_N = best.labels_N
+    targets[0].boxes_N4 = xyxy_to_cxcywh(best.boxes_xyxy_N4 / 128).detach()
+    targets[1].boxes_N4 = torch.tensor([[0.01, 0.01, 0.002, 0.002]])
+    output = student.train()(batch)
+    easy_and_hard = torch.nn.functional.cross_entropy(output.selection.budget_logits_BR, torch.tensor([0, 1]))
+    assert DualTeacher(weak, weak)(batch, targets, output)["loss_budget"].item() == easy_and_hard.item()

@@ -1,0 +1,75 @@
+"""Backbone weights from a local file: classifiers and self-supervised models (SCRL) as they are published."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torchvision.models import resnet18
+
+from ats_detr.errors import UserError
+from ats_detr.model.backbone import Backbone, load_weights
+
+
+def classifier() -> dict[str, Tensor]:
+    torch.manual_seed(0)
+    return {
+        name: tensor + torch.rand_like(tensor.float()) for name, tensor in resnet18().state_dict().items()
+    }
+
+
+def backbone() -> Backbone:
+    torch.manual_seed(1)
+    return Backbone("resnet18.tv_in1k", pretrained=False)
+
+
+WRAPPINGS = {
+    "torchvision": lambda state: state,
+    "state_dict": lambda state: {"epoch": 3, "state_dict": {f"module.{k}": v for k, v in state.items()}},
+    "two networks": lambda state: {
+        "online_network.encoder": state,
+        "target_network": {"encoder": {k: v for k, v in state.items() if "layer4" not in k}},
+    },
+}
+
+
+@pytest.mark.parametrize("wrapping", WRAPPINGS)
+def test_usual_names_are_found_however_they_are_wrapped(wrapping: str) -> None:
+    state, model = classifier(), backbone()
+    line = load_weights(model, WRAPPINGS[wrapping](state), "scrl.pth")
+    assert "tensors loaded" in line
+    for name, tensor in model.body.state_dict().items():
+        assert torch.equal(tensor, state[name].to(tensor.dtype)), name
+
+
+def test_a_loaded_backbone_computes_what_the_classifier_does() -> None:
+    reference = resnet18().eval()
+    model = backbone().eval()
+    load_weights(model, reference.state_dict(), "x")
+    images = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        x = reference.maxpool(reference.relu(reference.bn1(reference.conv1(images))))
+        x = reference.layer4(reference.layer3(reference.layer2(reference.layer1(x))))
+        torch.testing.assert_close(model(images)[-1], x, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda s: s.pop("layer3.0.conv1.weight"), r"lacks 1 of the .* layer3\.0\.conv1\.weight"),
+        (
+            lambda s: s.update({"conv1.weight": torch.zeros(8, 3, 7, 7)}),
+            r"another backbone, conv1\.weight is \(8, 3",
+        ),
+        (lambda s: s.clear(), "lacks"),
+    ],
+)
+def test_weights_that_do_not_fit_are_refused(damage: Any, message: str) -> None:
+    state, model = classifier(), backbone()
+    before = model.body.conv1.weight.clone()
+    damage(state)
+    with pytest.raises(UserError, match=message):
+        load_weights(model, state, "scrl.pth")
+    assert torch.equal(model.body.conv1.weight, before)
