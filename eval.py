@@ -31,7 +31,7 @@ def main() -> None:
     if arguments.config:
         config = load_config(arguments.config, arguments.overrides)
     else:
-        config = config_of(load_checkpoint(arguments.checkpoint), arguments.checkpoint)
+        config = config_of(load_checkpoint(arguments.checkpoint), arguments.checkpoint, arguments.overrides)
     output = arguments.output or arguments.checkpoint.parent / "evaluation"
     with distributed.process_group(config.device) as device:
         logging.configure()

@@ -10,6 +10,7 @@ published code are read too.
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import json
 import logging
@@ -17,7 +18,7 @@ import os
 import pickle
 import re
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from ats_detr.config import Config, ConfigError, config_from_dict
+from ats_detr.config import Config, ConfigError, apply_override, config_from_dict
 from ats_detr.convert import ALLOWED_TYPES, from_official, is_official
 from ats_detr.errors import UserError
 from ats_detr.model import Detr, build_model
@@ -140,14 +141,15 @@ def _from_safetensors(path: Path) -> dict[str, Any]:
     return {"model": tensors, **json.loads(metadata.get(_METADATA, "{}"))}
 
 
-def config_of(checkpoint: Mapping[str, Any], path: str | Path) -> Config:
-    """The configuration that a checkpoint was trained with."""
+def config_of(checkpoint: Mapping[str, Any], path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """The configuration that a checkpoint was trained with, after `a.b=c` overrides."""
+    tree = copy.deepcopy(checkpoint["config"])
+    for override in overrides:
+        apply_override(tree, override)
     try:
-        return config_from_dict(checkpoint["config"])
+        return config_from_dict(tree)
     except ConfigError as error:
-        raise UserError(
-            f"{path}: the configuration stored in this checkpoint is unreadable: {error}"
-        ) from error
+        raise UserError(f"{path}: the configuration stored in this checkpoint: {error}") from error
 
 
 def load_model(path: str | Path) -> tuple[Detr, dict[str, Any]]:
