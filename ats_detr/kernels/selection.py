@@ -9,6 +9,8 @@ from ats_detr.kernels import reference
 from ats_detr.kernels.backend import choose_backend, runs_inside_graph
 from ats_detr.kernels.plan import TokenPlan
 
+MAX_TOKENS = 32768
+
 
 def select_tokens(
     scores_BS: Tensor,
@@ -36,7 +38,7 @@ def select_tokens(
         raise ValueError(f"scores {tuple(scores_BS.shape)}: want one num_keep per image and a mask of the same shape")
     scores_BS = scores_BS.detach()
     backend = choose_backend(scores_BS, backend)
-    if num_tokens > 65536:  # the kernel holds an image's keys in registers
+    if num_tokens > MAX_TOKENS:  # the kernel holds an image's keys in registers
         backend = "reference"
     if batch * num_tokens == 0 or (backend == "reference" and not runs_inside_graph()):
         return reference.select_tokens(scores_BS, num_keep_B, padding_mask_BS, capacity)

@@ -243,7 +243,7 @@ def value_gradient_binned(problem: Problem, grad_out: Tensor, deterministic: boo
             binned.reduce_tiles[(groups * rows * columns * splits,)](
                 samples, ends, grad_out, grad_value, num_tokens, num_tiles, tiles_x, tiles_y, first_token, first_tile,
                 height, level_width, splits, HEADS=num_heads, HEAD_DIM=head_dim, WIDTH=width, COPIES=copies, COLOR=color,
-                OPERAND=operand, PIECE=binned.PIECE, num_warps=1 if width <= 32 else 4 if width <= 128 else 8,
+                OPERAND=operand, PIECE=binned.PIECE, num_warps=REDUCE_WARPS if width <= 32 else 4 if width <= 128 else 8,
                 num_stages=1, enable_fp_fusion=True,
             )  # fmt: skip
         first_token += height * level_width
@@ -252,4 +252,5 @@ def value_gradient_binned(problem: Problem, grad_out: Tensor, deterministic: boo
 
 
 PIECES_PER_PROGRAM = 4
+REDUCE_WARPS = 1
 _TRITON_TYPE = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}

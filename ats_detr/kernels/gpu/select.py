@@ -8,17 +8,15 @@ import triton.language as tl
 from torch import Tensor
 
 CHUNK = 1024  # tokens per program of the compaction
-MAX_TOKENS = 65536  # keys of one image live in the registers of one program
 
 
 @triton.jit
-def ordered_keys(score, padded, inside):
-    """int32 keys that sort as the scores do: NaN above all, -0 as 0, padded tokens below all, tokens outside below those."""
+def ordered_keys(score, last):
+    """int32 keys that sort as the scores do: NaN above all, -0 as 0, tokens of `last` below all."""
     bits = (score + 0.0).to(tl.int32, bitcast=True)
     key = bits ^ ((bits >> 31) & 0x7FFFFFFF)
     key = tl.where(score != score, 0x7FFFFFFF, key)
-    key = tl.where(padded, -0x7FFFFFFF, key)
-    return tl.where(inside, key, -0x7FFFFFFF - 1)
+    return tl.where(last, -0x7FFFFFFF - 1, key)
 
 
 @triton.jit
@@ -29,13 +27,15 @@ def score_of(key):
 
 @triton.jit
 def load_keys(score_ptr, padding_ptr, image, token, num_tokens, PADDED: tl.constexpr):
+    """Keys of an image's tokens; padded ones and those past the end come last (the latter have the higher index too)."""
     inside = token < num_tokens
     at = image * num_tokens + token
     score = tl.load(score_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    padded = token < 0
     if PADDED:
-        padded = tl.load(padding_ptr + at, mask=inside, other=0) != 0
-    return ordered_keys(score, padded, inside)
+        last = tl.load(padding_ptr + at, mask=inside, other=1) != 0
+    else:
+        last = token >= num_tokens
+    return ordered_keys(score, last)
 
 
 @triton.jit
@@ -91,10 +91,9 @@ def find_thresholds(
         high = tl.where(enough, high, middle)
         at_high = tl.where(enough, at_high, reached)
         step += 1
-    above = (key > low).to(tl.int32)
-    equal = (key == low).to(tl.int32)
-    above_C = tl.sum(above, axis=1)
-    equal_C = tl.sum(equal, axis=1)
+    both_C = tl.sum((key > low).to(tl.int32) * 65536 + (key == low).to(tl.int32), axis=1)
+    above_C = both_C >> 16
+    equal_C = both_C & 0xFFFF
     at = image * CHUNKS + tl.arange(0, CHUNKS)
     tl.store(above_ptr + at, tl.cumsum(above_C) - above_C)
     tl.store(equal_ptr + at, tl.cumsum(equal_C) - equal_C)
@@ -163,7 +162,7 @@ def select(
         padding_mask = padding_mask.contiguous().view(torch.uint8)
     keys = (scores, padding_mask, num_keep, threshold, ties, above, equal)
     constants = dict(PADDED=padding_mask is not None, CHUNKS=chunks, CHUNK=CHUNK)
-    find_thresholds[(batch,)](*keys, num_tokens, **constants, num_warps=max(4, min(32, chunks)))
+    find_thresholds[(batch,)](*keys, num_tokens, **constants, num_warps=max(4, min(16, chunks)))
     compact_tokens[(batch, triton.cdiv(num_tokens, CHUNK))](
         *keys, token_index, image_index, offsets, slots, batch, num_tokens, capacity,
         **constants, IMAGES_PADDED=triton.next_power_of_2(batch), num_warps=4,
