@@ -11,7 +11,7 @@ import dataclasses
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -45,7 +45,7 @@ COCO_CLASSES = {
 }  # fmt: skip
 """Names of the COCO 2017 categories by id: what the rows of a published 91-row head mean."""
 
-ALLOWED_TYPES = [argparse.Namespace]
+ALLOWED_TYPES: list[Any] = [argparse.Namespace]
 """What published files hold beyond tensors and plain values: their command line."""
 _BODY = "backbone.0.body."
 _ADAPTION = "adaption_layer."
@@ -174,7 +174,7 @@ def _detect_selector(
     by_features = any(name.startswith("transformer.encoder.enc_mask_predicotor.") for name in state)
     if not by_features and not any(name.startswith("transformer.enc_mask_predictor.") for name in state):
         return None
-    scores = "features" if by_features else "proposals"
+    scores: Literal["features", "proposals"] = "features" if by_features else "proposals"
     if any(".enc_mask_predicotor.0.rate." in name for name in state):
         given = [arguments.get(key) for key in ("min_ratio", "max_ratio")]
         if None in given:

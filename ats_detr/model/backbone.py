@@ -45,11 +45,10 @@ class Backbone(nn.Module):
     ) -> None:
         super().__init__()
         self.body = _create(name, pretrained, options or {})
-        self.num_channels: list[int] = self.body.feature_info.channels()
-        if self.body.feature_info.reduction() != list(STRIDES):
-            raise ValueError(
-                f"backbone {name!r} gives strides {self.body.feature_info.reduction()}, not {list(STRIDES)}"
-            )
+        info: Any = self.body.feature_info
+        self.num_channels: list[int] = info.channels()
+        if info.reduction() != list(STRIDES):
+            raise ValueError(f"backbone {name!r} gives strides {info.reduction()}, not {list(STRIDES)}")
         self.output_norms: nn.ModuleList | None = None
         if swin.is_swin(name):
             swin.adapt(self.body)

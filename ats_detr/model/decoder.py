@@ -23,10 +23,11 @@ class PredictionHead(nn.Module):
     def __init__(self, width: int, num_classes: int) -> None:
         super().__init__()
         self.classify = nn.Linear(width, num_classes)
-        self.box = nn.ModuleList([nn.Linear(width, width), nn.Linear(width, width), nn.Linear(width, 4)])
+        last = nn.Linear(width, 4)
+        self.box = nn.ModuleList([nn.Linear(width, width), nn.Linear(width, width), last])
         nn.init.constant_(self.classify.bias, -math.log(99))  # every class starts at probability 0.01
-        nn.init.zeros_(self.box[-1].weight)
-        nn.init.zeros_(self.box[-1].bias)
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)
 
     def forward(self, x: Tensor, reference: Tensor) -> Prediction:
         """[..., C] queries and their reference as logits, [..., 2] or [..., 4] -> logits and boxes (cxcywh,
@@ -109,12 +110,16 @@ class Decoder(nn.Module):
         for index, layer in enumerate(self.layers):
             ratios_BL = tokens.valid_ratios_BL2.repeat(1, 1, references_BQX.shape[-1] // 2)
             references_NLX = (references_BQX[:, :, None] * ratios_BL[:, None]).flatten(0, 1)
-            x_BQC, raw = layer(x_BQC, query_pos_BQC, references_NLX, memory_BSC, tokens)
+            x_BQC, (offsets_NHLP2, logits_NHLP) = layer(
+                x_BQC, query_pos_BQC, references_NLX, memory_BSC, tokens
+            )
             prediction = heads[index % len(heads)](x_BQC, inverse_sigmoid(references_BQX))
             predictions.append(prediction)
             if self.box_refine:
                 references_BQX = prediction.boxes.detach()
             if with_attention_map:
-                layer_map = deformable_attention_map(references_NLX, *raw, tokens.level_shapes, len(x_BQC))
+                layer_map = deformable_attention_map(
+                    references_NLX, offsets_NHLP2, logits_NHLP, tokens.level_shapes, len(x_BQC)
+                )
                 attention_map_BS = layer_map if attention_map_BS is None else attention_map_BS + layer_map
         return predictions, attention_map_BS

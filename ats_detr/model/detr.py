@@ -6,6 +6,7 @@ One wiring for the whole family: Deformable DETR, Efficient DETR, Sparse DETR, A
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -93,7 +94,8 @@ class Detr(nn.Module):
             PredictionHead(width, num_classes) for _ in range(num_encoder_heads)
         )
         if not two_stage:
-            nn.init.constant_(self.decoder_heads[0].box[-1].bias[2:], -2.0)  # small boxes to begin with
+            first: Any = self.decoder_heads[0]
+            nn.init.constant_(first.box[-1].bias[2:], -2.0)  # small boxes to begin with
         self.adaption = nn.Linear(width, width) if adaption else None
         if self.adaption is not None:
             nn.init.xavier_uniform_(self.adaption.weight)
@@ -260,6 +262,7 @@ def build_model(config: ModelConfig, num_classes: int) -> Detr:
             config.width, selector.keep_ratio, selector.keep_ratio, masked_mean=selector.masked_mean
         )
     elif selector is not None:
+        assert selector.min_ratio is not None and selector.max_ratio is not None
         token_selector = TokenSelector(
             config.width,
             selector.min_ratio,

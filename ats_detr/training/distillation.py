@@ -70,6 +70,7 @@ class DualTeacher:
             labels_B = budget_labels(
                 image_average_precision(detections, targets), self.bias, self.num_budgets
             )
+        assert student.adapted_memory_BSC is not None, "the student needs an adaption layer"
         with torch.autocast(strong_memory.device.type, enabled=False):
             loss_budget = F.cross_entropy(student.selection.budget_logits_BR.float(), labels_B)
             loss_memory = memory_loss(
