@@ -10,12 +10,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ats_detr.kernels.gpu import binned, msda, tuning
+from ats_detr.kernels.gpu import binned, msda, tuning, windows
 from ats_detr.kernels.gpu.common import INTERPRETING
 
 MAX_LEVELS = 8
 TILE = binned.TILE.value
-COUNTERS_PER_TILE = 4  # so that samples of a crowded coarse tile do not queue at one counter
+PIECE = 64  # samples per step of reduce_tiles
 
 
 class Problem(NamedTuple):
@@ -149,31 +149,37 @@ def backward(
     if num_queries == 0 or value.numel() == 0:
         return torch.zeros_like(value) if need_value else None, grad_offsets.zero_(), grad_weights.zero_()
     grad_out, out = grad_out.contiguous(), out.contiguous()
-    binned_value = need_value and (deterministic or tuning.prefers_binned(problem.key(), num_queries, value))
-    scatter = need_value and not binned_value
-    grad_value = None
-    if scatter:
+    method = "none"
+    if need_value:
+        method = "sorted" if deterministic else tuning.value_gradient(problem.key(), num_queries)
+    grad_value = scale = None
+    if method == "atomic":
         grad_value = torch.zeros(value.shape, dtype=torch.float32, device=value.device)
+    elif method == "windows" and problem.reference is not None:
+        scale = torch.empty(problem.weights.shape[:2], dtype=torch.float32, device=value.device)
 
-    def launch(num_warps: int, unroll: int, multiple: int = 1, whole_rows: bool = False) -> None:
-        constants = problem.value_constants(row_kind(value, whole_rows))
+    def launch(num_warps: int, unroll: int, multiple: int = 1) -> None:
+        constants = problem.value_constants(row_kind(value))
         block = _block(constants, num_warps, multiple)
         msda.msda_backward[(triton.cdiv(num_queries * value.shape[2], block),)](
             value, problem.reference, problem.offsets, problem.weights, problem.image_index, out, grad_out,
-            grad_value, grad_offsets, grad_weights,
+            grad_value, grad_offsets, grad_weights, scale,
             num_queries, problem.queries_per_image, value.shape[1], *problem.levels,
-            **constants, SCATTER=scatter, BLOCK=block, UNROLL=unroll, num_warps=num_warps,
+            **constants, SCATTER=method == "atomic", KEEP_SCALE=scale is not None, BLOCK=block, UNROLL=unroll,
+            num_warps=num_warps,
         )  # fmt: skip
 
     def reset() -> None:
         if grad_value is not None:
             grad_value.zero_()
 
-    tuning.run("msda_backward", (*problem.key(), scatter), num_queries, value.device, launch, reset)
-    if binned_value:
-        grad_value = value_gradient_binned(problem, grad_out, deterministic).to(value.dtype)
-    elif scatter:
+    tuning.run("msda_backward", (*problem.key(), method == "atomic"), num_queries, value.device, launch, reset)
+    if method == "atomic":
         grad_value = _value_gradient_in_order(grad_value, value)
+    elif method == "windows":
+        grad_value = value_gradient_by_windows(problem, grad_out, scale).to(value.dtype)
+    elif method == "sorted":
+        grad_value = value_gradient_sorted(problem, grad_out).to(value.dtype)
     return grad_value, grad_offsets, grad_weights
 
 
@@ -191,66 +197,89 @@ def _value_gradient_in_order(summed: Tensor, value: Tensor) -> Tensor:
     return out
 
 
-def value_gradient_binned(problem: Problem, grad_out: Tensor, deterministic: bool) -> Tensor:
-    """float32 gradient by the value from samples sorted by pixel tile, see `binned`."""
+def spatial_order(problem: Problem) -> Tensor:
+    """int32 [N] queries image by image, neighbours on the image close to each other (by reference, or first sample)."""
+    position = problem.offsets if problem.reference is None else problem.reference
+    num_queries = problem.num_queries
+    keys = torch.empty(num_queries, dtype=torch.int32, device=position.device)
+    windows.spatial_keys[(triton.cdiv(num_queries, 256),)](
+        position, problem.image_index, keys, num_queries, problem.queries_per_image, PITCH=position.stride(0),
+        PACKED=problem.image_index is not None, BLOCK=256, num_warps=4,
+    )  # fmt: skip
+    return keys.argsort().int()
+
+
+def value_gradient_by_windows(problem: Problem, grad_out: Tensor, scale: Tensor | None) -> Tensor:
+    """float32 gradient by the value, see `windows`; `scale` as msda_backward left it."""
+    value, weights, num_queries = problem.value, problem.weights, problem.num_queries
+    num_tokens, num_heads, head_dim = value.shape[1:]
+    num_levels, num_points = weights.shape[2:]
+    grad_value = torch.zeros(value.shape, dtype=torch.float32, device=value.device)
+    order = spatial_order(problem)
+    width = max(16, triton.next_power_of_2(head_dim))
+
+    def launch(num_warps: int, queries: int) -> None:
+        windows.add_windows[(triton.cdiv(num_queries, queries) * num_heads * num_levels,)](
+            problem.reference, problem.offsets, weights, problem.image_index, order, scale, grad_out, grad_value,
+            num_queries, problem.queries_per_image, num_tokens, *problem.levels,
+            **problem.constants(), HEAD_DIM=head_dim, WIDTH=width, POINTS_PADDED=triton.next_power_of_2(num_points),
+            WEIGHT_PITCH=weights.stride(0), PACKED=problem.image_index is not None, OPERAND=_operand(value),
+            BLOCK=queries, num_warps=num_warps,
+        )  # fmt: skip
+
+    tuning.run("value_windows", problem.key(), num_queries, value.device, launch, grad_value.zero_)
+    return grad_value
+
+
+def _operand(value: Tensor) -> tl.dtype:
+    """Type of the matrix products' factors (sums are float32); the interpreter has no bfloat16 products."""
+    types = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
+    return tl.float32 if INTERPRETING else types.get(value.dtype, tl.float32)
+
+
+def value_gradient_sorted(problem: Problem, grad_out: Tensor) -> Tensor:
+    """float32 gradient by the value, bit-equal from run to run, see `binned`."""
     value, weights, num_queries = problem.value, problem.weights, problem.num_queries
     batch, num_tokens, num_heads, head_dim = value.shape
     num_levels, num_points = weights.shape[2:]
     constants = problem.constants()
     tiles = [(triton.cdiv(height, TILE), triton.cdiv(width, TILE)) for height, width in problem.sizes]
     num_tiles = sum(rows * columns for rows, columns in tiles)
-    copies = 1 if deterministic else COUNTERS_PER_TILE
-    num_bins = batch * num_heads * num_tiles * copies
+    num_bins = batch * num_heads * num_tiles
     num_samples = weights.numel()
     integers = dict(dtype=torch.int32, device=value.device)
-    bins = torch.empty(num_samples, **integers)
-    ranks = torch.empty(num_samples, **integers)
-    counters = torch.zeros(num_bins, **integers)
     points_padded = triton.next_power_of_2(num_points)
     block = max(1, 512 // points_padded)
     grid = (triton.cdiv(num_queries * num_heads, block),)
+    bins = torch.empty(num_samples, **integers)
     binned.bin_samples[grid](
-        problem.reference, problem.offsets, problem.image_index, counters, bins, ranks,
+        problem.reference, problem.offsets, problem.image_index, bins,
         num_queries, problem.queries_per_image, num_tiles, num_bins, *problem.levels,
-        **constants, PACKED=problem.image_index is not None, POINTS_PADDED=points_padded, COPIES=copies,
-        RANKED=not deterministic, BLOCK=block, num_warps=4,
+        **constants, PACKED=problem.image_index is not None, POINTS_PADDED=points_padded, BLOCK=block, num_warps=4,
     )  # fmt: skip
-    if deterministic:
-        sorted_bins, order = bins.sort(stable=True)
-        binned.invert_permutation[(triton.cdiv(num_samples, 1024),)](order, ranks, num_samples, BLOCK=1024)
-        ends = torch.searchsorted(sorted_bins, torch.arange(num_bins, **integers), right=True, out_int32=True)
-    else:
-        ends = counters.cumsum(0, dtype=torch.int32)
+    sorted_bins, order = bins.sort(stable=True)
+    ends = torch.searchsorted(sorted_bins, torch.arange(num_bins, **integers), right=True, out_int32=True)
+    positions = torch.empty(num_samples, **integers)
+    binned.invert_permutation[(triton.cdiv(num_samples, 1024),)](order, positions, num_samples, BLOCK=1024)
     samples = torch.empty(num_samples, 4, **integers)
-    binned.fill_bins[grid](
-        problem.reference, problem.offsets, weights, bins, ranks, ends, samples, num_queries, num_bins, *problem.levels,
+    binned.place_samples[grid](
+        problem.reference, problem.offsets, weights, positions, samples, num_queries, *problem.levels,
         **constants, WEIGHT_PITCH=weights.stride(0), POINTS_PADDED=points_padded,
-        SAMPLES_PADDED=triton.next_power_of_2(num_levels * num_points), RANKED=not deterministic, BLOCK=block, num_warps=4,
+        SAMPLES_PADDED=triton.next_power_of_2(num_levels * num_points), BLOCK=block, num_warps=4,
     )  # fmt: skip
     grad_value = torch.zeros(value.shape, dtype=torch.float32, device=value.device)
     width = max(16, triton.next_power_of_2(head_dim))
-    operand = tl.float32 if value.dtype == torch.float32 or INTERPRETING else _TRITON_TYPE[value.dtype]
     first_token, first_tile = 0, 0
     for (height, level_width), (tiles_y, tiles_x) in zip(problem.sizes, tiles, strict=True):
-        groups = batch * num_heads
-        pieces = num_samples / num_levels / (groups * tiles_x * tiles_y) / binned.PIECE
-        splits = 1 if deterministic else max(1, round(pieces / PIECES_PER_PROGRAM))
-        for color in range(4) if deterministic else (-1,):
-            rows = tiles_y if color < 0 else (tiles_y + 1 - color // 2) // 2
-            columns = tiles_x if color < 0 else (tiles_x + 1 - color % 2) // 2
-            if rows * columns == 0:
-                continue
-            binned.reduce_tiles[(groups * rows * columns * splits,)](
-                samples, ends, grad_out, grad_value, num_tokens, num_tiles, tiles_x, tiles_y, first_token, first_tile,
-                height, level_width, splits, HEADS=num_heads, HEAD_DIM=head_dim, WIDTH=width, COPIES=copies, COLOR=color,
-                OPERAND=operand, PIECE=binned.PIECE, num_warps=REDUCE_WARPS if width <= 32 else 4 if width <= 128 else 8,
-                num_stages=1, enable_fp_fusion=True,
-            )  # fmt: skip
+        for color in range(4):
+            num_colored = (tiles_y + 1 - color // 2) // 2 * ((tiles_x + 1 - color % 2) // 2)
+            if num_colored:
+                binned.reduce_tiles[(batch * num_heads * num_colored,)](
+                    samples, ends, grad_out, grad_value, num_tokens, num_tiles, tiles_x, tiles_y, first_token, first_tile,
+                    height, level_width, HEADS=num_heads, HEAD_DIM=head_dim, WIDTH=width, COLOR=color,
+                    OPERAND=_operand(value), PIECE=PIECE, num_warps=2 if width <= 32 else 4 if width <= 128 else 8,
+                    num_stages=1, enable_fp_fusion=True,
+                )  # fmt: skip
         first_token += height * level_width
         first_tile += tiles_x * tiles_y
     return grad_value
-
-
-PIECES_PER_PROGRAM = 4
-REDUCE_WARPS = 1
-_TRITON_TYPE = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}

@@ -1,17 +1,14 @@
-"""The value's gradient of deformable attention without a stream of atomic sums: samples sorted by pixel tile.
+"""The value's gradient of deformable attention, bit-equal from run to run: samples sorted by pixel tile.
 
-Summing 4 corners x HEAD_DIM floats per sample into memory costs 512 bytes of reductions at 32 channels, and at dense scale
-those are the whole backward pass. Here the samples of each (image, head) are first sorted into tiles of 7x7 cells (a cell is
-the square between four pixel centres), which touch 8x8 pixels. Then `reduce_tiles` forms, for 64 samples at a time, the
-matrix of their hat weights [64 pixels, 64 samples] and multiplies it with their gradient rows on the tensor cores.
+The samples of each (image, head) are sorted into tiles of 7x7 cells (a cell is the square between four pixel centres), which
+touch 8x8 pixels. `reduce_tiles` forms, for 64 samples at a time, the matrix of their hat weights [64 pixels, 64 samples],
+multiplies it with their gradient rows on the tensor cores, and adds the sum to memory once. A stable sort fixes the order
+within a tile; four launches over tiles that do not touch fix the order between tiles.
 
-    bin_samples     bin and rank within its bin of every sample     (one counter increment per sample)
-    (cumsum)        first position of each bin
-    fill_bins       (x, y, weight, row) of every sample at its place, 16 bytes
-    reduce_tiles    hat matrix x gradient rows, one vector reduction of 64 pixels per program
-
-With ranks from a stable sort instead of counters, one program per tile and four launches over tiles that do not touch, the
-result is bit-equal from run to run (`deterministic`).
+    bin_samples     tile of every sample
+    torch.sort      samples by tile
+    place_samples   (x, y, weight, row) of every sample at its sorted place, 16 bytes
+    reduce_tiles    hat matrix x gradient rows
 """
 
 from __future__ import annotations
@@ -21,7 +18,6 @@ import triton.language as tl
 
 from ats_detr.kernels.gpu.common import LOG2E, SIZES, level_size, samples_of_level, softmax_scale, view_as
 
-PIECE = 64  # samples per step of reduce_tiles
 TILE = tl.constexpr(7)  # cells per side of a tile; its window is 8x8 pixels
 
 
@@ -33,16 +29,13 @@ def _tiles(size):
 @triton.jit(do_not_specialize=["num_queries", "queries_per_image", "num_tiles", "num_bins", *SIZES])
 def bin_samples(
     reference_ptr, offset_ptr, image_ptr,  # as in msda_forward
-    counter_ptr,  # [B, HEADS, num_tiles, COPIES] int32 zeros; becomes the number of samples of each bin
-    bin_ptr,  # [N, HEADS, LEVELS, POINTS] int32 bin of each sample, the number of bins where it touches no pixel
-    rank_ptr,  # same shape: place of the sample within its bin (where RANKED)
+    bin_ptr,  # [N, HEADS, LEVELS, POINTS] int32 out: tile of each sample, num_bins where it touches no pixel
     num_queries, queries_per_image, num_tiles, num_bins,
     shape0, shape1, shape2, shape3, shape4, shape5, shape6, shape7,
     HEADS: tl.constexpr, LEVELS: tl.constexpr, POINTS: tl.constexpr, OFFSET_PITCH: tl.constexpr,
-    REFERENCE: tl.constexpr, PACKED: tl.constexpr, POINTS_PADDED: tl.constexpr, COPIES: tl.constexpr,
-    RANKED: tl.constexpr, BLOCK: tl.constexpr,
+    REFERENCE: tl.constexpr, PACKED: tl.constexpr, POINTS_PADDED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Which tile each sample falls into. COPIES counters per tile, so that fewer increments meet at one address."""
+    """Which tile each sample falls into, counted over images, heads and levels."""
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)[:, None]
     point = tl.arange(0, POINTS_PADDED)[None, :]
     mask = (row < num_queries * HEADS) & (point < POINTS)
@@ -55,7 +48,6 @@ def bin_samples(
         image = query // queries_per_image
     offset_at = query * (OFFSET_PITCH // 2) + head * (LEVELS * POINTS)
     first_tile = (image * HEADS + head) * num_tiles
-    copy = tl.program_id(0) % COPIES
     for level in tl.static_range(LEVELS):
         height, width = level_size(level, shape0, shape1, shape2, shape3, shape4, shape5, shape6, shape7)
         x, y = samples_of_level(
@@ -65,27 +57,22 @@ def bin_samples(
         touches = (x > -1.0) & (x < width.to(tl.float32)) & (y > -1.0) & (y < height.to(tl.float32))
         cell_x = tl.maximum(tl.where(touches, x, 0.0), 0.0).to(tl.int32)
         cell_y = tl.maximum(tl.where(touches, y, 0.0), 0.0).to(tl.int32)
-        bin = (first_tile + (cell_y // TILE) * _tiles(width) + cell_x // TILE) * COPIES + copy
-        bin = tl.where(touches, bin, num_bins)
+        bin = tl.where(touches, first_tile + (cell_y // TILE) * _tiles(width) + cell_x // TILE, num_bins)
         at = row * (LEVELS * POINTS) + level * POINTS + point
         tl.store(bin_ptr + at, bin, mask=mask)
-        if RANKED:
-            rank = tl.atomic_add(counter_ptr + bin, 1, mask=mask & touches, sem="relaxed")
-            tl.store(rank_ptr + at, rank, mask=mask)
         first_tile += _tiles(width) * _tiles(height)
 
 
-@triton.jit(do_not_specialize=["num_queries", "num_bins", *SIZES])
-def fill_bins(
+@triton.jit(do_not_specialize=["num_queries", *SIZES])
+def place_samples(
     reference_ptr, offset_ptr, weight_ptr,  # as in msda_forward
-    bin_ptr, rank_ptr,  # as bin_samples left them
-    end_ptr,  # [bins] int32 one past the last position of each bin, where RANKED; otherwise rank_ptr holds positions
+    position_ptr,  # [N, HEADS, LEVELS, POINTS] int32 sorted place of each sample
     sample_ptr,  # [positions, 4] int32: x and y in pixels and weight as float32 bits, row
-    num_queries, num_bins,
+    num_queries,
     shape0, shape1, shape2, shape3, shape4, shape5, shape6, shape7,
     HEADS: tl.constexpr, LEVELS: tl.constexpr, POINTS: tl.constexpr, OFFSET_PITCH: tl.constexpr,
     WEIGHT_PITCH: tl.constexpr, REFERENCE: tl.constexpr, POINTS_PADDED: tl.constexpr, SAMPLES_PADDED: tl.constexpr,
-    RANKED: tl.constexpr, BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Writes every sample's coordinates, weight and row to its sorted place, one 16-byte store each."""
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -110,55 +97,43 @@ def fill_bins(
             weight = tl.exp2(weight * LOG2E - scale[:, None])
         at = (row * (LEVELS * POINTS))[:, None] + j
         mask = live[:, None] & (point < POINTS)
-        bin = tl.load(bin_ptr + at)
-        mask = mask & (bin < num_bins)
-        position = tl.load(rank_ptr + at, mask=mask, other=0)
-        if RANKED:
-            position += tl.load(end_ptr + bin - 1, mask=mask & (bin > 0), other=0)
+        position = tl.load(position_ptr + at, mask=mask, other=0)
         sample = tl.join(
             tl.join(x.to(tl.int32, bitcast=True), weight.to(tl.int32, bitcast=True)),
-            tl.join(y.to(tl.int32, bitcast=True), row[:, None] + tl.zeros_like(bin)),
+            tl.join(y.to(tl.int32, bitcast=True), row[:, None] + tl.zeros_like(position)),
         )  # [rows, points, 2, 2]: x, y, weight, row
         place = sample_ptr + position.to(tl.int64)[:, :, None] * 4 + tl.arange(0, 4)[None, None, :]
         tl.store(place, tl.reshape(sample, (BLOCK, POINTS_PADDED, 4)), mask=mask[:, :, None])
 
 
-@triton.jit(do_not_specialize=["num_tokens", "num_tiles", "tiles_x", "tiles_y", "first_token", "first_tile", "height", "width", "splits"])  # fmt: skip
+@triton.jit(do_not_specialize=["num_tokens", "num_tiles", "tiles_x", "tiles_y", "first_token", "first_tile", "height", "width"])
 def reduce_tiles(
-    sample_ptr,  # as fill_bins left it
-    end_ptr,  # [bins] int32 one past the last position of each bin; COPIES bins per tile lie one after another
+    sample_ptr,  # as place_samples left it
+    end_ptr,  # [bins] int32 one past the last position of each tile
     grad_out_ptr,  # [N, HEADS, HEAD_DIM]
     grad_value_ptr,  # [B, S, HEADS, HEAD_DIM] float32, zeros before the first launch
     num_tokens, num_tiles,
     tiles_x, tiles_y,  # of this level
     first_token, first_tile,  # of this level, within an image
     height, width,  # of this level
-    splits,  # programs per tile, each takes every splits-th piece of the tile's samples
-    HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, COPIES: tl.constexpr, COLOR: tl.constexpr,
-    OPERAND: tl.constexpr, PIECE: tl.constexpr,
+    HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, COLOR: tl.constexpr, OPERAND: tl.constexpr,
+    PIECE: tl.constexpr,
 ):  # fmt: skip
     """grad_value[pixel] += sum over samples of weight * hat(pixel) * grad_out[row], for the 8x8 pixels of one tile.
 
-    COLOR 0..3 takes the tiles of one parity of column and row only: windows of one colour do not overlap. -1: all tiles.
+    COLOR 0..3 takes the tiles of one parity of column and row: their windows do not overlap, so that nothing is summed out of
+    order.
     """
-    program = tl.program_id(0)
-    split = program % splits
-    tile = program // splits
-    if COLOR >= 0:
-        columns = (tiles_x + 1 - COLOR % 2) // 2
-        rows = (tiles_y + 1 - COLOR // 2) // 2
-        tile_x = tile % columns * 2 + COLOR % 2
-        tile_y = tile // columns % rows * 2 + COLOR // 2
-        group = tile // (columns * rows)
-    else:
-        tile_x = tile % tiles_x
-        tile_y = tile // tiles_x % tiles_y
-        group = tile // (tiles_x * tiles_y)  # image * HEADS + head
-    bin = (group * num_tiles + first_tile + tile_y * tiles_x + tile_x) * COPIES
-    start = tl.load(end_ptr + bin - 1, mask=bin > 0, other=0)
-    end = tl.load(end_ptr + bin + COPIES - 1)
-    start += split * PIECE
-    if start >= end:
+    tile = tl.program_id(0)
+    columns = (tiles_x + 1 - COLOR % 2) // 2
+    rows = (tiles_y + 1 - COLOR // 2) // 2
+    tile_x = tile % columns * 2 + COLOR % 2
+    tile_y = tile // columns % rows * 2 + COLOR // 2
+    group = tile // (columns * rows)  # image * HEADS + head
+    bin = group * num_tiles + first_tile + tile_y * tiles_x + tile_x
+    position = tl.load(end_ptr + bin - 1, mask=bin > 0, other=0)
+    end = tl.load(end_ptr + bin)
+    if position >= end:
         return
     column = tl.arange(0, WIDTH)
     piece = tl.arange(0, PIECE)
@@ -167,7 +142,6 @@ def reduce_tiles(
     top = (tile_y * TILE + pixel).to(tl.float32)
     total = tl.zeros((64, WIDTH), tl.float32)
     samples = view_as(sample_ptr, tl.float32)
-    position = start
     while position < end:
         at = (position + piece) * 4
         inside = position + piece < end
@@ -187,7 +161,7 @@ def reduce_tiles(
             total = tl.dot(share, grad.to(tl.float32), total, input_precision="tf32x3")
         else:
             total = tl.dot(share.to(OPERAND), grad.to(OPERAND), total)
-        position += splits * PIECE
+        position += PIECE
     window = tl.arange(0, 64)
     pixel_x = tile_x * TILE + window % 8
     pixel_y = tile_y * TILE + window // 8

@@ -150,7 +150,7 @@ def slopes(t, size, THIN: tl.constexpr):
 
 
 @triton.jit
-def reference_on_level(reference_ptr, query, width, height, LEVEL: tl.constexpr, LEVELS: tl.constexpr, POINTS: tl.constexpr,
+def reference_on_level(reference_ptr, query, width, height, level, LEVELS: tl.constexpr, POINTS: tl.constexpr,
                REFERENCE: tl.constexpr):  # fmt: skip
     """Pixel coordinates of each query's reference on this level, and pixels per unit of offset.
 
@@ -161,7 +161,7 @@ def reference_on_level(reference_ptr, query, width, height, LEVEL: tl.constexpr,
     x_unit = width
     y_unit = height
     if REFERENCE != 0:
-        at = (query * LEVELS + LEVEL) * REFERENCE
+        at = (query * LEVELS + level) * REFERENCE
         x = tl.load(reference_ptr + at).to(tl.float32) * width - 0.5
         y = tl.load(reference_ptr + at + 1).to(tl.float32) * height - 0.5
         x_unit = 1.0
@@ -185,11 +185,11 @@ def softmax_scale(weight_ptr, at, SAMPLES: tl.constexpr, PADDED: tl.constexpr):
 @triton.jit
 def samples_of_level(
     reference_ptr, offset_ptr, query, offset_at, point, height, width,
-    LEVEL: tl.constexpr, LEVELS: tl.constexpr, POINTS: tl.constexpr, REFERENCE: tl.constexpr,
+    level, LEVELS: tl.constexpr, POINTS: tl.constexpr, REFERENCE: tl.constexpr,
 ):  # fmt: skip
-    """Pixel coordinates of a level's samples, [rows, points]; `query` and `offset_at` are columns, `point` is a row."""
+    """Pixel coordinates of samples of a level; `query`, `offset_at` and `point` broadcast against each other."""
     x0, y0, x_unit, y_unit = reference_on_level(
-        reference_ptr, query, width.to(tl.float32), height.to(tl.float32), LEVEL, LEVELS, POINTS, REFERENCE
+        reference_ptr, query, width.to(tl.float32), height.to(tl.float32), level, LEVELS, POINTS, REFERENCE
     )
-    x, y = load_pair(offset_ptr, offset_at + LEVEL * POINTS + point)
+    x, y = load_pair(offset_ptr, offset_at + level * POINTS + point)
     return x * x_unit + x0, y * y_unit + y0

@@ -18,38 +18,34 @@ from collections.abc import Callable
 
 import torch
 import triton
-from torch import Tensor
 
 from ats_detr.kernels.gpu.common import INTERPRETING
 
 Key = tuple
-Config = dict[str, int | bool]
+Config = dict[str, int | bool | float]
 
 # Every configuration compiles without spills on sm_80, sm_90 and sm_100 (tests/kernels/test_offline.py).
 CONFIGS: dict[str, list[Config]] = {
-    "msda_forward": [
-        {"num_warps": 1, "unroll": 4},
-        {"num_warps": 1, "unroll": 2},
-        {"num_warps": 2, "unroll": 4},
-        {"num_warps": 4, "unroll": 4},
-        {"num_warps": 4, "unroll": 2},
-    ],
-    "msda_backward": [
-        {"num_warps": 1, "unroll": 4},
-        {"num_warps": 1, "unroll": 2},
-        {"num_warps": 1, "unroll": 1},
-    ],
+    "msda_forward": [{"num_warps": 2, "unroll": 4}, {"num_warps": 1, "unroll": 4}, {"num_warps": 4, "unroll": 4}],
+    "msda_backward": [{"num_warps": 1, "unroll": 4}, {"num_warps": 1, "unroll": 1}],
+    "value_windows": [{"num_warps": 2, "queries": 64}, {"num_warps": 4, "queries": 64}],
 }
-WHOLE_ROWS: Config = {"num_warps": 4, "unroll": 4, "whole_rows": True}  # float32 only: a row per eight lanes
-INTERPRETED: Config = {"num_warps": 1, "unroll": 1, "multiple": 8}  # few large programs
-BINNED_FROM = 4096
-"""Queries from which the value's gradient is summed tile by tile rather than by atomics."""
+WHOLE_ROWS: Config = {"num_warps": 4, "unroll": 4, "whole_rows": True}  # float32 only: eight lanes a row instead of four
+INTERPRETED: dict[str, Config] = {  # few large programs
+    "msda_forward": {"num_warps": 1, "unroll": 1, "multiple": 8},
+    "msda_backward": {"num_warps": 1, "unroll": 1, "multiple": 8},
+    "value_windows": {"num_warps": 2, "queries": 64},
+}
+WINDOWS_FROM = 2048
+"""Queries from which the value's gradient is summed window by window rather than sample by sample."""
 
 _chosen: dict[tuple, Config] = {}
 
 
-def prefers_binned(key: Key, num_queries: int, value: Tensor) -> bool:
-    return num_queries >= BINNED_FROM and value.shape[-1] <= 128
+def value_gradient(key: Key, num_queries: int) -> str:
+    """How the value's gradient is summed: 'windows' or 'atomic'."""
+    head_dim = key[2]
+    return "windows" if num_queries >= WINDOWS_FROM and head_dim <= 128 else "atomic"
 
 
 def configurations(operator: str, key: Key) -> list[Config]:
@@ -79,7 +75,7 @@ def run(
 def _choose(operator, key, size, device, launch, reset) -> Config:
     candidates = configurations(operator, key)
     if device.type != "cuda":
-        return INTERPRETED if INTERPRETING else candidates[0]
+        return INTERPRETED[operator] if INTERPRETING else candidates[0]
     mode = os.environ.get("ATS_DETR_TUNING", "auto")
     if mode not in ("auto", "off", "force"):
         raise ValueError(f"ATS_DETR_TUNING={mode}: use auto, off or force")
