@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 from collections.abc import Callable
 
@@ -11,7 +12,7 @@ class UserError(ValueError):
 
 
 def run_cli(main: Callable[[], None]) -> None:
-    """Run `main`; a UserError ends the process with one line on stderr and exit code 2.
+    """Run `main`; a UserError or a full disk ends the process with one line on stderr and exit code 2.
 
     Everything else keeps its traceback: it is a bug, and the traceback is what a report needs.
     """
@@ -19,6 +20,11 @@ def run_cli(main: Callable[[], None]) -> None:
         main()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        print(f"error: no space left for {error.filename or 'a file'}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -48,7 +48,7 @@ class Backbone(nn.Module):
         info: Any = self.body.feature_info
         self.num_channels: list[int] = info.channels()
         if info.reduction() != list(STRIDES):
-            raise ValueError(f"backbone {name!r} gives strides {info.reduction()}, not {list(STRIDES)}")
+            raise UserError(f"backbone {name!r} gives strides {info.reduction()}, not {list(STRIDES)}")
         self.output_norms: nn.ModuleList | None = None
         if swin.is_swin(name):
             swin.adapt(self.body)
@@ -93,10 +93,10 @@ def _create(name: str, pretrained: bool, options: dict[str, Any]) -> nn.Module:
     try:
         reductions = timm.create_model(name, **arguments).feature_info.reduction()
     except RuntimeError as error:
-        raise ValueError(f"timm has no backbone {name!r}: {error}") from error
+        raise UserError(f"timm has no backbone {name!r}: {error}") from error
     missing = [stride for stride in STRIDES if stride not in reductions]
     if missing:
-        raise ValueError(
+        raise UserError(
             f"backbone {name!r} has no feature map at stride {missing[0]}; its strides are {reductions}"
         )
     arguments["out_indices"] = [reductions.index(stride) for stride in STRIDES]

@@ -26,7 +26,13 @@ from ats_detr.model import Detr, build_model
 from ats_detr.model.backbone import load_weights as load_backbone_weights
 from ats_detr.model.output import DetectorOutput
 from ats_detr.training import distributed
-from ats_detr.training.checkpoint import load_checkpoint, load_weights, read_file, save_checkpoint
+from ats_detr.training.checkpoint import (
+    build_without_fetching,
+    load_checkpoint,
+    load_weights,
+    read_file,
+    save_checkpoint,
+)
 from ats_detr.training.criterion import SetCriterion
 from ats_detr.training.datasets import Loaders, build_loaders
 from ats_detr.training.distillation import DualTeacher
@@ -62,19 +68,20 @@ def train(
     Goes on from the folder's checkpoint unless `train.resume` is `never`. Every process of a run calls it.
     """
     loaders = build_loaders(config.data, config.seed, pin_memory=device.type == "cuda")
+    checkpoint = find_checkpoint(config, folder / RESUMABLE)
     torch.manual_seed(config.seed)  # the same weights on every process ...
-    model = prepare_model(config, loaders.class_map).to(device)
+    model = prepare_model(config, loaders.class_map, fresh=checkpoint is None).to(device)
     torch.manual_seed(config.seed + distributed.rank())  # ... but other augmentations and dropout
     global_batch = config.data.batch_size * distributed.world_size()
     optimizer = build_optimizer(model, config.train, global_batch)
-    if teachers is not None and {teachers.weak.num_classes, teachers.strong.num_classes} != {
-        model.num_classes
-    }:
-        raise UserError(
-            "the teachers were trained with another number of classes than the student's data has"
-        )
+    for teacher in (teachers.weak, teachers.strong) if teachers is not None else ():
+        if teacher.num_classes != model.num_classes:
+            rows = f"{teacher.num_classes} class rows, the student {model.num_classes}"
+            raise UserError(f"a teacher was trained on other classes than the student's data has: {rows}")
     criterion = build_criterion(config, model.num_classes)
-    progress = resume(config, folder / RESUMABLE, model, optimizer, device)
+    progress = Progress()
+    if checkpoint is not None:
+        progress = resume(checkpoint, folder / RESUMABLE, model, optimizer, device)
     if distributed.is_main():
         make_folder(folder)
         save_config(config, folder / "config.yaml")
@@ -199,14 +206,16 @@ def make_folder(folder: Path) -> None:
         ) from error
 
 
-def prepare_model(config: Config, class_map: ClassMap) -> Detr:
-    """The model at the start of training, on the CPU."""
+def prepare_model(config: Config, class_map: ClassMap, *, fresh: bool) -> Detr:
+    """The model at the start of training, on the CPU; not `fresh`: its weights are about to come from a checkpoint."""
     num_classes = config.model.num_classes or class_map.num_rows
     if num_classes < class_map.num_rows:
         raise UserError(
             f"model.num_classes = {num_classes}: the annotations have {class_map.num_rows} class rows;"
             " raise it, or set it to null to have them counted"
         )
+    if not fresh:
+        return build_without_fetching(config, num_classes)
     model = build_model(config.model, num_classes)
     if config.model.backbone.weights is not None:
         weights = config.model.backbone.weights
@@ -237,11 +246,17 @@ def parallel(model: Detr, device: torch.device) -> nn.Module:
     )
 
 
-def resume(config: Config, path: Path, model: Detr, optimizer: AdamW, device: torch.device) -> Progress:
-    """Restore the run's own checkpoint, if there is one to go on from."""
+def find_checkpoint(config: Config, path: Path) -> dict[str, Any] | None:
+    """The run's own checkpoint, if there is one to go on from."""
     if config.train.resume == "never" or not path.exists():
-        return Progress()
-    checkpoint = load_checkpoint(path)
+        return None
+    return load_checkpoint(path)
+
+
+def resume(
+    checkpoint: Mapping[str, Any], path: Path, model: Detr, optimizer: AdamW, device: torch.device
+) -> Progress:
+    """Restore everything that training changes from the run's own checkpoint. Strict: nothing may be missing."""
     load_weights(model, checkpoint["model"], path)
     optimizer.load_state_dict(checkpoint["optimizer"])
     if len(checkpoint["rng"]) == distributed.world_size():

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import resource
-import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +17,7 @@ from ats_detr.training.checkpoint import (
     load_weights,
     save_checkpoint,
 )
-from tests.training.small import small_config
+from tests.training.small import files_of_at_most, small_config
 
 
 def checkpoint_of(folder: Path, **changes: Any) -> dict[str, Any]:
@@ -35,19 +31,6 @@ def checkpoint_of(folder: Path, **changes: Any) -> dict[str, Any]:
         "epoch": 1,
         "finished": True,
     }
-
-
-@contextmanager
-def files_of_at_most(num_bytes: int) -> Iterator[None]:
-    """Writes beyond this size fail, as on a full disk."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-        signal.signal(signal.SIGXFSZ, handler)
 
 
 def test_a_model_comes_back_as_it_was_saved(tmp_path: Path) -> None:

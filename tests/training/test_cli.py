@@ -180,6 +180,25 @@ def test_a_given_teacher_that_does_not_exist_is_named(chain: Path) -> None:
     assert_one_line(done, "teachers.weak.checkpoint = '/nowhere.pt': there is no such file")
 
 
+def test_a_backbone_that_timm_does_not_have_is_named(tmp_path: Path) -> None:
+    config = write_small_chain(tmp_path)
+    done = run("train.py", "--config", config, "model.backbone.name=resnet19")
+    assert_one_line(done, "timm has no backbone 'resnet19'")
+    assert not (tmp_path / "run").exists()
+
+
+def test_two_processes_train_the_whole_chain_with_images_without_objects(tmp_path: Path) -> None:
+    synthetic = {"min_objects": 0, "max_objects": 1}
+    config = write_small_chain(tmp_path, data={"batch_size": 1, "synthetic": synthetic}, train={"epochs": 1})
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    done = run_apart(*launcher, "train.py", "--config", config)
+    assert done.code == 0, done.err
+    assert done.out.count("student epoch 1: ") == 1, "only one process prints"
+    log = [json.loads(line) for line in (tmp_path / "run" / "student" / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in log] == [1, 2, 3, 4, 5, 6, 7, 8, 8], "16 images, two in each step"
+    assert log[-1]["num_images"] == 7
+
+
 def test_an_unknown_setting_is_refused_with_the_nearest_name(chain: Path) -> None:
     assert_one_line(
         run("train.py", "--config", chain / "student.yaml", "train.epoch=1"), "did you mean train.epochs?"
