@@ -1,7 +1,7 @@
 """The operators of the detector. Needs torch only (and Triton for its kernels); knows nothing about detection.
 
-`reference` defines every operator in plain PyTorch; `gpu` holds the Triton kernels; the modules beside them choose between the
-two (`backend.choose_backend`) and register the operators with PyTorch.
+`reference` defines every operator in plain PyTorch; `gpu` holds the Triton kernels; the modules beside them
+choose between the two (`backend.choose_backend`) and register the operators with PyTorch.
 """
 
 from ats_detr.kernels.attention import deformable_attention, multi_scale_deformable_attention

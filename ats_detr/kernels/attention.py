@@ -1,7 +1,8 @@
 """Multi-scale deformable attention: the public functions and the custom operator behind them.
 
-`ats_detr::msda` is opaque to torch.compile (Inductor would otherwise inline the kernels and lose their tuning). It has a fake
-implementation, gradients, and a FLOP formula; on the CPU, or where asked, it computes the reference.
+`ats_detr::msda` is opaque to torch.compile (Inductor would otherwise inline the kernels and lose their
+tuning). It has a fake implementation, gradients, and a FLOP formula; on the CPU, or where asked, it computes
+the reference.
 """
 
 from __future__ import annotations
@@ -34,11 +35,13 @@ def deformable_attention(
     """Deformable attention of packed queries from raw projections, [N, H*D]: softmax and locations included.
 
     Args:
-        value_BSHD: projected values of all tokens, padded tokens already zeroed; float32, float16 or bfloat16 (float64 runs
-            the reference). Under autocast it is cast to the autocast dtype; coordinates and logits stay as they are.
+        value_BSHD: projected values of all tokens, padded tokens already zeroed; float32, float16 or bfloat16
+            (float64 runs the reference). Under autocast it is cast to the autocast dtype; coordinates and
+            logits stay as they are.
         level_shapes: (height, width) of each level, finest first, from the host.
         reference_points: [N, L, 2] points, or [N, L, 4] boxes (cx, cy, w, h), normalised to each level's full map.
-        offsets_NHLP2: (x, y): in pixels of the level for points; in units of half the box divided by P for boxes. Prefer
+        offsets_NHLP2: (x, y): in pixels of the level for points; in units of half the box divided by P for
+            boxes. Prefer
             float32: bfloat16 rounds an offset of 8 pixels to a sixteenth.
         image_index_N: int32, ascending: the image each query attends to. None: N = B*Q queries, Q for every image.
         num_rows: int32 [1] on the device: queries in use; later rows of the result are not written. Inference only.
@@ -54,7 +57,9 @@ def deformable_attention(
             f"reference_points {tuple(reference_points.shape)}: want [{num_queries}, {len(level_shapes)}, 2 or 4]"
         )
     if image_index_N is None and num_queries % max(1, value_BSHD.shape[0]):
-        raise ValueError(f"{num_queries} queries do not split over {value_BSHD.shape[0]} images: pass image_index_N")
+        raise ValueError(
+            f"{num_queries} queries do not split over {value_BSHD.shape[0]} images: pass image_index_N"
+        )
     backend = choose_backend(value_BSHD, backend)
     value_BSHD = _autocast(value_BSHD)
     if backend == "reference" and not runs_inside_graph():
@@ -83,8 +88,8 @@ def multi_scale_deformable_attention(
 ) -> Tensor:
     """The classical operator of Deformable DETR (eq. 3), [B, Q, H*D]; a drop-in for other DETRs.
 
-    Normalised locations and softmaxed weights come from memory; see `deformable_attention` for dtypes, special values and
-    keywords. Prefer float32 locations: float16 rounds them to W/2048 pixels, bfloat16 to W/256.
+    Normalised locations and softmaxed weights come from memory; see `deformable_attention` for dtypes,
+    special values and keywords. Prefer float32 locations: float16 rounds them to W/2048 pixels, bfloat16 to W/256.
     """
     batch, num_queries = locations_BQHLP2.shape[:2]
     locations, weights = locations_BQHLP2.flatten(0, 1), weights_BQHLP.flatten(0, 1)
@@ -94,14 +99,18 @@ def multi_scale_deformable_attention(
     backend = choose_backend(value_BSHD, backend)
     value_BSHD = _autocast(value_BSHD)
     if backend == "reference" and not runs_inside_graph():
-        return reference.multi_scale_deformable_attention(value_BSHD, level_shapes, locations_BQHLP2, weights_BQHLP)
+        return reference.multi_scale_deformable_attention(
+            value_BSHD, level_shapes, locations_BQHLP2, weights_BQHLP
+        )
     out = torch.ops.ats_detr.msda(
         value_BSHD, _flat(level_shapes), None, locations, weights, None, None, deterministic, backend
     )
     return out.view(batch, num_queries, -1)
 
 
-def _check(value_BSHD: Tensor, level_shapes: LevelShapes, offsets_NHLP2: Tensor, weights_NHLP: Tensor) -> None:
+def _check(
+    value_BSHD: Tensor, level_shapes: LevelShapes, offsets_NHLP2: Tensor, weights_NHLP: Tensor
+) -> None:
     num_tokens, num_heads, head_dim = value_BSHD.shape[1:]
     if sum(height * width for height, width in level_shapes) != num_tokens:
         raise ValueError(f"levels {list(level_shapes)} do not make up the value's {num_tokens} tokens")
@@ -196,20 +205,44 @@ def _msda_backward(
 
 
 @_msda_backward.register_fake
-def _(grad_out, out, value, sizes, reference_points, offsets, weights, image_index, need_value, deterministic, backend):
+def _(
+    grad_out,
+    out,
+    value,
+    sizes,
+    reference_points,
+    offsets,
+    weights,
+    image_index,
+    need_value,
+    deterministic,
+    backend,
+):
     grad_value = value.new_empty(value.shape if need_value else 0)
     return grad_value, offsets.new_empty(offsets.shape), weights.new_empty(weights.shape)
 
 
 def _save(ctx, inputs, output) -> None:
-    value, ctx.sizes, reference_points, offsets, weights, image_index, num_rows, ctx.deterministic, ctx.backend = inputs
+    (
+        value,
+        ctx.sizes,
+        reference_points,
+        offsets,
+        weights,
+        image_index,
+        num_rows,
+        ctx.deterministic,
+        ctx.backend,
+    ) = inputs
     ctx.has_capacity = num_rows is not None
     ctx.save_for_backward(value, reference_points, offsets, weights, image_index, output)
 
 
 def _differentiate(ctx, grad_out):
     if ctx.has_capacity:
-        raise RuntimeError("deformable_attention with num_rows has no gradient: capacity plans are for inference")
+        raise RuntimeError(
+            "deformable_attention with num_rows has no gradient: capacity plans are for inference"
+        )
     value, reference_points, offsets, weights, image_index, out = ctx.saved_tensors
     need_value = ctx.needs_input_grad[0]
     grad_value, grad_offsets, grad_weights = torch.ops.ats_detr.msda_backward(
@@ -224,7 +257,9 @@ torch.library.register_autograd("ats_detr::msda", _differentiate, setup_context=
 
 
 @register_flop_formula(torch.ops.ats_detr.msda)
-def _flops(value_shape, sizes, reference_shape, offsets_shape, weights_shape, *args, out_shape=None, **kwargs) -> int:
+def _flops(
+    value_shape, sizes, reference_shape, offsets_shape, weights_shape, *args, out_shape=None, **kwargs
+) -> int:
     """Four corners of every sample: a multiplication and an addition per channel, and the interpolation weights."""
     num_queries, num_heads, num_levels, num_points = weights_shape
     return 2 * 4 * num_queries * num_heads * num_levels * num_points * value_shape[-1]

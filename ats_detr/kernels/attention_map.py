@@ -17,8 +17,8 @@ def attention_map(
 ) -> Tensor:
     """How much attention each token receives, float32 [B, S]: weights spread bilinearly, summed over queries and heads.
 
-    Sparse DETR's DAM: around (x*W, y*H) *without* the half-pixel shift of the sampling itself; the corners are the floor and
-    the floor + 1, and corners outside the map are dropped, as are NaN locations. Carries no gradient.
+    Sparse DETR's DAM: around (x*W, y*H) *without* the half-pixel shift of the sampling itself; the corners
+    are the floor and the floor + 1, and corners outside the map are dropped, as are NaN locations. Carries no gradient.
     """
     if choose_backend(weights_BQHLP, backend) == "reference" and not runs_inside_graph():
         return reference.attention_map(locations_BQHLP2, weights_BQHLP, level_shapes)
@@ -61,7 +61,11 @@ def _new_map(reference_points, offsets, weights, level_shapes, num_images, backe
 
 def _add(target, reference_points, offsets, weights, level_shapes, backend) -> None:
     sizes = [side for shape in level_shapes for side in shape]
-    tensors = (None if reference_points is None else reference_points.detach(), offsets.detach(), weights.detach())
+    tensors = (
+        None if reference_points is None else reference_points.detach(),
+        offsets.detach(),
+        weights.detach(),
+    )
     torch.ops.ats_detr.add_attention_map(target, *tensors, sizes, choose_backend(weights, backend))
 
 
@@ -86,7 +90,9 @@ def _add_attention_map(
         shape = (target.shape[0], -1)
         new = reference.attention_map(offsets.unflatten(0, shape), weights.unflatten(0, shape), level_shapes)
     else:
-        new = reference.deformable_attention_map(reference_points, offsets, weights, level_shapes, target.shape[0])
+        new = reference.deformable_attention_map(
+            reference_points, offsets, weights, level_shapes, target.shape[0]
+        )
     target.add_(new)
 
 

@@ -15,9 +15,9 @@ BACKENDS = ("reference", "triton")
 def choose_backend(tensor: Tensor, backend: str | None = None) -> str:
     """'triton' or 'reference' for an operator on `tensor`.
 
-    `backend` decides, then the environment variable ATS_DETR_BACKEND, then the device: CUDA runs the kernels where Triton is
-    installed, everything else the reference. float64 always runs the reference. Asking for Triton on the CPU needs its
-    interpreter (TRITON_INTERPRET=1 in the environment before Python starts).
+    `backend` decides, then the environment variable ATS_DETR_BACKEND, then the device: CUDA runs the kernels
+    where Triton is installed, everything else the reference. float64 always runs the reference. Asking for
+    Triton on the CPU needs its interpreter (TRITON_INTERPRET=1 in the environment before Python starts).
     """
     asked = backend or os.environ.get("ATS_DETR_BACKEND") or None
     if asked is not None and asked not in BACKENDS:

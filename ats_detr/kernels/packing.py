@@ -29,7 +29,12 @@ def pack_tokens(plan: TokenPlan, *dense: Tensor, backend: str | None = None) -> 
 
 
 def scatter_tokens(
-    plan: TokenPlan, memory_BSC: Tensor, rows_KC: Tensor, *, in_place: bool = False, backend: str | None = None
+    plan: TokenPlan,
+    memory_BSC: Tensor,
+    rows_KC: Tensor,
+    *,
+    in_place: bool = False,
+    backend: str | None = None,
 ) -> Tensor:
     """`memory_BSC` with the kept tokens replaced by their packed rows, gradients to both; `rows_KC` takes its dtype.
 
@@ -39,7 +44,9 @@ def scatter_tokens(
     rows_KC = rows_KC.to(memory_BSC.dtype)
     backend = choose_backend(memory_BSC, backend)
     if in_place:
-        torch.ops.ats_detr.scatter_(memory_BSC, rows_KC, plan.token_index_K, plan.image_index_K, plan.num_rows, backend)
+        torch.ops.ats_detr.scatter_(
+            memory_BSC, rows_KC, plan.token_index_K, plan.image_index_K, plan.num_rows, backend
+        )
         return memory_BSC
     if backend == "reference" and not runs_inside_graph():
         return reference.scatter_tokens(plan, memory_BSC, rows_KC)
@@ -63,7 +70,12 @@ def _plan(token_index: Tensor, image_index: Tensor, slots: Tensor, num_rows: Ten
 
 @torch.library.custom_op("ats_detr::pack", mutates_args=())
 def _pack(
-    token_index: Tensor, image_index: Tensor, slots: Tensor, num_rows: Tensor | None, dense: Sequence[Tensor], backend: str
+    token_index: Tensor,
+    image_index: Tensor,
+    slots: Tensor,
+    num_rows: Tensor | None,
+    dense: Sequence[Tensor],
+    backend: str,
 ) -> list[Tensor]:
     if backend == "triton":
         from ats_detr.kernels.gpu import pack
@@ -112,7 +124,12 @@ def _(memory, rows, token_index, image_index, slots, num_rows, backend):
 
 @torch.library.custom_op("ats_detr::scatter_", mutates_args=("memory",))
 def _scatter_in_place(
-    memory: Tensor, rows: Tensor, token_index: Tensor, image_index: Tensor, num_rows: Tensor | None, backend: str
+    memory: Tensor,
+    rows: Tensor,
+    token_index: Tensor,
+    image_index: Tensor,
+    num_rows: Tensor | None,
+    backend: str,
 ) -> None:
     if backend == "triton" and memory.is_contiguous():
         from ats_detr.kernels.gpu import pack
@@ -130,7 +147,9 @@ def _(memory, rows, token_index, image_index, num_rows, backend):
 
 
 # ------------------------------------------------------------------------------------------------------------ gradients
-CAPACITY_ERROR = "a capacity plan has no gradient: it is for inference; select_tokens without capacity for training"
+CAPACITY_ERROR = (
+    "a capacity plan has no gradient: it is for inference; select_tokens without capacity for training"
+)
 
 
 def _save_pack(ctx, inputs, output) -> None:

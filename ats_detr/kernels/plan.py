@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -25,8 +26,8 @@ class TokenPlan:
     slot_BS: Tensor
     """[B, S] packed row of each token, -1 where the token is not kept."""
     exact: bool = True
-    """Whether all K rows are in use. False: K is a capacity, only the device knows how many rows are used; the others name
-    token 0 of the last image, and the kernels neither read nor write them."""
+    """Whether all K rows are in use. False: K is a capacity, only the device knows how many rows are used;
+    the others name token 0 of the last image, and the kernels neither read nor write them."""
 
     @property
     def counts_B(self) -> Tensor:
@@ -47,14 +48,14 @@ class TokenPlan:
     def image_slices(self) -> list[slice]:
         """Packed rows of each image, on the host (waits for the device)."""
         starts = self.offsets_B1.tolist()
-        return [slice(a, b) for a, b in zip(starts[:-1], starts[1:], strict=True)]
+        return [slice(a, b) for a, b in pairwise(starts)]
 
     @staticmethod
     def from_mask(keep_BS: Tensor, capacity: int | None = None) -> TokenPlan:
         """The plan that keeps exactly the True entries of `keep_BS` (bool [B, S]).
 
-        Without a capacity there are as many rows as tokens kept (waits for the device); with one there are `capacity` rows,
-        the device is not waited for, and tokens past the capacity are dropped.
+        Without a capacity there are as many rows as tokens kept (waits for the device); with one there are
+        `capacity` rows, the device is not waited for, and tokens past the capacity are dropped.
         """
         batch, num_tokens = keep_BS.shape
         slot_BS = (keep_BS.flatten().cumsum(0) - 1).view_as(keep_BS)
@@ -64,9 +65,13 @@ class TokenPlan:
         else:
             capacity = min(capacity, batch * num_tokens)
             keep_BS = keep_BS & (slot_BS < capacity)
-        rows = torch.where(keep_BS, slot_BS, capacity).flatten()  # tokens that are not kept share a row that is cut off
+        rows = torch.where(
+            keep_BS, slot_BS, capacity
+        ).flatten()  # tokens that are not kept share a row that is cut off
         position = torch.arange(batch * num_tokens, device=keep_BS.device)
-        flat_K = rows.new_full((capacity + 1,), (batch - 1) * num_tokens).scatter(0, rows, position)[:capacity]
+        flat_K = rows.new_full((capacity + 1,), (batch - 1) * num_tokens).scatter(0, rows, position)[
+            :capacity
+        ]
         offsets_B1 = torch.cat([rows.new_zeros(1), keep_BS.sum(1).cumsum(0)])
         image_index_K = flat_K // max(1, num_tokens)
         token_index_K = flat_K - image_index_K * num_tokens

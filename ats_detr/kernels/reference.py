@@ -1,4 +1,5 @@
-"""The operators in plain PyTorch. These are the definitions: they serve the CPU, and every kernel is tested against them.
+"""The operators in plain PyTorch. These are the definitions: they serve the CPU, and every kernel is tested
+against them.
 
 Shape legend: B images, S tokens of the whole pyramid, K kept tokens of the batch (packed), N rows of queries (packed,
 image after image), Q queries of one image, H heads, D channels of a head, L levels, P points, C = H * D channels.
@@ -88,12 +89,15 @@ def sample_packed(
     image_index_N: Tensor | None = None,
     num_rows: Tensor | None = None,
 ) -> Tensor:
-    """`multi_scale_deformable_attention` of packed queries, [N, H*D] in the value's dtype, computed in at least float32."""
+    """`multi_scale_deformable_attention` of packed queries, [N, H*D] in the value's dtype, computed in at
+    least float32."""
     batch, rows = value_BSHD.shape[0], locations_NHLP2.shape[0]
     if num_rows is not None:
         used = int(num_rows)
         image_index = None if image_index_N is None else image_index_N[:used]
-        out = sample_packed(value_BSHD, level_shapes, locations_NHLP2[:used], weights_NHLP[:used], image_index)
+        out = sample_packed(
+            value_BSHD, level_shapes, locations_NHLP2[:used], weights_NHLP[:used], image_index
+        )
         return F.pad(out, (0, 0, 0, rows - used))
     if image_index_N is None:
         counts = [rows // max(1, batch)] * batch
@@ -125,7 +129,9 @@ def _sample(
     num_rows, _, num_levels, num_points, _ = locations_NHLP2.shape
     num_queries = counts[0] if counts else 0
     finite = locations_NHLP2.isfinite().all(-1, keepdim=True)
-    grid = torch.where(finite, locations_NHLP2 * 2 - 1, -9.0)  # grid_sample is undefined on NaN: read outside instead
+    grid = torch.where(
+        finite, locations_NHLP2 * 2 - 1, -9.0
+    )  # grid_sample is undefined on NaN: read outside instead
     grid = grid.view(batch, num_queries, num_heads, num_levels, num_points, 2).transpose(1, 2).flatten(0, 1)
     samples = []
     for level, value in enumerate(value_BSHD.split([h * w for h, w in level_shapes], dim=1)):
@@ -135,7 +141,11 @@ def _sample(
     weights = weights_NHLP.view(batch, num_queries, num_heads, num_levels * num_points)
     weights = weights.transpose(1, 2).reshape(batch * num_heads, 1, num_queries, num_levels * num_points)
     out = (torch.cat(samples, dim=-1) * weights).sum(-1)
-    out = out.view(batch, num_heads, head_dim, num_queries).permute(0, 3, 1, 2).reshape(num_rows, num_heads, head_dim)
+    out = (
+        out.view(batch, num_heads, head_dim, num_queries)
+        .permute(0, 3, 1, 2)
+        .reshape(num_rows, num_heads, head_dim)
+    )
     lost = ~finite.flatten(2).all(-1)
     return torch.where(lost[..., None], torch.nan, out).flatten(1)
 
@@ -147,7 +157,8 @@ def select_tokens(
     """The num_keep_B[i] best-scored tokens of each image i, as a plan in ascending index order.
 
     Ties go to the lower index, NaN counts as the largest score (as in torch.topk), and a padded token is taken only
-    when no valid one is left (padded tokens: lower index first). Asking for more than S tokens keeps all S. With a capacity nothing waits for the device.
+    when no valid one is left (padded tokens: lower index first). Asking for more than S tokens keeps all S.
+    With a capacity nothing waits for the device.
     """
     if padding_mask_BS is not None:
         scores_BS = scores_BS.masked_fill(padding_mask_BS, 0.0)  # padded tokens are all alike

@@ -22,20 +22,25 @@ def select_tokens(
 ) -> TokenPlan:
     """The num_keep_B[i] best-scored tokens of each image i, as a plan in ascending index order.
 
-    Ties go to the lower index, NaN counts as the largest score (as in torch.topk), and a padded token is taken only when no
-    valid one is left. Asking for more than S tokens keeps all S.
+    Ties go to the lower index, NaN counts as the largest score (as in torch.topk), and a padded token is
+    taken only when no valid one is left. Asking for more than S tokens keeps all S.
 
     Args:
         scores_BS: any floating dtype; float16 and bfloat16 compare as the numbers they are.
         num_keep_B: integers on the device of the scores.
         padding_mask_BS: bool, True on padding.
-        capacity: rows of the plan. None: exactly as many as are kept, which the host has to wait for. With a capacity (from
-            the largest budget and the image sizes, say) nothing waits; tokens past it are dropped, the last image's first.
+        capacity: rows of the plan. None: exactly as many as are kept, which the host has to wait for. With a
+            capacity (from the largest budget and the image sizes, say) nothing waits; tokens past it are
+            dropped, the last image's first.
         backend: 'triton' or 'reference', see `choose_backend`.
     """
     batch, num_tokens = scores_BS.shape
-    if num_keep_B.shape != (batch,) or (padding_mask_BS is not None and padding_mask_BS.shape != scores_BS.shape):
-        raise ValueError(f"scores {tuple(scores_BS.shape)}: want one num_keep per image and a mask of the same shape")
+    if num_keep_B.shape != (batch,) or (
+        padding_mask_BS is not None and padding_mask_BS.shape != scores_BS.shape
+    ):
+        raise ValueError(
+            f"scores {tuple(scores_BS.shape)}: want one num_keep per image and a mask of the same shape"
+        )
     scores_BS = scores_BS.detach()
     backend = choose_backend(scores_BS, backend)
     if num_tokens > MAX_TOKENS:  # the kernel holds an image's keys in registers
@@ -46,7 +51,9 @@ def select_tokens(
     if exact:
         capacity = int(num_keep_B.clamp(0, num_tokens).sum())
     capacity = min(capacity, batch * num_tokens)
-    return TokenPlan(*torch.ops.ats_detr.select(scores_BS, num_keep_B, padding_mask_BS, capacity, backend), exact=exact)
+    return TokenPlan(
+        *torch.ops.ats_detr.select(scores_BS, num_keep_B, padding_mask_BS, capacity, backend), exact=exact
+    )
 
 
 @torch.library.custom_op("ats_detr::select", mutates_args=())

@@ -81,7 +81,8 @@ def prepare(
     image_index: Tensor | None,
 ) -> Problem:
     """Copies what the kernels cannot address: they take the pitch from token to token and from query to query as it is
-    (so that slices of one larger projection are read in place), and everything within contiguous and 16-byte aligned."""
+    (so that slices of one larger projection are read in place), and everything within contiguous and 16-byte
+    aligned."""
     if value is not None:
         batch, num_tokens, _, head_dim = value.shape
         in_place = value.stride(3) == 1 and value.stride(2) == head_dim and value.data_ptr() % 16 == 0
@@ -173,7 +174,9 @@ def backward(
         if grad_value is not None:
             grad_value.zero_()
 
-    tuning.run("msda_backward", (*problem.key(), method == "atomic"), num_queries, value.device, launch, reset)
+    tuning.run(
+        "msda_backward", (*problem.key(), method == "atomic"), num_queries, value.device, launch, reset
+    )
     if method == "atomic":
         grad_value = _value_gradient_in_order(grad_value, value)
     elif method == "windows":
@@ -275,8 +278,9 @@ def value_gradient_sorted(problem: Problem, grad_out: Tensor) -> Tensor:
             num_colored = (tiles_y + 1 - color // 2) // 2 * ((tiles_x + 1 - color % 2) // 2)
             if num_colored:
                 binned.reduce_tiles[(batch * num_heads * num_colored,)](
-                    samples, ends, grad_out, grad_value, num_tokens, num_tiles, tiles_x, tiles_y, first_token, first_tile,
-                    height, level_width, HEADS=num_heads, HEAD_DIM=head_dim, WIDTH=width, COLOR=color,
+                    samples, ends, grad_out, grad_value, num_tokens, num_tiles, tiles_x, tiles_y,
+                    first_token, first_tile, height, level_width,
+                    HEADS=num_heads, HEAD_DIM=head_dim, WIDTH=width, COLOR=color,
                     OPERAND=_operand(value), PIECE=PIECE, num_warps=2 if width <= 32 else 4 if width <= 128 else 8,
                     num_stages=1, enable_fp_fusion=True,
                 )  # fmt: skip

@@ -1,9 +1,10 @@
 """The value's gradient of deformable attention, bit-equal from run to run: samples sorted by pixel tile.
 
-The samples of each (image, head) are sorted into tiles of 7x7 cells (a cell is the square between four pixel centres), which
-touch 8x8 pixels. `reduce_tiles` forms, for 64 samples at a time, the matrix of their hat weights [64 pixels, 64 samples],
-multiplies it with their gradient rows on the tensor cores, and adds the sum to memory once. A stable sort fixes the order
-within a tile; four launches over tiles that do not touch fix the order between tiles.
+The samples of each (image, head) are sorted into tiles of 7x7 cells (a cell is the square between four pixel
+centres), which touch 8x8 pixels. `reduce_tiles` forms, for 64 samples at a time, the matrix of their hat
+weights [64 pixels, 64 samples], multiplies it with their gradient rows on the tensor cores, and adds the sum
+to memory once. A stable sort fixes the order within a tile; four launches over tiles that do not touch fix
+the order between tiles.
 
     bin_samples     tile of every sample
     torch.sort      samples by tile
@@ -106,7 +107,18 @@ def place_samples(
         tl.store(place, tl.reshape(sample, (BLOCK, POINTS_PADDED, 4)), mask=mask[:, :, None])
 
 
-@triton.jit(do_not_specialize=["num_tokens", "num_tiles", "tiles_x", "tiles_y", "first_token", "first_tile", "height", "width"])
+@triton.jit(
+    do_not_specialize=[
+        "num_tokens",
+        "num_tiles",
+        "tiles_x",
+        "tiles_y",
+        "first_token",
+        "first_tile",
+        "height",
+        "width",
+    ]
+)
 def reduce_tiles(
     sample_ptr,  # as place_samples left it
     end_ptr,  # [bins] int32 one past the last position of each tile
@@ -121,8 +133,8 @@ def reduce_tiles(
 ):  # fmt: skip
     """grad_value[pixel] += sum over samples of weight * hat(pixel) * grad_out[row], for the 8x8 pixels of one tile.
 
-    COLOR 0..3 takes the tiles of one parity of column and row: their windows do not overlap, so that nothing is summed out of
-    order.
+    COLOR 0..3 takes the tiles of one parity of column and row: their windows do not overlap, so that nothing
+    is summed out of order.
     """
     tile = tl.program_id(0)
     columns = (tiles_x + 1 - COLOR % 2) // 2
@@ -157,7 +169,7 @@ def reduce_tiles(
         hat_x = tl.clamp(1.0 - tl.abs(x[None, :] - left[:, None]), 0.0, 1.0)
         hat_y = tl.clamp(1.0 - tl.abs(y[None, :] - top[:, None]), 0.0, 1.0) * weight[None, :]
         share = tl.reshape(hat_y[:, None, :] * hat_x[None, :, :], (64, PIECE))
-        if OPERAND == tl.float32:
+        if tl.float32 == OPERAND:
             total = tl.dot(share, grad.to(tl.float32), total, input_precision="tf32x3")
         else:
             total = tl.dot(share.to(OPERAND), grad.to(OPERAND), total)
@@ -166,7 +178,9 @@ def reduce_tiles(
     pixel_x = tile_x * TILE + window % 8
     pixel_y = tile_y * TILE + window // 8
     token = (group // HEADS) * num_tokens + first_token + pixel_y * width + pixel_x
-    place = grad_value_ptr + ((token * HEADS + group % HEADS).to(tl.int64) * HEAD_DIM)[:, None] + column[None, :]
+    place = (
+        grad_value_ptr + ((token * HEADS + group % HEADS).to(tl.int64) * HEAD_DIM)[:, None] + column[None, :]
+    )
     mask = ((pixel_x < width) & (pixel_y < height))[:, None] & (column < HEAD_DIM)[None, :]
     tl.atomic_add(place, total, mask=mask, sem="relaxed")
 

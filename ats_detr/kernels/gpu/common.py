@@ -1,8 +1,8 @@
 """What the deformable attention kernels share: levels, samples, hat weights, rows of values.
 
 A *row* is one head of one query. Per sample the pixel window is clamped into the map and weighted by a hat function
-max(0, 1 - |x - pixel|), which is bilinear interpolation with zeros outside, so that no load is masked and the four corners
-share one address.
+max(0, 1 - |x - pixel|), which is bilinear interpolation with zeros outside, so that no load is masked and the
+four corners share one address.
 
 A row of values is read as two float32 half-tiles (see `load_row`): 16-bit channels as 32-bit words of two neighbours,
 float32 channels as first and second half. Half as many lanes per row then repeat the index arithmetic.
@@ -93,7 +93,9 @@ def load_pair(ptr, index):
     """(x, y) number `index` of an array of pairs, float32; one load of 4 or 8 bytes."""
     if ptr.dtype.element_ty == tl.float32:
         pair = tl.load(view_as(ptr, tl.int64) + index)
-        return pair.to(tl.int32).to(tl.float32, bitcast=True), (pair >> 32).to(tl.int32).to(tl.float32, bitcast=True)
+        return pair.to(tl.int32).to(tl.float32, bitcast=True), (pair >> 32).to(tl.int32).to(
+            tl.float32, bitcast=True
+        )
     else:
         pair = tl.load(view_as(ptr, tl.int32) + index)
         if ptr.dtype.element_ty == tl.bfloat16:
@@ -176,7 +178,9 @@ def reference_on_level(reference_ptr, query, width, height, level, LEVELS: tl.co
 def softmax_scale(weight_ptr, at, SAMPLES: tl.constexpr, PADDED: tl.constexpr):
     """log2 of the softmax denominator of each row's SAMPLES logits (its maximum taken out and put back)."""
     column = tl.arange(0, PADDED)
-    logit = tl.load(weight_ptr + at[:, None] + column[None, :], mask=(column < SAMPLES)[None, :], other=float("-inf"))
+    logit = tl.load(
+        weight_ptr + at[:, None] + column[None, :], mask=(column < SAMPLES)[None, :], other=float("-inf")
+    )
     logit = logit.to(tl.float32) * LOG2E
     top = tl.max(logit, axis=1)
     return top + tl.log2(tl.sum(tl.exp2(logit - top[:, None]), axis=1))

@@ -1,4 +1,5 @@
-"""The decoder cross-attention map (DAM): attention weights spread bilinearly over the tokens, straight from raw projections."""
+"""The decoder cross-attention map (DAM): attention weights spread bilinearly over the tokens, straight from
+raw projections."""
 
 from __future__ import annotations
 
@@ -44,7 +45,9 @@ def add_attention(
         )  # fmt: skip
         x += 0.5
         y += 0.5
-        weight = tl.load(weight_ptr + weight_at[:, None] + level * POINTS + tl.minimum(point, POINTS - 1)).to(tl.float32)
+        weight = tl.load(weight_ptr + weight_at[:, None] + level * POINTS + tl.minimum(point, POINTS - 1)).to(
+            tl.float32
+        )
         if REFERENCE != 0:
             weight = tl.exp2(weight * LOG2E - scale[:, None])
         near = (x > -2.0) & (x < width + 1.0) & (y > -2.0) & (y < height + 1.0)  # False for NaN too

@@ -1,7 +1,7 @@
 """Multi-scale deformable attention in Triton: forward, and backward with atomic sums into the value's gradient.
 
-Rows (one head of one query) lie in memory order, so that the parameters of the rows of a program are neighbours: at eight
-heads of 32 channels one warp holds one query. Everything is computed and summed in float32.
+Rows (one head of one query) lie in memory order, so that the parameters of the rows of a program are
+neighbours: at eight heads of 32 channels one warp holds one query. Everything is computed and summed in float32.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ from ats_detr.kernels.gpu.common import (
 def msda_forward(
     value_ptr,  # [B, S, HEADS, HEAD_DIM], VALUE_PITCH elements from token to token
     reference_ptr,  # [N, LEVELS, REFERENCE]
-    offset_ptr,  # [N, HEADS, LEVELS, POINTS, 2] offsets, or locations where REFERENCE is 0; OFFSET_PITCH from query to query
+    # [N, HEADS, LEVELS, POINTS, 2] offsets, or locations where REFERENCE is 0; OFFSET_PITCH from query to query
+    offset_ptr,
     weight_ptr,  # [N, HEADS, LEVELS, POINTS] logits, or weights where REFERENCE is 0; WEIGHT_PITCH from query to query
     image_ptr,  # [N] int32 image of each query, where PACKED
     count_ptr,  # [1] int32 queries in use, where COUNTED
@@ -79,7 +80,9 @@ def msda_forward(
         height_f = height.to(tl.float32)
         right = tl.where(width > 1, PITCH, 0) if THIN else PITCH
         below = tl.where(height > 1, width, 0) * PITCH if THIN else width * PITCH
-        x0, y0, x_unit, y_unit = reference_on_level(reference_ptr, query, width_f, height_f, level, LEVELS, POINTS, REFERENCE)
+        x0, y0, x_unit, y_unit = reference_on_level(
+            reference_ptr, query, width_f, height_f, level, LEVELS, POINTS, REFERENCE
+        )
         for point in tl.range(POINTS, loop_unroll_factor=UNROLL):
             j = level * POINTS + point
             x, y = load_pair(offset_ptr, offset_at + j)
@@ -120,7 +123,9 @@ def msda_forward(
 
 
 @triton.jit
-def _add_row(ptr, first, second, weight, column, COLUMNS: tl.constexpr, WIDTH: tl.constexpr, KIND: tl.constexpr):
+def _add_row(
+    ptr, first, second, weight, column, COLUMNS: tl.constexpr, WIDTH: tl.constexpr, KIND: tl.constexpr
+):
     """One pixel's share of a row's gradient, summed into float32 memory: the first tile, then the second."""
     if COLUMNS == WIDTH:
         tl.atomic_add(ptr, first * weight[:, None], sem="relaxed")
@@ -205,7 +210,9 @@ def msda_backward(
         height_f = height.to(tl.float32)
         right = tl.where(width > 1, 1, 0) if THIN else 1
         below = tl.where(height > 1, width, 0) if THIN else width
-        x0, y0, x_unit, y_unit = reference_on_level(reference_ptr, query, width_f, height_f, level, LEVELS, POINTS, REFERENCE)
+        x0, y0, x_unit, y_unit = reference_on_level(
+            reference_ptr, query, width_f, height_f, level, LEVELS, POINTS, REFERENCE
+        )
         for point in tl.range(POINTS, loop_unroll_factor=UNROLL):
             j = level * POINTS + point
             x, y = load_pair(offset_ptr, offset_at + j)
@@ -226,7 +233,11 @@ def msda_backward(
             upper = left_w * s00 + right_w * s01
             lower = left_w * s10 + right_w * s11
             dw = top_w * upper + low_w * lower
-            dx = weight * x_unit * (left_d * (top_w * s00 + low_w * s10) + right_d * (top_w * s01 + low_w * s11))
+            dx = (
+                weight
+                * x_unit
+                * (left_d * (top_w * s00 + low_w * s10) + right_d * (top_w * s01 + low_w * s11))
+            )
             dy = weight * y_unit * (top_d * upper + low_d * lower)
             if REFERENCE != 0:
                 dw = weight * (dw - mean)
@@ -239,9 +250,27 @@ def msda_backward(
                 top_w *= weight
                 low_w *= weight
                 _add_row(target, g_first, g_second, top_w * left_w, column, COLUMNS, WIDTH, KIND)
-                _add_row(target + right * GRAD_PITCH, g_first, g_second, top_w * right_w, column, COLUMNS, WIDTH, KIND)
+                _add_row(
+                    target + right * GRAD_PITCH,
+                    g_first,
+                    g_second,
+                    top_w * right_w,
+                    column,
+                    COLUMNS,
+                    WIDTH,
+                    KIND,
+                )
                 _add_row(target_low, g_first, g_second, low_w * left_w, column, COLUMNS, WIDTH, KIND)
-                _add_row(target_low + right * GRAD_PITCH, g_first, g_second, low_w * right_w, column, COLUMNS, WIDTH, KIND)
+                _add_row(
+                    target_low + right * GRAD_PITCH,
+                    g_first,
+                    g_second,
+                    low_w * right_w,
+                    column,
+                    COLUMNS,
+                    WIDTH,
+                    KIND,
+                )
         origin += height * width
 
 

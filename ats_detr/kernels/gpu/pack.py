@@ -63,7 +63,8 @@ def merge_rows(
     num_rows,  # B * S
     ROW: tl.constexpr, WIDTH: tl.constexpr, HAS_PACKED: tl.constexpr, HAS_DENSE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """out[token] = packed[slot] where the token is kept, dense[token] elsewhere: every row is written once, in order."""
+    """out[token] = packed[slot] where the token is kept, dense[token] elsewhere: every row is written once,
+    in order."""
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = row < num_rows
     slot = tl.load(slot_ptr + row, mask=mask, other=-1)
@@ -104,7 +105,9 @@ def _launch_moves(token_index, image_index, count, dense, packed, into_dense: bo
         )  # fmt: skip
 
 
-def pack(token_index: Tensor, image_index: Tensor, count: Tensor | None, dense: Sequence[Tensor]) -> list[Tensor]:
+def pack(
+    token_index: Tensor, image_index: Tensor, count: Tensor | None, dense: Sequence[Tensor]
+) -> list[Tensor]:
     """Kept rows of each dense tensor; rows past `count` are not written."""
     packed = [tensor.new_empty(token_index.shape[0], *tensor.shape[2:]) for tensor in dense]
     if token_index.shape[0]:
@@ -114,14 +117,17 @@ def pack(token_index: Tensor, image_index: Tensor, count: Tensor | None, dense: 
     return packed
 
 
-def scatter_in_place(token_index: Tensor, image_index: Tensor, count: Tensor | None, memory: Tensor, rows: Tensor) -> None:
+def scatter_in_place(
+    token_index: Tensor, image_index: Tensor, count: Tensor | None, memory: Tensor, rows: Tensor
+) -> None:
     """Overwrites the kept tokens of `memory` with the packed rows."""
     if rows.numel():
         _launch_moves(token_index, image_index, count, [memory], [rows.contiguous()], into_dense=True)
 
 
 def merge(slots: Tensor, packed: Tensor | None, dense: Tensor | None) -> Tensor:
-    """The dense tensor whose kept tokens are the packed rows (None: zeros) and whose others are `dense` (None: zeros)."""
+    """The dense tensor whose kept tokens are the packed rows (None: zeros) and whose others are `dense`
+    (None: zeros)."""
     like = packed if dense is None else dense
     shape = like.shape[1:] if dense is None else like.shape[2:]
     out = torch.empty(*slots.shape, *shape, dtype=like.dtype, device=like.device)

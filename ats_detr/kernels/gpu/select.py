@@ -1,4 +1,5 @@
-"""Adaptive token selection in two launches without a host sync: one threshold per image, then compaction in index order."""
+"""Adaptive token selection in two launches without a host sync: one threshold per image, then compaction in
+index order."""
 
 from __future__ import annotations
 
@@ -27,7 +28,8 @@ def score_of(key):
 
 @triton.jit
 def load_keys(score_ptr, padding_ptr, image, token, num_tokens, PADDED: tl.constexpr):
-    """Keys of an image's tokens; padded ones and those past the end come last (the latter have the higher index too)."""
+    """Keys of an image's tokens; padded ones and those past the end come last (the latter have the higher
+    index too)."""
     inside = token < num_tokens
     at = image * num_tokens + token
     score = tl.load(score_ptr + at, mask=inside, other=0.0).to(tl.float32)
@@ -57,8 +59,8 @@ def find_thresholds(
 ):  # fmt: skip
     """One program per image, all keys in registers: a search between the smallest and the largest key.
 
-    Steps alternate between interpolating the score at which the count should be met and halving the range of keys; at most
-    64, usually about ten, each one count over all keys.
+    Steps alternate between interpolating the score at which the count should be met and halving the range of
+    keys; at most 64, usually about ten, each one count over all keys.
     """
     image = tl.program_id(0)
     SIZE: tl.constexpr = CHUNKS * CHUNK
@@ -110,7 +112,8 @@ def compact_tokens(
     num_images, num_tokens, capacity,
     PADDED: tl.constexpr, CHUNKS: tl.constexpr, CHUNK: tl.constexpr, IMAGES_PADDED: tl.constexpr,
 ):  # fmt: skip
-    """Writes the plan, one chunk of one image per program; rows that no token fills become token 0 of the last image."""
+    """Writes the plan, one chunk of one image per program; rows that no token fills become token 0 of the
+    last image."""
     image = tl.program_id(0)
     chunk = tl.program_id(1)
     images = tl.arange(0, IMAGES_PADDED)

@@ -1,9 +1,10 @@
 """Which launch configuration a kernel takes: by GPU, operator and bucket of sizes, never by the exact size.
 
-Looked up in this order: what this process found; the user's cache (`ATS_DETR_CACHE`, default ~/.cache/ats_detr); the winners
-shipped in `winners/` for this GPU, the nearest bucket standing in for a missing one. Where nothing is known about an operator
-on this GPU its few configurations are timed once (about a second each, most of it compilation) and cached on disk.
-`ATS_DETR_TUNING=off` never times, `force` times every bucket that this process meets for the first time.
+Looked up in this order: what this process found; the user's cache (`ATS_DETR_CACHE`, default
+~/.cache/ats_detr); the winners shipped in `winners/` for this GPU, the nearest bucket standing in for a
+missing one. Where nothing is known about an operator on this GPU its few configurations are timed once (about
+a second each, most of it compilation) and cached on disk. `ATS_DETR_TUNING=off` never times, `force` times
+every bucket that this process meets for the first time.
 """
 
 from __future__ import annotations
@@ -26,11 +27,16 @@ Config = dict[str, int | bool | float]
 
 # Every configuration compiles without spills on sm_80, sm_90 and sm_100 (tests/kernels/test_offline.py).
 CONFIGS: dict[str, list[Config]] = {
-    "msda_forward": [{"num_warps": 2, "unroll": 4}, {"num_warps": 1, "unroll": 4}, {"num_warps": 4, "unroll": 4}],
+    "msda_forward": [
+        {"num_warps": 2, "unroll": 4},
+        {"num_warps": 1, "unroll": 4},
+        {"num_warps": 4, "unroll": 4},
+    ],
     "msda_backward": [{"num_warps": 1, "unroll": 4}, {"num_warps": 1, "unroll": 1}],
     "value_windows": [{"num_warps": 2, "queries": 64}, {"num_warps": 4, "queries": 64}],
 }
-WHOLE_ROWS: Config = {"num_warps": 4, "unroll": 4, "whole_rows": True}  # float32 only: eight lanes a row instead of four
+# float32 only: eight lanes a row instead of four
+WHOLE_ROWS: Config = {"num_warps": 4, "unroll": 4, "whole_rows": True}
 INTERPRETED: dict[str, Config] = {  # few large programs
     "msda_forward": {"num_warps": 1, "unroll": 1, "multiple": 8},
     "msda_backward": {"num_warps": 1, "unroll": 1, "multiple": 8},

@@ -1,11 +1,13 @@
-"""The value's gradient of deformable attention with few atomic sums: queries in spatial order, a window of pixels at a time.
+"""The value's gradient of deformable attention with few atomic sums: queries in spatial order, a window of
+pixels at a time.
 
-Summing 4 corners x HEAD_DIM floats per sample into memory costs 512 bytes of reductions at 32 channels; at encoder scale those
-are most of the backward pass. Queries that lie close together sample overlapping pixels, so a program takes 64 neighbouring
-queries of one head, and for one level the bounding box of their samples. For each 8x8 pixels of the box it forms the matrix
-of hat weights [64 pixels, 64 queries], multiplies it with the gradient rows on the tensor cores and sums only the result
-[64 pixels, HEAD_DIM] into memory: each pixel once per program instead of once per sample. Samples that do not fit into a box
-of MAX_BLOCKS x MAX_BLOCKS windows, or belong to another image, take the direct way.
+Summing 4 corners x HEAD_DIM floats per sample into memory costs 512 bytes of reductions at 32 channels; at
+encoder scale those are most of the backward pass. Queries that lie close together sample overlapping pixels,
+so a program takes 64 neighbouring queries of one head, and for one level the bounding box of their samples.
+For each 8x8 pixels of the box it forms the matrix of hat weights [64 pixels, 64 queries], multiplies it with
+the gradient rows on the tensor cores and sums only the result [64 pixels, HEAD_DIM] into memory: each pixel
+once per program instead of once per sample. Samples that do not fit into a box of MAX_BLOCKS x MAX_BLOCKS
+windows, or belong to another image, take the direct way.
 """
 
 from __future__ import annotations
@@ -23,7 +25,12 @@ MAX_BLOCKS = tl.constexpr(3)  # 8x8 pixel windows per side of the box
 def _covered(x, y, left, top, last_x, last_y):
     """Whether the pixels that a sample touches lie in the box (those beyond the map do not count)."""
     return (
-        (x > -1.0) & (y > -1.0) & (tl.maximum(x, 0.0) >= left) & (tl.maximum(y, 0.0) >= top) & (x < last_x) & (y < last_y)
+        (x > -1.0)
+        & (y > -1.0)
+        & (tl.maximum(x, 0.0) >= left)
+        & (tl.maximum(y, 0.0) >= top)
+        & (x < last_x)
+        & (y < last_y)
     )
 
 
@@ -40,7 +47,8 @@ def add_windows(
     POINTS_PADDED: tl.constexpr, OFFSET_PITCH: tl.constexpr, WEIGHT_PITCH: tl.constexpr, REFERENCE: tl.constexpr,
     PACKED: tl.constexpr, OPERAND: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """grad_value[pixel] += sum of weight * hat(pixel) * grad_out[row] over the samples of BLOCK queries, one head, one level."""
+    """grad_value[pixel] += sum of weight * hat(pixel) * grad_out[row] over the samples of BLOCK queries, one
+    head, one level."""
     head = tl.program_id(0) % HEADS
     level = tl.program_id(0) // HEADS % LEVELS
     place = tl.program_id(0) // (HEADS * LEVELS) * BLOCK + tl.arange(0, BLOCK)
@@ -106,7 +114,17 @@ def add_windows(
         share = tl.zeros((8, 8, BLOCK), tl.float32)
         for p in range(0, POINTS):
             x, y = samples_of_level(
-                reference_ptr, offset_ptr, query, offset_at, p, height, width, level, LEVELS, POINTS, REFERENCE
+                reference_ptr,
+                offset_ptr,
+                query,
+                offset_at,
+                p,
+                height,
+                width,
+                level,
+                LEVELS,
+                POINTS,
+                REFERENCE,
             )
             weight = tl.load(weight_ptr + weight_at + p).to(tl.float32)
             if REFERENCE != 0:
@@ -119,7 +137,7 @@ def add_windows(
             hat_y = tl.clamp(1.0 - tl.abs(y[None, :] - (window_y + pixel.to(tl.float32))[:, None]), 0.0, 1.0)
             share += (hat_y * weight[None, :])[:, None, :] * hat_x[None, :, :]
         share = tl.reshape(share, (64, BLOCK))
-        if OPERAND == tl.float32:
+        if tl.float32 == OPERAND:
             total = tl.dot(share, grad.to(tl.float32), input_precision="tf32x3")
         else:
             total = tl.dot(share.to(OPERAND), grad.to(OPERAND))
@@ -152,7 +170,13 @@ def add_windows(
             for corner in range(0, 4):
                 corner_x = column_f + (corner % 2)
                 corner_y = line_f + (corner // 2)
-                inside = stray & (corner_x >= 0.0) & (corner_x < width_f) & (corner_y >= 0.0) & (corner_y < height_f)
+                inside = (
+                    stray
+                    & (corner_x >= 0.0)
+                    & (corner_x < width_f)
+                    & (corner_y >= 0.0)
+                    & (corner_y < height_f)
+                )
                 w = weight * (1.0 - tl.abs(x - corner_x)) * (1.0 - tl.abs(y - corner_y))
                 token = image * num_tokens + origin + (corner_y * width_f + corner_x).to(tl.int32)
                 tl.atomic_add(
