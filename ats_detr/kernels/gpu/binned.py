@@ -169,7 +169,7 @@ def reduce_tiles(
         hat_x = tl.clamp(1.0 - tl.abs(x[None, :] - left[:, None]), 0.0, 1.0)
         hat_y = tl.clamp(1.0 - tl.abs(y[None, :] - top[:, None]), 0.0, 1.0) * weight[None, :]
         share = tl.reshape(hat_y[:, None, :] * hat_x[None, :, :], (64, PIECE))
-        if tl.float32 == OPERAND:
+        if OPERAND == tl.float32:
             total = tl.dot(share, grad.to(tl.float32), total, input_precision="tf32x3")
         else:
             total = tl.dot(share.to(OPERAND), grad.to(OPERAND), total)

@@ -137,7 +137,7 @@ def add_windows(
             hat_y = tl.clamp(1.0 - tl.abs(y[None, :] - (window_y + pixel.to(tl.float32))[:, None]), 0.0, 1.0)
             share += (hat_y * weight[None, :])[:, None, :] * hat_x[None, :, :]
         share = tl.reshape(share, (64, BLOCK))
-        if tl.float32 == OPERAND:
+        if OPERAND == tl.float32:
             total = tl.dot(share, grad.to(tl.float32), input_precision="tf32x3")
         else:
             total = tl.dot(share.to(OPERAND), grad.to(OPERAND))
