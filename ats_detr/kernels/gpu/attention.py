@@ -10,12 +10,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ats_detr.kernels.gpu import binned, msda, tuning, windows
+from ats_detr.kernels.gpu import binned, msda, tuning
 from ats_detr.kernels.gpu.common import INTERPRETING
 
 MAX_LEVELS = 8
 TILE = binned.TILE.value
 PIECE = 64  # samples per step of reduce_tiles
+PIECES_PER_PROGRAM = 4
 
 
 class Problem(NamedTuple):
@@ -156,7 +157,7 @@ def backward(
     grad_value = scale = None
     if method == "atomic":
         grad_value = torch.zeros(value.shape, dtype=torch.float32, device=value.device)
-    elif method == "windows" and problem.reference is not None:
+    elif method == "tiles" and problem.reference is not None:
         scale = torch.empty(problem.weights.shape[:2], dtype=torch.float32, device=value.device)
 
     def launch(num_warps: int, unroll: int, multiple: int = 1) -> None:
@@ -179,8 +180,8 @@ def backward(
     )
     if method == "atomic":
         grad_value = _value_gradient_in_order(grad_value, value)
-    elif method == "windows":
-        grad_value = value_gradient_by_windows(problem, grad_out, scale).to(value.dtype)
+    elif method == "tiles":
+        grad_value = value_gradient_tiled(problem, grad_out, scale).to(value.dtype)
     elif method == "sorted":
         grad_value = value_gradient_sorted(problem, grad_out).to(value.dtype)
     return grad_value, grad_offsets, grad_weights
@@ -205,33 +206,88 @@ def spatial_order(problem: Problem) -> Tensor:
     position = problem.offsets if problem.reference is None else problem.reference
     num_queries = problem.num_queries
     keys = torch.empty(num_queries, dtype=torch.int32, device=position.device)
-    windows.spatial_keys[(triton.cdiv(num_queries, 256),)](
+    binned.spatial_keys[(triton.cdiv(num_queries, 256),)](
         position, problem.image_index, keys, num_queries, problem.queries_per_image, PITCH=position.stride(0),
         PACKED=problem.image_index is not None, BLOCK=256, num_warps=4,
     )  # fmt: skip
     return keys.argsort().int()
 
 
-def value_gradient_by_windows(problem: Problem, grad_out: Tensor, scale: Tensor | None) -> Tensor:
-    """float32 gradient by the value, see `windows`; `scale` as msda_backward left it."""
+def value_gradient_tiled(problem: Problem, grad_out: Tensor, scale: Tensor | None) -> Tensor:
+    """float32 gradient by the value from samples sorted by tile, see `binned`; `scale` as msda_backward left it."""
     value, weights, num_queries = problem.value, problem.weights, problem.num_queries
-    num_tokens, num_heads, head_dim = value.shape[1:]
-    num_levels, num_points = weights.shape[2:]
-    grad_value = torch.zeros(value.shape, dtype=torch.float32, device=value.device)
+    tiles = Tiles.of(problem)
+    integers = dict(dtype=torch.int32, device=value.device)
+    samples = torch.empty(weights.numel(), 4, **integers)
+    grad_value = torch.empty(value.shape, dtype=torch.float32, device=value.device)
     order = spatial_order(problem)
-    width = max(16, triton.next_power_of_2(head_dim))
+    _, num_heads, num_levels, num_points = weights.shape
+    points = triton.next_power_of_2(num_points)
 
-    def launch(num_warps: int, queries: int) -> None:
-        windows.add_windows[(triton.cdiv(num_queries, queries) * num_heads * num_levels,)](
-            problem.reference, problem.offsets, weights, problem.image_index, order, scale, grad_out, grad_value,
-            num_queries, problem.queries_per_image, num_tokens, *problem.levels,
-            **problem.constants(), HEAD_DIM=head_dim, WIDTH=width, POINTS_PADDED=triton.next_power_of_2(num_points),
-            WEIGHT_PITCH=weights.stride(0), PACKED=problem.image_index is not None, OPERAND=_operand(value),
-            BLOCK=queries, num_warps=num_warps,
+    def launch(samples_per_program: int, num_warps: int, reduce_warps: int) -> None:
+        block = max(1, samples_per_program // points)
+        constants = dict(
+            problem.constants(), WEIGHT_PITCH=weights.stride(0), POINTS_PADDED=points,
+            PACKED=problem.image_index is not None, BLOCK=block, num_warps=num_warps,
         )  # fmt: skip
+        arguments = (problem.reference, problem.offsets, weights, problem.image_index, order, scale)
+        sizes = (num_queries, problem.queries_per_image, tiles.total, *problem.levels)
+        grid = (triton.cdiv(num_queries, block) * num_heads * num_levels,)
+        counts = torch.zeros(tiles.groups * tiles.total, **integers)
+        binned.sort_samples[grid](*arguments, counts, samples, *sizes, **constants, FILL=False)
+        places = counts.cumsum(0, dtype=torch.int32).sub_(counts)
+        binned.sort_samples[grid](*arguments, places, samples, *sizes, **constants, FILL=True)  # leaves each tile's end
+        grad_value.zero_()
+        for level in range(num_levels):
+            pieces = weights.numel() / num_levels / (tiles.groups * tiles.of_level(level)) / PIECE
+            splits = max(1, round(pieces / PIECES_PER_PROGRAM))
+            _reduce_tiles(problem, tiles, level, samples, places, grad_out, grad_value, reduce_warps, splits)
 
-    tuning.run("value_windows", problem.key(), num_queries, value.device, launch, grad_value.zero_)
+    tuning.run("value_tiles", problem.key(), num_queries, value.device, launch)
     return grad_value
+
+
+class Tiles(NamedTuple):
+    """How the levels of one image and head are cut."""
+
+    sides: list[tuple[int, int]]
+    """(rows, columns) of tiles of each level."""
+    groups: int
+    """Images x heads."""
+
+    @staticmethod
+    def of(problem: Problem) -> Tiles:
+        sides = [(triton.cdiv(height, TILE), triton.cdiv(width, TILE)) for height, width in problem.sizes]
+        return Tiles(sides, problem.value.shape[0] * problem.value.shape[2])
+
+    @property
+    def total(self) -> int:
+        return sum(rows * columns for rows, columns in self.sides)
+
+    def of_level(self, level: int) -> int:
+        return self.sides[level][0] * self.sides[level][1]
+
+
+def _reduce_tiles(
+    problem, tiles, level, samples, ends, grad_out, grad_value, num_warps, splits=1, color=-1
+) -> None:
+    rows, columns = tiles.sides[level]
+    num_tiles = rows * columns
+    if color >= 0:
+        num_tiles = (rows + 1 - color // 2) // 2 * ((columns + 1 - color % 2) // 2)
+    if num_tiles == 0:
+        return
+    num_tokens, num_heads, head_dim = problem.value.shape[1:]
+    height, level_width = problem.sizes[level]
+    first_token = sum(h * w for h, w in problem.sizes[:level])
+    first_tile = sum(tiles.of_level(finer) for finer in range(level))
+    width = max(16, triton.next_power_of_2(head_dim))
+    binned.reduce_tiles[(tiles.groups * num_tiles * splits,)](
+        samples, ends, grad_out, grad_value, num_tokens, tiles.total, columns, rows, first_token, first_tile,
+        height, level_width, splits, HEADS=num_heads, HEAD_DIM=head_dim, WIDTH=width, COLOR=color,
+        OPERAND=_operand(problem.value), PIECE=PIECE, num_warps=num_warps if width <= 32 else 4 if width <= 128 else 8,
+        num_stages=1, enable_fp_fusion=True,
+    )  # fmt: skip
 
 
 def _operand(value: Tensor) -> tl.dtype:
@@ -243,12 +299,10 @@ def _operand(value: Tensor) -> tl.dtype:
 def value_gradient_sorted(problem: Problem, grad_out: Tensor) -> Tensor:
     """float32 gradient by the value, bit-equal from run to run, see `binned`."""
     value, weights, num_queries = problem.value, problem.weights, problem.num_queries
-    batch, num_tokens, num_heads, head_dim = value.shape
-    num_levels, num_points = weights.shape[2:]
+    num_heads, num_levels, num_points = weights.shape[1:]
     constants = problem.constants()
-    tiles = [(triton.cdiv(height, TILE), triton.cdiv(width, TILE)) for height, width in problem.sizes]
-    num_tiles = sum(rows * columns for rows, columns in tiles)
-    num_bins = batch * num_heads * num_tiles
+    tiles = Tiles.of(problem)
+    num_bins = tiles.groups * tiles.total
     num_samples = weights.numel()
     integers = dict(dtype=torch.int32, device=value.device)
     points_padded = triton.next_power_of_2(num_points)
@@ -257,7 +311,7 @@ def value_gradient_sorted(problem: Problem, grad_out: Tensor) -> Tensor:
     bins = torch.empty(num_samples, **integers)
     binned.bin_samples[grid](
         problem.reference, problem.offsets, problem.image_index, bins,
-        num_queries, problem.queries_per_image, num_tiles, num_bins, *problem.levels,
+        num_queries, problem.queries_per_image, tiles.total, num_bins, *problem.levels,
         **constants, PACKED=problem.image_index is not None, POINTS_PADDED=points_padded, BLOCK=block, num_warps=4,
     )  # fmt: skip
     sorted_bins, order = bins.sort(stable=True)
@@ -271,19 +325,7 @@ def value_gradient_sorted(problem: Problem, grad_out: Tensor) -> Tensor:
         SAMPLES_PADDED=triton.next_power_of_2(num_levels * num_points), BLOCK=block, num_warps=4,
     )  # fmt: skip
     grad_value = torch.zeros(value.shape, dtype=torch.float32, device=value.device)
-    width = max(16, triton.next_power_of_2(head_dim))
-    first_token, first_tile = 0, 0
-    for (height, level_width), (tiles_y, tiles_x) in zip(problem.sizes, tiles, strict=True):
+    for level in range(num_levels):
         for color in range(4):
-            num_colored = (tiles_y + 1 - color // 2) // 2 * ((tiles_x + 1 - color % 2) // 2)
-            if num_colored:
-                binned.reduce_tiles[(batch * num_heads * num_colored,)](
-                    samples, ends, grad_out, grad_value, num_tokens, num_tiles, tiles_x, tiles_y,
-                    first_token, first_tile, height, level_width,
-                    HEADS=num_heads, HEAD_DIM=head_dim, WIDTH=width, COLOR=color,
-                    OPERAND=_operand(value), PIECE=PIECE, num_warps=2 if width <= 32 else 4 if width <= 128 else 8,
-                    num_stages=1, enable_fp_fusion=True,
-                )  # fmt: skip
-        first_token += height * level_width
-        first_tile += tiles_x * tiles_y
+            _reduce_tiles(problem, tiles, level, samples, ends, grad_out, grad_value, 2, color=color)
     return grad_value

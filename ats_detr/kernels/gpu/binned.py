@@ -1,15 +1,18 @@
-"""The value's gradient of deformable attention, bit-equal from run to run: samples sorted by pixel tile.
+"""The value's gradient of deformable attention without a stream of atomic sums: samples sorted by pixel tile.
 
-The samples of each (image, head) are sorted into tiles of 7x7 cells (a cell is the square between four pixel
-centres), which touch 8x8 pixels. `reduce_tiles` forms, for 64 samples at a time, the matrix of their hat
-weights [64 pixels, 64 samples], multiplies it with their gradient rows on the tensor cores, and adds the sum
-to memory once. A stable sort fixes the order within a tile; four launches over tiles that do not touch fix
-the order between tiles.
+Summing 4 corners x HEAD_DIM floats per sample into memory costs 512 bytes of reductions at 32 channels; at encoder scale those
+are most of the backward pass. Here the samples of each (image, head) are first sorted into tiles of 7x7 cells (a cell is the
+square between four pixel centres), which touch 8x8 pixels. `reduce_tiles` then forms, for 64 samples at a time, the matrix of
+their hat weights [64 pixels, 64 samples], multiplies it with their gradient rows on the tensor cores, and adds the sum to
+memory: each pixel once per program instead of once per sample.
 
-    bin_samples     tile of every sample
-    torch.sort      samples by tile
-    place_samples   (x, y, weight, row) of every sample at its sorted place, 16 bytes
+    spatial_keys    queries along a Z-shaped curve, so that a program's samples fall into few tiles (then torch.sort)
+    sort_samples    counts the samples of each tile (then a cumulative sum), and again: writes (x, y, weight, row) of every
+                    sample at its sorted place, 16 bytes; one counter increment per program and tile, not per sample
     reduce_tiles    hat matrix x gradient rows
+
+The deterministic mode fixes every order: tiles from `bin_samples`, a stable torch.sort, `place_samples`, and `reduce_tiles`
+with one program per tile in four launches over tiles that do not touch.
 """
 
 from __future__ import annotations
@@ -25,6 +28,124 @@ TILE = tl.constexpr(7)  # cells per side of a tile; its window is 8x8 pixels
 @triton.jit
 def _tiles(size):
     return (size + TILE - 1) // TILE
+
+
+@triton.jit(do_not_specialize=["num_queries", "queries_per_image"])
+def spatial_keys(
+    position_ptr,  # [N, PITCH] normalised x and y first
+    image_ptr,  # [N], where PACKED
+    key_ptr,  # [N] int32 out: image, then the position along a Z-shaped curve over a grid of 256 x 256
+    num_queries, queries_per_image,
+    PITCH: tl.constexpr, PACKED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    query = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = query < num_queries
+    if PACKED:
+        image = tl.load(image_ptr + query, mask=mask, other=0)
+    else:
+        image = query // queries_per_image
+    x = tl.load(position_ptr + query.to(tl.int64) * PITCH, mask=mask, other=0.0).to(tl.float32)
+    y = tl.load(position_ptr + query.to(tl.int64) * PITCH + 1, mask=mask, other=0.0).to(tl.float32)
+    x = (tl.clamp(tl.where(x == x, x, 0.0), 0.0, 1.0) * 255.0).to(tl.int32)
+    y = (tl.clamp(tl.where(y == y, y, 0.0), 0.0, 1.0) * 255.0).to(tl.int32)
+    key = image << 16
+    for bit in tl.static_range(8):
+        key |= ((x >> bit) & 1) << (2 * bit)
+        key |= ((y >> bit) & 1) << (2 * bit + 1)
+    tl.store(key_ptr + query, key, mask=mask)
+
+
+@triton.jit(do_not_specialize=["num_queries", "queries_per_image", "num_tiles", *SIZES])
+def sort_samples(
+    reference_ptr, offset_ptr, weight_ptr, image_ptr,  # as in msda_forward
+    order_ptr,  # [N] int32 queries, neighbours close to each other
+    scale_ptr,  # [N, HEADS] float32 log2 of the softmax denominators, where REFERENCE is not 0
+    counter_ptr,  # [B, HEADS, num_tiles] int32: zeros, counted up; where FILL: first free place of each tile, moved on
+    sample_ptr,  # [places, 4] int32 out, where FILL: x and y in pixels and weight as float32 bits, row
+    num_queries, queries_per_image, num_tiles,
+    shape0, shape1, shape2, shape3, shape4, shape5, shape6, shape7,
+    HEADS: tl.constexpr, LEVELS: tl.constexpr, POINTS: tl.constexpr, POINTS_PADDED: tl.constexpr,
+    OFFSET_PITCH: tl.constexpr, WEIGHT_PITCH: tl.constexpr, REFERENCE: tl.constexpr, PACKED: tl.constexpr,
+    FILL: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One program: BLOCK neighbouring queries of one head, one level. Their samples are ranked within 4x4 tiles of one image
+    by a cumulative sum; the few that fall elsewhere get their places one by one.
+    """
+    head = tl.program_id(0) % HEADS
+    level = tl.program_id(0) // HEADS % LEVELS
+    place = tl.program_id(0) // (HEADS * LEVELS) * BLOCK + tl.arange(0, BLOCK)
+    live = place < num_queries
+    query = tl.load(order_ptr + place, mask=live, other=0)
+    if PACKED:
+        image = tl.load(image_ptr + query)
+    else:
+        image = query // queries_per_image
+    home = tl.max(tl.where(live, image, 0))
+    height = 0
+    width = 0
+    first_tile = head * num_tiles
+    for other in tl.static_range(LEVELS):
+        other_height, other_width = level_size(
+            other, shape0, shape1, shape2, shape3, shape4, shape5, shape6, shape7
+        )
+        height = tl.where(level == other, other_height, height)
+        width = tl.where(level == other, other_width, width)
+        first_tile += tl.where(other < level, _tiles(other_height) * _tiles(other_width), 0)
+    tiles_x = _tiles(width)
+    point = tl.arange(0, POINTS_PADDED)[None, :]
+    x, y = samples_of_level(
+        reference_ptr, offset_ptr, query[:, None], (query * (OFFSET_PITCH // 2) + head * (LEVELS * POINTS))[:, None],
+        tl.minimum(point, POINTS - 1), height, width, level, LEVELS, POINTS, REFERENCE,
+    )  # fmt: skip
+    touches = (x > -1.0) & (x < width.to(tl.float32)) & (y > -1.0) & (y < height.to(tl.float32))
+    touches = touches & live[:, None] & (point < POINTS)
+    tile_x = tl.maximum(tl.where(touches, x, 0.0), 0.0).to(tl.int32) // TILE
+    tile_y = tl.maximum(tl.where(touches, y, 0.0), 0.0).to(tl.int32) // TILE
+
+    # Anchor of the 4x4 tiles: the first tile met, or two before the mean where the samples spread over more than four.
+    at_home = touches & (image == home)[:, None]
+    number = tl.maximum(tl.sum(tl.sum(at_home.to(tl.int32), axis=1)), 1)
+    left = tl.min(tl.min(tl.where(at_home, tile_x, 1 << 20), axis=1))
+    right = tl.max(tl.max(tl.where(at_home, tile_x, 0), axis=1))
+    top = tl.min(tl.min(tl.where(at_home, tile_y, 1 << 20), axis=1))
+    low = tl.max(tl.max(tl.where(at_home, tile_y, 0), axis=1))
+    mean_x = tl.sum(tl.sum(tl.where(at_home, tile_x, 0), axis=1)) // number
+    mean_y = tl.sum(tl.sum(tl.where(at_home, tile_y, 0), axis=1)) // number
+    left = tl.where(right - left < 4, left, tl.maximum(mean_x - 1, 0))
+    top = tl.where(low - top < 4, top, tl.maximum(mean_y - 1, 0))
+    near = at_home & (tile_x >= left) & (tile_x < left + 4) & (tile_y >= top) & (tile_y < top + 4)
+    local = tl.where(near, (tile_y - top) * 4 + tile_x - left, -1)
+
+    SAMPLES: tl.constexpr = BLOCK * POINTS_PADDED
+    slots = tl.arange(0, 16)
+    hit = (tl.reshape(local, (SAMPLES,))[:, None] == slots[None, :]).to(tl.int32)
+    count = tl.sum(hit, axis=0)
+    slot_tile = home * (HEADS * num_tiles) + first_tile + (top + slots // 4) * tiles_x + left + slots % 4
+    base = tl.atomic_add(counter_ptr + slot_tile, count, mask=count > 0, sem="relaxed")
+    stray = touches & (local < 0)
+    any_stray = tl.max(tl.max(stray.to(tl.int32), axis=1)) > 0
+    own_tile = (image * (HEADS * num_tiles))[:, None] + first_tile + tile_y * tiles_x + tile_x
+    if FILL:
+        rank = tl.sum((tl.cumsum(hit, axis=0) - 1 + base[None, :]) * hit, axis=1)
+        position = tl.reshape(rank, (BLOCK, POINTS_PADDED))
+        if any_stray:
+            single = tl.atomic_add(counter_ptr + own_tile, 1, mask=stray, sem="relaxed")
+            position = tl.where(stray, single, position)
+        weight = tl.load(
+            weight_ptr + (query * WEIGHT_PITCH + head * (LEVELS * POINTS))[:, None] + level * POINTS
+            + tl.minimum(point, POINTS - 1)
+        ).to(tl.float32)  # fmt: skip
+        if REFERENCE != 0:
+            weight = tl.exp2(weight * LOG2E - tl.load(scale_ptr + query * HEADS + head)[:, None])
+        row = (query * HEADS + head)[:, None] + tl.zeros_like(position)
+        sample = tl.join(
+            tl.join(x.to(tl.int32, bitcast=True), weight.to(tl.int32, bitcast=True)),
+            tl.join(y.to(tl.int32, bitcast=True), row),
+        )  # [BLOCK, points, 2, 2]: x, y, weight, row
+        target = sample_ptr + position.to(tl.int64)[:, :, None] * 4 + tl.arange(0, 4)[None, None, :]
+        tl.store(target, tl.reshape(sample, (BLOCK, POINTS_PADDED, 4)), mask=touches[:, :, None])
+    elif any_stray:
+        tl.atomic_add(counter_ptr + own_tile, 1, mask=stray, sem="relaxed")
 
 
 @triton.jit(do_not_specialize=["num_queries", "queries_per_image", "num_tiles", "num_bins", *SIZES])
@@ -128,22 +249,29 @@ def reduce_tiles(
     tiles_x, tiles_y,  # of this level
     first_token, first_tile,  # of this level, within an image
     height, width,  # of this level
+    splits,  # programs per tile, each takes every splits-th piece of the tile's samples
     HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, COLOR: tl.constexpr, OPERAND: tl.constexpr,
     PIECE: tl.constexpr,
 ):  # fmt: skip
     """grad_value[pixel] += sum over samples of weight * hat(pixel) * grad_out[row], for the 8x8 pixels of one tile.
 
-    COLOR 0..3 takes the tiles of one parity of column and row: their windows do not overlap, so that nothing
-    is summed out of order.
+    COLOR 0..3 takes the tiles of one parity of column and row only: their windows do not overlap, so that with one program
+    per tile nothing is summed out of order. -1: all tiles.
     """
-    tile = tl.program_id(0)
-    columns = (tiles_x + 1 - COLOR % 2) // 2
-    rows = (tiles_y + 1 - COLOR // 2) // 2
-    tile_x = tile % columns * 2 + COLOR % 2
-    tile_y = tile // columns % rows * 2 + COLOR // 2
-    group = tile // (columns * rows)  # image * HEADS + head
+    split = tl.program_id(0) % splits
+    tile = tl.program_id(0) // splits
+    if COLOR >= 0:
+        columns = (tiles_x + 1 - COLOR % 2) // 2
+        rows = (tiles_y + 1 - COLOR // 2) // 2
+        tile_x = tile % columns * 2 + COLOR % 2
+        tile_y = tile // columns % rows * 2 + COLOR // 2
+        group = tile // (columns * rows)
+    else:
+        tile_x = tile % tiles_x
+        tile_y = tile // tiles_x % tiles_y
+        group = tile // (tiles_x * tiles_y)  # image * HEADS + head
     bin = group * num_tiles + first_tile + tile_y * tiles_x + tile_x
-    position = tl.load(end_ptr + bin - 1, mask=bin > 0, other=0)
+    position = tl.load(end_ptr + bin - 1, mask=bin > 0, other=0) + split * PIECE
     end = tl.load(end_ptr + bin)
     if position >= end:
         return
@@ -173,7 +301,7 @@ def reduce_tiles(
             total = tl.dot(share, grad.to(tl.float32), total, input_precision="tf32x3")
         else:
             total = tl.dot(share.to(OPERAND), grad.to(OPERAND), total)
-        position += PIECE
+        position += splits * PIECE
     window = tl.arange(0, 64)
     pixel_x = tile_x * TILE + window % 8
     pixel_y = tile_y * TILE + window // 8

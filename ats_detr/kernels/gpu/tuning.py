@@ -33,25 +33,24 @@ CONFIGS: dict[str, list[Config]] = {
         {"num_warps": 4, "unroll": 4},
     ],
     "msda_backward": [{"num_warps": 1, "unroll": 4}, {"num_warps": 1, "unroll": 1}],
-    "value_windows": [{"num_warps": 2, "queries": 64}, {"num_warps": 4, "queries": 64}],
 }
 # float32 only: eight lanes a row instead of four
 WHOLE_ROWS: Config = {"num_warps": 4, "unroll": 4, "whole_rows": True}
 INTERPRETED: dict[str, Config] = {  # few large programs
     "msda_forward": {"num_warps": 1, "unroll": 1, "multiple": 8},
     "msda_backward": {"num_warps": 1, "unroll": 1, "multiple": 8},
-    "value_windows": {"num_warps": 2, "queries": 64},
+    "value_tiles": {"samples_per_program": 256, "num_warps": 4, "reduce_warps": 2},
 }
-WINDOWS_FROM = 2048
-"""Queries from which the value's gradient is summed window by window rather than sample by sample."""
+TILES_FROM = 2048
+"""Queries from which the value's gradient is summed tile by tile rather than sample by sample."""
 
 _chosen: dict[tuple, Config] = {}
 
 
 def value_gradient(key: Key, num_queries: int) -> str:
-    """How the value's gradient is summed: 'windows' or 'atomic'."""
+    """How the value's gradient is summed: 'tiles' or 'atomic'."""
     head_dim = key[2]
-    return "windows" if num_queries >= WINDOWS_FROM and head_dim <= 128 else "atomic"
+    return "tiles" if num_queries >= TILES_FROM and head_dim <= 128 else "atomic"
 
 
 def configurations(operator: str, key: Key) -> list[Config]:
