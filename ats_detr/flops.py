@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from ats_detr.batch import ImageBatch
-from ats_detr.model import Detr
+from ats_detr.model import DetectorOutput, Detr
 
 with warnings.catch_warnings():  # fvcore compiles functions with torch.jit.script when it is imported
     warnings.simplefilter("ignore", category=FutureWarning)
@@ -45,6 +45,22 @@ class Flops:
     """By module name, as in `model.named_modules()`; the empty name is the whole."""
     keep_ratio: float
     """Share of the valid tokens that was kept, mean over images; 1 for a dense encoder."""
+    num_tokens: float
+    """Tokens of an image, padding included."""
+    num_kept: float
+    """Tokens that were kept, mean over images."""
+
+    @property
+    def dense_encoder(self) -> float:
+        """What the encoder's layers would compute if they updated every token.
+
+        Exact: their value projections read every token as it is, and everything else goes with the kept ones.
+        """
+        is_value = [
+            n for n in self.by_module if n.startswith("encoder.layers.") and n.endswith(".value_proj")
+        ]
+        value = sum(self.by_module[name] for name in is_value)
+        return value + (self.encoder - value) * self.num_tokens / self.num_kept
 
 
 def count_flops(model: Detr, batch: ImageBatch, *, as_published: bool = False) -> Flops:
@@ -80,7 +96,7 @@ def count_flops(model: Detr, batch: ImageBatch, *, as_published: bool = False) -
         encoder=modules["encoder.layers"],
         by_operator={name: count / per_image for name, count in by_operator.items()},
         by_module=modules,
-        keep_ratio=counted.keep_ratio,
+        **counted.kept(),
     )
 
 
@@ -126,7 +142,7 @@ def count_flops_eager(model: Detr, batch: ImageBatch, *, as_published: bool = Fa
         encoder=sum(modules[name] for name in own_layers),
         by_operator=by_operator,
         by_module=modules,
-        keep_ratio=counted.keep_ratio,
+        **counted.kept(),
     )
 
 
@@ -142,12 +158,11 @@ class _Counted(nn.Module):
         super().__init__()
         self.model = model
         self.sizes, self.as_published = sizes, as_published
-        self.keep_ratio = 1.0
+        self._output: DetectorOutput | None = None
 
     def forward(self, images_B3HW: Tensor) -> tuple[Tensor, ...]:
         output = self.model(ImageBatch(images_B3HW, self.sizes), supervision=self.as_published)
-        if output.selection is not None:
-            self.keep_ratio = output.selection.keep_ratio_B.mean().item()
+        self._output = output
         predictions = [output.last]
         others = []
         if self.as_published:
@@ -155,6 +170,18 @@ class _Counted(nn.Module):
             predictions += [output.encoder] if output.encoder is not None else []
             others = [output.adapted_memory_BSC] if output.adapted_memory_BSC is not None else []
         return (*(t for p in predictions for t in (p.logits, p.boxes)), *others)
+
+    def kept(self) -> dict[str, float]:
+        """The tokens of the pass that was counted, as fields of Flops."""
+        assert self._output is not None
+        selection, num_tokens = self._output.selection, float(self._output.padding_mask_BS.shape[1])
+        if selection is None:
+            return {"keep_ratio": 1.0, "num_tokens": num_tokens, "num_kept": num_tokens}
+        return {
+            "keep_ratio": selection.keep_ratio_B.mean().item(),
+            "num_tokens": num_tokens,
+            "num_kept": selection.num_kept_B.float().mean().item(),
+        }
 
 
 def _on_cpu(model: Detr, batch: ImageBatch) -> tuple[Detr, ImageBatch]:

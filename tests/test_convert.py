@@ -24,6 +24,7 @@ from ats_detr.errors import UserError
 from ats_detr.model import build_model
 from ats_detr.official import official_names
 from ats_detr.training.checkpoint import (
+    config_of,
     load_checkpoint,
     load_detector,
     load_model,
@@ -280,3 +281,23 @@ def test_ours_are_not_mistaken_for_published_ones() -> None:
     assert is_official({"model": state})
     assert not is_official(from_official(state))
     assert not is_official([1, 2])
+
+
+def test_checkpoints_that_differ_only_in_what_they_score_are_told_apart() -> None:
+    """Sparse DETR's scorer has the names and shapes of ATS-DETR's, but reads the proposals' embedding."""
+    sparse = SelectorConfig(scores="proposals", keep_ratio=0.1, masked_mean=False)
+    sparse_checkpoint = from_official(official_state(small_config(selector=sparse)))
+    teacher = config_from_dict(from_official(official_state(small_config()))["config"])
+    assert set(sparse_checkpoint["model"]) == set(build_model(teacher.model, 7).state_dict())
+    with pytest.raises(
+        UserError, match=r"x\.pt: .* model\.selector\.scores is 'proposals' there and 'features' here"
+    ):
+        load_detector(teacher, sparse_checkpoint, "x.pt")
+
+
+def test_the_configuration_of_a_checkpoint_takes_overrides() -> None:
+    checkpoint = from_official(official_state(small_config()))
+    assert config_of(checkpoint, "x.pt", ["data.short_side=300"]).data.short_side == 300
+    assert config_of(checkpoint, "x.pt").data.short_side == 800
+    with pytest.raises(UserError, match="short_sied"):
+        config_of(checkpoint, "x.pt", ["data.short_sied=300"])

@@ -65,6 +65,15 @@ def test_the_encoder_costs_what_its_kept_tokens_cost(keep_ratio: float | None) -
         assert result.keep_ratio == eager.keep_ratio == share
 
 
+def test_the_dense_encoder_is_told_from_a_sparse_one() -> None:
+    sparse, dense = (
+        count_flops(small_model(selector), batch()) for selector in (SelectorConfig(keep_ratio=0.1), None)
+    )
+    assert sparse.encoder < 0.6 * dense.encoder
+    assert sparse.dense_encoder == pytest.approx(dense.encoder, rel=1e-9)
+    assert dense.dense_encoder == pytest.approx(dense.encoder, rel=1e-9)
+
+
 def test_the_published_convention_adds_what_only_training_needs() -> None:
     model = small_model(SelectorConfig(keep_ratio=0.3), encoder_auxiliary=True, adaption=True)
     published = count_flops(model, batch(), as_published=True)

@@ -127,14 +127,7 @@ class Detr(nn.Module):
         and (with a selector) the attention map. Default: in training mode.
         """
         supervision = self.training if supervision is None else supervision
-        tokens = self.tokenize(batch)
-        selection = None
-        if self.selector is not None:
-            scored = tokens.features_BSC
-            if self.select_by_proposals:
-                scored = self._embed_proposals(scored + tokens.positions_BSC, tokens.proposals[1])
-            selection = self.selector(scored, tokens.padding_mask_BS)
-        memory_BSC, layer_rows = self.encoder(tokens, selection.plan if selection else None)
+        tokens, selection, memory_BSC, layer_rows = self.encode(batch)
 
         output_of_encoder, query_index_BQ = None, None
         if self.proposal_proj is None:
@@ -169,6 +162,18 @@ class Detr(nn.Module):
             else None,
             query_index_BQ=query_index_BQ,
         )
+
+    def encode(self, batch: ImageBatch) -> tuple[Tokens, TokenScores | None, Tensor, list[Tensor]]:
+        """The first half of a pass: tokens, which of them are kept, the memory [B, S, C] and each layer's rows."""
+        tokens = self.tokenize(batch)
+        selection = None
+        if self.selector is not None:
+            scored = tokens.features_BSC
+            if self.select_by_proposals:
+                scored = self._embed_proposals(scored + tokens.positions_BSC, tokens.proposals[1])
+            selection = self.selector(scored, tokens.padding_mask_BS)
+        memory_BSC, layer_rows = self.encoder(tokens, selection.plan if selection else None)
+        return tokens, selection, memory_BSC, layer_rows
 
     def tokenize(self, batch: ImageBatch) -> Tokens:
         """The tokens of a batch: backbone, projections to one width, one more level below the last map."""

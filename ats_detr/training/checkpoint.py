@@ -165,6 +165,7 @@ def load_detector(config: Config, checkpoint: Mapping[str, Any], path: str | Pat
     Two settings follow the checkpoint, whatever `config` says: there is no adaption layer where it has none (inference
     does not use it), and weights of the published code average over padding, as they were trained to.
     """
+    _check_same_reading(config, checkpoint, path)
     changes: dict[str, Any] = {}
     if not any(name.startswith("adaption.") for name in checkpoint["model"]):
         changes["adaption"] = False
@@ -174,6 +175,19 @@ def load_detector(config: Config, checkpoint: Mapping[str, Any], path: str | Pat
     model = build_without_fetching(config, checkpoint["num_classes"])
     load_weights(model, checkpoint["model"], path)
     return model.eval()
+
+
+def _check_same_reading(config: Config, checkpoint: Mapping[str, Any], path: str | Path) -> None:
+    """Refuse weights of equal names and shapes that were trained to be read otherwise."""
+    own, stored = config.model, config_of(checkpoint, path).model
+    pairs = [("num_heads", own.num_heads, stored.num_heads)]
+    if own.selector is not None and stored.selector is not None:
+        pairs.append(("selector.scores", own.selector.scores, stored.selector.scores))
+    for key, ours, theirs in pairs:
+        if ours != theirs:
+            raise UserError(
+                f"{path}: a checkpoint of another architecture, model.{key} is {theirs!r} there and {ours!r} here"
+            )
 
 
 def build_without_fetching(config: Config, num_classes: int) -> Detr:

@@ -64,7 +64,7 @@ class DualTeacher:
         """
         with torch.no_grad():
             weak = self.weak(batch)
-            strong_memory = self.strong(batch).memory_BSC
+            _, _, strong_memory, _ = self.strong.encode(batch)
             sizes = [target.original_size for target in targets]
             detections = top_detections(weak.last, sizes, self.num_detections)
             labels_B = budget_labels(

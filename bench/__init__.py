@@ -1,0 +1,1 @@
+"""Measurements: what is computed, how fast, and against what."""

@@ -1,0 +1,55 @@
+"""python -m bench.flops on a folder of images."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+ROOT = Path(__file__).parents[1]
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "bench.flops", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+def test_a_folder_of_images_is_counted_with_the_budgets_they_get(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    for i, (height, width) in enumerate([(90, 120), (150, 100)]):
+        Image.fromarray(rng.integers(0, 255, (height, width, 3), dtype=np.uint8)).save(tmp_path / f"{i}.png")
+    (tmp_path / "notes.txt").write_text("not an image")
+    result = run(
+        "--config",
+        "configs/quickstart.yaml",
+        "--images",
+        str(tmp_path),
+        "--json",
+        str(tmp_path / "rows.json"),
+    )
+    assert result.returncode == 0, result.stderr
+    assert "mean over 2 images" in result.stdout
+    (row,) = json.loads((tmp_path / "rows.json").read_text())
+    expected = {
+        "config",
+        "keep_ratio",
+        "gflops",
+        "encoder_gflops",
+        "params",
+        "golden_gflops",
+        "golden_encoder_gflops",
+    }
+    assert expected | {"published_gflops"} <= set(row)
+    assert row["golden_gflops"] is None
+    assert 0 < row["keep_ratio"] < 1
+    assert 0 < row["encoder_gflops"] < row["gflops"]
+
+
+def test_a_folder_without_images_is_named(tmp_path: Path) -> None:
+    result = run("--config", "configs/quickstart.yaml", "--images", str(tmp_path))
+    assert result.returncode == 2
+    assert result.stderr == f"error: --images {tmp_path}: no images there\n"
