@@ -236,7 +236,9 @@ def value_gradient_tiled(problem: Problem, grad_out: Tensor, scale: Tensor | Non
         counts = torch.zeros(tiles.groups * tiles.total, **integers)
         binned.sort_samples[grid](*arguments, counts, samples, *sizes, **constants, FILL=False)
         places = counts.cumsum(0, dtype=torch.int32).sub_(counts)
-        binned.sort_samples[grid](*arguments, places, samples, *sizes, **constants, FILL=True)  # leaves each tile's end
+        binned.sort_samples[grid](
+            *arguments, places, samples, *sizes, **constants, FILL=True
+        )  # leaves each tile's end
         grad_value.zero_()
         for level in range(num_levels):
             pieces = weights.numel() / num_levels / (tiles.groups * tiles.of_level(level)) / PIECE

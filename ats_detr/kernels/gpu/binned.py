@@ -1,18 +1,20 @@
 """The value's gradient of deformable attention without a stream of atomic sums: samples sorted by pixel tile.
 
-Summing 4 corners x HEAD_DIM floats per sample into memory costs 512 bytes of reductions at 32 channels; at encoder scale those
-are most of the backward pass. Here the samples of each (image, head) are first sorted into tiles of 7x7 cells (a cell is the
-square between four pixel centres), which touch 8x8 pixels. `reduce_tiles` then forms, for 64 samples at a time, the matrix of
-their hat weights [64 pixels, 64 samples], multiplies it with their gradient rows on the tensor cores, and adds the sum to
+Summing 4 corners x HEAD_DIM floats per sample into memory costs 512 bytes of reductions at 32 channels; at
+encoder scale those are most of the backward pass. Here the samples of each (image, head) are first sorted
+into tiles of 7x7 cells (a cell is the square between four pixel centres), which touch 8x8 pixels.
+`reduce_tiles` then forms, for 64 samples at a time, the matrix of their hat weights [64 pixels, 64 samples],
+multiplies it with their gradient rows on the tensor cores, and adds the sum to
 memory: each pixel once per program instead of once per sample.
 
     spatial_keys    queries along a Z-shaped curve, so that a program's samples fall into few tiles (then torch.sort)
-    sort_samples    counts the samples of each tile (then a cumulative sum), and again: writes (x, y, weight, row) of every
-                    sample at its sorted place, 16 bytes; one counter increment per program and tile, not per sample
+    sort_samples    counts the samples of each tile (then a cumulative sum), and again: writes (x, y, weight,
+                    row) of every sample at its sorted place, 16 bytes; one counter increment per program and
+                    tile, not per sample
     reduce_tiles    hat matrix x gradient rows
 
-The deterministic mode fixes every order: tiles from `bin_samples`, a stable torch.sort, `place_samples`, and `reduce_tiles`
-with one program per tile in four launches over tiles that do not touch.
+The deterministic mode fixes every order: tiles from `bin_samples`, a stable torch.sort, `place_samples`, and
+`reduce_tiles` with one program per tile in four launches over tiles that do not touch.
 """
 
 from __future__ import annotations
@@ -68,8 +70,8 @@ def sort_samples(
     OFFSET_PITCH: tl.constexpr, WEIGHT_PITCH: tl.constexpr, REFERENCE: tl.constexpr, PACKED: tl.constexpr,
     FILL: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One program: BLOCK neighbouring queries of one head, one level. Their samples are ranked within 4x4 tiles of one image
-    by a cumulative sum; the few that fall elsewhere get their places one by one.
+    """One program: BLOCK neighbouring queries of one head, one level. Their samples are ranked within 4x4
+    tiles of one image by a cumulative sum; the few that fall elsewhere get their places one by one.
     """
     head = tl.program_id(0) % HEADS
     level = tl.program_id(0) // HEADS % LEVELS
@@ -255,8 +257,8 @@ def reduce_tiles(
 ):  # fmt: skip
     """grad_value[pixel] += sum over samples of weight * hat(pixel) * grad_out[row], for the 8x8 pixels of one tile.
 
-    COLOR 0..3 takes the tiles of one parity of column and row only: their windows do not overlap, so that with one program
-    per tile nothing is summed out of order. -1: all tiles.
+    COLOR 0..3 takes the tiles of one parity of column and row only: their windows do not overlap, so that
+    with one program per tile nothing is summed out of order. -1: all tiles.
     """
     split = tl.program_id(0) % splits
     tile = tl.program_id(0) // splits
