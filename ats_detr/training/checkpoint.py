@@ -180,7 +180,7 @@ def load_detector(config: Config, checkpoint: Mapping[str, Any], path: str | Pat
 def _check_same_reading(config: Config, checkpoint: Mapping[str, Any], path: str | Path) -> None:
     """Refuse weights of equal names and shapes that were trained to be read otherwise."""
     own, stored = config.model, config_of(checkpoint, path).model
-    pairs = [("num_heads", own.num_heads, stored.num_heads)]
+    pairs: list[tuple[str, Any, Any]] = [("num_heads", own.num_heads, stored.num_heads)]
     if own.selector is not None and stored.selector is not None:
         pairs.append(("selector.scores", own.selector.scores, stored.selector.scores))
     for key, ours, theirs in pairs:
