@@ -147,7 +147,7 @@ def test_fine_tuning_a_published_91_class_model_on_3_classes_learns(
 ) -> None:
     config = fine_tuning_config(tmp_path)
     source = published_file(config, tmp_path / "official.pth")
-    model = trainer.prepare_model(config, PETS)
+    model = trainer.prepare_model(config, PETS, fresh=True)
     assert torch.equal(
         model.encoder.layers[0].attention.value_proj.weight,
         source.encoder.layers[0].attention.value_proj.weight,
