@@ -92,8 +92,8 @@ def _create(name: str, pretrained: bool, options: dict[str, Any]) -> nn.Module:
         arguments = {**swin.creation_options(), **arguments}
     try:
         reductions = timm.create_model(name, **arguments).feature_info.reduction()
-    except RuntimeError as error:
-        raise UserError(f"timm has no backbone {name!r}: {error}") from error
+    except (RuntimeError, TypeError) as error:
+        raise UserError(f"timm cannot make backbone {name!r} with options {options}: {error}") from error
     missing = [stride for stride in STRIDES if stride not in reductions]
     if missing:
         raise UserError(

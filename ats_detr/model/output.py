@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from ats_detr.boxes import cxcywh_to_xyxy
@@ -95,8 +96,8 @@ def top_detections(
     query_BN = top.indices // num_classes
     boxes_BN4 = cxcywh_to_xyxy(prediction.boxes.float())
     boxes_BN4 = boxes_BN4.gather(1, query_BN[..., None].expand(-1, -1, 4))
-    scale_B4 = boxes_BN4.new_tensor([[width, height, width, height] for height, width in original_sizes])
-    boxes_BN4 = boxes_BN4 * scale_B4[:, None]
+    scale_B4 = torch.tensor([[width, height, width, height] for height, width in original_sizes])
+    boxes_BN4 = boxes_BN4 * scale_B4[:, None].to(boxes_BN4.device, non_blocking=True)
     return [
         Detections(scores, labels, boxes)
         for scores, labels, boxes in zip(top.values, top.indices % num_classes, boxes_BN4, strict=True)

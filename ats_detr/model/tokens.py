@@ -52,9 +52,9 @@ class Tokens:
         """Each token's own centre, normalised to every level's full map, [B, S, L, 2]."""
         centres = []
         for level, (height, width) in enumerate(self.level_shapes):
-            grid_S2 = cell_centres(height, width, self.valid_ratios_BL2.device)
-            size_2 = grid_S2.new_tensor([width, height])
-            centres.append(grid_S2 / (self.valid_ratios_BL2[:, None, level] * size_2))
+            x_S, y_S = cell_centres(height, width, self.valid_ratios_BL2.device).unbind(-1)
+            column_share_B1, row_share_B1 = self.valid_ratios_BL2[:, level, :, None].unbind(1)
+            centres.append(torch.stack([x_S / (column_share_B1 * width), y_S / (row_share_B1 * height)], -1))
         return torch.cat(centres, 1)[:, :, None] * self.valid_ratios_BL2[:, None]
 
     @cached_property

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ats_detr.batch import ImageBatch, bucket_size
 from ats_detr.config import BackboneConfig, ModelConfig, SelectorConfig
+from ats_detr.errors import UserError
 from ats_detr.model import Detr, build_model, top_detections
 from ats_detr.model.selector import TokenSelector
 
@@ -172,9 +173,12 @@ def test_frozen_parts_of_the_published_backbone_stay_fixed():
     assert not [name for name, _ in model.backbone.named_parameters() if ".bn" in name]
 
 
-def test_an_unknown_backbone_is_named():
-    with pytest.raises(ValueError, match="resnet5000"):
-        build_model(ModelConfig(backbone=BackboneConfig(name="resnet5000", pretrained=False)), num_classes=3)
+@pytest.mark.parametrize(("name", "options"), [("resnet5000", {}), ("resnet18", {"colour": "red"})])
+def test_an_impossible_backbone_is_named(name, options):
+    with pytest.raises(UserError, match=name):
+        build_model(
+            ModelConfig(backbone=BackboneConfig(name=name, pretrained=False, options=options)), num_classes=3
+        )
 
 
 def test_training_from_random_weights_is_said_when_nothing_can_be_fetched(monkeypatch, caplog):
