@@ -206,7 +206,7 @@ def make_folder(folder: Path) -> None:
         ) from error
 
 
-def prepare_model(config: Config, class_map: ClassMap, *, fresh: bool) -> Detr:
+def prepare_model(config: Config, class_map: ClassMap, *, fresh: bool = True) -> Detr:
     """The model at the start of training, on the CPU; not `fresh`: its weights are about to come from a checkpoint."""
     num_classes = config.model.num_classes or class_map.num_rows
     if num_classes < class_map.num_rows:
