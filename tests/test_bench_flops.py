@@ -10,6 +10,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from bench.flops import agrees
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -47,6 +49,15 @@ def test_a_folder_of_images_is_counted_with_the_budgets_they_get(tmp_path: Path)
     assert row["golden_gflops"] is None
     assert 0 < row["keep_ratio"] < 1
     assert 0 < row["encoder_gflops"] < row["gflops"]
+
+
+def test_rows_far_from_the_published_counter_are_noticed() -> None:
+    row = {"gflops": 110.0, "encoder_gflops": 15.0, "params": 7}
+    golden = {"golden_gflops": 110.5, "golden_encoder_gflops": 15.0, "golden_params": 7}
+    assert agrees({**row, **golden})
+    assert agrees({**row, **dict.fromkeys(golden)})
+    for key, value in (("gflops", 111.1), ("encoder_gflops", 14.9), ("params", 8)):
+        assert not agrees({**row, **golden, key: value}), key
 
 
 def test_a_folder_without_images_is_named(tmp_path: Path) -> None:

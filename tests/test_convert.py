@@ -249,6 +249,10 @@ def test_convert_writes_a_file_that_detects_the_same(tmp_path: Path) -> None:
     assert config.model.selector.max_ratio == 0.2
     assert torch.equal(results[0].last.logits, results[1].last.logits)
     assert direct.last.logits.shape == results[0].last.logits.shape
+    main(["convert", str(tmp_path / "ours.safetensors"), str(tmp_path / "back.pth")])
+    back, state = read_file(tmp_path / "back.pth")["model"], read_file(source)["model"]
+    assert set(state) - set(back) == {"adaption_layer.weight", "adaption_layer.bias"}
+    assert all(torch.equal(back[name], state[name]) for name in back)
 
 
 def test_published_weights_average_over_padding_whatever_the_config_says() -> None:
