@@ -9,12 +9,7 @@ import pytest
 import torch
 
 from ats_detr.flops import count_flops, num_parameters
-from bench.flops import (
-    PUBLISHED_COUNTS,
-    published_models,
-    published_subject,
-    random_image,
-)
+from bench.flops import PUBLISHED_COUNTS, TOLERANCE, published_models, published_subject, random_image
 
 from .conftest import golden_folder
 
