@@ -77,7 +77,7 @@ def main() -> None:
     )
     parser.add_argument("--images", type=Path, help="a folder of images instead of one random image")
     parser.add_argument(
-        "--max-images", type=int, default=50, help="of the folder, in the order of their names"
+        "--max-images", type=int, default=10, help="of the folder, in the order of their names"
     )
     parser.add_argument("--json", type=Path, help="write the rows here")
     parser.add_argument(
