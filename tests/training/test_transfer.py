@@ -147,14 +147,15 @@ def test_fine_tuning_a_published_91_class_model_on_3_classes_learns(
 ) -> None:
     config = fine_tuning_config(tmp_path)
     source = published_file(config, tmp_path / "official.pth")
-    model = trainer.prepare_model(config, PETS, fresh=True)
+    model = trainer.fresh_model(config, PETS, tmp_path / "official.pth")
     assert torch.equal(
         model.encoder.layers[0].attention.value_proj.weight,
         source.encoder.layers[0].attention.value_proj.weight,
     )
     assert model.decoder_heads[0].classify.out_features == 3
 
-    trainer.train(config, tmp_path / "run", "small", torch.device("cpu"))
+    init_from = tmp_path / "official.pth"
+    trainer.train(config, tmp_path / "run", "small", torch.device("cpu"), init_from=init_from)
     printed = capsys.readouterr().out
     assert "initial weights from" in printed
     assert "re-made" in printed
