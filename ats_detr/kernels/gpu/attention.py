@@ -118,11 +118,12 @@ def _block(constants: dict, num_warps: int, multiple: int) -> int:
     return max(1, 128 // constants["WIDTH"]) * num_warps * multiple
 
 
-def forward(problem: Problem, num_rows: Tensor | None) -> Tensor:
-    """[N, H * D] deformable attention; rows past `num_rows` are left as they are."""
+def forward(problem: Problem, num_rows: Tensor | None, out: Tensor | None = None) -> Tensor:
+    """[N, H * D] deformable attention (in `out` if given); rows past `num_rows` are left as they are."""
     value, num_queries = problem.value, problem.num_queries
     num_heads, head_dim = value.shape[2:]
-    out = value.new_empty(num_queries, num_heads * head_dim)
+    if out is None:
+        out = value.new_empty(num_queries, num_heads * head_dim)
     if num_queries == 0:
         return out
     if value.numel() == 0:
@@ -283,11 +284,15 @@ def _reduce_tiles(
     height, level_width = problem.sizes[level]
     first_token = sum(h * w for h, w in problem.sizes[:level])
     first_tile = sum(tiles.of_level(finer) for finer in range(level))
-    width = max(16, triton.next_power_of_2(head_dim))
+    width, operand = max(16, triton.next_power_of_2(head_dim)), _operand(problem.value)
+    if width > 128:
+        num_warps = 8
+    elif width > 32 or operand == tl.float32:  # three products for one: two warps would spill
+        num_warps = 4
     binned.reduce_tiles[(tiles.groups * num_tiles * splits,)](
         samples, ends, grad_out, grad_value, num_tokens, tiles.total, columns, rows, first_token, first_tile,
         height, level_width, splits, HEADS=num_heads, HEAD_DIM=head_dim, WIDTH=width, COLOR=color,
-        OPERAND=_operand(problem.value), PIECE=PIECE, num_warps=num_warps if width <= 32 else 4 if width <= 128 else 8,
+        OPERAND=operand, PIECE=PIECE, num_warps=num_warps,
         num_stages=1, enable_fp_fusion=True,
     )  # fmt: skip
 

@@ -33,15 +33,16 @@ CONFIGS: dict[str, list[Config]] = {
         {"num_warps": 4, "unroll": 4},
     ],
     "msda_backward": [{"num_warps": 1, "unroll": 4}, {"num_warps": 1, "unroll": 1}],
+    "value_tiles": [{"samples_per_program": 64, "num_warps": 1, "reduce_warps": 1}],
 }
 # float32 only: eight lanes a row instead of four
 WHOLE_ROWS: Config = {"num_warps": 4, "unroll": 4, "whole_rows": True}
 INTERPRETED: dict[str, Config] = {  # few large programs
     "msda_forward": {"num_warps": 1, "unroll": 1, "multiple": 8},
     "msda_backward": {"num_warps": 1, "unroll": 1, "multiple": 8},
-    "value_tiles": {"samples_per_program": 256, "num_warps": 4, "reduce_warps": 2},
+    "value_tiles": {"samples_per_program": 256, "num_warps": 1, "reduce_warps": 1},
 }
-TILES_FROM = 2048
+TILES_FROM = 4096
 """Queries from which the value's gradient is summed tile by tile rather than sample by sample."""
 
 _chosen: dict[tuple, Config] = {}
@@ -57,7 +58,7 @@ def configurations(operator: str, key: Key) -> list[Config]:
     """The candidates of one operator, the default first."""
     candidates = CONFIGS[operator]
     if operator == "msda_forward" and key[0] == "float32":
-        candidates = [*candidates, WHOLE_ROWS]
+        candidates = [*candidates[:2], WHOLE_ROWS]
     return candidates
 
 
@@ -84,6 +85,8 @@ def _choose(operator, key, size, device, launch, reset) -> Config:
     mode = os.environ.get("ATS_DETR_TUNING", "auto")
     if mode not in ("auto", "off", "force"):
         raise ValueError(f"ATS_DETR_TUNING={mode}: use auto, off or force")
+    if len(candidates) == 1:
+        return candidates[0]
     gpu = torch.cuda.get_device_name(device)
     bucket = size.bit_length()
     row = "|".join(map(str, (operator, *key)))

@@ -1,0 +1,280 @@
+"""The operators against their rivals, or against the compiler.
+
+    python -m bench.kernels                       on a GPU: times everything, appends rows to bench/results/kernels.jsonl
+    python -m bench.kernels --part attention      one part (attention, tokens), each a few minutes; the first run compiles
+    python -m bench.kernels --peer package.module:function   one more rival for the classical operator
+    python -m bench.kernels --offline --json out.json        no GPU: registers, spills, instructions of every configuration
+    python -m bench.kernels --small               tiny shapes on any device, to check this script
+
+`device_ms` sums the durations of the kernels, `wall_ms` is what an eager caller waits for. Rivals of the classical operator
+take (value [B,S,H,D], shapes int64 [L,2], level starts [L], locations [B,Q,H,L,P,2], weights [B,Q,H,L,P]). Where a rival has
+no fused softmax and locations, `+ torch` adds the PyTorch operators that a module needs around it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import datetime
+import importlib
+import json
+import math
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+import triton
+from torch import Tensor
+
+from ats_detr import kernels
+from ats_detr.kernels import reference
+
+RESULTS = Path(__file__).parent / "results" / "kernels.jsonl"
+LEVELS = ((100, 134), (50, 67), (25, 34), (13, 17))
+SMALL_LEVELS = ((10, 13), (5, 7), (3, 4), (2, 2))
+HEADS, HEAD_DIM, POINTS = 8, 32, 4
+# name, images, share of the tokens that are queries (None: 300 queries of a decoder, boxes as references)
+CASES = (("dense", 4, 1.0), ("30%", 4, 0.3), ("10%", 4, 0.1), ("decoder", 4, None), ("dense B=1", 1, 1.0))
+Rival = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
+class Bench:
+    def __init__(self, small: bool) -> None:
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.levels = SMALL_LEVELS if small else LEVELS
+        self.num_tokens = sum(height * width for height, width in self.levels)
+        self.rows: list[dict] = []
+        self.environment = {
+            "gpu": torch.cuda.get_device_name() if self.device == "cuda" else "none",
+            "torch": torch.__version__,
+            "triton": triton.__version__,
+            "date": datetime.date.today().isoformat(),
+            "commit": _commit(),
+        }
+        centres = []
+        for height, width in self.levels:
+            y, x = torch.meshgrid(torch.arange(height) + 0.5, torch.arange(width) + 0.5, indexing="ij")
+            centres.append(torch.stack([x / width, y / height], -1).reshape(-1, 2))
+        self.centres_S2 = torch.cat(centres)
+
+    def time(self, function: Callable[[], object]) -> dict[str, float]:
+        function()
+        if self.device == "cpu":
+            start = time.perf_counter()
+            function()
+            elapsed = (time.perf_counter() - start) * 1e3
+            return {"device_ms": elapsed, "wall_ms": elapsed}
+        wall = triton.testing.do_bench(function, warmup=10, rep=40, return_mode="median")
+        activities = [torch.profiler.ProfilerActivity.CUDA]
+        with torch.profiler.profile(activities=activities) as profile:
+            for _ in range(5):
+                function()
+            torch.cuda.synchronize()
+        device = sum(event.self_device_time_total for event in profile.key_averages()) / 5e3
+        return {"device_ms": device, "wall_ms": wall}
+
+    def add(self, operator: str, case: str, who: str, function: Callable[[], object], **facts) -> None:
+        row = {"operator": operator, "case": case, "who": who, **facts}
+        try:
+            row.update({name: round(value, 5) for name, value in self.time(function).items()})
+        except (RuntimeError, TypeError, ValueError, ImportError) as error:  # a rival may not support a case
+            row["failed"] = f"{type(error).__name__}: {error}"[:200]
+        self.rows.append({**row, **self.environment})
+        figures = row.get("failed") or f"device {row['device_ms']:9.4f} ms   wall {row['wall_ms']:9.4f} ms"
+        notes = "  ".join(f"{name}={value}" for name, value in facts.items())
+        print(f"{operator:18} {case:10} {who:26} {figures}  {notes}", flush=True)
+
+    # ---------------------------------------------------------------------------------------------------- attention
+    def problem(self, images: int, share: float | None, dtype: torch.dtype) -> dict[str, Tensor | None]:
+        """Inputs as a trained detector has them: clustered tokens, offsets along each head's direction plus noise."""
+        generator = torch.Generator().manual_seed(0)
+        tokens = []
+        for _ in range(images):
+            if share is None:
+                tokens.append(torch.randint(0, self.num_tokens, (300,), generator=generator))
+                continue
+            blobs = torch.rand(12, 2, generator=generator)
+            score = (-((self.centres_S2[:, None] - blobs) ** 2).sum(-1) / 0.004).exp().amax(1)
+            score += torch.randn(self.num_tokens, generator=generator) * 0.05
+            tokens.append(score.topk(int(self.num_tokens * share)).indices.sort().values)
+        count = len(tokens[0])
+        shape = (images * count, HEADS, len(self.levels), POINTS)
+        angle = torch.arange(HEADS) * (2 * math.pi / HEADS)
+        way = torch.stack([angle.cos(), angle.sin()], -1)
+        way = way / way.abs().amax(-1, keepdim=True)
+        offsets = (way[:, None, None] * torch.arange(1, POINTS + 1)[:, None]).expand(*shape, 2)
+        offsets = offsets + torch.randn(*shape, 2, generator=generator) * 1.5
+        points = self.centres_S2[torch.cat(tokens)][:, None].expand(-1, len(self.levels), 2)
+        if share is None:
+            points = torch.cat([points, torch.full_like(points, 0.2)], -1)
+        tensors = {
+            "value": torch.randn(images, self.num_tokens, HEADS, HEAD_DIM, generator=generator).to(dtype),
+            "offsets": offsets.to(dtype).contiguous(),
+            "logits": (torch.randn(shape, generator=generator) * 1.5).to(dtype),
+            "reference": points.contiguous(),
+            "gradient": torch.randn(images * count, HEADS * HEAD_DIM, generator=generator).to(dtype),
+        }
+        if share is not None and share < 1:
+            tensors["image"] = torch.arange(images).repeat_interleave(count).int()
+        tensors = {name: tensor.to(self.device) for name, tensor in tensors.items()}
+        tensors["image"] = tensors.get("image")
+        return tensors
+
+    def attention(self, peers: dict[str, Rival]) -> None:
+        shapes = torch.tensor(self.levels, device=self.device)
+        starts = torch.cat([shapes.new_zeros(1), shapes.prod(1).cumsum(0)[:-1]])
+        for dtype in (torch.bfloat16, torch.float32):
+            for case, images, share in CASES:
+                tensors = self.problem(images, share, dtype)
+                image, reference_points = tensors["image"], tensors["reference"]
+                value, offsets, logits = (tensors[name].requires_grad_() for name in ("value", "offsets", "logits"))
+                batched = (images, -1)
+
+                def fused(value, offsets, logits, reference_points=reference_points, image=image) -> Tensor:
+                    return kernels.deformable_attention(
+                        value, self.levels, reference_points, offsets, logits, image
+                    )
+
+                def classical(value, locations, weights) -> Tensor:
+                    return kernels.multi_scale_deformable_attention(value, self.levels, locations, weights)
+
+                with torch.no_grad():
+                    locations = reference.sampling_locations(reference_points, offsets, self.levels).to(dtype)
+                    weights = reference.attention_weights(logits).to(dtype)
+                    expected = fused(value, offsets, logits)
+                locations, weights = locations.unflatten(0, batched), weights.unflatten(0, batched)
+                locations, weights = locations.contiguous().requires_grad_(), weights.contiguous().requires_grad_()
+
+                def rival(peer: Rival) -> Callable:
+                    return lambda value, locations, weights: peer(value, shapes, starts, locations, weights)
+
+                def with_torch(
+                    peer: Rival, reference_points=reference_points, batched=batched, dtype=dtype
+                ) -> Callable:
+                    def run(value, offsets, logits) -> Tensor:
+                        where = reference.sampling_locations(reference_points, offsets, self.levels).to(dtype)
+                        weights = reference.attention_weights(logits).to(dtype)
+                        return peer(value, shapes, starts, where.unflatten(0, batched), weights.unflatten(0, batched))
+
+                    return run
+
+                raw, placed = (value, offsets, logits), (value, locations, weights)
+                contenders = [("ours, fused", fused, raw), ("ours, classical", classical, placed)]
+                for name, peer in peers.items():
+                    if name.startswith("grid_sample") and images * self.num_tokens * (share or 0) > 30000:
+                        continue  # gigabytes of samples
+                    contenders += [(name, rival(peer), placed), (f"{name} + torch", with_torch(peer), raw)]
+                for name, function, inputs in contenders:
+                    facts = {"dtype": str(dtype).removeprefix("torch.")}
+                    with contextlib.suppress(RuntimeError, TypeError, ValueError), torch.no_grad():
+                        result = function(*inputs).reshape(expected.shape)
+                        facts["error"] = float(f"{_relative_error(result, expected):.1e}")
+                    with torch.no_grad():
+                        self.add("msda forward", case, name, lambda f=function, i=inputs: f(*i), **facts)
+
+                    def both(function=function, inputs=inputs, gradient=tensors["gradient"]) -> None:
+                        out = function(*inputs)
+                        torch.autograd.grad(out, inputs, gradient.reshape(out.shape))
+
+                    self.add("msda both", case, name, both, dtype=facts["dtype"])
+
+    # ------------------------------------------------------------------------------------------------------- tokens
+    def tokens(self) -> None:
+        sizes = (17821, 22223) if self.levels is LEVELS else (300,)
+        for num_tokens in sizes:
+            for share in (0.1, 0.3):
+                scores = torch.randn(4, num_tokens, device=self.device)
+                count = int(num_tokens * share)
+                keep = torch.tensor([count, count // 2, count, count // 3], device=self.device)
+                case = f"{num_tokens}/{count}"
+                self.add(
+                    "select", case, "ours", lambda s=scores, k=keep, c=count: kernels.select_tokens(s, k, capacity=4 * c)
+                )
+                self.add("select", case, "topk", lambda s=scores, c=count: s.topk(c))
+                self.add("select", case, "topk unsorted", lambda s=scores, c=count: s.topk(c, sorted=False))
+                self.add("select", case, "sort", lambda s=scores: s.sort(descending=True))
+        memory = torch.randn(4, self.num_tokens, 256, device=self.device).bfloat16()
+        keep = torch.full((4,), self.num_tokens // 10, device=self.device)
+        plan = kernels.select_tokens(torch.randn(4, self.num_tokens, device=self.device), keep)
+        (rows,) = kernels.pack_tokens(plan, memory)
+        index = plan.flat_index_K
+        flat = memory.flatten(0, 1)
+        self.add("pack two", "10%", "ours", lambda: kernels.pack_tokens(plan, memory, memory))
+        self.add("pack two", "10%", "index_select", lambda: [flat.index_select(0, index) for _ in range(2)])
+        self.add("scatter", "10%", "ours", lambda: kernels.scatter_tokens(plan, memory, rows))
+        self.add("scatter", "10%", "ours, in place", lambda: kernels.scatter_tokens(plan, memory, rows, in_place=True))
+        self.add("scatter", "10%", "index_copy", lambda: flat.index_copy(0, index, rows))
+        tensors = self.problem(4, None, torch.float32)
+        raw = (tensors["reference"], tensors["offsets"], tensors["logits"])
+        for backend in ("ours", "reference"):
+            chosen = None if backend == "ours" else backend
+            self.add(
+                "attention map", "decoder", backend,
+                lambda b=chosen: kernels.deformable_attention_map(*raw, self.levels, 4, backend=b),
+            )  # fmt: skip
+
+    def save(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a") as file:
+            file.writelines(json.dumps(row) + "\n" for row in self.rows)
+
+
+def _relative_error(result: Tensor, expected: Tensor) -> float:
+    return ((result.double() - expected.double()).norm() / expected.double().norm()).item()
+
+
+def _commit() -> str:
+    folder = Path(__file__).parent
+    run = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=folder, capture_output=True, text=True, check=False)
+    return run.stdout.strip() or "unknown"
+
+
+def _rivals(levels: tuple, extra: list[str], compiled: bool) -> Iterator[tuple[str, Rival]]:
+    def grid_sample(value, shapes, starts, locations, weights) -> Tensor:
+        return reference.multi_scale_deformable_attention(value, levels, locations, weights)
+
+    yield "grid_sample", grid_sample
+    if compiled:
+        yield "grid_sample compiled", torch.compile(grid_sample)
+    with contextlib.suppress(ImportError):
+        from deformops.registry import msda
+
+        yield "deformops", lambda value, shapes, starts, where, weights: msda(
+            value, shapes, starts, where, weights.flatten(3)
+        )
+    for name in extra:
+        module, _, function = name.partition(":")
+        yield name, getattr(importlib.import_module(module), function)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--offline", action="store_true", help="compile instead of running; needs no GPU")
+    parser.add_argument("--quick", action="store_true", help="offline: default configurations only")
+    parser.add_argument("--json", type=Path, help="where rows go (GPU runs append)")
+    parser.add_argument("--part", choices=["attention", "tokens"])
+    parser.add_argument("--peer", action="append", default=[], help="module:function of one more rival")
+    parser.add_argument("--small", action="store_true")
+    arguments = parser.parse_args()
+    if arguments.offline:
+        from bench import offline
+
+        rows = offline.main(arguments)
+        if arguments.json:
+            arguments.json.write_text(json.dumps(rows, indent=1) + "\n")
+        return
+    if not torch.cuda.is_available() and not arguments.small:
+        raise SystemExit("no GPU here: use --offline, or --small to check the script")
+    bench = Bench(arguments.small)
+    if arguments.part != "tokens":
+        bench.attention(dict(_rivals(bench.levels, arguments.peer, compiled=bench.device == "cuda")))
+    if arguments.part != "attention":
+        bench.tokens()
+    if not arguments.small or arguments.json:
+        bench.save(arguments.json or RESULTS)
+
+
+if __name__ == "__main__":
+    main()

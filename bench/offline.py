@@ -1,0 +1,247 @@
+"""What the compiler makes of every shipped kernel configuration, for GPUs that are not here.
+
+Triton's wheel carries ptxas, cuobjdump and nvdisasm: neither a GPU nor a CUDA toolkit is needed. The launches are the real
+ones, caught on their way to the GPU, so that the table cannot drift from what runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+from ats_detr.kernels.gpu import attention, dam, pack, select, tuning
+
+ARCHITECTURES = (80, 90, 100)
+LEVELS = ((8, 8), (4, 4), (2, 2), (2, 2))  # the code does not depend on them
+HEADS, HEAD_DIM, POINTS = 8, 32, 4
+_TYPES = {
+    torch.float32: "*fp32",
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+    torch.uint8: "*u8",
+}
+_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+_INSTRUCTION = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(?:\{\s*)?(?:@!?U?P[T0-9]+\s+)?([A-Z][A-Za-z0-9_.]*)(.*)")
+_LABEL = re.compile(r"^\s*(\.L_x_\d+):")
+
+
+@dataclass
+class Launch:
+    """One launch as the launcher asked for it."""
+
+    kernel: JITFunction
+    values: dict
+    """Arguments and constants by name."""
+    options: dict
+    """num_warps and the like."""
+
+
+def caught(call: Callable[[], object]) -> list[Launch]:
+    """Runs `call` and returns its kernel launches instead of making them."""
+    launches = []
+
+    def catch(kernel, *args, grid, warmup, **keywords) -> None:
+        values = dict(zip(kernel.arg_names, args, strict=False))
+        values.update({name: value for name, value in keywords.items() if name in kernel.arg_names})
+        options = {name: value for name, value in keywords.items() if name not in kernel.arg_names}
+        launches.append(Launch(kernel, values, options))
+
+    run, JITFunction.run = JITFunction.run, catch
+    try:
+        call()
+    finally:
+        JITFunction.run = run
+    return launches
+
+
+def compile_for(launch: Launch, architecture: int) -> dict:
+    """Registers, spills, shared memory and instruction counts of one launch."""
+    signature, constants, divisible = {}, {}, {}
+    for index, name in enumerate(launch.kernel.arg_names):
+        value = launch.values[name]
+        if isinstance(value, torch.Tensor):
+            signature[name] = _TYPES[value.dtype]
+            divisible[(index,)] = [["tt.divisibility", 16]]
+        elif launch.kernel.params[index].is_constexpr or value is None:
+            signature[name], constants[name] = "constexpr", value
+        else:
+            signature[name] = "i32"
+    source = ASTSource(launch.kernel, signature, constants, divisible)
+    options = {"num_stages": 3, "enable_fp_fusion": True, **launch.options}
+    compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
+    instructions, loops, registers = _disassemble(compiled.asm["cubin"])
+    count = collections.Counter(mnemonic.split(".")[0] for _, mnemonic in instructions)
+    widths = [_bits(mnemonic) for _, mnemonic in instructions if mnemonic.startswith("LDG")]
+    reductions = [mnemonic for _, mnemonic in instructions if mnemonic.startswith(("RED.", "REDG.", "ATOM"))]
+    return {
+        "registers": registers,
+        "spill_bytes": sum(_bits(mnemonic) // 8 for _, mnemonic in instructions if mnemonic.startswith("STL")),
+        "shared_bytes": compiled.metadata.shared,
+        "num_warps": compiled.metadata.num_warps,
+        "barriers": count["BAR"],
+        "load_bits": max(widths, default=0),
+        "reductions": dict(collections.Counter(re.sub(r"^[A-Z]+\.(E\.)?|\.(FTZ|RN|STRONG|GPU)", "", r) for r in reductions)),
+        "fences": count["MEMBAR"] + count["CCTL"],
+        "instructions": len(instructions),
+        "loops": [sum(first <= address <= last for address, _ in instructions) for first, last in loops],
+    }
+
+
+def _bits(mnemonic: str) -> int:
+    widths = {"U8": 8, "S8": 8, "U16": 16, "S16": 16, "64": 64, "128": 128}
+    return next((widths[part] for part in mnemonic.split(".")[1:] if part in widths), 32)
+
+
+def _disassemble(cubin: bytes) -> tuple[list[tuple[int, str]], list[tuple[int, int]], int]:
+    """(address, mnemonic) of every instruction, (first, last) address of every loop, registers per thread."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text, usage = (
+            subprocess.run([_TOOLS / tool, flag, file.name], check=True, capture_output=True, text=True).stdout
+            for tool, flag in (("nvdisasm", "-c"), ("cuobjdump", "-res-usage"))
+        )
+    instructions, branches, labels, pending = [], [], {}, []
+    for line in text.splitlines():
+        if label := _LABEL.match(line):
+            pending.append(label[1])
+        elif match := _INSTRUCTION.match(line):
+            address, mnemonic = int(match[1], 16), match[2]
+            labels.update(dict.fromkeys(pending, address))
+            pending = []
+            if mnemonic != "NOP":
+                instructions.append((address, mnemonic))
+            if mnemonic.startswith("BRA") and (target := re.search(r"\.L_x_\d+", match[3])):
+                branches.append((address, target[0]))
+    loops = [(labels[target], address) for address, target in branches if labels.get(target, address) < address]
+    return instructions, loops, int(re.findall(r"\bREG:(\d+)", usage)[-1])
+
+
+# ------------------------------------------------------------------------------------------------- what is to be compiled
+def attention_launches(kernel_pass: str, dtype: torch.dtype, config: dict, fused: bool = True) -> list[Launch]:
+    """Launches of 'forward', 'backward' (atomic), 'gradients' (no value gradient), 'tiles' or 'sorted'."""
+    num_tokens = sum(height * width for height, width in LEVELS)
+    num_queries, num_levels = 64, len(LEVELS)
+    value = torch.zeros(2, num_tokens, HEADS, HEAD_DIM, dtype=dtype)
+    reference = torch.zeros(num_queries, num_levels, 2) if fused else None
+    offsets = torch.zeros(num_queries, HEADS, num_levels, POINTS, 2, dtype=dtype)
+    weights = torch.zeros(num_queries, HEADS, num_levels, POINTS, dtype=dtype)
+    image = torch.zeros(num_queries, dtype=torch.int32)
+    out = torch.zeros(num_queries, HEADS * HEAD_DIM, dtype=dtype)
+    scale = torch.zeros(num_queries, HEADS)
+    sizes = [side for level in LEVELS for side in level]
+    problem = attention.prepare(value, sizes, reference, offsets, weights, image)
+    calls = {
+        "forward": lambda: attention.forward(problem, None),
+        "backward": lambda: attention.backward(problem, out, out, True, False),
+        "gradients": lambda: attention.backward(problem, out, out, False, False),
+        "tiles": lambda: attention.value_gradient_tiled(problem, out, scale),
+        "sorted": lambda: attention.value_gradient_sorted(problem, out),
+    }
+    choose, tiles_from = tuning._choose, tuning.TILES_FROM
+    tuning._chosen.clear()
+    tuning._choose, tuning.TILES_FROM = lambda *_: config, 10**9
+    try:
+        return caught(calls[kernel_pass])
+    finally:
+        tuning._choose, tuning.TILES_FROM = choose, tiles_from
+        tuning._chosen.clear()
+
+
+def other_launches(dtype: torch.dtype) -> list[Launch]:
+    """Selection, pack, scatter and attention map."""
+    scores, mask = torch.zeros(4, 17821, dtype=dtype), torch.zeros(4, 17821, dtype=torch.bool)
+    keep = torch.zeros(4, dtype=torch.int64)
+    index = torch.zeros(64, dtype=torch.int32)
+    slots, memory = torch.zeros(4, 64, dtype=torch.int32), torch.zeros(4, 64, 256, dtype=dtype)
+    rows, references = torch.zeros(64, 256, dtype=dtype), torch.zeros(4, 64, 4, 2)
+    offsets, logits = torch.zeros(64, 8, 4, 4, 2, dtype=dtype), torch.zeros(64, 8, 4, 4, dtype=dtype)
+    sizes = [side for level in LEVELS for side in level]
+    problem = attention.prepare(None, sizes, torch.zeros(64, 4, 4), offsets, logits, None)
+    return [
+        *caught(lambda: select.select(scores, keep, mask, 100)),
+        *caught(lambda: select.select(scores[:, :9000], keep, None, 100)),
+        *caught(lambda: pack.pack(index, index, index[:1], [memory, memory, references])),
+        *caught(lambda: pack.merge(slots, rows, memory)),
+        *caught(lambda: pack.scatter_in_place(index, index, None, memory, rows)),
+        *caught(lambda: dam.add_attention_map(problem, torch.zeros(4, 84))),
+    ]
+
+
+def jobs(architecture: int, everything: bool = True) -> Iterator[tuple[dict, Launch]]:
+    """(labels, launch) of each configuration that is shipped; the default ones only unless `everything`."""
+    for dtype in (torch.bfloat16, torch.float16, torch.float32) if everything else (torch.bfloat16, torch.float32):
+        name = str(dtype).removeprefix("torch.")
+        key = (name, HEADS, HEAD_DIM, len(LEVELS), POINTS, True)
+        passes = (
+            ("forward", "msda_forward", True),
+            ("backward", "msda_backward", True),
+            ("gradients", "msda_backward", True),
+            ("tiles", "value_tiles", True),
+            ("forward", "msda_forward", False),
+            ("backward", "msda_backward", False),
+        )
+        for kernel_pass, operator, fused in passes:
+            if not fused and not everything:
+                continue
+            candidates = tuning.configurations(operator, key)
+            for config in candidates if everything and fused else candidates[:1]:
+                seen = set()
+                for launch in attention_launches(kernel_pass, dtype, config, fused):
+                    variant = (launch.kernel.__name__, launch.values.get("FILL"))
+                    if variant not in seen:
+                        seen.add(variant)
+                        labels = {"pass": kernel_pass, "dtype": name, "fused": fused, "config": config}
+                        yield {"kernel": launch.kernel.__name__, **labels, "arch": f"sm_{architecture}"}, launch
+        if everything or dtype == torch.float32:
+            seen = set()
+            for launch in (*attention_launches("sorted", dtype, {}), *other_launches(dtype)):
+                if launch.kernel.__name__ not in seen or launch.kernel.__name__ == "find_thresholds":
+                    seen.add(launch.kernel.__name__)
+                    labels = {"pass": "", "dtype": name, "fused": True, "config": {}}
+                    yield {"kernel": launch.kernel.__name__, **labels, "arch": f"sm_{architecture}"}, launch
+
+
+def report(labels: dict, launch: Launch, architecture: int) -> dict:
+    """One row of the table."""
+    facts = compile_for(launch, architecture)
+    per_row = None
+    if labels["kernel"] in ("msda_forward", "msda_backward"):
+        trips = POINTS // launch.values["UNROLL"]
+        executed = facts["instructions"] + (trips - 1) * sum(facts["loops"])
+        per_row = round(executed * facts["num_warps"] / launch.values["BLOCK"], 1)
+    return {**labels, **facts, "instructions_per_query_head": per_row}
+
+
+def main(arguments: argparse.Namespace) -> list[dict]:
+    rows = []
+    print(f"triton {triton.__version__}; {HEADS} heads x {HEAD_DIM} channels, {len(LEVELS)} levels x {POINTS} points")
+    for architecture in ARCHITECTURES:
+        for labels, launch in jobs(architecture, everything=not arguments.quick):
+            row = report(labels, launch, architecture)
+            rows.append(row)
+            config = " ".join(f"{name}={value}" for name, value in row["config"].items())
+            print(
+                f"{row['arch']:6} {row['kernel']:18} {row['pass']:9} {row['dtype']:8} {'fused' if row['fused'] else '':5} "
+                f"{config:52} warps {row['num_warps']:2} regs {row['registers']:3} spill {row['spill_bytes']:3} "
+                f"shared {row['shared_bytes']:5} bar {row['barriers']:2} load {row['load_bits']:3} bit "
+                f"per (q,h) {row['instructions_per_query_head'] or '-'}",
+                flush=True,
+            )
+    spilled = [row for row in rows if row["spill_bytes"]]
+    print(f"{len(rows)} compiled, {len(spilled)} with spills")
+    return rows

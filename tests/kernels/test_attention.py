@@ -1,0 +1,298 @@
+"""Deformable attention: the Triton kernels against the reference in float64, outputs and every gradient."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from ats_detr.kernels import deformable_attention, multi_scale_deformable_attention
+from ats_detr.kernels.reference import sampling_locations
+
+from .cases import DEVICE, TOLERANCE, AttentionCase, relative_error
+
+tuning = pytest.importorskip("ats_detr.kernels.gpu.tuning", reason="triton is not installed")
+
+HALF, BRAIN = torch.float16, torch.bfloat16
+WIDE = ((30, 44), (15, 22), (8, 11))  # samples of a few queries spread over many 7x7 tiles
+
+CASES = {
+    "packed": AttentionCase(),
+    "boxes": AttentionCase(reference=4),
+    "equal counts, no image index": AttentionCase(counts=(4, 4)),
+    "an image without queries": AttentionCase(counts=(0, 5, 0, 2)),
+    "one query": AttentionCase(counts=(1,)),
+    "bfloat16": AttentionCase(dtype=BRAIN, coordinates=BRAIN),
+    "bfloat16 with float32 coordinates": AttentionCase(dtype=BRAIN, reference=4),
+    "float16": AttentionCase(dtype=HALF, coordinates=HALF),
+    "float16 boxes": AttentionCase(dtype=HALF, reference=4, head_dim=16),
+    "one level, one point": AttentionCase(levels=((9, 7),), points=1),
+    "eight levels": AttentionCase(levels=tuple((9 - i, 10 - i) for i in range(8)), points=2, head_dim=8),
+    "sixteen points": AttentionCase(points=16, heads=1, counts=(3, 2)),
+    "three points, five heads": AttentionCase(points=3, heads=5, head_dim=8),
+    "levels of width or height 1": AttentionCase(levels=((1, 9), (8, 1), (1, 1)), counts=(9, 8)),
+    "thin bfloat16": AttentionCase(levels=((1, 9), (8, 1), (1, 1)), dtype=BRAIN, reference=4),
+    "head width 1": AttentionCase(head_dim=1),
+    "head width 5": AttentionCase(head_dim=5),
+    "head width 30, bfloat16": AttentionCase(head_dim=30, dtype=BRAIN),
+    "head width 71, bfloat16": AttentionCase(head_dim=71, dtype=BRAIN, heads=1),
+    "head width 48, float16": AttentionCase(head_dim=48, dtype=HALF),
+    "head width 256": AttentionCase(head_dim=256, heads=1, counts=(3, 2)),
+    "head width 256, bfloat16": AttentionCase(head_dim=256, heads=1, counts=(3, 2), dtype=BRAIN),
+    "slices of larger projections": AttentionCase(strided=True),
+    "slices, bfloat16": AttentionCase(strided=True, dtype=BRAIN, coordinates=BRAIN),
+    "far samples": AttentionCase(spread=40.0, counts=(9, 6)),
+    "wide": AttentionCase(levels=WIDE, spread=6.0, counts=(20, 13), head_dim=16),
+}
+METHODS = {"atomic": (10**9, False), "tiles": (0, False), "deterministic": (0, True)}
+
+
+def check(result: dict, expected: dict, case: AttentionCase) -> None:
+    for name, tensor in result.items():
+        dtype = case.dtype if name in ("out", "value") else case.coordinates
+        # the gradient of logits passes through the rounded output
+        tolerance = TOLERANCE[case.dtype if name == "logits" else dtype]
+        assert tensor.dtype == dtype, name
+        error = relative_error(tensor, expected[name])
+        assert error < tolerance, f"{name}: relative error {error:.1e}, allowed {tolerance:.1e}"
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", CASES)
+def test_fused_attention_and_gradients(name: str, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiles_from, deterministic = METHODS[method]
+    monkeypatch.setattr(tuning, "TILES_FROM", tiles_from)
+    case = CASES[name]
+    result = case.run(backend="triton", deterministic=deterministic)
+    check(result, case.run(exact=True), case)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("dtype", [torch.float32, BRAIN, HALF])
+def test_classical_operator_and_gradients(dtype, method, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiles_from, deterministic = METHODS[method]
+    monkeypatch.setattr(tuning, "TILES_FROM", tiles_from)
+    case = AttentionCase(counts=(6, 6), dtype=dtype)
+    result = case.run(fused=False, backend="triton", deterministic=deterministic)
+    check(result, case.run(fused=False, exact=True), case)
+
+
+def test_no_queries_and_no_images() -> None:
+    for counts in ((0, 0), ()):
+        case = AttentionCase(counts=counts)
+        result = case.run(backend="triton")
+        assert result["out"].shape == (0, 64)
+        assert not result["value"].any()
+
+
+@pytest.mark.parametrize("backend", ["triton", "reference"])
+@pytest.mark.parametrize("fused", [True, False])
+def test_bad_coordinates_poison_their_row_only(backend: str, fused: bool) -> None:
+    case = AttentionCase(counts=(8,), heads=2)
+    tensors = case.tensors()
+    offsets, reference = tensors["offsets"], tensors["reference"]
+    bad = torch.tensor([float("nan"), float("inf"), -float("inf")], device=DEVICE)
+    if not fused:
+        offsets = sampling_locations(reference, offsets, case.levels)
+    clean = offsets.clone()
+    offsets[torch.arange(3), 0, 1, 2, 0] = bad
+    offsets[torch.arange(3) + 3, 1, 0, 3, 1] = bad
+    outs = []
+    for coordinates in (offsets, clean):
+        if fused:
+            out = deformable_attention(
+                tensors["value"], case.levels, reference, coordinates, tensors["logits"], backend=backend
+            )
+        else:
+            out = multi_scale_deformable_attention(
+                tensors["value"], case.levels, coordinates[None], tensors["logits"][None], backend=backend
+            )[0]
+        outs.append(out.view(8, 2, -1))
+    expected = torch.zeros(8, 2, dtype=torch.bool, device=DEVICE)
+    expected[:3, 0] = expected[3:6, 1] = True
+    assert torch.equal(outs[0].isnan().all(-1), expected)
+    assert torch.equal(outs[0][~expected], outs[1][~expected])
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_bad_coordinates_leave_the_other_gradients_alone(method, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiles_from, deterministic = METHODS[method]
+    monkeypatch.setattr(tuning, "TILES_FROM", tiles_from)
+    case = AttentionCase(counts=(8,))
+    tensors = case.tensors()
+    inputs = [tensors[name].clone().requires_grad_() for name in ("value", "offsets", "logits")]
+    with torch.no_grad():
+        inputs[1][0, 0, 1, 2, 0] = float("nan")
+        inputs[1][1, 1, 0, 0, 1] = float("inf")
+    out = deformable_attention(
+        inputs[0],
+        case.levels,
+        tensors["reference"],
+        inputs[1],
+        inputs[2],
+        backend="triton",
+        deterministic=deterministic,
+    )
+    out[2:].sum().backward()
+    assert all(tensor.grad.isfinite().all() for tensor in (inputs[0],))
+    assert inputs[1].grad[2:].isfinite().all() and inputs[2].grad[2:].isfinite().all()
+
+
+def test_gradient_of_learned_references() -> None:
+    for size in (2, 4):
+        case = AttentionCase(reference=size, counts=(3, 3))
+        grads = []
+        for backend, dtype in (("triton", torch.float32), ("reference", torch.float64)):
+            tensors = case.tensors()
+            reference = tensors["reference"].to(dtype).requires_grad_()
+            value, offsets, logits = (tensors[name].to(dtype) for name in ("value", "offsets", "logits"))
+            deformable_attention(value, case.levels, reference, offsets, logits, backend=backend).sum().backward()
+            grads.append(reference.grad)
+        assert relative_error(*grads) < 1e-5
+
+
+def test_frozen_value_gets_no_gradient() -> None:
+    case = AttentionCase()
+    tensors = case.tensors()
+    offsets = tensors["offsets"].requires_grad_()
+    out = deformable_attention(
+        tensors["value"],
+        case.levels,
+        tensors["reference"],
+        offsets,
+        tensors["logits"],
+        tensors["image"],
+        backend="triton",
+    )
+    out.backward(tensors["gradient"])
+    assert relative_error(offsets.grad, case.run(exact=True)["offsets"]) < TOLERANCE[torch.float32]
+    assert tensors["value"].grad is None
+
+
+def test_rows_past_the_count_are_not_written() -> None:
+    case = AttentionCase(counts=(9, 6))
+    tensors = case.tensors()
+    arguments = (tensors["value"], case.levels, tensors["reference"], tensors["offsets"], tensors["logits"])
+    full = deformable_attention(*arguments, tensors["image"], backend="triton")
+    from ats_detr.kernels.gpu import attention
+
+    for count in (0, 1, 8, 15):
+        sizes = [side for level in case.levels for side in level]
+        problem = attention.prepare(tensors["value"], sizes, *arguments[2:], tensors["image"])
+        poisoned = torch.full_like(full, torch.nan)
+        num_rows = torch.tensor([count], dtype=torch.int32, device=DEVICE)
+        out = attention.forward(problem, num_rows, out=poisoned)
+        assert torch.equal(out[:count], full[:count])
+        assert out[count:].isnan().all()
+        reference = deformable_attention(*arguments, tensors["image"], num_rows=num_rows, backend="reference")
+        assert torch.allclose(reference[:count], full[:count], atol=1e-5)
+
+
+def test_capacity_plans_refuse_gradients() -> None:
+    case = AttentionCase()
+    tensors = case.tensors()
+    out = deformable_attention(
+        tensors["value"].requires_grad_(),
+        case.levels,
+        tensors["reference"],
+        tensors["offsets"],
+        tensors["logits"],
+        tensors["image"],
+        num_rows=torch.tensor([4], dtype=torch.int32, device=DEVICE),
+        backend="triton",
+    )
+    with pytest.raises(RuntimeError, match="inference"):
+        out.sum().backward()
+
+
+def test_deterministic_mode_follows_torch_and_repeats_bit_for_bit() -> None:
+    case = AttentionCase(levels=WIDE, counts=(40, 23), head_dim=16, spread=3.0)
+    torch.use_deterministic_algorithms(True)
+    try:
+        first, second = case.run(backend="triton"), case.run(backend="triton")
+    finally:
+        torch.use_deterministic_algorithms(False)
+    asked = case.run(backend="triton", deterministic=True)
+    for name, tensor in first.items():
+        assert torch.equal(tensor, second[name]) and torch.equal(tensor, asked[name]), name
+
+
+def test_autocast_casts_the_value_and_keeps_coordinates() -> None:
+    case = AttentionCase(spread=9.0)
+    with torch.autocast(DEVICE, dtype=BRAIN):
+        result = case.run(backend="triton")
+    expected = dataclasses.replace(case, dtype=BRAIN).run(exact=True)
+    assert result["out"].dtype == BRAIN
+    assert result["offsets"].dtype == torch.float32
+    assert relative_error(result["offsets"], expected["offsets"]) < 1e-2  # bfloat16 gradient of the output
+    assert relative_error(result["out"], expected["out"]) < TOLERANCE[BRAIN]
+
+
+def test_bfloat16_value_does_not_round_the_references_coordinates() -> None:
+    case = AttentionCase(levels=((3, 3000),), dtype=BRAIN, heads=1)
+    error = relative_error(case.run(backend="reference")["out"], case.run(exact=True)["out"])
+    assert error < 4e-3  # bfloat16 locations would be wrong by many pixels
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(level_shapes=((2, 2),)), "tokens"),
+        (dict(reference_points=torch.zeros(3, 4, 2)), "reference_points"),
+        (dict(logits_NHLP=torch.zeros(10, 2, 4, 3)), "weights"),
+        (dict(image_index_N=None, value_BSHD=torch.zeros(3, 279, 2, 32)), "image_index_N"),
+        (dict(backend="cuda"), "backend"),
+    ],
+)
+def test_wrong_arguments_are_named(change: dict, message: str) -> None:
+    case = AttentionCase()
+    tensors = {n: None if t is None else t.cpu() for n, t in case.tensors().items()}
+    arguments = dict(
+        value_BSHD=tensors["value"],
+        level_shapes=case.levels,
+        reference_points=tensors["reference"],
+        offsets_NHLP2=tensors["offsets"],
+        logits_NHLP=tensors["logits"],
+        image_index_N=tensors["image"],
+    )
+    with pytest.raises(ValueError, match=message):
+        deformable_attention(**{**arguments, **change})
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
+def test_large_packed_attention_on_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    levels = ((100, 134), (50, 67), (25, 34), (13, 17))
+    for dtype in (torch.float32, BRAIN):
+        case = AttentionCase(levels=levels, counts=(3000, 1100), heads=8, dtype=dtype)
+        expected = case.run(exact=True)
+        for method in METHODS.values():
+            monkeypatch.setattr(tuning, "TILES_FROM", method[0])
+            check(case.run(deterministic=method[1]), expected, case)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
+def test_forward_and_backward_in_a_cuda_graph() -> None:
+    case = AttentionCase()
+    tensors = case.tensors()
+    value = tensors["value"].requires_grad_()
+
+    def step() -> tuple[torch.Tensor, torch.Tensor]:
+        out = deformable_attention(
+            value, case.levels, tensors["reference"], tensors["offsets"], tensors["logits"], tensors["image"]
+        )
+        return out, torch.autograd.grad(out, value, tensors["gradient"])[0]
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        expected = step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        captured = step()
+    graph.replay()
+    torch.cuda.synchronize()
+    for result, want in zip(captured, expected, strict=True):
+        assert relative_error(result, want) < 1e-6

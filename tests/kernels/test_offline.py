@@ -1,0 +1,76 @@
+"""What the compiler makes of the shipped kernels for GPUs that are not here: spills, barriers, load widths, instructions.
+
+Each architecture is a process of its own, because Triton either interprets or compiles.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("triton")
+
+# Warp instructions per query and head with softmax, offsets and references inside, at 8 heads x 32 channels, 4 levels x 4
+# points, for sm_90. Measured with triton 3.8: 235, 171, 467 and 391.
+BUDGET = {
+    ("msda_forward", "forward", "bfloat16"): 245,
+    ("msda_forward", "forward", "float32"): 185,
+    ("msda_backward", "backward", "bfloat16"): 640,
+    ("msda_backward", "backward", "float32"): 560,
+}
+
+SCRIPT = """
+import json, sys
+from bench import offline
+architecture, everything = int(sys.argv[1]), sys.argv[2] == "True"
+rows = [offline.report(labels, launch, architecture) for labels, launch in offline.jobs(architecture, everything)]
+print(json.dumps(rows))
+"""
+
+
+def compiled(architecture: int, everything: bool) -> list[dict]:
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "OMP_NUM_THREADS": "1"}
+    run = subprocess.run(
+        [sys.executable, "-c", SCRIPT, str(architecture), str(everything)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr[-2000:]
+    return json.loads(run.stdout.splitlines()[-1])
+
+
+def assert_no_spills(rows: list[dict]) -> None:
+    spilled = [f"{row['kernel']} {row['dtype']} {row['config']}" for row in rows if row["spill_bytes"]]
+    assert not spilled
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("architecture", [80, 90, 100])
+def test_default_configurations(architecture: int) -> None:
+    rows = compiled(architecture, everything=False)
+    assert_no_spills(rows)
+    attention = [row for row in rows if row["kernel"] in ("msda_forward", "msda_backward")]
+    assert len(attention) == 6
+    assert all(row["load_bits"] == 128 for row in attention), "rows of values are read 16 bytes at a time"
+    assert all(row["fences"] == 0 for row in attention), "sums are relaxed: a fence would flush the cache"
+    if architecture != 90:
+        return
+    for row in attention:
+        if row["pass"] == "backward":
+            assert row["barriers"] == 0 and row["shared_bytes"] == 0
+            assert row["reductions"] == {"ADD.F32x4": 8 * 16}
+        budget = BUDGET.get((row["kernel"], row["pass"], row["dtype"]))
+        assert budget is None or row["instructions_per_query_head"] <= budget
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("architecture", [80, 90, 100])
+def test_every_shipped_configuration(architecture: int) -> None:
+    assert_no_spills(compiled(architecture, everything=True))

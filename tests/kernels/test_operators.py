@@ -1,0 +1,191 @@
+"""The custom operators: registration, fullgraph compilation, FLOP counts, choice of the backend, tuning tables."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
+
+from ats_detr.kernels import (
+    deformable_attention,
+    deformable_attention_map,
+    multi_scale_deformable_attention,
+    pack_tokens,
+    scatter_tokens,
+    select_tokens,
+)
+from ats_detr.kernels.backend import choose_backend
+
+from .cases import DEVICE, AttentionCase, relative_error
+
+CASE = AttentionCase(levels=((5, 6), (3, 4)), counts=(4, 2), head_dim=8, points=2)
+SIZES = [side for level in CASE.levels for side in level]
+BACKENDS = ["reference", pytest.param("triton", marks=pytest.mark.skipif(DEVICE == "cpu", reason="needs CUDA"))]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_opcheck(backend: str) -> None:
+    tensors = CASE.tensors()
+    inputs = [tensors[name].requires_grad_() for name in ("value", "offsets", "logits")]
+    torch.library.opcheck(
+        torch.ops.ats_detr.msda.default,
+        (inputs[0], SIZES, tensors["reference"], inputs[1], inputs[2], tensors["image"], None, None, backend),
+    )
+    scores, keep = torch.randn(2, 42, device=DEVICE), torch.tensor([5, 9], device=DEVICE)
+    torch.library.opcheck(torch.ops.ats_detr.select.default, (scores, keep, None, 20, backend))
+    plan = select_tokens(scores, keep)
+    memory = torch.randn(2, 42, 8, device=DEVICE, requires_grad=True)
+    rows = torch.randn(14, 8, device=DEVICE, requires_grad=True)
+    index = (plan.token_index_K, plan.image_index_K)
+    torch.library.opcheck(torch.ops.ats_detr.pack.default, (*index, plan.slot_BS, None, [memory], backend))
+    torch.library.opcheck(
+        torch.ops.ats_detr.scatter.default, (memory, rows, *index, plan.slot_BS, None, backend)
+    )
+    torch.library.opcheck(torch.ops.ats_detr.merge.default, (plan.slot_BS, rows.detach(), None, backend))
+    torch.library.opcheck(
+        torch.ops.ats_detr.scatter_.default, (memory.detach().clone(), rows.detach(), *index, None, backend)
+    )
+    equal = AttentionCase(levels=CASE.levels, counts=(3, 3), head_dim=8, points=2).tensors()
+    torch.library.opcheck(
+        torch.ops.ats_detr.add_attention_map.default,
+        (torch.zeros(2, 42, device=DEVICE), equal["reference"], equal["offsets"], equal["logits"], SIZES, backend),
+    )
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_every_operator_compiles_into_one_graph(backend: str) -> None:
+    tensors = CASE.tensors()
+    names = ("value", "offsets", "logits")
+
+    def step(value, offsets, logits, scores, keep):
+        plan = select_tokens(scores, keep, capacity=14, backend=backend)
+        attended = deformable_attention(
+            value, CASE.levels, tensors["reference"], offsets, logits, tensors["image"], backend=backend
+        )
+        memory = value.detach().flatten(2)
+        (rows,) = pack_tokens(plan, memory, backend=backend)
+        merged = scatter_tokens(plan, memory, rows * 2, backend=backend)
+        raw = (tensors["reference"], offsets, logits)
+        received = deformable_attention_map(*raw, CASE.levels, 2, backend=backend)
+        classical = multi_scale_deformable_attention(
+            value, CASE.levels, offsets.unflatten(0, (2, 3)), logits.unflatten(0, (2, 3)), backend=backend
+        )
+        return attended.sum() + classical.square().sum(), merged, received
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    scores, keep = torch.randn(2, 42, device=DEVICE), torch.tensor([5, 9], device=DEVICE)
+    results = []
+    for function in (step, compiled):
+        inputs = [tensors[name].detach().clone().requires_grad_() for name in names]
+        loss, *rest = function(*inputs, scores, keep)
+        loss.backward()
+        results.append([loss.detach(), *rest, *(tensor.grad for tensor in inputs)])
+    for result, expected in zip(*results, strict=True):
+        assert relative_error(result, expected) < 1e-5
+
+
+def test_gradient_checkpointing_gives_the_same_gradients() -> None:
+    tensors = CASE.tensors()
+    grads = []
+    for keep in (False, True):
+        value = tensors["value"].detach().clone().requires_grad_()
+        arguments = (value, CASE.levels, tensors["reference"], tensors["offsets"], tensors["logits"], tensors["image"])
+        run = deformable_attention if keep else lambda *a: checkpoint(deformable_attention, *a, use_reentrant=False)
+        run(*arguments).square().sum().backward()
+        grads.append(value.grad)
+    assert torch.equal(*grads)
+
+
+def test_flops_count_four_corners_of_every_sample() -> None:
+    tensors = CASE.tensors()
+    value = tensors["value"].requires_grad_()
+    with FlopCounterMode(display=False) as counter:
+        out = torch.ops.ats_detr.msda(
+            value, SIZES, tensors["reference"], tensors["offsets"], tensors["logits"], tensors["image"], None, None,
+            "triton" if DEVICE == "cuda" else "reference",
+        )  # fmt: skip
+        forward = counter.get_flop_counts()["Global"][torch.ops.ats_detr.msda]
+        out.sum().backward()
+    assert forward == 2 * 4 * 6 * 2 * 2 * 2 * 8  # queries, heads, levels, points, channels
+    assert counter.get_flop_counts()["Global"][torch.ops.ats_detr.msda_backward] == 2 * forward
+
+
+def test_backend_is_chosen_by_argument_then_environment_then_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = torch.zeros(1)
+    monkeypatch.delenv("ATS_DETR_BACKEND", raising=False)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert choose_backend(cpu) == "reference"
+    monkeypatch.setenv("ATS_DETR_BACKEND", "triton")
+    assert choose_backend(cpu) == "triton"
+    assert choose_backend(cpu, "reference") == "reference"
+    assert choose_backend(cpu.double(), "triton") == "reference"
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    with pytest.raises(ValueError, match="TRITON_INTERPRET"):
+        choose_backend(cpu)
+    monkeypatch.setenv("ATS_DETR_BACKEND", "cuda")
+    with pytest.raises(ValueError, match="'cuda'"):
+        choose_backend(cpu)
+
+
+def test_without_triton_everything_runs_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    from ats_detr.kernels import backend
+
+    monkeypatch.setattr(backend, "HAS_TRITON", False)
+    monkeypatch.delenv("ATS_DETR_BACKEND", raising=False)
+    assert choose_backend(torch.zeros(1, device=DEVICE)) == "reference"
+    with pytest.raises(ValueError, match="pip install triton"):
+        choose_backend(torch.zeros(1), "triton")
+
+
+# -------------------------------------------------------------------------------------------------------------- tuning
+def test_tuning_takes_the_nearest_bucket_and_remembers_on_disk(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tuning = pytest.importorskip("ats_detr.kernels.gpu.tuning")
+    monkeypatch.setenv("ATS_DETR_CACHE", str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Some GPU 9000")
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(tuning, "_chosen", {})
+    tuning._table.cache_clear()
+    device, key, launched = torch.device("cuda", 0), ("bfloat16", 8, 32, 4, 4, True), []
+    slow = {"num_warps": 2, "unroll": 4}
+
+    def timed(function, **_) -> float:
+        function()
+        return 2.0 if launched[-1] == slow else 1.0
+
+    monkeypatch.setattr(tuning.triton.testing, "do_bench", timed)
+
+    def launch(**config) -> None:
+        launched.append(config)
+
+    tuning.run("msda_forward", key, 7000, device, launch)
+    best = launched[-1]
+    assert best in tuning.CONFIGS["msda_forward"] and best != slow
+    assert len(launched) == len(tuning.CONFIGS["msda_forward"]) + 1
+    (file,) = tmp_path.iterdir()
+    assert file.name == "some-gpu-9000.json"
+    assert list(json.loads(file.read_text()).values())[0]["13"]["ms"] == 1.0
+
+    launched.clear()  # another exact size of the same bucket, another bucket, and a new process: nothing is timed again
+    tuning.run("msda_forward", key, 7500, device, launch)
+    tuning.run("msda_forward", key, 300, device, launch)
+    monkeypatch.setattr(tuning, "_chosen", {})
+    tuning._table.cache_clear()
+    tuning.run("msda_forward", key, 7000, device, launch)
+    assert launched == [best] * 3
+    tuning._table.cache_clear()
+
+
+def test_shipped_winners_are_configurations_that_are_compiled_in_tests() -> None:
+    tuning = pytest.importorskip("ats_detr.kernels.gpu.tuning")
+    from pathlib import Path
+
+    files = list((Path(tuning.__file__).parent / "winners").glob("*.json"))
+    assert files
+    for file in files:
+        for row, buckets in json.loads(file.read_text()).items():
+            operator, *key = row.split("|")
+            for config in buckets.values():
+                assert {k: v for k, v in config.items() if k != "ms"} in tuning.configurations(operator, tuple(key))

@@ -1,0 +1,140 @@
+"""Pack, scatter and the attention map: kernels against reference, round trips, gradients."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ats_detr.kernels import TokenPlan, attention_map, deformable_attention_map, pack_tokens, scatter_tokens
+
+from .cases import DEVICE, AttentionCase, relative_error
+
+pytest.importorskip("triton")
+
+
+@st.composite
+def plans(draw):
+    batch, num_tokens = draw(st.integers(1, 4)), draw(st.sampled_from([1, 7, 130]))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    keep = torch.rand(batch, num_tokens, generator=generator) < draw(st.sampled_from([0.0, 0.4, 1.0]))
+    return TokenPlan.from_mask(keep.to(DEVICE)), generator
+
+
+@settings(max_examples=30, deadline=None, derandomize=True)
+@given(plans(), st.sampled_from([1, 3, 32, 100, 256]))
+def test_pack_and_scatter_match_the_reference_with_gradients(drawn, width: int) -> None:
+    plan, generator = drawn
+    shape = plan.slot_BS.shape
+
+    def random(*extra: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.randn(*shape, *extra, generator=generator).to(DEVICE, dtype).requires_grad_()
+
+    dense = [random(width), random(4, 2), random(width, dtype=torch.bfloat16), random(), random(5)]
+    rows = torch.randn(len(plan.token_index_K), width, generator=generator).to(DEVICE).requires_grad_()
+    results = []
+    for backend in ("triton", "reference"):
+        packed = pack_tokens(plan, *dense, backend=backend)
+        merged = scatter_tokens(plan, dense[0], rows * packed[0], backend=backend)
+        total = sum((tensor.float() ** 2).sum() for tensor in (*packed, merged))
+        gradients = torch.autograd.grad(total, [*dense, rows])
+        results.append((*packed, merged, *gradients))
+    for result, expected in zip(*results, strict=True):
+        assert result.dtype == expected.dtype and torch.equal(result, expected)
+
+
+@settings(max_examples=20, deadline=None, derandomize=True)
+@given(plans())
+def test_scatter_undoes_pack(drawn) -> None:
+    plan, generator = drawn
+    memory = torch.randn(*plan.slot_BS.shape, 6, generator=generator).to(DEVICE)
+    (rows,) = pack_tokens(plan, memory, backend="triton")
+    assert torch.equal(scatter_tokens(plan, memory, rows, backend="triton"), memory)
+    doubled = scatter_tokens(plan, memory, 2 * rows, backend="triton")
+    kept = (plan.slot_BS >= 0)[..., None]
+    assert torch.equal(doubled, torch.where(kept, 2 * memory, memory))
+    assert torch.equal(pack_tokens(plan, doubled, backend="triton")[0], 2 * rows)
+
+
+@pytest.mark.parametrize("backend", ["triton", "reference"])
+@pytest.mark.parametrize("contiguous", [True, False])
+def test_scatter_in_place(backend: str, contiguous: bool) -> None:
+    keep = torch.rand(2, 50, generator=torch.Generator().manual_seed(0)).to(DEVICE) < 0.3
+    plan = TokenPlan.from_mask(keep)
+    memory = torch.zeros(2, 50, 8, device=DEVICE)
+    if not contiguous:
+        memory = torch.zeros(2, 50, 16, device=DEVICE)[..., ::2]
+    rows = torch.randn(len(plan.token_index_K), 8, device=DEVICE)
+    expected = scatter_tokens(plan, memory, rows, backend="reference")
+    assert scatter_tokens(plan, memory, rows, in_place=True, backend=backend) is memory
+    assert torch.equal(memory, expected)
+
+
+@pytest.mark.parametrize("count", [0, 1, 23, 40])
+def test_rows_past_the_count_are_neither_read_nor_written(count: int) -> None:
+    from ats_detr.kernels.gpu import pack
+
+    keep = torch.zeros(2, 60, dtype=torch.bool, device=DEVICE)
+    keep.view(-1)[torch.randperm(120, generator=torch.Generator().manual_seed(0))[:count]] = True
+    plan = TokenPlan.from_mask(keep, capacity=40)
+    memory = torch.randn(2, 60, 8, device=DEVICE)
+    poisoned = torch.full((40, 8), torch.nan, device=DEVICE)
+    pack._launch_moves(plan.token_index_K, plan.image_index_K, plan.num_rows, [memory], [poisoned], into_dense=False)
+    assert torch.equal(poisoned[:count], memory[keep])
+    assert poisoned[count:].isnan().all()
+    for in_place in (True, False):
+        target = memory.clone()
+        result = scatter_tokens(plan, target, poisoned, in_place=in_place, backend="triton")
+        assert torch.equal(result, memory)  # no NaN of an unused row arrives anywhere
+
+
+def test_capacity_plans_refuse_gradients() -> None:
+    plan = TokenPlan.from_mask(torch.ones(1, 4, dtype=torch.bool, device=DEVICE), capacity=4)
+    memory = torch.randn(1, 4, 3, device=DEVICE, requires_grad=True)
+    for result in (
+        pack_tokens(plan, memory, backend="triton")[0],
+        scatter_tokens(plan, memory, torch.zeros(4, 3, device=DEVICE), backend="triton"),
+    ):
+        with pytest.raises(RuntimeError, match="inference"):
+            result.sum().backward()
+
+
+def test_plan_of_another_size_is_refused() -> None:
+    plan = TokenPlan.from_mask(torch.ones(1, 4, dtype=torch.bool))
+    with pytest.raises(ValueError, match="plan of"):
+        pack_tokens(plan, torch.zeros(1, 5, 3))
+
+
+# ---------------------------------------------------------------------------------------------------- the attention map
+@pytest.mark.parametrize(
+    "case",
+    [
+        AttentionCase(counts=(6, 6)),
+        AttentionCase(counts=(5, 5), reference=4, coordinates=torch.bfloat16),
+        AttentionCase(counts=(4,), levels=((1, 5), (4, 1)), points=3, heads=5, spread=3.0),
+        AttentionCase(counts=(3, 3), spread=50.0, strided=True),
+    ],
+    ids=["points", "boxes", "thin", "far"],
+)
+def test_attention_map(case: AttentionCase) -> None:
+    tensors = case.tensors()
+    raw = (tensors["reference"], tensors["offsets"], tensors["logits"])
+    with torch.no_grad():
+        tensors["offsets"][0, 0, 0, 0, 0] = torch.nan
+    arguments = (case.levels, len(case.counts))
+    expected = deformable_attention_map(*raw, *arguments, backend="reference")
+    result = deformable_attention_map(*raw, *arguments, backend="triton")
+    assert result.dtype == torch.float32 and result.isfinite().all()
+    assert relative_error(result, expected) < 1e-5
+    again = deformable_attention_map(*raw, *arguments, into=result, backend="triton")
+    assert again is result and relative_error(result, 2 * expected) < 1e-5
+
+
+def test_attention_map_of_locations_and_weights() -> None:
+    generator = torch.Generator().manual_seed(0)
+    levels = ((6, 7), (3, 4))
+    locations = (torch.rand(2, 5, 3, 2, 4, 2, generator=generator) * 1.6 - 0.3).to(DEVICE)
+    weights = torch.rand(2, 5, 3, 2, 4, generator=generator).to(DEVICE)
+    expected = attention_map(locations, weights, levels, backend="reference")
+    assert relative_error(attention_map(locations, weights, levels, backend="triton"), expected) < 1e-5
