@@ -1,10 +1,10 @@
 """One file that holds everything a run needs to go on, or a user needs to detect objects. Written whole or not at all.
 
 A checkpoint is a dictionary of tensors and plain values (`torch.load(..., weights_only=True)` reads it): `model`,
-`config` (resolved), `num_classes` (rows of the heads), `classes` (what the rows mean), `epoch` (completed ones),
-`step`, `best_ap`, `train_seconds`, `finished`; then either `optimizer` and `rng` (one state for each process), or
-`metrics`. A .safetensors file holds the same without the optimiser, plain values as JSON in its metadata. Files of the
-published code are read too.
+`config`, `num_classes` (rows of the heads), `classes` (what the rows mean), `num_processes` and `teacher_weights` (what
+else it was trained with), `epoch` (completed ones), `step`, `train_seconds`, `finished`; then either `optimizer` and
+`rng` (one state for each process), or `metrics`. A .safetensors file holds the same without the optimiser, plain values
+as JSON in its metadata. Files of the published code are read too.
 """
 
 from __future__ import annotations

@@ -2,32 +2,27 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ats_detr.config import Config, TeacherConfig, config_to_dict, load_config
+from ats_detr.config import Config, TeacherConfig, load_config
+from ats_detr.data.coco import ClassMap
 from ats_detr.errors import UserError
 from ats_detr.model import Detr
 from ats_detr.training.checkpoint import config_of, load_checkpoint, load_detector
 from ats_detr.training.distillation import DualTeacher
-from ats_detr.training.trainer import FINISHED, train
+from ats_detr.training.origin import WITHOUT_INFLUENCE, check_same_origin, digest
+from ats_detr.training.trainer import FINISHED, Teachers, train
 
 logger = logging.getLogger(__name__)
 
 _STUDENT_ONLY = ("name", "output_dir", "summary", "teachers", "model.selector", "model.adaption")
 """Overrides of these keys do not reach the teachers."""
-_HARMLESS = (
-    *("name", "output_dir", "device", "summary", "num_pictures", "teachers", "model.backbone.pretrained"),
-    *("data.num_workers", "data.cache_images", "data.on_bad_image", "data.eval_batch_size"),
-    *("train.resume", "train.init_from", "train.checkpoint_every", "train.evaluate_every", "train.log_every"),
-)
-"""A finished stage may differ from its config in these and still be used."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +35,8 @@ class Stage:
     folder: Path
     checkpoint: Path
     """Of the finished model."""
+    init_from: Path | None
+    """Checkpoint that the training starts from; where the config says `weak` or `strong`, that stage's."""
     is_given: bool = False
     """The checkpoint was named in the config: it is never trained here."""
 
@@ -50,22 +47,47 @@ def plan_stages(config: Config, overrides: Sequence[str] = ()) -> dict[str, Stag
     """
     folder = config.run_dir
     if config.teachers is None:
-        return {config.name: Stage(config.name, config, folder, folder / FINISHED)}
-    stages = {
-        "weak": _plan_teacher("weak", config.teachers.weak, folder, overrides),
-        "strong": _plan_teacher("strong", config.teachers.strong, folder, overrides),
-        "student": Stage("student", config, folder / "student", folder / "student" / FINISHED),
-    }
-    return {name: _resolve_init(stage, stages) for name, stage in stages.items()}
+        return {config.name: _plan(config.name, config, folder, {})}
+    stages: dict[str, Stage] = {}
+    for name, teacher in (("weak", config.teachers.weak), ("strong", config.teachers.strong)):
+        own = load_config(teacher.config, [text for text in overrides if _reaches_teachers(text)])
+        _check_budget(name, own, teacher, config)
+        stages[name] = _plan(name, own, folder / name, stages, given=teacher.checkpoint)
+    stages["student"] = _plan("student", config, folder / "student", stages)
+    return stages
 
 
-def _plan_teacher(name: str, teacher: TeacherConfig, folder: Path, overrides: Sequence[str]) -> Stage:
-    config = load_config(teacher.config, [text for text in overrides if _reaches_teachers(text)])
+def _plan(
+    name: str, config: Config, folder: Path, earlier: Mapping[str, Stage], *, given: str | None = None
+) -> Stage:
+    """One stage. `train.init_from: weak` becomes the file that the weak teacher's training leaves."""
+    source = config.train.init_from
+    if source in ("weak", "strong"):
+        if source not in earlier:
+            raise UserError(f"train.init_from = {source!r}: {name} is trained before there is such a teacher")
+        source = str(earlier[source].checkpoint)
+    return Stage(
+        name,
+        config,
+        folder,
+        checkpoint=Path(given) if given else folder / FINISHED,
+        init_from=Path(source) if source else None,
+        is_given=bool(given),
+    )
+
+
+def _check_budget(name: str, config: Config, teacher: TeacherConfig, student: Config) -> None:
+    """A teacher keeps the budget that its student's labels take it to keep."""
     if config.model.selector is None or config.model.adaptive:
         raise UserError(f"{teacher.config}: a teacher needs model.selector.keep_ratio, a fixed budget")
-    own = folder / name
-    given = Path(teacher.checkpoint) if teacher.checkpoint else None
-    return Stage(name, config, own, given or own / FINISHED, is_given=given is not None)
+    assert student.model.selector is not None
+    key = "min_ratio" if name == "weak" else "max_ratio"
+    own, wanted = config.model.selector.keep_ratio, getattr(student.model.selector, key)
+    if own != wanted:
+        raise UserError(
+            f"teachers.{name}.config = {teacher.config!r}: keeps {own}, but model.selector.{key} of its student"
+            f" is {wanted}: they must agree"
+        )
 
 
 def _reaches_teachers(override: str) -> bool:
@@ -73,17 +95,6 @@ def _reaches_teachers(override: str) -> bool:
     if key == "train.init_from" and value in ("weak", "strong"):
         return False
     return not any(key == own or key.startswith(f"{own}.") for own in _STUDENT_ONLY)
-
-
-def _resolve_init(stage: Stage, stages: dict[str, Stage]) -> Stage:
-    """`train.init_from: weak` becomes the file that the weak teacher's training leaves."""
-    source = stage.config.train.init_from
-    if source not in ("weak", "strong"):
-        return stage
-    if source == stage.name:
-        raise UserError(f"train.init_from = {source!r}: the {source} teacher cannot start from itself")
-    train_config = dataclasses.replace(stage.config.train, init_from=str(stages[source].checkpoint))
-    return dataclasses.replace(stage, config=dataclasses.replace(stage.config, train=train_config))
 
 
 def train_stages(stages: dict[str, Stage], wanted: str, device: torch.device) -> None:
@@ -98,63 +109,78 @@ def train_stages(stages: dict[str, Stage], wanted: str, device: torch.device) ->
     for stage in stages.values():
         if wanted not in ("all", stage.name):
             continue
-        if is_finished(stage):
+        if is_finished(stage, stages):
             logger.info("%s: finished already, using %s", stage.name, stage.checkpoint)
             continue
         teachers = load_teachers(stage.config, stages, device) if stage.config.teachers is not None else None
-        train(stage.config, stage.folder, stage.name, device, teachers)
+        train(stage.config, stage.folder, stage.name, device, teachers, init_from=stage.init_from)
 
 
-def is_finished(stage: Stage) -> bool:
-    """Whether the stage's checkpoint can be used. Raises UserError where it came from other settings."""
+def is_finished(stage: Stage, stages: Mapping[str, Stage]) -> bool:
+    """Whether the stage's checkpoint can be used. Raises UserError where it came from other settings or teachers."""
     if stage.is_given:
         return True
     if not stage.checkpoint.exists() or stage.config.train.resume == "never":
         return False
-    trained = config_of(load_checkpoint(stage.checkpoint), stage.checkpoint)
-    changes = [
-        f"{key} = {was!r}, now {now!r}"
-        for key, was, now in differences(config_to_dict(trained), config_to_dict(stage.config))
-        if not any(key == harmless or key.startswith(f"{harmless}.") for harmless in _HARMLESS)
-    ]
-    if changes:
-        mend = "choose another output_dir, delete this folder, or train again with train.resume=never"
-        raise UserError(f"{stage.folder} was trained with other settings ({'; '.join(changes[:3])}): {mend}")
+    facts = {}
+    teachers = [stages[name].checkpoint for name in ("weak", "strong")] if stage.config.teachers else []
+    if teachers and all(path.exists() for path in teachers):
+        weak, strong = (digest(load_checkpoint(path)["model"]) for path in teachers)
+        facts["teacher_weights"] = {"weak": weak, "strong": strong}
+    checkpoint = load_checkpoint(stage.checkpoint)
+    check_same_origin(checkpoint, stage.checkpoint, stage.config, facts, WITHOUT_INFLUENCE)
     return True
 
 
-def differences(old: Any, new: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """(key, old value, new value) of each setting in which two configurations, as dictionaries, differ."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        for key in {**old, **new}:
-            yield from differences(old.get(key), new.get(key), f"{prefix}.{key}" if prefix else key)
-    elif old != new:
-        yield prefix, old, new
-
-
-def load_teachers(config: Config, stages: dict[str, Stage], device: torch.device) -> DualTeacher:
+def load_teachers(config: Config, stages: Mapping[str, Stage], device: torch.device) -> Teachers:
     """The two teachers of a student, frozen and on the device."""
     assert config.teachers is not None and config.model.selector is not None
-    weak, strong = (load_teacher(stages[name], config).to(device) for name in ("weak", "strong"))
-    return DualTeacher(
-        weak,
-        strong,
-        bias=config.teachers.difficulty_bias,
-        num_budgets=config.model.selector.num_budgets,
-        level_weights=config.teachers.level_weights,
+    checkpoints = {name: finished_checkpoint(stages[name]) for name in ("weak", "strong")}
+    weak, strong = (load_teacher(stages[name], config, checkpoints[name]) for name in ("weak", "strong"))
+    return Teachers(
+        DualTeacher(
+            weak.to(device),
+            strong.to(device),
+            bias=config.teachers.difficulty_bias,
+            num_budgets=config.model.selector.num_budgets,
+            level_weights=config.teachers.level_weights,
+        ),
+        weights={name: digest(checkpoint["model"]) for name, checkpoint in checkpoints.items()},
+        classes={
+            name: ClassMap.from_dict(checkpoint["classes"])
+            for name, checkpoint in checkpoints.items()
+            if not checkpoint.get("published")  # those do not say what their rows mean
+        },
     )
 
 
-def load_teacher(stage: Stage, student: Config) -> Detr:
-    """The finished teacher of a stage. Raises UserError when its checkpoint is of another architecture."""
+def finished_checkpoint(stage: Stage) -> dict[str, Any]:
+    """What the stage's training left. Raises UserError where it has not been trained."""
     if not stage.checkpoint.exists():
         raise UserError(
             f"{stage.checkpoint}: the {stage.name} teacher is not trained yet; run --stage {stage.name}"
         )
+    return load_checkpoint(stage.checkpoint)
+
+
+def load_teacher(stage: Stage, student: Config, checkpoint: Mapping[str, Any]) -> Detr:
+    """The finished teacher of a stage. Raises UserError where its checkpoint is of another architecture or budget."""
     for key in ("width", "num_levels"):
         own, wanted = getattr(stage.config.model, key), getattr(student.model, key)
         if own != wanted:
             raise UserError(
                 f"the {stage.name} teacher has model.{key} = {own}, its student {wanted}: they must agree"
             )
-    return load_detector(stage.config, load_checkpoint(stage.checkpoint), stage.checkpoint)
+    model = load_detector(stage.config, checkpoint, stage.checkpoint)
+    stored, wanted = (
+        config.model.selector.keep_ratio if config.model.selector is not None else None
+        for config in (config_of(checkpoint, stage.checkpoint), stage.config)
+    )
+    if stored != wanted:
+        mend = "name another checkpoint"
+        if checkpoint.get("published"):
+            mend += f", or convert this one with model.selector.keep_ratio={wanted} if that is what it keeps"
+        raise UserError(
+            f"{stage.checkpoint}: keeps {stored}, but the {stage.name} teacher is to keep {wanted}: {mend}"
+        )
+    return model

@@ -38,6 +38,7 @@ from ats_detr.training.datasets import Loaders, build_loaders
 from ats_detr.training.distillation import DualTeacher
 from ats_detr.training.logging import RunLog, console, say
 from ats_detr.training.optim import build_optimizer, learning_rate_factor, set_learning_rates
+from ats_detr.training.origin import ADJUSTABLE, check_same_origin
 from ats_detr.training.transfer import transfer_weights
 
 logger = logging.getLogger(__name__)
@@ -56,28 +57,54 @@ class Progress:
     """Completed epochs."""
     step: int = 0
     """Completed steps."""
-    best_ap: float = 0.0
     train_seconds: float = 0.0
 
 
+@dataclass(frozen=True)
+class Teachers:
+    """The teachers of a student, and what their checkpoints say of them."""
+
+    supervision: DualTeacher
+    weights: Mapping[str, str]
+    """Digest of each one's weights, by name."""
+    classes: Mapping[str, ClassMap]
+    """What the class rows mean of those that say it, by name."""
+
+
 def train(
-    config: Config, folder: Path, name: str, device: torch.device, teachers: DualTeacher | None = None
+    config: Config,
+    folder: Path,
+    name: str,
+    device: torch.device,
+    teachers: Teachers | None = None,
+    *,
+    init_from: Path | None = None,
 ) -> None:
     """Train the model of `config` until `folder` holds its finished checkpoint and metrics.json.
 
     Goes on from the folder's checkpoint unless `train.resume` is `never`. Every process of a run calls it.
+
+    Args:
+        name: shown to the user.
+        init_from: the file that `train.init_from` means.
     """
     loaders = build_loaders(config.data, config.seed, pin_memory=device.type == "cuda")
-    checkpoint = find_checkpoint(config, folder / RESUMABLE)
+    facts: dict[str, Any] = {
+        "classes": loaders.class_map.to_dict(),
+        "num_processes": distributed.world_size(),
+        "teacher_weights": dict(teachers.weights) if teachers is not None else {},
+    }
+    checkpoint = find_checkpoint(config, facts, folder / RESUMABLE)
     torch.manual_seed(config.seed)  # the same weights on every process ...
-    model = prepare_model(config, loaders.class_map, fresh=checkpoint is None).to(device)
+    if checkpoint is None:
+        model = prepare_model(config, loaders.class_map, init_from).to(device)
+    else:
+        model = build_without_fetching(config, checkpoint["num_classes"]).to(device)
     torch.manual_seed(config.seed + distributed.rank())  # ... but other augmentations and dropout
     global_batch = config.data.batch_size * distributed.world_size()
     optimizer = build_optimizer(model, config.train, global_batch)
-    for teacher in (teachers.weak, teachers.strong) if teachers is not None else ():
-        if teacher.num_classes != model.num_classes:
-            rows = f"{teacher.num_classes} class rows, the student {model.num_classes}"
-            raise UserError(f"a teacher was trained on other classes than the student's data has: {rows}")
+    if teachers is not None:
+        check_classes(teachers, model, loaders.class_map)
     criterion = build_criterion(config, model.num_classes)
     progress = Progress()
     if checkpoint is not None:
@@ -85,6 +112,8 @@ def train(
     if distributed.is_main():
         make_folder(folder)
         save_config(config, folder / "config.yaml")
+    if checkpoint is None:
+        discard_results(folder)
     log = RunLog(folder, name, progress.step)
     say(describe_run(config, name, model, optimizer, loaders, progress))
 
@@ -92,18 +121,18 @@ def train(
     trained = parallel(model, device)
     for epoch in range(progress.epoch, config.train.epochs):
         started = time.monotonic()
-        train_epoch(config, epoch, trained, criterion, teachers, optimizer, loaders, progress, log, device)
+        supervision = teachers.supervision if teachers is not None else None
+        train_epoch(config, epoch, trained, criterion, supervision, optimizer, loaders, progress, log, device)
         progress.train_seconds += time.monotonic() - started
         progress.epoch = epoch + 1
         is_last = progress.epoch == config.train.epochs
         if is_last or (config.train.evaluate_every and progress.epoch % config.train.evaluate_every == 0):
             metrics = evaluate(model, loaders.val, device).to_dict()
-            progress.best_ap = max(progress.best_ap, metrics["AP"] or 0.0)
             log.write(progress.step, progress.epoch, metrics, kind="evaluation")
             say(f"{name} epoch {progress.epoch}: {describe_metrics(metrics)}")
         if is_last or progress.epoch % config.train.checkpoint_every == 0:
             final_metrics = metrics if is_last else None
-            save(config, folder, model, optimizer, loaders.class_map, progress, final_metrics, device)
+            save(config, facts, folder, model, optimizer, progress, final_metrics, device)
     log.close()
     distributed.barrier()
 
@@ -206,23 +235,45 @@ def make_folder(folder: Path) -> None:
         ) from error
 
 
-def prepare_model(config: Config, class_map: ClassMap, *, fresh: bool = True) -> Detr:
-    """The model at the start of training, on the CPU; not `fresh`: its weights are about to come from a checkpoint."""
+def discard_results(folder: Path) -> None:
+    """Remove what an earlier training left: nobody may take it for the result of the one that starts now."""
+    distributed.barrier()  # every process has read what it needs of it
+    if distributed.is_main():
+        for name in (FINISHED, RESUMABLE, "metrics.json"):
+            (folder / name).unlink(missing_ok=True)
+
+
+def prepare_model(config: Config, class_map: ClassMap, init_from: Path | None = None) -> Detr:
+    """The model at the start of training, on the CPU."""
     num_classes = config.model.num_classes or class_map.num_rows
     if num_classes < class_map.num_rows:
         raise UserError(
             f"model.num_classes = {num_classes}: the annotations have {class_map.num_rows} class rows;"
             " raise it, or set it to null to have them counted"
         )
-    if not fresh:
-        return build_without_fetching(config, num_classes)
     model = build_model(config.model, num_classes)
     if config.model.backbone.weights is not None:
         weights = config.model.backbone.weights
         say(load_backbone_weights(model.backbone, read_file(weights), weights))
-    if config.train.init_from is not None:
-        console.print(transfer_weights(model, class_map, config.train.init_from).table())
+    if init_from is not None:
+        console.print(transfer_weights(model, class_map, init_from).table())
     return model
+
+
+def check_classes(teachers: Teachers, student: Detr, class_map: ClassMap) -> None:
+    """The teachers' class rows mean what the student's mean. Raises UserError."""
+    other = "was trained on other classes than the student's data has"
+    for name, teacher in (("weak", teachers.supervision.weak), ("strong", teachers.supervision.strong)):
+        if teacher.num_classes != student.num_classes:
+            rows = f"{teacher.num_classes} class rows, the student {student.num_classes}"
+            raise UserError(f"the {name} teacher {other}: {rows}")
+        if name in teachers.classes:
+            for row in range(student.num_classes):
+                taught, own = teachers.classes[name].name_of_row(row), class_map.name_of_row(row)
+                if taught != own:
+                    raise UserError(
+                        f"the {name} teacher {other}: row {row} is {taught!r} there, here {own!r}"
+                    )
 
 
 def build_criterion(config: Config, num_classes: int) -> SetCriterion:
@@ -246,21 +297,33 @@ def parallel(model: Detr, device: torch.device) -> nn.Module:
     )
 
 
-def find_checkpoint(config: Config, path: Path) -> dict[str, Any] | None:
-    """The run's own checkpoint, if there is one to go on from."""
+def find_checkpoint(config: Config, facts: Mapping[str, Any], path: Path) -> dict[str, Any] | None:
+    """The run's own checkpoint, if there is one to go on from. Raises UserError where it is of another training."""
     if config.train.resume == "never" or not path.exists():
         return None
-    return load_checkpoint(path)
+    checkpoint = load_checkpoint(path)
+    check_same_origin(checkpoint, path, config, facts, ADJUSTABLE)
+    if checkpoint["epoch"] >= config.train.epochs:
+        raise UserError(
+            f"{path}: has done {checkpoint['epoch']} epochs, but train.epochs = {config.train.epochs}:"
+            f" give more than {checkpoint['epoch']}, or train again with train.resume=never"
+        )
+    return checkpoint
 
 
 def resume(
     checkpoint: Mapping[str, Any], path: Path, model: Detr, optimizer: AdamW, device: torch.device
 ) -> Progress:
-    """Restore everything that training changes from the run's own checkpoint. Strict: nothing may be missing."""
+    """Restore everything that training changes from the run's own checkpoint. Strict: nothing may be missing.
+
+    Learning rates and weight decay stay as the optimiser was built: they may have been changed since.
+    """
     load_weights(model, checkpoint["model"], path)
+    asked = [{key: group[key] for key in group if key != "params"} for group in optimizer.param_groups]
     optimizer.load_state_dict(checkpoint["optimizer"])
-    if len(checkpoint["rng"]) == distributed.world_size():
-        restore_rng(checkpoint["rng"][distributed.rank()], device)
+    for group, settings in zip(optimizer.param_groups, asked, strict=True):
+        group.update(settings)
+    restore_rng(checkpoint["rng"][distributed.rank()], device)
     progress = {field.name: checkpoint[field.name] for field in dataclasses.fields(Progress)}
     logger.info("going on from %s after epoch %d", path, progress["epoch"])
     return Progress(**progress)
@@ -268,10 +331,10 @@ def resume(
 
 def save(
     config: Config,
+    facts: Mapping[str, Any],
     folder: Path,
     model: Detr,
     optimizer: AdamW,
-    class_map: ClassMap,
     progress: Progress,
     metrics: dict[str, Any] | None,
     device: torch.device,
@@ -284,7 +347,7 @@ def save(
         "model": model.state_dict(),
         "config": config_to_dict(config),
         "num_classes": model.num_classes,
-        "classes": class_map.to_dict(),
+        **facts,
         **dataclasses.asdict(progress),
         "finished": metrics is not None,
     }

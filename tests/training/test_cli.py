@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -110,6 +111,26 @@ def test_a_finished_stage_of_other_settings_is_not_taken_for_the_wanted_one(chai
     assert "was trained with other settings (train.epochs = 2, now 3)" in done.err
 
 
+def test_a_finished_stage_that_started_from_another_one_is_refused(chain: Path) -> None:
+    done = run("train.py", "--config", chain / "student.yaml", "train.init_from=weak")
+    assert_one_line(done, "was trained with other settings (train.init_from = 'strong', now 'weak')")
+
+
+def test_a_finished_student_of_other_teachers_is_refused(chain: Path, tmp_path: Path) -> None:
+    other = tmp_path / "weak.pt"
+    spoil_checkpoint(
+        chain / "run" / "weak" / "final.pt", other, lambda c: next(iter(c["model"].values())).add_(1)
+    )
+    done = run("train.py", "--config", chain / "student.yaml", f"teachers.weak.checkpoint={other}")
+    assert_one_line(done, "was trained with other settings (teacher_weights.weak = ")
+
+
+def spoil_checkpoint(source: Path, destination: Path, spoil: Callable[[dict[str, Any]], object]) -> None:
+    checkpoint = torch.load(source)
+    spoil(checkpoint)
+    torch.save(checkpoint, destination)
+
+
 def test_evaluation_prints_and_writes_the_same_numbers_as_training(chain: Path, tmp_path: Path) -> None:
     done = run("eval.py", *evaluation_of(chain, tmp_path), "data.eval_batch_size=3")
     assert done.code == 0, done.err
@@ -175,6 +196,38 @@ def test_a_teacher_of_another_architecture_is_refused_before_anything_is_written
     assert not (tmp_path / "run").exists()
 
 
+def test_teachers_in_each_others_place_are_refused(chain: Path, tmp_path: Path) -> None:
+    given = [
+        f"teachers.{name}.checkpoint={chain / 'run' / other / 'final.pt'}"
+        for name, other in (("weak", "strong"), ("strong", "weak"))
+    ]
+    done = run("train.py", "--config", chain / "student.yaml", f"output_dir={tmp_path / 'run'}", *given)
+    assert_one_line(done, "keeps 0.6, but the weak teacher is to keep 0.3")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_teacher_whose_class_rows_mean_something_else_is_refused(chain: Path, tmp_path: Path) -> None:
+    def rename(checkpoint: dict[str, Any]) -> None:
+        checkpoint["classes"]["categories"][2]["name"] = "newcomer"
+
+    other = tmp_path / "strong.pt"
+    spoil_checkpoint(chain / "run" / "strong" / "final.pt", other, rename)
+    given = (
+        f"teachers.weak.checkpoint={chain / 'run' / 'weak' / 'final.pt'}",
+        f"teachers.strong.checkpoint={other}",
+    )
+    done = run("train.py", "--config", chain / "student.yaml", f"output_dir={tmp_path / 'run'}", *given)
+    assert_one_line(
+        done, "the strong teacher was trained on other classes than the student's data has: row 2"
+    )
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_teacher_with_another_budget_than_the_students_is_refused(chain: Path) -> None:
+    done = run("train.py", "--config", chain / "student.yaml", "model.selector.min_ratio=0.2")
+    assert_one_line(done, "keeps 0.3, but model.selector.min_ratio of its student is 0.2: they must agree")
+
+
 def test_a_given_teacher_that_does_not_exist_is_named(chain: Path) -> None:
     done = run("train.py", "--config", chain / "student.yaml", "teachers.weak.checkpoint=/nowhere.pt")
     assert_one_line(done, "teachers.weak.checkpoint = '/nowhere.pt': there is no such file")
@@ -183,7 +236,7 @@ def test_a_given_teacher_that_does_not_exist_is_named(chain: Path) -> None:
 def test_a_backbone_that_timm_does_not_have_is_named(tmp_path: Path) -> None:
     config = write_small_chain(tmp_path)
     done = run("train.py", "--config", config, "model.backbone.name=resnet19")
-    assert_one_line(done, "timm has no backbone 'resnet19'")
+    assert_one_line(done, "timm cannot make backbone 'resnet19'")
     assert not (tmp_path / "run").exists()
 
 

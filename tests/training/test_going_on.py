@@ -1,0 +1,111 @@
+"""A run goes on where it was, or is refused: never under other settings, never from what another training left."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from ats_detr.config import load_config
+from ats_detr.errors import UserError
+from ats_detr.training import trainer
+from ats_detr.training.origin import digest
+from ats_detr.training.stages import plan_stages, train_stages
+from tests.training.small import small_tree
+
+
+def train(folder: Path, *overrides: str) -> None:
+    config = load_config(folder / "config.yaml", overrides)
+    train_stages(plan_stages(config, overrides), "all", torch.device("cpu"))
+
+
+def train_until_killed(folder: Path, *overrides: str, num_saved: int) -> None:
+    """Train; the process ends just before it would save for the `num_saved` + 1-th time."""
+    saved = []
+
+    def save_or_die(*arguments: Any) -> None:
+        if len(saved) == num_saved:
+            raise KeyboardInterrupt
+        saved.append(arguments)
+        save(*arguments)
+
+    save = trainer.save_checkpoint
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer, "save_checkpoint", save_or_die)
+        with pytest.raises(KeyboardInterrupt):
+            train(folder, *overrides)
+
+
+def write_config(folder: Path, **changes: Any) -> None:
+    (folder / "config.yaml").write_text(yaml.safe_dump(small_tree(folder, **changes)))
+
+
+@pytest.fixture
+def half_done(tmp_path: Path) -> Path:
+    """A run that was killed after the first of two epochs of four steps."""
+    write_config(tmp_path)
+    train_until_killed(tmp_path, num_saved=1)
+    return tmp_path
+
+
+def test_a_run_goes_on_with_the_learning_rates_and_weight_decay_that_are_asked_for(half_done: Path) -> None:
+    rates = ("train.learning_rate=1e-4", "train.backbone_learning_rate=1e-5", "train.weight_decay=0.5")
+    train_until_killed(half_done, *rates, "train.epochs=3", num_saved=1)
+    log = [json.loads(line) for line in (half_done / "run" / "log.jsonl").read_text().splitlines()]
+    logged = [line["learning_rate"] for line in log if line["kind"] == "train"]
+    assert logged[:8] == pytest.approx([1e-3] * 4 + [1e-4] * 4)
+    groups = torch.load(half_done / "run" / "checkpoint.pt")["optimizer"]["param_groups"]
+    assert {group["name"]: group["lr"] for group in groups} == pytest.approx(
+        {"rest": 1e-4, "backbone": 1e-5, "offsets": 1e-5}
+    )
+    assert {group["weight_decay"] for group in groups} == {0.5}
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("seed=1", "seed = 42, now 1"),
+        ("model.selector.keep_ratio=0.5", "model.selector.keep_ratio = 0.3, now 0.5"),
+        ("data.batch_size=2", "data.batch_size = 4, now 2"),
+        ("data.synthetic.seed=1", "data.synthetic.seed = 0, now 1"),
+    ],
+)
+def test_a_run_does_not_go_on_with_what_would_make_it_another(
+    half_done: Path, override: str, words: str
+) -> None:
+    with pytest.raises(UserError, match=words):
+        train(half_done, override)
+
+
+def test_a_run_does_not_go_on_with_other_classes_or_processes(half_done: Path) -> None:
+    path = half_done / "run" / "checkpoint.pt"
+    checkpoint = torch.load(path)
+    torch.save(checkpoint | {"num_processes": 2}, path)
+    with pytest.raises(UserError, match="num_processes = 2, now 1"):
+        train(half_done)
+    torch.save(checkpoint, path)
+    for file in half_done.glob("data/*/annotations/*.json"):
+        content = json.loads(file.read_text())
+        content["categories"][1]["name"] = "newcomer"
+        file.write_text(json.dumps(content))
+    with pytest.raises(UserError, match=r"classes\.categories\.1\.name = .*, now 'newcomer'"):
+        train(half_done)
+
+
+def test_fewer_epochs_than_are_done_are_refused(half_done: Path) -> None:
+    with pytest.raises(UserError, match=r"has done 1 epochs, but train\.epochs = 1"):
+        train(half_done, "train.epochs=1")
+
+
+def test_a_killed_retraining_leaves_nothing_of_the_training_before_it(tmp_path: Path) -> None:
+    write_config(tmp_path, train={"epochs": 1})
+    train(tmp_path)
+    first = torch.load(tmp_path / "run" / "final.pt")["model"]
+    train_until_killed(tmp_path, "seed=1", "train.resume=never", num_saved=0)
+    assert not list((tmp_path / "run").glob("*.pt"))
+    train(tmp_path, "seed=1")
+    assert digest(torch.load(tmp_path / "run" / "final.pt")["model"]) != digest(first)
