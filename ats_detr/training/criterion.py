@@ -64,7 +64,7 @@ class SetCriterion(nn.Module):
         """The losses by name, in float32 whatever the precision around, with metrics that carry no gradient.
 
         Args:
-            num_boxes: objects of all processes divided by their number, at least 1.
+            num_boxes: objects of all processes, at least 1, divided by the number of processes.
 
         Returns:
             The losses of `weights` that this model has; and, to be logged only, `class_error` (percent of the

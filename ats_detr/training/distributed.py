@@ -21,7 +21,7 @@ def process_group(device: str) -> Iterator[torch.device]:
     """The device of this process; between entry and exit the processes of torchrun are connected.
 
     Args:
-        device: `auto` (CUDA if there is any, else the CPU) or a torch device. NCCL connects GPUs, gloo CPUs.
+        device: `auto` (CUDA if there is any, else the CPU), `cpu`, `cuda` or `cuda:1`. NCCL connects GPUs, gloo CPUs.
     """
     chosen = _choose_device(device)
     launched = "RANK" in os.environ and "WORLD_SIZE" in os.environ
@@ -43,8 +43,10 @@ def _choose_device(device: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         chosen = torch.device(device)
-    except RuntimeError as error:
-        raise UserError(f"device = {device!r}: give auto, cpu or cuda") from error
+    except RuntimeError:
+        chosen = None
+    if chosen is None or chosen.type not in ("cpu", "cuda"):
+        raise UserError(f"device = {device!r}: give auto, cpu or cuda")
     if chosen.type == "cuda" and not torch.cuda.is_available():
         raise UserError(f"device = {device!r}: this machine or this torch has no CUDA; give auto or cpu")
     return chosen
@@ -108,7 +110,7 @@ def global_num_boxes(targets: Sequence[Target], device: torch.device) -> torch.T
     of objects: the same as one process on the whole batch. (The published code clamps after the division, which
     differs where a global batch has fewer objects than there are processes.)
     """
-    count = torch.tensor(float(sum(len(target.labels_N) for target in targets)), device=device)
+    count = torch.tensor(float(sum(len(target.labels_N) for target in targets))).to(device, non_blocking=True)
     if world_size() > 1:
         dist.all_reduce(count)
     return count.clamp(min=1) / world_size()

@@ -89,7 +89,8 @@ class HungarianMatcher:
                 taken += cost.size
             first_object += num_objects
         merged = [np.concatenate(found, axis=1) for found in pairs]
-        on_device = torch.from_numpy(np.concatenate(merged, axis=1)).to(layers[0].boxes_R4.device)
+        on_host_pairs = torch.from_numpy(np.concatenate(merged, axis=1))
+        on_device = on_host_pairs.to(layers[0].boxes_R4.device, non_blocking=True)
         return [Match(*part) for part in on_device.split([found.shape[1] for found in merged], dim=1)]
 
     def costs_of_image(self, layers: Sequence[PredictionRows], image: int, target: Target) -> Tensor:
