@@ -49,10 +49,6 @@ class ImageRecord:
     def keep_ratio(self) -> float:
         return self.num_kept_tokens / self.num_valid_tokens
 
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-ready."""
-        return {**vars(self), "keep_ratio": self.keep_ratio}
-
 
 @dataclass(frozen=True)
 class AveragePrecision:
@@ -100,13 +96,10 @@ class Metrics:
 
     @property
     def budget_object_spearman(self) -> float:
-        """Rank correlation of the chosen budget and the number of objects; NaN if either is constant."""
-        budgets = [
-            record.keep_ratio if record.budget_class is None else record.budget_class
-            for record in self.images
-        ]
+        """Rank correlation of the chosen budget and the number of objects; NaN if either is constant, or not chosen."""
+        budgets = [record.budget_class for record in self.images]
         objects = [record.num_objects for record in self.images]
-        if len(set(budgets)) < 2 or len(set(objects)) < 2:
+        if None in budgets or len(set(budgets)) < 2 or len(set(objects)) < 2:
             return math.nan
         return float(spearmanr(objects, budgets).statistic)
 
@@ -146,7 +139,8 @@ def evaluate(
     (`EvaluationLoader` with rank and world_size) and the processes wait for each other once, at the end. The
     model is put in evaluation mode and back. Pass the bare model, not DistributedDataParallel.
 
-    Raises ImageFileError, on every process, if one of them meets an image that cannot be read.
+    Raises, on every process, ImageFileError if one of them meets an image that cannot be read, and UserError if there
+    is no image that can be.
     """
     was_training = model.training
     model.eval()
@@ -165,6 +159,8 @@ def evaluate(
     for share in shares:
         if share.error is not None:
             raise ImageFileError(share.error)
+    if not any(share.records for share in shares):
+        raise UserError(f"{loader.dataset.annotations.file}: none of its images can be read")
     metrics = None
     if not dist.is_initialized() or dist.get_rank() == 0:
         metrics = _summarise(shares, loader, evaluator)

@@ -173,7 +173,7 @@ def plot_budgets(metrics: Metrics) -> Figure:
     )
     axis.set_xlabel("objects in the image", color=INK)
     axis.set_ylabel("tokens kept (%)", color=INK)
-    axis.set_ylim(bottom=0)
+    axis.set_ylim(0, 1.1 * float(ratios.max()))  # the points of a constant budget are not cut at the edge
     correlation = metrics.budget_object_spearman
     found = "the budget is constant" if math.isnan(correlation) else f"Spearman r = {correlation:.2f}"
     axis.set_title(f"Budget against difficulty: {found}, {len(objects)} images", fontsize=11, color=INK)
@@ -202,15 +202,18 @@ def save_pictures(
     *,
     min_score: float = 0.4,
 ) -> list[Path]:
-    """Write <image id>_detections.png and, for models that select tokens, <image id>_tokens.png of each
-    image.
+    """Write <rank>_<image id>_detections.png and, for models that select tokens, ..._tokens.png of each image.
 
+    Rank 00 is the image with the fewest objects.
     `loader` holds just the images to draw, e.g. EvaluationLoader(..., indices=spread_over_difficulty(dataset,
     8)). The model is put in evaluation mode and back. Call it in one process.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     dataset, written = loader.dataset, []
+    indices = [index for batch in loader.global_batches for index in batch]
+    by_objects = sorted(indices, key=lambda index: (len(dataset.objects(index)[1]), index))
+    rank = {dataset.image_id(index): place for place, index in enumerate(by_objects)}
     was_training = model.training
     model.eval()
     for batch, targets in loader:
@@ -218,7 +221,9 @@ def save_pictures(
         detections = top_detections(output.last, [target.original_size for target in targets])
         for i, target in enumerate(targets):
             image = dataset.read_image(int(np.searchsorted(dataset.annotations.image_ids, target.image_id)))
-            path = folder / f"{target.image_id:06d}_detections.png"
+            num_objects = len(target.labels_N)
+            stem = f"{rank[target.image_id]:02d}_{target.image_id:06d}"
+            path = folder / f"{stem}_detections.png"
             draw_detections(image, detections[i], dataset.class_map, min_score=min_score).save(path)
             written.append(path)
             if output.selection is None:
@@ -230,10 +235,10 @@ def save_pictures(
                 output.level_shapes,
                 resized_size=batch.sizes[i],
                 padded_size=(batch.images_B3HW.shape[2], batch.images_B3HW.shape[3]),
-                title=f"image {target.image_id}, {len(target.labels_N)} objects: "
+                title=f"image {target.image_id}, {num_objects} {'object' if num_objects == 1 else 'objects'}: "
                 f"keeps {kept} of {valid} tokens ({kept / valid:.0%})",
             )
-            path = folder / f"{target.image_id:06d}_tokens.png"
+            path = folder / f"{stem}_tokens.png"
             figure.savefig(path)
             written.append(path)
     model.train(was_training)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -20,6 +21,7 @@ from ats_detr.config import BackboneConfig, ModelConfig, SelectorConfig
 from ats_detr.data.coco import ClassMap, CocoAnnotations, CocoDetection, ImageFileError
 from ats_detr.data.loader import EvaluationLoader
 from ats_detr.data.synthetic import synthetic_dataset
+from ats_detr.errors import UserError
 from ats_detr.evaluation import Metrics, average_precision, detection_rows, evaluate
 from ats_detr.kernels import TokenPlan
 from ats_detr.model import build_model
@@ -125,7 +127,6 @@ def test_metrics_survive_json_with_none_for_what_cannot_be_measured(dataset):
     assert restored["AP"] == pytest.approx(1)
     assert restored["APl"] is None  # no object of more than 96 x 96 pixels
     assert restored["num_images"] == NUM_IMAGES
-    json.dumps([record.to_dict() for record in metrics.images])
 
 
 @pytest.mark.parametrize("evaluator", ["pycocotools", "hotcoco"])
@@ -277,6 +278,20 @@ def test_skipped_images_are_counted_and_left_out(dataset, damaged):
     assert metrics.num_skipped == 1
     assert len(metrics.images) == NUM_IMAGES - 1
     assert metrics.precision.ap == pytest.approx(1)
+
+
+def test_images_of_which_none_can_be_read_are_an_error(dataset, tmp_path):
+    for i in range(len(dataset)):
+        (tmp_path / dataset.path(i).name).write_bytes(b"no image")
+    skipping = CocoDetection(tmp_path, dataset.annotations.file, on_bad_image="skip")
+    with pytest.raises(UserError, match="none of its images can be read"):
+        evaluate(Oracle(dataset), EvaluationLoader(skipping, **SIZES), "cpu")
+
+
+def test_a_fixed_budget_has_no_correlation_with_the_number_of_objects(dataset):
+    metrics = evaluate(Oracle(dataset), EvaluationLoader(dataset, **SIZES), "cpu")
+    fixed = tuple(dataclasses.replace(record, budget_class=None) for record in metrics.images)
+    assert dataclasses.replace(metrics, images=fixed).to_dict()["budget_object_spearman"] is None
 
 
 def test_a_bad_image_stops_the_evaluation(dataset, damaged):

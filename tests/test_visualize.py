@@ -118,7 +118,9 @@ def test_kept_tokens_are_bright_at_their_place_and_the_others_dimmed():
 
 def metrics(num_kept: list[int]) -> Metrics:
     records = tuple(
-        ImageRecord(image_id=i, num_objects=i, num_valid_tokens=100, num_kept_tokens=kept, budget_class=None)
+        ImageRecord(
+            image_id=i, num_objects=i, num_valid_tokens=100, num_kept_tokens=kept, budget_class=kept // 10
+        )
         for i, kept in enumerate(num_kept)
     )
     return Metrics(precision=AveragePrecision(*[0.5] * 6), images=records, num_budgets=0, num_skipped=0)
@@ -130,7 +132,9 @@ def test_budget_figure_shows_the_correlation_and_the_means():
     assert "Spearman r = 1.00, 4 images" in axis.get_title()
     np.testing.assert_allclose(axis.lines[0].get_xydata(), [[0, 10], [1, 20], [2, 30], [3, 40]])
     assert math.isclose(axis.lines[1].get_ydata()[0], 25)
-    assert "the budget is constant" in plot_budgets(metrics([10, 10, 10])).axes[0].get_title()
+    constant = plot_budgets(metrics([10, 10, 10])).axes[0]
+    assert "the budget is constant" in constant.get_title()
+    assert constant.get_ylim()[1] > 10.5, "the points are not cut at the edge"
 
 
 @pytest.fixture(scope="module")
@@ -184,7 +188,9 @@ def test_pictures_of_every_image_are_written(dataset, tmp_path: Path, selects):
     written = save_pictures(Stub(selects=selects), loader, "cpu", tmp_path / "pictures")
     assert sorted(written) == sorted((tmp_path / "pictures").iterdir())
     kinds = ["detections.png", "tokens.png"] if selects else ["detections.png"]
-    assert sorted(path.name.split("_")[1] for path in written) == sorted(kinds * 3)
+    assert sorted(path.name.split("_")[2] for path in written) == sorted(kinds * 3)
+    first = min(dataset.image_id(i) for i in range(len(dataset)) if len(dataset.objects(i)[1]) == 1)
+    assert f"00_{first:06d}_detections.png" in {path.name for path in written}
     for path in written:
         with Image.open(path) as picture:
             assert min(picture.size) > 300
