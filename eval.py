@@ -27,7 +27,7 @@ def main() -> None:
         "--output", type=Path, help="folder for metrics.json and pictures; default: beside the checkpoint"
     )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as data.eval_batch_size=8")
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
     if arguments.config:
         config = load_config(arguments.config, arguments.overrides)
     else:

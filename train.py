@@ -28,7 +28,7 @@ def main() -> None:
         metavar="key=value",
         help="settings that win over the file's, such as train.epochs=12; they reach the teachers too",
     )
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
     config = load_config(arguments.config, arguments.overrides)
     stages = plan_stages(config, arguments.overrides)
     with distributed.process_group(config.device) as device:

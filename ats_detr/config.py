@@ -254,6 +254,9 @@ class DataConfig:
         _check_positive(self, "short_side", "long_side", "size_multiple", "batch_size", "eval_batch_size")
         _check(self.num_workers >= 0, "num_workers", self.num_workers, "give 0 or more")
         _check(len(self.train_short_sides) > 0, "train_short_sides", (), "give at least one length in pixels")
+        for key in ("train_short_sides", "crop_short_sides"):
+            sides = getattr(self, key)
+            _check(min(sides, default=1) > 0, key, sides, "give lengths above 0")
         _check(
             0 < self.crop_size[0] <= self.crop_size[1],
             "crop_size",

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import errno
+import os
 import sys
+import time
 from collections.abc import Callable
+from typing import NoReturn
 
 
 class UserError(ValueError):
@@ -14,18 +17,26 @@ class UserError(ValueError):
 def run_cli(main: Callable[[], None]) -> None:
     """Run `main`; a UserError or a full disk ends the process with one line on stderr and exit code 2.
 
+    Of the processes of torchrun only the first speaks, if it made the same mistake: the others give it five seconds, in
+    which torchrun ends them.
+
     Everything else keeps its traceback: it is a bug, and the traceback is what a report needs.
     """
     try:
         main()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        _end(str(error))
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        print(f"error: no space left for {error.filename or 'a file'}", file=sys.stderr)
-        sys.exit(2)
+        _end(f"no space left for {error.filename or 'a file'}")
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+
+
+def _end(message: str) -> NoReturn:
+    if os.environ.get("RANK", "0") != "0":
+        time.sleep(5)
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)

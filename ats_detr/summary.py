@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,7 +21,7 @@ from ats_detr.training import distributed
 from ats_detr.training.datasets import build_evaluation_loader
 from ats_detr.training.logging import console, say
 from ats_detr.training.stages import Stage
-from ats_detr.training.trainer import make_folder
+from ats_detr.training.trainer import make_folder, warn_of_minimum
 from ats_detr.visualize import plot_budgets, save_pictures
 
 _AP_NAMES = {
@@ -45,9 +44,10 @@ def evaluate_checkpoint(config: Config, path: Path, folder: Path, device: torch.
     loader = build_evaluation_loader(config.data, class_map)
     make_folder(folder)
     metrics = evaluate(model, loader, device, show_progress=console.is_terminal)
+    warn_of_minimum(config, metrics)
     if distributed.is_main():
         print_metrics(metrics)
-        write_json(metrics.to_dict(), folder / "metrics.json")
+        checkpoints.write_json(metrics.to_dict(), folder / "metrics.json")
         write_pictures(config, model, class_map, metrics, folder, device)
         say(f"written to {folder}: metrics.json and pictures")
     distributed.barrier()
@@ -59,7 +59,8 @@ def summarise(stages: Mapping[str, Stage], folder: Path, device: torch.device) -
 
     summary.json: for each stage AP and AP50 (0..1), the mean share of the tokens kept and the encoder's giga
     multiply-adds per image; the rank correlation of the student's budgets with the number of objects; the number of
-    images; the minutes that all trainings took (given teachers have none). Every process of a distributed run calls it.
+    images; the minutes that all trainings took (published teachers do not tell theirs). Every process of a
+    distributed run calls it.
     """
     summary: dict[str, Any] = {}
     student = stages["student"]
@@ -81,7 +82,7 @@ def summarise(stages: Mapping[str, Stage], folder: Path, device: torch.device) -
     if distributed.is_main():
         summary["train_minutes"] = seconds / 60
         print_comparison(summary)
-        write_json(summary, folder / "summary.json")
+        checkpoints.write_json(summary, folder / "summary.json")
         say(f"written to {folder}: budgets.png, pictures and summary.json")
     distributed.barrier()
 
@@ -111,13 +112,6 @@ def write_pictures(
     save_pictures(model, loader, device, folder / "pictures")
     if metrics.num_budgets:
         plot_budgets(metrics).savefig(folder / "budgets.png")
-
-
-def write_json(content: Mapping[str, Any], path: Path) -> None:
-    """Write whole or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(content, indent=2) + "\n")
-    temporary.replace(path)
 
 
 def print_metrics(metrics: Metrics) -> None:

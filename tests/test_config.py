@@ -103,6 +103,8 @@ def test_a_saved_config_reads_back_equal(tmp_path: Path) -> None:
         ("data.cache_images=1", "data.cache_images = 1: give true or false"),
         ("data.crop_size=[1,2,3]", "data.crop_size = [1, 2, 3]: give a list of 2"),
         ("data.train_short_sides=[640,big]", "data.train_short_sides[1] = 'big': give a whole number"),
+        ("data.train_short_sides=[0]", "data.train_short_sides = (0,): give lengths above 0"),
+        ("data.crop_short_sides=[-400]", "data.crop_short_sides = (-400,): give lengths above 0"),
         ("model.selector.keep_ratio=1.5", "model.selector.keep_ratio = 1.5: give a share above 0"),
         ("model.selector.min_ratio=0.1", "model.selector.max_ratio = None: set keep_ratio, or both"),
         ("model.selector=0.1", "model.selector = 0.1: expected settings"),

@@ -78,6 +78,13 @@ def save_checkpoint(checkpoint: Mapping[str, Any], path: Path) -> None:
         raise UserError(f"{path}: cannot write this checkpoint ({reason}); {kept}") from error
 
 
+def write_json(content: Mapping[str, Any], path: Path) -> None:
+    """Write whole or not at all."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(content, indent=2) + "\n")
+    temporary.replace(path)
+
+
 def _as_safetensors(checkpoint: Mapping[str, Any]) -> bytes:
     tensors = {name: tensor.contiguous() for name, tensor in checkpoint["model"].items()}
     others = {key: value for key, value in checkpoint.items() if key not in ("model", "optimizer", "rng")}

@@ -41,7 +41,7 @@ class _ConsoleHandler(logging.Handler):
 
 
 class RunLog:
-    """The log of one stage: `log.jsonl` and `tensorboard/` in its folder, and the console.
+    """The log of one stage: `log.jsonl` and `tensorboard/` in its folder, and the console. The first process's values.
 
     Args:
         folder: of the stage.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 import math
 import time
@@ -21,7 +20,7 @@ from ats_detr.batch import ImageBatch, Target
 from ats_detr.config import Config, config_to_dict, save_config
 from ats_detr.data.coco import ClassMap
 from ats_detr.errors import UserError
-from ats_detr.evaluation import evaluate
+from ats_detr.evaluation import Metrics, evaluate
 from ats_detr.model import Detr, build_model
 from ats_detr.model.backbone import load_weights as load_backbone_weights
 from ats_detr.model.output import DetectorOutput
@@ -32,6 +31,7 @@ from ats_detr.training.checkpoint import (
     load_weights,
     read_file,
     save_checkpoint,
+    write_json,
 )
 from ats_detr.training.criterion import SetCriterion
 from ats_detr.training.datasets import Loaders, build_loaders
@@ -127,7 +127,9 @@ def train(
         progress.epoch = epoch + 1
         is_last = progress.epoch == config.train.epochs
         if is_last or (config.train.evaluate_every and progress.epoch % config.train.evaluate_every == 0):
-            metrics = evaluate(model, loaders.val, device).to_dict()
+            found = evaluate(model, loaders.val, device)
+            warn_of_minimum(config, found)
+            metrics = found.to_dict()
             log.write(progress.step, progress.epoch, metrics, kind="evaluation")
             say(f"{name} epoch {progress.epoch}: {describe_metrics(metrics)}")
         if is_last or progress.epoch % config.train.checkpoint_every == 0:
@@ -167,7 +169,7 @@ def train_epoch(
         progress.step += 1
 
         if progress.step % config.train.log_every == 0 or progress.step % num_steps == 0:
-            values = to_host({**losses, "gradient_norm": gradient_norm, **selection_values(output)})
+            values = mean_on_host({**losses, "gradient_norm": gradient_norm, **selection_values(output)})
             stop_if_not_finite(values, progress.step, targets)
             seconds, last_time = time.monotonic() - last_time, time.monotonic()
             images = (progress.step - last_logged) * len(targets) * distributed.world_size()
@@ -204,17 +206,19 @@ def selection_values(output: DetectorOutput) -> dict[str, Tensor]:
     return {"keep_ratio": output.selection.keep_ratio_B.mean()}
 
 
-def to_host(values: dict[str, Tensor]) -> dict[str, float]:
-    """Python numbers of many scalars in one transfer."""
-    numbers = torch.stack([value.detach().float().reshape(()) for value in values.values()]).tolist()
-    return dict(zip(values, numbers, strict=True))
+def mean_on_host(values: dict[str, Tensor]) -> dict[str, float]:
+    """Python numbers of many scalars, each the mean over processes, in one transfer."""
+    vector = torch.stack([value.detach().float().reshape(()) for value in values.values()])
+    mean = distributed.sum_over_processes(vector) / distributed.world_size()
+    return dict(zip(values, mean.tolist(), strict=True))
 
 
 def stop_if_not_finite(values: dict[str, float], step: int, targets: Sequence[Target]) -> None:
-    """Stop before a checkpoint is spoiled; on every process, as gradients are shared."""
+    """Stop before a checkpoint is spoiled; on every process, as `values` are the same on all."""
     bad = [key for key, value in values.items() if not math.isfinite(value)]
     if bad:
-        images = ", ".join(str(target.image_id) for target in targets)
+        shares = distributed.gather([target.image_id for target in targets])
+        images = ", ".join(str(image_id) for share in shares for image_id in share)
         raise diverged(f"{bad[0]} is {values[bad[0]]} (images {images})", step)
 
 
@@ -223,6 +227,22 @@ def diverged(what: str, step: int) -> UserError:
     return UserError(
         f"training diverged in step {step}: {what}; lower train.learning_rate, and go on from the last checkpoint"
     )
+
+
+def warn_of_minimum(config: Config, metrics: Metrics) -> None:
+    """Say so where the budgets are without effect because images keep `min_tokens` whatever they choose."""
+    selector = config.model.selector
+    if selector is None or not selector.adaptive:
+        return
+    at_minimum = sum(record.num_kept_tokens <= selector.min_tokens for record in metrics.images)
+    if 2 * at_minimum > len(metrics.images):
+        logger.warning(
+            "%d of %d images keep model.selector.min_tokens = %d tokens, or all they have, whatever their budget is:"
+            " lower it, or give larger images",
+            at_minimum,
+            len(metrics.images),
+            selector.min_tokens,
+        )
 
 
 def make_folder(folder: Path) -> None:
@@ -355,7 +375,7 @@ def save(
         checkpoint |= {"optimizer": optimizer.state_dict(), "rng": rng}
         save_checkpoint(checkpoint, folder / RESUMABLE)
         return
-    (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
+    write_json(metrics, folder / "metrics.json")
     save_checkpoint(checkpoint | {"metrics": metrics}, folder / FINISHED)
     (folder / RESUMABLE).unlink(missing_ok=True)
 

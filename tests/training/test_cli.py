@@ -99,7 +99,8 @@ def test_the_log_holds_every_step_and_evaluation(chain: Path) -> None:
 
 def test_finished_stages_are_not_trained_again(chain: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in (chain / "run").rglob("final.pt")}
-    done = run("train.py", "--config", chain / "student.yaml", "--stage", "strong", "data.num_workers=1")
+    between = ("num_pictures=2", "--stage", "strong", "data.num_workers=1")
+    done = run("train.py", "--config", chain / "student.yaml", *between)
     assert done.code == 0, done.err
     assert "strong: finished already" in done.out
     assert {path: path.stat().st_mtime_ns for path in before} == before
@@ -132,7 +133,7 @@ def spoil_checkpoint(source: Path, destination: Path, spoil: Callable[[dict[str,
 
 
 def test_evaluation_prints_and_writes_the_same_numbers_as_training(chain: Path, tmp_path: Path) -> None:
-    done = run("eval.py", *evaluation_of(chain, tmp_path), "data.eval_batch_size=3")
+    done = run("eval.py", "data.eval_batch_size=3", *evaluation_of(chain, tmp_path), "num_pictures=1")
     assert done.code == 0, done.err
     assert_equal_metrics(tmp_path, chain / "run" / "student")
     for words in ("AP50", "keep ratio", "budget 1"):
@@ -250,6 +251,28 @@ def test_two_processes_train_the_whole_chain_with_images_without_objects(tmp_pat
     log = [json.loads(line) for line in (tmp_path / "run" / "student" / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in log] == [1, 2, 3, 4, 5, 6, 7, 8, 8], "16 images, two in each step"
     assert log[-1]["num_images"] == 7
+
+
+def test_a_mistake_is_told_by_one_of_several_processes(chain: Path) -> None:
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    done = run_apart(*launcher, "train.py", "--config", chain / "student.yaml", "train.epochs=3")
+    assert done.code != 0
+    assert done.err.count("was trained with other settings") == 1
+
+
+@pytest.mark.parametrize("device", ["meta", "abacus"])
+def test_a_device_that_cannot_train_is_refused(chain: Path, device: str) -> None:
+    done = run("train.py", "--config", chain / "student.yaml", f"device={device}")
+    assert_one_line(done, f"device = {device!r}: give auto, cpu or cuda")
+
+
+def test_budgets_that_the_minimum_makes_void_are_warned_of(chain: Path, tmp_path: Path) -> None:
+    command = ("eval.py", *evaluation_of(chain, tmp_path))
+    assert "model.selector.min_tokens" not in run(*command).out
+    assert (
+        "7 of 7 images keep model.selector.min_tokens = 300"
+        in run(*command, "model.selector.min_tokens=300").out
+    )
 
 
 def test_an_unknown_setting_is_refused_with_the_nearest_name(chain: Path) -> None:
