@@ -8,10 +8,11 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from ats_detr import distributed
 from ats_detr.config import load_config
 from ats_detr.errors import run_cli
 from ats_detr.summary import evaluate_checkpoint
-from ats_detr.training import distributed, logging
+from ats_detr.training import logging
 from ats_detr.training.checkpoint import config_of, load_checkpoint
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 
+from ats_detr import distributed
 from ats_detr.config import load_config
 from ats_detr.errors import run_cli
 from ats_detr.summary import summarise
-from ats_detr.training import distributed, logging
+from ats_detr.training import logging
 from ats_detr.training.stages import plan_stages, train_stages
 
 

@@ -12,12 +12,12 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from rich.progress import track
 from scipy.stats import spearmanr
 
+from ats_detr import distributed
 from ats_detr.batch import Target
 from ats_detr.data.coco import ClassMap, CocoAnnotations, ImageFileError
 from ats_detr.data.loader import EvaluationLoader
@@ -155,16 +155,15 @@ def evaluate(
     finally:
         model.train(was_training)
 
-    shares = _gather(found)
+    shares = distributed.gather(found)
     for share in shares:
         if share.error is not None:
             raise ImageFileError(share.error)
     if not any(share.records for share in shares):
         raise UserError(f"{loader.dataset.annotations.file}: none of its images can be read")
-    metrics = None
-    if not dist.is_initialized() or dist.get_rank() == 0:
-        metrics = _summarise(shares, loader, evaluator)
-    return _broadcast(metrics)
+    metrics = distributed.broadcast(_summarise(shares, loader, evaluator) if distributed.is_main() else None)
+    assert metrics is not None
+    return metrics
 
 
 class _Found:
@@ -276,21 +275,3 @@ def _pycocotools(content: dict[str, Any]) -> COCO:
     coco.dataset = content
     coco.createIndex()
     return coco
-
-
-def _gather(value: _Found) -> list[_Found]:
-    """The values of all processes in rank order."""
-    if not dist.is_initialized():
-        return [value]
-    values: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values
-
-
-def _broadcast(metrics: Metrics | None) -> Metrics:
-    """Rank 0's metrics, on every process."""
-    values = [metrics]
-    if dist.is_initialized():
-        dist.broadcast_object_list(values)
-    assert values[0] is not None
-    return values[0]

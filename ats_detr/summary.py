@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from rich.table import Table
 
+from ats_detr import distributed
 from ats_detr.config import Config
 from ats_detr.data.coco import ClassMap
 from ats_detr.data.loader import EvaluationLoader
@@ -17,7 +18,6 @@ from ats_detr.evaluation import Metrics, evaluate
 from ats_detr.flops import count_flops
 from ats_detr.model import Detr
 from ats_detr.training import checkpoint as checkpoints
-from ats_detr.training import distributed
 from ats_detr.training.datasets import build_evaluation_loader
 from ats_detr.training.logging import console, say
 from ats_detr.training.stages import Stage

@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from ats_detr import distributed
 from ats_detr.config import DataConfig
 from ats_detr.data.coco import ClassMap, CocoDetection
 from ats_detr.data.loader import EvaluationLoader, TrainingLoader
 from ats_detr.data.synthetic import synthetic_dataset
 from ats_detr.data.transforms import training_transform
-from ats_detr.training import distributed
 from ats_detr.visualize import spread_over_difficulty
 
 

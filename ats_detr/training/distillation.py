@@ -17,9 +17,9 @@ from torchvision.ops import box_iou
 
 from ats_detr.batch import ImageBatch, Target
 from ats_detr.boxes import cxcywh_to_xyxy
+from ats_detr.distributed import sum_over_processes
 from ats_detr.model import Detr
 from ats_detr.model.output import Detections, DetectorOutput, top_detections
-from ats_detr.training.distributed import sum_over_processes
 
 # Shapes: B images, R budgets, S tokens of the pyramid, C channels, N objects and D detections of an image
 # (padded).

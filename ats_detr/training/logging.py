@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch.utils.tensorboard import SummaryWriter
 
-from ats_detr.training import distributed
+from ats_detr import distributed
 
 console = Console(quiet=not distributed.is_main())
 _SECONDS_BETWEEN_LINES = 30.0

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import AdamW
 
+from ats_detr import distributed
 from ats_detr.batch import ImageBatch, Target
 from ats_detr.config import Config, config_to_dict, save_config
 from ats_detr.data.coco import ClassMap
@@ -24,7 +25,6 @@ from ats_detr.evaluation import Metrics, evaluate
 from ats_detr.model import Detr, build_model
 from ats_detr.model.backbone import load_weights as load_backbone_weights
 from ats_detr.model.output import DetectorOutput
-from ats_detr.training import distributed
 from ats_detr.training.checkpoint import (
     build_without_fetching,
     load_checkpoint,

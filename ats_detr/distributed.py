@@ -82,6 +82,14 @@ def gather(value: T) -> list[T]:
     return values  # type: ignore[return-value]
 
 
+def broadcast(value: T) -> T:
+    """The first process's value, on every process. Anything that pickle takes."""
+    values = [value]
+    if world_size() > 1:
+        dist.broadcast_object_list(values)
+    return values[0]
+
+
 def sum_over_processes(tensor: torch.Tensor) -> torch.Tensor:
     """The sum of the tensors of all processes, on every process; gradients flow back to all of them."""
     return _SumOverProcesses.apply(tensor) if world_size() > 1 else tensor
