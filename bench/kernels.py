@@ -1,14 +1,14 @@
 """The operators against their rivals, or against the compiler.
 
-    python -m bench.kernels                       on a GPU: times everything, appends rows to bench/results/kernels.jsonl
-    python -m bench.kernels --part attention      one part (attention, tokens), each a few minutes; the first run compiles
-    python -m bench.kernels --peer package.module:function   one more rival for the classical operator
-    python -m bench.kernels --offline --json out.json        no GPU: registers, spills, instructions of every configuration
+    python -m bench.kernels                       on a GPU: times everything, appends to bench/results/kernels.jsonl
+    python -m bench.kernels --part attention      one part (attention, tokens), each a few minutes; the first compiles
+    python -m bench.kernels --peer package.module:function      one more rival for the classical operator
+    python -m bench.kernels --offline --json out.json           no GPU: registers, spills, instructions
     python -m bench.kernels --small               tiny shapes on any device, to check this script
 
-`device_ms` sums the durations of the kernels, `wall_ms` is what an eager caller waits for. Rivals of the classical operator
-take (value [B,S,H,D], shapes int64 [L,2], level starts [L], locations [B,Q,H,L,P,2], weights [B,Q,H,L,P]). Where a rival has
-no fused softmax and locations, `+ torch` adds the PyTorch operators that a module needs around it.
+`device_ms` sums the durations of the kernels, `wall_ms` is what an eager caller waits for. Rivals of the classical
+operator take (value [B,S,H,D], shapes int64 [L,2], level starts [L], locations [B,Q,H,L,P,2], weights [B,Q,H,L,P]).
+Where a rival has no fused softmax and locations, `+ torch` adds the PyTorch operators a module needs around it.
 """
 
 from __future__ import annotations
@@ -123,62 +123,63 @@ class Bench:
         return tensors
 
     def attention(self, peers: dict[str, Rival]) -> None:
-        shapes = torch.tensor(self.levels, device=self.device)
-        starts = torch.cat([shapes.new_zeros(1), shapes.prod(1).cumsum(0)[:-1]])
         for dtype in (torch.bfloat16, torch.float32):
             for case, images, share in CASES:
-                tensors = self.problem(images, share, dtype)
-                image, reference_points = tensors["image"], tensors["reference"]
-                value, offsets, logits = (tensors[name].requires_grad_() for name in ("value", "offsets", "logits"))
-                batched = (images, -1)
+                self.attention_case(peers, case, images, share, dtype)
 
-                def fused(value, offsets, logits, reference_points=reference_points, image=image) -> Tensor:
-                    return kernels.deformable_attention(
-                        value, self.levels, reference_points, offsets, logits, image
-                    )
+    def attention_case(
+        self, peers: dict[str, Rival], case: str, images: int, share: float | None, dtype: torch.dtype
+    ) -> None:
+        shapes = torch.tensor(self.levels, device=self.device)
+        starts = torch.cat([shapes.new_zeros(1), shapes.prod(1).cumsum(0)[:-1]])
+        tensors = self.problem(images, share, dtype)
+        image, reference_points = tensors["image"], tensors["reference"]
+        value, offsets, logits = (tensors[name].requires_grad_() for name in ("value", "offsets", "logits"))
+        batched = (images, -1)
 
-                def classical(value, locations, weights) -> Tensor:
-                    return kernels.multi_scale_deformable_attention(value, self.levels, locations, weights)
+        def fused(value, offsets, logits) -> Tensor:
+            return kernels.deformable_attention(value, self.levels, reference_points, offsets, logits, image)
 
-                with torch.no_grad():
-                    locations = reference.sampling_locations(reference_points, offsets, self.levels).to(dtype)
-                    weights = reference.attention_weights(logits).to(dtype)
-                    expected = fused(value, offsets, logits)
-                locations, weights = locations.unflatten(0, batched), weights.unflatten(0, batched)
-                locations, weights = locations.contiguous().requires_grad_(), weights.contiguous().requires_grad_()
+        def classical(value, locations, weights) -> Tensor:
+            return kernels.multi_scale_deformable_attention(value, self.levels, locations, weights)
 
-                def rival(peer: Rival) -> Callable:
-                    return lambda value, locations, weights: peer(value, shapes, starts, locations, weights)
+        with torch.no_grad():
+            locations = reference.sampling_locations(reference_points, offsets, self.levels).to(dtype)
+            weights = reference.attention_weights(logits).to(dtype)
+            expected = fused(value, offsets, logits)
+        locations, weights = locations.unflatten(0, batched), weights.unflatten(0, batched)
+        locations, weights = locations.contiguous().requires_grad_(), weights.contiguous().requires_grad_()
 
-                def with_torch(
-                    peer: Rival, reference_points=reference_points, batched=batched, dtype=dtype
-                ) -> Callable:
-                    def run(value, offsets, logits) -> Tensor:
-                        where = reference.sampling_locations(reference_points, offsets, self.levels).to(dtype)
-                        weights = reference.attention_weights(logits).to(dtype)
-                        return peer(value, shapes, starts, where.unflatten(0, batched), weights.unflatten(0, batched))
+        def rival(peer: Rival) -> Callable:
+            return lambda value, locations, weights: peer(value, shapes, starts, locations, weights)
 
-                    return run
+        def with_torch(peer: Rival) -> Callable:
+            def run(value, offsets, logits) -> Tensor:
+                where = reference.sampling_locations(reference_points, offsets, self.levels).to(dtype)
+                weights = reference.attention_weights(logits).to(dtype)
+                return peer(value, shapes, starts, where.unflatten(0, batched), weights.unflatten(0, batched))
 
-                raw, placed = (value, offsets, logits), (value, locations, weights)
-                contenders = [("ours, fused", fused, raw), ("ours, classical", classical, placed)]
-                for name, peer in peers.items():
-                    if name.startswith("grid_sample") and images * self.num_tokens * (share or 0) > 30000:
-                        continue  # gigabytes of samples
-                    contenders += [(name, rival(peer), placed), (f"{name} + torch", with_torch(peer), raw)]
-                for name, function, inputs in contenders:
-                    facts = {"dtype": str(dtype).removeprefix("torch.")}
-                    with contextlib.suppress(RuntimeError, TypeError, ValueError), torch.no_grad():
-                        result = function(*inputs).reshape(expected.shape)
-                        facts["error"] = float(f"{_relative_error(result, expected):.1e}")
-                    with torch.no_grad():
-                        self.add("msda forward", case, name, lambda f=function, i=inputs: f(*i), **facts)
+            return run
 
-                    def both(function=function, inputs=inputs, gradient=tensors["gradient"]) -> None:
-                        out = function(*inputs)
-                        torch.autograd.grad(out, inputs, gradient.reshape(out.shape))
+        raw, placed = (value, offsets, logits), (value, locations, weights)
+        contenders = [("ours, fused", fused, raw), ("ours, classical", classical, placed)]
+        for name, peer in peers.items():
+            if name.startswith("grid_sample") and images * self.num_tokens * (share or 0) > 30000:
+                continue  # gigabytes of samples
+            contenders += [(name, rival(peer), placed), (f"{name} + torch", with_torch(peer), raw)]
+        for name, function, inputs in contenders:
+            facts = {"dtype": str(dtype).removeprefix("torch.")}
+            with contextlib.suppress(RuntimeError, TypeError, ValueError), torch.no_grad():
+                result = function(*inputs).reshape(expected.shape)
+                facts["error"] = float(f"{_relative_error(result, expected):.1e}")
+            with torch.no_grad():
+                self.add("msda forward", case, name, lambda f=function, i=inputs: f(*i), **facts)
 
-                    self.add("msda both", case, name, both, dtype=facts["dtype"])
+            def both(function=function, inputs=inputs) -> None:
+                out = function(*inputs)
+                torch.autograd.grad(out, inputs, tensors["gradient"].reshape(out.shape))
+
+            self.add("msda both", case, name, both, dtype=facts["dtype"])
 
     # ------------------------------------------------------------------------------------------------------- tokens
     def tokens(self) -> None:
@@ -190,7 +191,10 @@ class Bench:
                 keep = torch.tensor([count, count // 2, count, count // 3], device=self.device)
                 case = f"{num_tokens}/{count}"
                 self.add(
-                    "select", case, "ours", lambda s=scores, k=keep, c=count: kernels.select_tokens(s, k, capacity=4 * c)
+                    "select",
+                    case,
+                    "ours",
+                    lambda s=scores, k=keep, c=count: kernels.select_tokens(s, k, capacity=4 * c),
                 )
                 self.add("select", case, "topk", lambda s=scores, c=count: s.topk(c))
                 self.add("select", case, "topk unsorted", lambda s=scores, c=count: s.topk(c, sorted=False))
@@ -204,7 +208,8 @@ class Bench:
         self.add("pack two", "10%", "ours", lambda: kernels.pack_tokens(plan, memory, memory))
         self.add("pack two", "10%", "index_select", lambda: [flat.index_select(0, index) for _ in range(2)])
         self.add("scatter", "10%", "ours", lambda: kernels.scatter_tokens(plan, memory, rows))
-        self.add("scatter", "10%", "ours, in place", lambda: kernels.scatter_tokens(plan, memory, rows, in_place=True))
+        in_place = lambda: kernels.scatter_tokens(plan, memory, rows, in_place=True)  # noqa: E731
+        self.add("scatter", "10%", "ours, in place", in_place)
         self.add("scatter", "10%", "index_copy", lambda: flat.index_copy(0, index, rows))
         tensors = self.problem(4, None, torch.float32)
         raw = (tensors["reference"], tensors["offsets"], tensors["logits"])
@@ -227,7 +232,8 @@ def _relative_error(result: Tensor, expected: Tensor) -> float:
 
 def _commit() -> str:
     folder = Path(__file__).parent
-    run = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=folder, capture_output=True, text=True, check=False)
+    command = ["git", "rev-parse", "--short", "HEAD"]
+    run = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     return run.stdout.strip() or "unknown"
 
 
@@ -241,8 +247,11 @@ def _rivals(levels: tuple, extra: list[str], compiled: bool) -> Iterator[tuple[s
     with contextlib.suppress(ImportError):
         from deformops.registry import msda
 
-        yield "deformops", lambda value, shapes, starts, where, weights: msda(
-            value, shapes, starts, where, weights.flatten(3)
+        yield (
+            "deformops",
+            lambda value, shapes, starts, where, weights: msda(
+                value, shapes, starts, where, weights.flatten(3)
+            ),
         )
     for name in extra:
         module, _, function = name.partition(":")
@@ -250,7 +259,9 @@ def _rivals(levels: tuple, extra: list[str], compiled: bool) -> Iterator[tuple[s
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--offline", action="store_true", help="compile instead of running; needs no GPU")
     parser.add_argument("--quick", action="store_true", help="offline: default configurations only")
     parser.add_argument("--json", type=Path, help="where rows go (GPU runs append)")

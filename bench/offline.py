@@ -1,7 +1,7 @@
 """What the compiler makes of every shipped kernel configuration, for GPUs that are not here.
 
-Triton's wheel carries ptxas, cuobjdump and nvdisasm: neither a GPU nor a CUDA toolkit is needed. The launches are the real
-ones, caught on their way to the GPU, so that the table cannot drift from what runs.
+Triton's wheel carries ptxas, cuobjdump and nvdisasm: neither a GPU nor a CUDA toolkit is needed. The launches are the
+real ones, caught on their way to the GPU, so that the table cannot drift from what runs.
 """
 
 from __future__ import annotations
@@ -35,7 +35,10 @@ _TYPES = {
     torch.uint8: "*u8",
 }
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-_INSTRUCTION = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(?:\{\s*)?(?:@!?U?P[T0-9]+\s+)?([A-Z][A-Za-z0-9_.]*)(.*)")
+_INSTRUCTION = re.compile(
+    r"^\s*/\*([0-9a-f]{4,})\*/\s+(?:\{\s*)?(?:@!?U?P[T0-9]+\s+)?([A-Z][A-Za-z0-9_.]*)(.*)"
+)
+_NOISE = r"^[A-Z]+\.(E\.)?|\.(FTZ|RN|STRONG|GPU)"
 _LABEL = re.compile(r"^\s*(\.L_x_\d+):")
 
 
@@ -89,12 +92,14 @@ def compile_for(launch: Launch, architecture: int) -> dict:
     reductions = [mnemonic for _, mnemonic in instructions if mnemonic.startswith(("RED.", "REDG.", "ATOM"))]
     return {
         "registers": registers,
-        "spill_bytes": sum(_bits(mnemonic) // 8 for _, mnemonic in instructions if mnemonic.startswith("STL")),
+        "spill_bytes": sum(
+            _bits(mnemonic) // 8 for _, mnemonic in instructions if mnemonic.startswith("STL")
+        ),
         "shared_bytes": compiled.metadata.shared,
         "num_warps": compiled.metadata.num_warps,
         "barriers": count["BAR"],
         "load_bits": max(widths, default=0),
-        "reductions": dict(collections.Counter(re.sub(r"^[A-Z]+\.(E\.)?|\.(FTZ|RN|STRONG|GPU)", "", r) for r in reductions)),
+        "reductions": dict(collections.Counter(re.sub(_NOISE, "", reduction) for reduction in reductions)),
         "fences": count["MEMBAR"] + count["CCTL"],
         "instructions": len(instructions),
         "loops": [sum(first <= address <= last for address, _ in instructions) for first, last in loops],
@@ -112,7 +117,9 @@ def _disassemble(cubin: bytes) -> tuple[list[tuple[int, str]], list[tuple[int, i
         file.write(cubin)
         file.flush()
         text, usage = (
-            subprocess.run([_TOOLS / tool, flag, file.name], check=True, capture_output=True, text=True).stdout
+            subprocess.run(
+                [_TOOLS / tool, flag, file.name], check=True, capture_output=True, text=True
+            ).stdout
             for tool, flag in (("nvdisasm", "-c"), ("cuobjdump", "-res-usage"))
         )
     instructions, branches, labels, pending = [], [], {}, []
@@ -127,12 +134,16 @@ def _disassemble(cubin: bytes) -> tuple[list[tuple[int, str]], list[tuple[int, i
                 instructions.append((address, mnemonic))
             if mnemonic.startswith("BRA") and (target := re.search(r"\.L_x_\d+", match[3])):
                 branches.append((address, target[0]))
-    loops = [(labels[target], address) for address, target in branches if labels.get(target, address) < address]
+    loops = [
+        (labels[target], address) for address, target in branches if labels.get(target, address) < address
+    ]
     return instructions, loops, int(re.findall(r"\bREG:(\d+)", usage)[-1])
 
 
 # ------------------------------------------------------------------------------------------------- what is to be compiled
-def attention_launches(kernel_pass: str, dtype: torch.dtype, config: dict, fused: bool = True) -> list[Launch]:
+def attention_launches(
+    kernel_pass: str, dtype: torch.dtype, config: dict, fused: bool = True
+) -> list[Launch]:
     """Launches of 'forward', 'backward' (atomic), 'gradients' (no value gradient), 'tiles' or 'sorted'."""
     num_tokens = sum(height * width for height, width in LEVELS)
     num_queries, num_levels = 64, len(LEVELS)
@@ -184,7 +195,9 @@ def other_launches(dtype: torch.dtype) -> list[Launch]:
 
 def jobs(architecture: int, everything: bool = True) -> Iterator[tuple[dict, Launch]]:
     """(labels, launch) of each configuration that is shipped; the default ones only unless `everything`."""
-    for dtype in (torch.bfloat16, torch.float16, torch.float32) if everything else (torch.bfloat16, torch.float32):
+    for dtype in (
+        (torch.bfloat16, torch.float16, torch.float32) if everything else (torch.bfloat16, torch.float32)
+    ):
         name = str(dtype).removeprefix("torch.")
         key = (name, HEADS, HEAD_DIM, len(LEVELS), POINTS, True)
         passes = (
@@ -206,7 +219,10 @@ def jobs(architecture: int, everything: bool = True) -> Iterator[tuple[dict, Lau
                     if variant not in seen:
                         seen.add(variant)
                         labels = {"pass": kernel_pass, "dtype": name, "fused": fused, "config": config}
-                        yield {"kernel": launch.kernel.__name__, **labels, "arch": f"sm_{architecture}"}, launch
+                        yield (
+                            {"kernel": launch.kernel.__name__, **labels, "arch": f"sm_{architecture}"},
+                            launch,
+                        )
         if everything or dtype == torch.float32:
             seen = set()
             for launch in (*attention_launches("sorted", dtype, {}), *other_launches(dtype)):
@@ -229,7 +245,9 @@ def report(labels: dict, launch: Launch, architecture: int) -> dict:
 
 def main(arguments: argparse.Namespace) -> list[dict]:
     rows = []
-    print(f"triton {triton.__version__}; {HEADS} heads x {HEAD_DIM} channels, {len(LEVELS)} levels x {POINTS} points")
+    print(
+        f"triton {triton.__version__}; {HEADS} heads x {HEAD_DIM} channels, {len(LEVELS)} levels x {POINTS} points"
+    )
     for architecture in ARCHITECTURES:
         for labels, launch in jobs(architecture, everything=not arguments.quick):
             row = report(labels, launch, architecture)

@@ -197,10 +197,14 @@ def _msda_backward(
         problem = attention.prepare(value, sizes, reference_points, offsets, weights, image_index)
         grad_value, *grads = attention.backward(problem, out, grad_out, need_value, deterministic)
         return (value.new_empty(0) if grad_value is None else grad_value, *grads)
-    with torch.enable_grad():
-        inputs = [t.detach().requires_grad_() for t in (value, offsets, weights)]
-        again = _reference(inputs[0], sizes, reference_points, *inputs[1:], image_index)
-    grad_value, *grads = torch.autograd.grad(again, inputs, grad_out)
+
+    def again(value: Tensor, offsets: Tensor, weights: Tensor) -> Tensor:
+        return _reference(value, sizes, reference_points, offsets, weights, image_index)
+
+    _, pull_back = torch.func.vjp(
+        again, value, offsets, weights
+    )  # autograd records nothing in a compiled graph
+    grad_value, *grads = pull_back(grad_out)
     return (grad_value if need_value else value.new_empty(0), *grads)
 
 

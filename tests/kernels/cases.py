@@ -19,7 +19,7 @@ TOLERANCE = {torch.float32: 5e-6, torch.float16: 6e-4, torch.bfloat16: 6e-3}
 
 def relative_error(result: Tensor, expected: Tensor) -> float:
     result, expected = result.double(), expected.double()
-    scale = expected.norm().clamp(min=1e-2 * expected.numel() ** 0.5)  # a gradient may vanish altogether
+    scale = expected.norm().clamp(min=0.5 * expected.numel() ** 0.5)  # one logit: its gradient is 0
     return ((result - expected).norm() / scale).item()
 
 
@@ -54,7 +54,9 @@ class AttentionCase:
         shape = (num_queries, self.heads, num_levels, self.points)
         copies = 3 if self.strided else 1
         value = normal(batch, num_tokens, copies, self.heads, self.head_dim).to(self.dtype)[:, :, copies // 2]
-        offsets = (normal(num_queries, copies, *shape[1:], 2) * self.spread).to(self.coordinates)[:, copies // 2]
+        offsets = (normal(num_queries, copies, *shape[1:], 2) * self.spread).to(self.coordinates)[
+            :, copies // 2
+        ]
         logits = normal(num_queries, copies, *shape[1:]).to(self.coordinates)[:, copies // 2]
         reference = torch.rand(num_queries, num_levels, self.reference, generator=generator) * 1.2 - 0.1
         image = None
@@ -69,14 +71,18 @@ class AttentionCase:
     def run(self, fused: bool = True, exact: bool = False, **keywords) -> dict[str, Tensor]:
         """Output and gradients; `exact`: the reference in float64."""
         tensors = self.tensors()
-        if not fused:  # locations and weights as another network would hand them over, in the coordinates' dtype
+        if (
+            not fused
+        ):  # locations and weights as another network would hand them over, in the coordinates' dtype
             tensors["offsets"] = sampling_locations(tensors["reference"], tensors["offsets"], self.levels)
             tensors["logits"] = attention_weights(tensors["logits"])
             tensors["offsets"], tensors["logits"] = (
                 tensors[name].to(self.coordinates) for name in ("offsets", "logits")
             )
         if exact:
-            tensors = {n: t.double() if t is not None and t.is_floating_point() else t for n, t in tensors.items()}
+            tensors = {
+                n: t.double() if t is not None and t.is_floating_point() else t for n, t in tensors.items()
+            }
             keywords = dict(keywords, backend="reference")
         inputs = {name: tensors[name].detach().requires_grad_() for name in ("value", "offsets", "logits")}
         value, offsets, logits = inputs.values()

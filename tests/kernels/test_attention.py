@@ -147,7 +147,9 @@ def test_gradient_of_learned_references() -> None:
             tensors = case.tensors()
             reference = tensors["reference"].to(dtype).requires_grad_()
             value, offsets, logits = (tensors[name].to(dtype) for name in ("value", "offsets", "logits"))
-            deformable_attention(value, case.levels, reference, offsets, logits, backend=backend).sum().backward()
+            deformable_attention(
+                value, case.levels, reference, offsets, logits, backend=backend
+            ).sum().backward()
             grads.append(reference.grad)
         assert relative_error(*grads) < 1e-5
 

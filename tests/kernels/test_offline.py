@@ -1,4 +1,4 @@
-"""What the compiler makes of the shipped kernels for GPUs that are not here: spills, barriers, load widths, instructions.
+"""What the compiler makes of the shipped kernels for GPUs that are not here: spills, barriers, instructions.
 
 Each architecture is a process of its own, because Triton either interprets or compiles.
 """
@@ -14,8 +14,8 @@ import pytest
 
 pytest.importorskip("triton")
 
-# Warp instructions per query and head with softmax, offsets and references inside, at 8 heads x 32 channels, 4 levels x 4
-# points, for sm_90. Measured with triton 3.8: 235, 171, 467 and 391.
+# Warp instructions per query and head with softmax, offsets and references inside, at 8 heads x 32 channels,
+# 4 levels x 4 points, for sm_90. Measured with triton 3.8: 235, 171, 467 and 391.
 BUDGET = {
     ("msda_forward", "forward", "bfloat16"): 245,
     ("msda_forward", "forward", "float32"): 185,

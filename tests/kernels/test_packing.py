@@ -80,7 +80,9 @@ def test_rows_past_the_count_are_neither_read_nor_written(count: int) -> None:
     plan = TokenPlan.from_mask(keep, capacity=40)
     memory = torch.randn(2, 60, 8, device=DEVICE)
     poisoned = torch.full((40, 8), torch.nan, device=DEVICE)
-    pack._launch_moves(plan.token_index_K, plan.image_index_K, plan.num_rows, [memory], [poisoned], into_dense=False)
+    pack._launch_moves(
+        plan.token_index_K, plan.image_index_K, plan.num_rows, [memory], [poisoned], into_dense=False
+    )
     assert torch.equal(poisoned[:count], memory[keep])
     assert poisoned[count:].isnan().all()
     for in_place in (True, False):

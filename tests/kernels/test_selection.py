@@ -47,7 +47,12 @@ def selections(draw):
     mask = torch.rand(batch, num_tokens, generator=generator) < share if draw(st.booleans()) else None
     keep = draw(st.lists(st.integers(0, num_tokens + 3), min_size=batch, max_size=batch))
     capacity = draw(st.one_of(st.none(), st.integers(0, batch * num_tokens + 5)))
-    return scores.to(DEVICE), torch.tensor(keep, device=DEVICE), None if mask is None else mask.to(DEVICE), capacity
+    return (
+        scores.to(DEVICE),
+        torch.tensor(keep, device=DEVICE),
+        None if mask is None else mask.to(DEVICE),
+        capacity,
+    )
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
@@ -58,7 +63,9 @@ def test_plans_equal_the_references(selection) -> None:
     kept = plan.slot_BS >= 0
     if capacity is None:
         assert torch.equal(kept.sum(1), num_keep.clamp(max=scores.shape[1]))
-        assert torch.equal(plan.flat_index_K, kept.flatten().nonzero().squeeze(1))  # ascending, image after image
+        assert torch.equal(
+            plan.flat_index_K, kept.flatten().nonzero().squeeze(1)
+        )  # ascending, image after image
         if mask is not None:  # a padded token only where no valid one is left
             taken_padding, left_valid = (kept & mask).any(1), (~kept & ~mask).any(1)
             assert not (taken_padding & left_valid).any()
