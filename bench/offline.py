@@ -140,7 +140,7 @@ def _disassemble(cubin: bytes) -> tuple[list[tuple[int, str]], list[tuple[int, i
     return instructions, loops, int(re.findall(r"\bREG:(\d+)", usage)[-1])
 
 
-# ------------------------------------------------------------------------------------------------- what is to be compiled
+# ---------------------------------------------------------------------- what is to be compiled
 def attention_launches(
     kernel_pass: str, dtype: torch.dtype, config: dict, fused: bool = True
 ) -> list[Launch]:
@@ -254,7 +254,8 @@ def main(arguments: argparse.Namespace) -> list[dict]:
             rows.append(row)
             config = " ".join(f"{name}={value}" for name, value in row["config"].items())
             print(
-                f"{row['arch']:6} {row['kernel']:18} {row['pass']:9} {row['dtype']:8} {'fused' if row['fused'] else '':5} "
+                f"{row['arch']:6} {row['kernel']:18} {row['pass']:9} {row['dtype']:8} "
+                f"{'fused' if row['fused'] else '':5} "
                 f"{config:52} warps {row['num_warps']:2} regs {row['registers']:3} spill {row['spill_bytes']:3} "
                 f"shared {row['shared_bytes']:5} bar {row['barriers']:2} load {row['load_bits']:3} bit "
                 f"per (q,h) {row['instructions_per_query_head'] or '-'}",
