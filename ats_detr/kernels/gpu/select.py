@@ -160,7 +160,7 @@ def select(
     scratch = torch.empty(batch * (2 * chunks + 2), **integers)
     above, equal, rest = scratch.split([batch * chunks, batch * chunks, 2 * batch])
     threshold, ties = rest.split(batch)
-    scores = scores.contiguous()
+    scores = scores.float().contiguous()  # keys made from 16-bit loads spill on sm_100
     if padding_mask is not None:
         padding_mask = padding_mask.contiguous().view(torch.uint8)
     keys = (scores, padding_mask, num_keep, threshold, ties, above, equal)
