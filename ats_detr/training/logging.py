@@ -41,7 +41,7 @@ class _ConsoleHandler(logging.Handler):
 
 
 class RunLog:
-    """The log of one stage: `log.jsonl` and `tensorboard/` in its folder, and the console. The first process's values.
+    """The log of one stage: `log.jsonl` and `tensorboard/` in its folder, and the console; by the first process.
 
     Args:
         folder: of the stage.
