@@ -23,7 +23,7 @@ def process_group(device: str) -> Iterator[torch.device]:
     Args:
         device: `auto` (CUDA if there is any, else the CPU), `cpu`, `cuda` or `cuda:1`. NCCL connects GPUs, gloo CPUs.
     """
-    chosen = _choose_device(device)
+    chosen = choose_device(device)
     launched = "RANK" in os.environ and "WORLD_SIZE" in os.environ
     if not launched or dist.is_initialized():
         yield chosen
@@ -38,7 +38,7 @@ def process_group(device: str) -> Iterator[torch.device]:
         dist.destroy_process_group()
 
 
-def _choose_device(device: str) -> torch.device:
+def choose_device(device: str) -> torch.device:
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

@@ -34,12 +34,9 @@ HISTOGRAM_BINS = 20
 
 
 @dataclass(frozen=True, kw_only=True)
-class ImageRecord:
+class TokenBudget:
     """What the detector spent on one image."""
 
-    image_id: int
-    num_objects: int
-    """Annotated objects, crowds not counted."""
     num_valid_tokens: int
     num_kept_tokens: int
     budget_class: int | None
@@ -48,6 +45,15 @@ class ImageRecord:
     @property
     def keep_ratio(self) -> float:
         return self.num_kept_tokens / self.num_valid_tokens
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageRecord(TokenBudget):
+    """The same of an image of a dataset."""
+
+    image_id: int
+    num_objects: int
+    """Annotated objects, crowds not counted."""
 
 
 @dataclass(frozen=True)
@@ -180,24 +186,29 @@ class _Found:
         batch_detections = top_detections(output.last, sizes, MAX_DETECTIONS)
         image_ids = [target.image_id for target in targets]
         self.detections.append(detection_rows(image_ids, batch_detections, class_map))
-        num_valid_B = (~output.padding_mask_BS).sum(1)
-        num_kept_B, budget_B = num_valid_B, torch.full_like(num_valid_B, -1)
-        if output.selection is not None:
-            num_kept_B = output.selection.num_kept_B
-            if output.selection.budget_logits_BR is not None:
-                budget_B = output.selection.budget_logits_BR.argmax(1)
-                self.num_budgets = output.selection.budget_logits_BR.shape[1]
-        columns = torch.stack([num_valid_B, num_kept_B.to(num_valid_B), budget_B], dim=1).tolist()
-        for target, (num_valid, num_kept, budget) in zip(targets, columns, strict=True):
+        if output.selection is not None and output.selection.budget_logits_BR is not None:
+            self.num_budgets = output.selection.budget_logits_BR.shape[1]
+        for target, budget in zip(targets, token_budgets(output), strict=True):
             self.records.append(
-                ImageRecord(
-                    image_id=target.image_id,
-                    num_objects=len(target.labels_N),
-                    num_valid_tokens=num_valid,
-                    num_kept_tokens=num_kept,
-                    budget_class=None if budget < 0 else budget,
-                )
+                ImageRecord(image_id=target.image_id, num_objects=len(target.labels_N), **vars(budget))
             )
+
+
+def token_budgets(output: DetectorOutput) -> list[TokenBudget]:
+    """What each image of a batch was given, in one transfer to the host."""
+    num_valid_B = (~output.padding_mask_BS).sum(1)
+    num_kept_B, budget_B = num_valid_B, torch.full_like(num_valid_B, -1)
+    if output.selection is not None:
+        num_kept_B = output.selection.num_kept_B
+        if output.selection.budget_logits_BR is not None:
+            budget_B = output.selection.budget_logits_BR.argmax(1)
+    columns = torch.stack([num_valid_B, num_kept_B.to(num_valid_B), budget_B], dim=1).tolist()
+    return [
+        TokenBudget(
+            num_valid_tokens=num_valid, num_kept_tokens=num_kept, budget_class=None if budget < 0 else budget
+        )
+        for num_valid, num_kept, budget in columns
+    ]
 
 
 def detection_rows(

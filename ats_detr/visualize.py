@@ -5,6 +5,7 @@ from __future__ import annotations
 import colorsys
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -39,7 +40,17 @@ def class_colour(row: int) -> tuple[int, int, int]:
 def draw_detections(
     image: Image.Image, detections: Detections, class_map: ClassMap, *, min_score: float = 0.4
 ) -> Image.Image:
-    """A copy of `image` (RGB, as stored) with the detections of at least `min_score`, the best one on top.
+    """A copy of `image` (RGB, as stored) with the detections of at least `min_score`, the best one on top."""
+    shown = detections.scores_N >= min_score
+    rows, scores = detections.labels_N[shown].tolist(), detections.scores_N[shown].tolist()
+    captions = [f"{class_map.name_of_row(row)} {score:.2f}" for row, score in zip(rows, scores, strict=True)]
+    return draw_boxes(image, detections.boxes_xyxy_N4[shown].cpu().numpy(), rows, captions)
+
+
+def draw_boxes(
+    image: Image.Image, boxes_xyxy: np.ndarray, rows: Sequence[int], captions: Sequence[str]
+) -> Image.Image:
+    """A copy of `image` with boxes ([N, 4] in its pixels) in the colours of their class rows, the first one on top.
 
     Small images are enlarged by a whole factor, so that names and scores can be read.
     """
@@ -50,23 +61,19 @@ def draw_detections(
     draw = ImageDraw.Draw(picture)
     font = ImageFont.load_default(max(12, round(min(picture.size) / 42)))
     line_width = max(2, round(min(picture.size) / 240))
-    scores = detections.scores_N.tolist()
-    boxes = (detections.boxes_xyxy_N4.cpu() * factor).tolist()
-    shown = [i for i, score in enumerate(scores) if score >= min_score]
-    for i in reversed(shown):
-        row = int(detections.labels_N[i])
+    boxes = (np.asarray(boxes_xyxy, np.float64) * factor).tolist()
+    for box, row, caption in reversed(list(zip(boxes, rows, captions, strict=True))):
         colour = class_colour(row)
-        left, top, right, bottom = _clip(boxes[i], picture.size)
+        left, top, right, bottom = _clip(box, picture.size)
         draw.rectangle((left, top, right, bottom), outline=colour, width=line_width)
-        text = f"{class_map.name_of_row(row)} {scores[i]:.2f}"
-        _, _, text_width, text_height = draw.textbbox((0, 0), text, font=font)
+        _, _, text_width, text_height = draw.textbbox((0, 0), caption, font=font)
         # Above the box; inside it where the picture ends.
         text_top = top - text_height - 4 if top - text_height - 4 >= 0 else top
         text_left = max(0, min(left, picture.width - text_width - 6))
         draw.rectangle(
             (text_left, text_top, text_left + text_width + 6, text_top + text_height + 4), fill=colour
         )
-        draw.text((text_left + 3, text_top + 1), text, fill=_readable_on(colour), font=font)
+        draw.text((text_left + 3, text_top + 1), caption, fill=_readable_on(colour), font=font)
     return picture
 
 
@@ -83,69 +90,81 @@ def _readable_on(colour: tuple[int, int, int]) -> str:
     return "black" if 0.299 * red + 0.587 * green + 0.114 * blue > 140 else "white"
 
 
-def draw_kept_tokens(
-    image: Image.Image,
-    kept_S: Tensor,
-    level_shapes: Sequence[tuple[int, int]],
-    *,
-    resized_size: tuple[int, int],
-    padded_size: tuple[int, int],
-    title: str = "",
-) -> Figure:
-    """One panel per level of the pyramid: the image where its tokens were kept, dimmed where they were not.
+@dataclass(frozen=True, eq=False)
+class KeptTokens:
+    """Which tokens of one image were kept."""
 
-    Args:
-        image: as stored; it fills the area that `resized_size` has in the padded model input.
-        kept_S: bool, all tokens of the pyramid, level after level, row-major (`plan.slot_BS[i] >= 0`).
-        level_shapes: (rows, columns) of each level. A level covers `padded_size`, as the model sees it.
-        resized_size, padded_size: (height, width) in pixels of the model's input without and with padding.
-    """
-    height, width = resized_size
+    levels: tuple[np.ndarray, ...]
+    """bool [rows, columns] of each level of the pyramid, finest first. A level covers `padded_size`."""
+    resized_size: tuple[int, int]
+    """(height, width) in pixels of the model's input without padding; the image fills this area."""
+    padded_size: tuple[int, int]
+    """(height, width) in pixels of the model's input."""
+
+    @staticmethod
+    def from_flat(
+        kept_S: Tensor,
+        level_shapes: Sequence[tuple[int, int]],
+        *,
+        resized_size: tuple[int, int],
+        padded_size: tuple[int, int],
+    ) -> KeptTokens:
+        """From bool [S], level after level, row-major (`plan.slot_BS[i] >= 0`)."""
+        levels = kept_S.cpu().split([math.prod(shape) for shape in level_shapes])
+        maps = [level.view(shape).numpy() for level, shape in zip(levels, level_shapes, strict=True)]
+        return KeptTokens(tuple(maps), resized_size, padded_size)
+
+    def in_image(self, level: int) -> np.ndarray:
+        """bool [rows, columns] of a level without its padding."""
+        kept = self.levels[level]
+        rows = math.ceil(self.resized_size[0] * kept.shape[0] / self.padded_size[0])
+        columns = math.ceil(self.resized_size[1] * kept.shape[1] / self.padded_size[1])
+        return kept[:rows, :columns]
+
+    def cell_size(self, level: int) -> tuple[float, float]:
+        """(height, width) of a token of a level in pixels of the model's input."""
+        rows, columns = self.levels[level].shape
+        return self.padded_size[0] / rows, self.padded_size[1] / columns
+
+
+def draw_kept_tokens(image: Image.Image, kept: KeptTokens, *, title: str = "") -> Figure:
+    """One panel per level of the pyramid: the image where its tokens were kept, dimmed where they were not."""
+    height, width = kept.resized_size
     # Fine tokens of large images need room: two panels a row instead of all in one.
-    columns = len(level_shapes) if max(resized_size) <= 256 else min(2, len(level_shapes))
-    rows = math.ceil(len(level_shapes) / columns)
+    columns = len(kept.levels) if max(kept.resized_size) <= 256 else min(2, len(kept.levels))
+    rows = math.ceil(len(kept.levels) / columns)
     panel_width = 12.8 / columns
     panel_height = min(max(panel_width * height / width, 1.6), 2 * panel_width)
     figure_size = (panel_width * columns + 0.2, (panel_height + 0.28) * rows + 0.35)
     figure = Figure(figsize=figure_size, dpi=130, layout="constrained")
     if title:
         figure.suptitle(title, fontsize=11, color=INK, fontweight="bold")
-    levels = kept_S.cpu().split([math.prod(shape) for shape in level_shapes])
     axes = figure.subplots(rows, columns, squeeze=False).flatten()
-    for axis in axes[len(levels) :]:
+    for axis in axes[len(kept.levels) :]:
         axis.set_axis_off()
-    for axis, level_S, shape in zip(axes[: len(levels)], levels, level_shapes, strict=True):
-        _draw_level(axis, image, level_S.view(shape).numpy(), resized_size, padded_size)
+    for level, axis in enumerate(axes[: len(kept.levels)]):
+        _draw_level(axis, image, kept, level)
     return figure
 
 
-def _draw_level(
-    axis: Axes,
-    image: Image.Image,
-    kept: np.ndarray,
-    resized_size: tuple[int, int],
-    padded_size: tuple[int, int],
-) -> None:
-    height, width = resized_size
-    cell_height, cell_width = padded_size[0] / kept.shape[0], padded_size[1] / kept.shape[1]
+def _draw_level(axis: Axes, image: Image.Image, kept: KeptTokens, level: int) -> None:
+    height, width = kept.resized_size
+    cells, (cell_height, cell_width) = kept.in_image(level), kept.cell_size(level)
     axis.imshow(image, extent=(0, width, height, 0), interpolation="bicubic")
-    dimming = np.zeros((*kept.shape, 4))
-    dimming[..., 3] = np.where(kept, 0, 1 - DIMMED)
-    axis.imshow(dimming, extent=(0, padded_size[1], padded_size[0], 0), interpolation="nearest")
+    dimming = np.zeros((*cells.shape, 4))
+    dimming[..., 3] = np.where(cells, 0, 1 - DIMMED)
+    extent = (0, cells.shape[1] * cell_width, cells.shape[0] * cell_height, 0)
+    axis.imshow(dimming, extent=extent, interpolation="nearest")
     outlines = [
         Rectangle((column * cell_width, row * cell_height), cell_width, cell_height)
-        for row, column in np.argwhere(kept)
+        for row, column in np.argwhere(cells)
     ]
     line_width = min(1.2, 40 * cell_width / width)
     axis.add_collection(PatchCollection(outlines, facecolor="none", edgecolor=ACCENT, linewidth=line_width))
     axis.set(xlim=(0, width), ylim=(height, 0), xticks=[], yticks=[])
     for spine in axis.spines.values():
         spine.set_visible(False)
-    # Only cells whose centre is in the image: the others are padding.
-    rows = min(kept.shape[0], math.ceil(height / cell_height))
-    columns = min(kept.shape[1], math.ceil(width / cell_width))
-    num_kept, num_valid = int(kept[:rows, :columns].sum()), rows * columns
-    axis.set_title(f"stride {cell_width:g}: {num_kept} of {num_valid}", fontsize=9, color=INK)
+    axis.set_title(f"stride {cell_width:g}: {int(cells.sum())} of {cells.size}", fontsize=9, color=INK)
 
 
 def plot_budgets(metrics: Metrics) -> Figure:
@@ -231,10 +250,12 @@ def save_pictures(
             kept, valid = int(output.selection.num_kept_B[i]), int(output.selection.num_valid_B[i])
             figure = draw_kept_tokens(
                 image,
-                output.selection.plan.slot_BS[i] >= 0,
-                output.level_shapes,
-                resized_size=batch.sizes[i],
-                padded_size=(batch.images_B3HW.shape[2], batch.images_B3HW.shape[3]),
+                KeptTokens.from_flat(
+                    output.selection.plan.slot_BS[i] >= 0,
+                    output.level_shapes,
+                    resized_size=batch.sizes[i],
+                    padded_size=(batch.images_B3HW.shape[2], batch.images_B3HW.shape[3]),
+                ),
                 title=f"image {target.image_id}, {num_objects} {'object' if num_objects == 1 else 'objects'}: "
                 f"keeps {kept} of {valid} tokens ({kept / valid:.0%})",
             )

@@ -21,6 +21,7 @@ from ats_detr.evaluation import AveragePrecision, ImageRecord, Metrics
 from ats_detr.kernels import TokenPlan
 from ats_detr.model.output import Detections, DetectorOutput, Prediction, TokenScores
 from ats_detr.visualize import (
+    KeptTokens,
     class_colour,
     draw_detections,
     draw_kept_tokens,
@@ -93,10 +94,7 @@ def test_kept_tokens_are_bright_at_their_place_and_the_others_dimmed():
     kept_S = torch.cat([fine.flatten(), torch.zeros(4 * 8, dtype=torch.bool)])
     figure = draw_kept_tokens(
         Image.new("RGB", (192, 128), "white"),
-        kept_S,
-        [(8, 16), (4, 8)],
-        resized_size=(64, 96),
-        padded_size=(64, 128),
+        KeptTokens.from_flat(kept_S, [(8, 16), (4, 8)], resized_size=(64, 96), padded_size=(64, 128)),
         title="t",
     )
     pixels = pixels_of(figure)

@@ -6,11 +6,9 @@ category.
 
 from __future__ import annotations
 
-import io
 import json
 import logging
 import os
-import struct
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -24,6 +22,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from ats_detr.data.images import ImageFileError, decode_image
 from ats_detr.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -33,16 +32,9 @@ COCO_2017_IDS = frozenset(range(1, 91)) - {12, 26, 29, 30, 45, 66, 68, 69, 71, 8
 unused.
 """
 
-_DECODING_ERRORS = (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError)
-"""What Pillow raises on damaged files: truncated data, broken PNG chunks, unknown formats, absurd sizes."""
-
 
 class AnnotationError(UserError):
     """The annotation file cannot be used. The message names the file, what is wrong and how to mend it."""
-
-
-class ImageFileError(UserError):
-    """An image is missing, damaged or not the one the annotations describe. The message names the file."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -364,12 +356,11 @@ class CocoDetection(Dataset):
         path = self.path(index)
         try:
             encoded = path.read_bytes() if self._cache is None else self._cache[index]
-            with Image.open(io.BytesIO(encoded)) as file:
-                image = _to_rgb(file)
         except FileNotFoundError:
             raise ImageFileError(f"image {path} does not exist") from None
-        except _DECODING_ERRORS as error:
-            raise ImageFileError(f"image {path} cannot be read: {error}") from None
+        except OSError as error:
+            raise ImageFileError(f"image {path} cannot be read: {error.strerror}") from None
+        image = decode_image(encoded, path)
         if (image.height, image.width) != self.size(index):
             height, width = self.size(index)
             raise ImageFileError(
@@ -411,13 +402,6 @@ class CocoDetection(Dataset):
                     f" {annotations.categories[category_id]!r}, the model calls it {name!r};"
                     " ids and names must agree"
                 )
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    """Any mode to RGB. 16-bit gray (mode I;16, or I in older Pillow) is scaled: Pillow would clip it to white."""
-    if image.mode.startswith("I"):
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    return image.convert("RGB")
 
 
 class _FileCache:

@@ -59,7 +59,9 @@ class ResizeShortSide(v2.Transform):
 
     def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
         height, width = v2.query_size(flat_inputs)
-        short_side = self.short_sides[int(torch.randint(len(self.short_sides), ()))]
+        # Where there is no choice nothing is drawn: evaluation leaves the global generator alone.
+        choice = int(torch.randint(len(self.short_sides), ())) if len(self.short_sides) > 1 else 0
+        short_side = self.short_sides[choice]
         return {"size": list(resized_size((height, width), short_side, self.long_side))}
 
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:

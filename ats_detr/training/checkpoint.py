@@ -5,6 +5,9 @@ A checkpoint is a dictionary of tensors and plain values (`torch.load(..., weigh
 else it was trained with), `epoch` (completed ones), `step`, `train_seconds`, `finished`; then either `optimizer` and
 `rng` (one state for each process), or `metrics`. A .safetensors file holds the same without the optimiser, plain values
 as JSON in its metadata. Files of the published code are read too.
+
+A model to give away is a folder: `model.safetensors`, which any safetensors reader opens, and `config.json`, which
+people read; together the same as a .safetensors file of ours.
 """
 
 from __future__ import annotations
@@ -50,6 +53,10 @@ _DAMAGE = (
 """What the readers raise on damaged files."""
 _METADATA = "ats_detr"
 """Key of our entry in the metadata of a .safetensors file."""
+CHECKPOINT_SUFFIXES = (".safetensors", ".pt", ".pth")
+"""Of a checkpoint in one file; a model of another name is a folder."""
+MODEL_CONFIG = "config.json"
+_MODEL_WEIGHTS = "model.safetensors"
 _KEYS = ("model", "config", "num_classes", "classes", "epoch", "finished")
 
 
@@ -76,6 +83,20 @@ def save_checkpoint(checkpoint: Mapping[str, Any], path: Path) -> None:
         reason = error.strerror if isinstance(error, OSError) else _first_line(error)
         kept = "the checkpoint before it is whole" if path.exists() else "nothing was written"
         raise UserError(f"{path}: cannot write this checkpoint ({reason}); {kept}") from error
+
+
+def save_folder(checkpoint: Mapping[str, Any], folder: Path) -> None:
+    """Write a model's folder. `config.json` comes last: where it lies, the weights beside it are whole.
+
+    Raises UserError where it cannot be written.
+    """
+    others = {key: value for key, value in checkpoint.items() if key not in ("model", "optimizer", "rng")}
+    (folder / MODEL_CONFIG).unlink(missing_ok=True)
+    save_checkpoint({"model": checkpoint["model"]}, folder / _MODEL_WEIGHTS)
+    try:
+        write_json(others, folder / MODEL_CONFIG)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot write {MODEL_CONFIG} ({error.strerror})") from error
 
 
 def write_json(content: Mapping[str, Any], path: Path) -> None:
@@ -108,13 +129,15 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
 
 
 def read_file(path: str | Path) -> Any:
-    """What a file of torch.save or a .safetensors file of ours holds, on the CPU.
+    """What a file of torch.save, a .safetensors file of ours or a model's folder holds, on the CPU.
 
     Pickles are read by torch's weights-only unpickler: tensors, plain values and argparse.Namespace. Anything else is
     refused before it is made, so that a hostile file executes nothing. Raises UserError.
     """
     path = Path(path)
     try:
+        if path.is_dir():
+            return _from_folder(path)
         if path.suffix == ".safetensors":
             return _from_safetensors(path)
         with path.open("rb") as file:
@@ -135,6 +158,15 @@ def read_file(path: str | Path) -> Any:
         raise
     except _DAMAGE as error:
         raise UserError(f"{path}: not a checkpoint, or a damaged one ({_first_line(error)})") from error
+
+
+def _from_folder(folder: Path) -> dict[str, Any]:
+    if not (folder / MODEL_CONFIG).is_file():
+        raise UserError(f"{folder}: not a model's folder, it has no {MODEL_CONFIG}")
+    others = json.loads((folder / MODEL_CONFIG).read_bytes())
+    if not isinstance(others, dict):
+        raise UserError(f"{folder / MODEL_CONFIG}: not the configuration of a model")
+    return {**_from_safetensors(folder / _MODEL_WEIGHTS), **others}
 
 
 def _first_line(error: Exception) -> str:

@@ -1,0 +1,50 @@
+"""A detector small enough for tests, with random weights that choose different budgets and find different things."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ats_detr.config import config_from_dict, config_to_dict
+from ats_detr.data.coco import ClassMap
+from ats_detr.detector import Detector
+from ats_detr.model import build_model
+from tests.training.small import ADAPTIVE, SMALL_MODEL, merged
+
+CLASSES = ClassMap.from_categories({3: "cup", 5: "cat", 9: "kite"})
+
+
+def small_detector(*, seed: int = 0, **changes: Any) -> Detector:
+    """Images of up to 64 x 128, in steps of 32; keeps 30 or 60 % of the tokens. `changes` are settings of the model."""
+    tree = {
+        "name": "small",
+        "model": merged(merged(SMALL_MODEL, {**ADAPTIVE, "adaption": False}), changes),
+        "data": {"short_side": 64, "long_side": 128, "size_multiple": 32},
+    }
+    config = config_from_dict(tree)
+    torch.manual_seed(seed)
+    model = build_model(config.model, CLASSES.num_rows).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" not in name and "backbone" not in name:
+                parameter.add_(torch.randn_like(parameter) * 0.05)
+        for head in model.decoder_heads:
+            head.classify.bias.fill_(-1.0)
+        if model.selector is not None and model.selector.budget is not None:
+            model.selector.budget[-1].weight.mul_(100)  # images differ in little: small differences decide
+    classes = CLASSES.to_dict()
+    facts = {
+        "config": config_to_dict(config),
+        "num_classes": CLASSES.num_rows,
+        "classes": classes,
+        "epoch": 1,
+        "finished": True,
+    }
+    return Detector(model, config, CLASSES, facts)
+
+
+def save_small_detector(path: Path, **changes: Any) -> Path:
+    small_detector(**changes).save(path)
+    return path
