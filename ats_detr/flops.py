@@ -1,8 +1,9 @@
 """How much a detector computes: multiply-adds per image, counted on the images and budgets at hand.
 
-Two conventions. The published figures of this family count what a training-time model returns, auxiliary encoder heads
-and adaption layer included, and four operations per bilinear sample. Inference needs less: only what the detections
-depend on. It also needs one more operation per sample, the attention weight.
+Two conventions. The published figures of this family count what a training-time model returns: predictions at all
+tokens, auxiliary heads, adaption layer. Inference needs only what the detections depend on, but it projects the values
+of kept tokens twice (those of all layers at once, then each layer's kept ones anew). Both count four operations per
+bilinear sample and channel; the weights of its corners are made once for all channels and not counted.
 """
 
 from __future__ import annotations
@@ -10,8 +11,9 @@ from __future__ import annotations
 import copy
 import math
 import os
+import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -29,8 +31,7 @@ with warnings.catch_warnings():  # fvcore compiles functions with torch.jit.scri
     from fvcore.nn import FlopCountAnalysis
 
 _GIGA = 1e9
-_CORNERS = 4
-_CORNERS_AND_WEIGHT = 5
+_ENCODER_VALUE = re.compile(r"encoder\.layers\.\d+\.attention\.value_proj")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,13 +55,10 @@ class Flops:
     def dense_encoder(self) -> float:
         """What the encoder's layers would compute if they updated every token.
 
-        Exact: their value projections read every token as it is, and everything else goes with the kept ones.
+        Exact: they project the value of every token, and everything else goes with the kept ones.
         """
-        is_value = [
-            n for n in self.by_module if n.startswith("encoder.layers.") and n.endswith(".value_proj")
-        ]
-        value = sum(self.by_module[name] for name in is_value)
-        return value + (self.encoder - value) * self.num_tokens / self.num_kept
+        counted, value = _value_projections(self.by_module)
+        return value + (self.encoder - counted) * self.num_tokens / self.num_kept
 
 
 def count_flops(model: Detr, batch: ImageBatch, *, as_published: bool = False) -> Flops:
@@ -77,10 +75,7 @@ def count_flops(model: Detr, batch: ImageBatch, *, as_published: bool = False) -
     with _reference_operators(), _quiet(), torch.no_grad():
         analysis = FlopCountAnalysis(counted, images.images_B3HW)
         analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
-        samples = _CORNERS if as_published else _CORNERS_AND_WEIGHT
-        analysis.set_op_handle(
-            "aten::grid_sampler", lambda inputs, outputs: samples * math.prod(_shape(outputs[0]))
-        )
+        analysis.set_op_handle("aten::embedding_bag", _sampling_macs)
         analysis.set_op_handle("aten::scaled_dot_product_attention", _attention_macs)
         by_module, by_operator = analysis.by_module(), analysis.by_operator()
     per_image = _GIGA * len(images)
@@ -91,10 +86,13 @@ def count_flops(model: Detr, batch: ImageBatch, *, as_published: bool = False) -
         for name, count in by_module.items()
         if name.startswith(prefix)
     }
+    operators = {name: count / per_image for name, count in by_operator.items()}
+    if as_published:
+        _forget_second_projections(modules, operators, "linear", _parents)
     return Flops(
         total=modules[""],
         encoder=modules["encoder.layers"],
-        by_operator={name: count / per_image for name, count in by_operator.items()},
+        by_operator=operators,
         by_module=modules,
         **counted.kept(),
     )
@@ -108,16 +106,15 @@ def count_flops_eager(model: Detr, batch: ImageBatch, *, as_published: bool = Fa
     """
     model, images = _on_cpu(model, batch)
     counted = _Counted(model, images.sizes, as_published)
-    samples = _CORNERS if as_published else _CORNERS_AND_WEIGHT
 
-    def sampler_flops(*_: Any, out_shape: tuple[int, ...], **__: Any) -> int:
-        return 2 * samples * math.prod(out_shape)
+    def sampling_flops(table: Any, rows: Any, *_: Any, **__: Any) -> int:
+        return 2 * math.prod(rows) * table[-1]
 
     def attention_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
         return 2 * math.prod(query[:-1]) * key[-2] * (query[-1] + value[-1])
 
     mapping = {
-        torch.ops.aten.grid_sampler_2d: sampler_flops,
+        torch.ops.aten._embedding_bag_forward_only: sampling_flops,
         torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention_flops,
     }
     with (
@@ -135,11 +132,12 @@ def count_flops_eager(model: Detr, batch: ImageBatch, *, as_published: bool = Fa
         for name, by_operator in counts.items()
         if name.startswith(prefix)
     }
-    own_layers = [f"encoder.layers.{i}" for i in range(len(model.encoder.layers))]
     by_operator = {str(name).removeprefix("aten."): n / per_image for name, n in counts["Global"].items()}
+    if as_published:  # a module's count is part of those it was called from
+        _forget_second_projections(modules, by_operator, "addmm", lambda leaf: ["", "encoder"])
     return Flops(
         total=modules[""],
-        encoder=sum(modules[name] for name in own_layers),
+        encoder=modules["encoder"],
         by_operator=by_operator,
         by_module=modules,
         **counted.kept(),
@@ -190,6 +188,43 @@ def _on_cpu(model: Detr, batch: ImageBatch) -> tuple[Detr, ImageBatch]:
 
 def _shape(value: Any) -> list[int]:
     return value.type().sizes()
+
+
+def _sampling_macs(inputs: list[Any], outputs: list[Any]) -> int:
+    """Sums of rows of the value, four to a bilinear sample."""
+    return math.prod(_shape(inputs[1])) * _shape(inputs[0])[-1]
+
+
+def _value_projections(by_module: dict[str, float]) -> tuple[float, float]:
+    """What the encoder's value projections count as, and what they would without projecting kept tokens again.
+
+    The first layer reads the raw tokens, and so projects none twice.
+    """
+    counts = [n for name, n in by_module.items() if _ENCODER_VALUE.fullmatch(name)]
+    return sum(counts), len(counts) * min(counts)
+
+
+def _forget_second_projections(
+    by_module: dict[str, float],
+    by_operator: dict[str, float],
+    operator: str,
+    counted_in: Callable[[str], list[str]],
+) -> None:
+    """Take the second value projections of kept tokens out of the counts, in place.
+
+    `counted_in`: the modules whose counts contain that of a module of this name.
+    """
+    leaves = [name for name in by_module if _ENCODER_VALUE.fullmatch(name)]
+    first = min(by_module[leaf] for leaf in leaves)
+    for leaf in leaves:
+        excess = by_module[leaf] - first
+        for name in (leaf, *counted_in(leaf)):
+            by_module[name] -= excess
+        by_operator[operator] -= excess
+
+
+def _parents(name: str) -> list[str]:
+    return ["", *(name.rsplit(".", depth)[0] for depth in range(1, name.count(".") + 1))]
 
 
 def _attention_macs(inputs: list[Any], outputs: list[Any]) -> int:

@@ -40,12 +40,15 @@ def batch() -> ImageBatch:
     return ImageBatch.collate([torch.randn(3, 128, 96, generator=g), torch.randn(3, 80, 128, generator=g)])
 
 
-def encoder_by_hand(num_tokens: int, num_kept: int, per_sample: int) -> int:
+def encoder_by_hand(num_tokens: int, num_kept: int, projected_twice: int) -> int:
     """Multiply-adds of the encoder's layers on one image, norms left out."""
     points = HEADS * 4 * 4
     value = num_tokens * WIDTH * WIDTH
     queries = num_kept * WIDTH * (points * 2 + points + WIDTH) + num_kept * 2 * WIDTH * HIDDEN
-    return LAYERS * (value + queries + per_sample * num_kept * 16 * WIDTH)
+    return (
+        LAYERS * (value + queries + 4 * num_kept * 16 * WIDTH)
+        + projected_twice * (LAYERS - 1) * WIDTH * WIDTH
+    )
 
 
 @pytest.mark.parametrize("keep_ratio", [0.1, 0.4, None])
@@ -54,8 +57,9 @@ def test_the_encoder_costs_what_its_kept_tokens_cost(keep_ratio: float | None) -
     output = model.eval()(batch())
     num_tokens = output.memory_BSC.shape[1]
     kept = output.selection.num_kept_B.tolist() if output.selection else [num_tokens] * 2
-    for as_published, per_sample in ((False, 5), (True, 4)):
-        by_hand = sum(encoder_by_hand(num_tokens, k, per_sample) for k in kept) / 2
+    for as_published in (False, True):
+        again = 0 if as_published or keep_ratio is None else 1
+        by_hand = sum(encoder_by_hand(num_tokens, k, again * k) for k in kept) / 2
         norms = 5 * 2 * LAYERS * WIDTH * sum(kept) / 2  # fvcore: five operations for each normalised number
         result = count_flops(model, batch(), as_published=as_published)
         assert result.encoder * 1e9 == pytest.approx(by_hand + norms, rel=1e-9)
@@ -84,11 +88,14 @@ def test_the_published_convention_adds_what_only_training_needs() -> None:
     assert published.by_module["adaption"] * 2e9 == pytest.approx(2 * num_tokens * WIDTH * WIDTH)
     assert published.by_module["encoder_heads"] * 2e9 == pytest.approx(rows * head)
     assert needed.by_module.get("adaption", 0) == needed.by_module.get("encoder_heads", 0) == 0
-    # Class logits of the decoder layers before the last decide nothing.
+    # Class logits of the decoder layers before the last decide nothing, nor do boxes of tokens that start no query.
     unused = 2 * QUERIES * WIDTH * 3
     assert (published.by_module["decoder_heads"] - needed.by_module["decoder_heads"]) * 2e9 == pytest.approx(
         unused
     )
+    boxes = 2 * (num_tokens - QUERIES) * (2 * WIDTH * WIDTH + WIDTH * 4)
+    saved = published.by_module["proposal_head"] - needed.by_module["proposal_head"]
+    assert saved * 2e9 == pytest.approx(boxes)
 
 
 def test_the_two_counters_agree_on_everything_but_norms_and_the_resized_masks() -> None:

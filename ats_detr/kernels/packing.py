@@ -38,7 +38,8 @@ def scatter_tokens(
 ) -> Tensor:
     """`memory_BSC` with the kept tokens replaced by their packed rows, gradients to both; `rows_KC` takes its dtype.
 
-    in_place: overwrites `memory_BSC` and returns it, without gradients: a fraction of the bytes, for inference.
+    in_place: overwrites `memory_BSC` and returns it, without gradients: a fraction of the bytes, for inference. Its
+        rows may be slices of longer ones (other layouts make the host wait).
     """
     _check(plan, memory_BSC)
     rows_KC = rows_KC.to(memory_BSC.dtype)
@@ -131,11 +132,12 @@ def _scatter_in_place(
     num_rows: Tensor | None,
     backend: str,
 ) -> None:
-    if backend == "triton" and memory.is_contiguous():
+    if backend == "triton":
         from ats_detr.kernels.gpu import pack
 
-        pack.scatter_in_place(token_index, image_index, num_rows, memory, rows)
-        return
+        if pack.has_even_rows(memory):
+            pack.scatter_in_place(token_index, image_index, num_rows, memory, rows)
+            return
     if num_rows is not None:
         token_index, image_index, rows = (t[: int(num_rows)] for t in (token_index, image_index, rows))
     memory[image_index.long(), token_index.long()] = rows

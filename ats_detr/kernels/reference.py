@@ -105,7 +105,70 @@ def sample_packed(
         counts = torch.bincount(image_index_N, minlength=batch).tolist()
     dtype = torch.promote_types(torch.promote_types(value_BSHD.dtype, locations_NHLP2.dtype), torch.float32)
     inputs = (value_BSHD.to(dtype), locations_NHLP2.to(dtype), weights_NHLP.to(dtype))
+    if value_BSHD.device.type == "cpu" and not torch.is_grad_enabled() and rows * batch > 0:
+        return _gather(inputs[0], level_shapes, *inputs[1:], counts).to(value_BSHD.dtype)
     return _sample(inputs[0], level_shapes, *inputs[1:], counts).to(value_BSHD.dtype)
+
+
+def _gather(
+    value_BSHD: Tensor,
+    level_shapes: LevelShapes,
+    locations_NHLP2: Tensor,
+    weights_NHLP: Tensor,
+    counts: list[int],
+) -> Tensor:
+    """What `_sample` computes, as weighted sums of the value's rows, read where they lie.
+
+    No map is transposed, no sample stored, and ragged images need no loop: about half the time of `_sample` on a CPU.
+    Its gradients would take longer than those of `_sample`.
+    """
+    batch, num_tokens, num_heads, head_dim = value_BSHD.shape
+    num_queries = len(locations_NHLP2)
+    if value_BSHD.stride()[1:] != (num_heads * head_dim, head_dim, 1):
+        value_BSHD = value_BSHD.contiguous()
+    height_width_L2 = torch.tensor(level_shapes)
+    area_L = height_width_L2.prod(-1)
+    start_L1 = (area_L.cumsum(0) - area_L)[:, None]
+    height_L1, width_L1 = height_width_L2.to(locations_NHLP2.dtype)[..., None].unbind(1)
+    x, y = locations_NHLP2.unbind(-1)
+    x, y = x * width_L1 - 0.5, y * height_L1 - 0.5
+    lost_NH = ~(x.isfinite() & y.isfinite()).flatten(2).all(-1)
+    (left, right, left_share, right_share), (top, bottom, top_share, bottom_share) = (
+        _neighbours(x, width_L1),
+        _neighbours(y, height_L1),
+    )
+    top_share, bottom_share = top_share * weights_NHLP, bottom_share * weights_NHLP
+    top, bottom = top * width_L1, bottom * width_L1
+    shares = [share * side for share in (top_share, bottom_share) for side in (left_share, right_share)]
+    cells = [(row + column) for row in (top, bottom) for column in (left, right)]
+    image_N = torch.repeat_interleave(torch.arange(batch), torch.tensor(counts))
+    first_NHLP = image_N[:, None, None, None] * num_tokens + start_L1
+    head_H11 = torch.arange(num_heads)[:, None, None, None]
+    row = (torch.stack(cells, -1).long() + first_NHLP[..., None]) * num_heads + head_H11
+    out = F.embedding_bag(
+        row.view(num_queries * num_heads, -1),
+        value_BSHD.reshape(-1, head_dim),
+        mode="sum",
+        per_sample_weights=torch.stack(shares, -1).view(num_queries * num_heads, -1),
+    )
+    return out.view(num_queries, num_heads, head_dim).masked_fill_(lost_NH[..., None], torch.nan).flatten(1)
+
+
+def _neighbours(x: Tensor, size_L1: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The cells before and after pixel coordinate `x` and their bilinear shares; outside 0..size-1: an inner cell
+    and the share 0."""
+    x = x.nan_to_num(-2.0, -2.0, -2.0).clamp(min=-2.0).minimum(size_L1 + 1)
+    before = x.floor()
+    after_share = x - before
+    last = size_L1 - 1
+    before_share = (1 - after_share) * ((before >= 0) & (before <= last))
+    after_share = after_share * ((before >= -1) & (before < last))
+    return (
+        before.clamp(min=0).minimum(last),
+        (before + 1).clamp(min=0).minimum(last),
+        before_share,
+        after_share,
+    )
 
 
 def _sample(

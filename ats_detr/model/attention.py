@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ats_detr.kernels import deformable_attention
@@ -43,11 +45,6 @@ class DeformableAttention(nn.Module):
         bias = offsets.expand(self.num_heads, self.num_levels, self.num_points, 2).flatten()
         self.sampling_offsets.bias.copy_(bias)
 
-    def project_value(self, memory_BSC: Tensor, padding_mask_BS: Tensor) -> Tensor:
-        """Values [B, S, H, D] of all tokens, zero at padding."""
-        value = self.value_proj(memory_BSC).masked_fill(padding_mask_BS[..., None], 0.0)
-        return value.unflatten(-1, (self.num_heads, -1))
-
     def project_query(self, query_NC: Tensor) -> tuple[Tensor, Tensor]:
         """Raw sampling offsets [N, H, L, P, 2] and attention logits [N, H, L, P]."""
         shape = (self.num_heads, self.num_levels, self.num_points)
@@ -56,16 +53,45 @@ class DeformableAttention(nn.Module):
 
     def attend(
         self,
-        value_BSHD: Tensor,
+        value_BSC: Tensor,
         level_shapes: LevelShapes,
         reference_points: Tensor,
         offsets_NHLP2: Tensor,
         logits_NHLP: Tensor,
         image_index_N: Tensor | None = None,
+        num_rows: Tensor | None = None,
     ) -> Tensor:
-        """[N, C] what the N packed queries gather; see `ats_detr.kernels.deformable_attention`."""
+        """[N, C] what the N packed queries gather from the projected values; see
+        `ats_detr.kernels.deformable_attention`.
+        """
         return self.output_proj(
             deformable_attention(
-                value_BSHD, level_shapes, reference_points, offsets_NHLP2, logits_NHLP, image_index_N
+                value_BSC.unflatten(-1, (self.num_heads, -1)),
+                level_shapes,
+                reference_points,
+                offsets_NHLP2,
+                logits_NHLP,
+                image_index_N,
+                num_rows=num_rows,
             )
         )
+
+
+def project_values(
+    attentions: Sequence[DeformableAttention], memory_BSC: Tensor, padding_mask_BS: Tensor
+) -> list[Tensor]:
+    """The values [B, S, C] that each of several attentions reads from one memory, zero at padding.
+
+    On the GPU they are slices of the result of one GEMM; the kernels read slices in place. The CPU projects
+    for one after another, which takes as long, and samples rows that lie close together 2.5 times faster.
+    """
+    if memory_BSC.is_cuda:
+        projections = [attention.value_proj for attention in attentions]
+        weight = torch.cat([projection.weight for projection in projections])
+        bias = torch.cat([projection.bias for projection in projections])
+        values = F.linear(memory_BSC, weight, bias).masked_fill_(padding_mask_BS[..., None], 0.0)
+        return list(values.chunk(len(attentions), dim=-1))
+    return [
+        attention.value_proj(memory_BSC).masked_fill_(padding_mask_BS[..., None], 0.0)
+        for attention in attentions
+    ]

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from ats_detr.boxes import inverse_sigmoid
 from ats_detr.kernels import deformable_attention_map
-from ats_detr.model.attention import DeformableAttention
+from ats_detr.kernels.reference import LevelShapes
+from ats_detr.model.attention import DeformableAttention, project_values
 from ats_detr.model.encoder import FeedForward
 from ats_detr.model.output import Prediction
 from ats_detr.model.tokens import Tokens
@@ -33,6 +34,10 @@ class PredictionHead(nn.Module):
         """[..., C] queries and their reference as logits, [..., 2] or [..., 4] -> logits and boxes (cxcywh,
         0..1).
         """
+        return Prediction(self.classify(x), self.boxes(x, reference))
+
+    def boxes(self, x: Tensor, reference: Tensor) -> Tensor:
+        """The boxes alone."""
         box = x
         for layer in self.box[:-1]:
             box = layer(box).relu()
@@ -41,7 +46,7 @@ class PredictionHead(nn.Module):
             box = torch.cat([box[..., :2] + reference, box[..., 2:]], -1)
         else:
             box = box + reference
-        return Prediction(self.classify(x), box.sigmoid())
+        return box.sigmoid()
 
 
 class DecoderLayer(nn.Module):
@@ -65,16 +70,20 @@ class DecoderLayer(nn.Module):
         self.feedforward = FeedForward(width, feedforward_width, dropout)
 
     def forward(
-        self, x_BQC: Tensor, query_pos_BQC: Tensor, references_NLX: Tensor, memory_BSC: Tensor, tokens: Tokens
+        self,
+        x_BQC: Tensor,
+        query_pos_BQC: Tensor,
+        references_NLX: Tensor,
+        value_BSC: Tensor,
+        level_shapes: LevelShapes,
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """Refined queries [B, Q, C], and the raw offsets and logits of the cross-attention."""
         query = x_BQC + query_pos_BQC
         attended, _ = self.self_attention(query, query, x_BQC, need_weights=False)
         x_BQC = self.self_norm(x_BQC + self.dropout(attended))
         attention = self.cross_attention
-        value_BSHD = attention.project_value(memory_BSC, tokens.padding_mask_BS)
         offsets, logits = attention.project_query((x_BQC + query_pos_BQC).flatten(0, 1))
-        gathered = attention.attend(value_BSHD, tokens.level_shapes, references_NLX, offsets, logits)
+        gathered = attention.attend(value_BSC, level_shapes, references_NLX, offsets, logits)
         x_BQC = self.cross_norm(x_BQC + self.dropout(gathered.view_as(x_BQC)))
         return self.feedforward(x_BQC), (offsets, logits)
 
@@ -96,10 +105,11 @@ class Decoder(nn.Module):
         tokens: Tokens,
         heads: Sequence[PredictionHead],
         *,
+        every_layer: bool,
         with_attention_map: bool,
     ) -> tuple[list[Prediction], Tensor | None]:
-        """The prediction of every layer and, if asked for, the attention each token received in all layers
-        [B, S].
+        """The prediction of every layer (or of the last alone) and, if asked for, the attention each token received
+        in all layers [B, S].
 
         Args:
             references_BQX: initial references in 0..1 of the unpadded image, [B, Q, 2] points or [B, Q, 4]
@@ -107,19 +117,27 @@ class Decoder(nn.Module):
             heads: one head per layer, or a single shared one.
         """
         predictions, attention_map_BS = [], None
-        for index, layer in enumerate(self.layers):
+        attentions: Any = [layer.cross_attention for layer in self.layers]
+        values = project_values(attentions, memory_BSC, tokens.padding_mask_BS)
+        for index, (layer, value_BSC) in enumerate(zip(self.layers, values, strict=True)):
             ratios_BL = tokens.valid_ratios_BL2.repeat(1, 1, references_BQX.shape[-1] // 2)
             references_NLX = (references_BQX[:, :, None] * ratios_BL[:, None]).flatten(0, 1)
             x_BQC, (offsets_NHLP2, logits_NHLP) = layer(
-                x_BQC, query_pos_BQC, references_NLX, memory_BSC, tokens
+                x_BQC, query_pos_BQC, references_NLX, value_BSC, tokens.level_shapes
             )
-            prediction = heads[index % len(heads)](x_BQC, inverse_sigmoid(references_BQX))
-            predictions.append(prediction)
-            if self.box_refine:
-                references_BQX = prediction.boxes.detach()
+            head, reference = heads[index % len(heads)], inverse_sigmoid(references_BQX)
+            if every_layer or layer is self.layers[-1]:
+                predictions.append(head(x_BQC, reference))
+            if self.box_refine and layer is not self.layers[-1]:
+                boxes_BQ4 = predictions[-1].boxes if every_layer else head.boxes(x_BQC, reference)
+                references_BQX = boxes_BQ4.detach()
             if with_attention_map:
-                layer_map = deformable_attention_map(
-                    references_NLX, offsets_NHLP2, logits_NHLP, tokens.level_shapes, len(x_BQC)
+                attention_map_BS = deformable_attention_map(
+                    references_NLX,
+                    offsets_NHLP2,
+                    logits_NHLP,
+                    tokens.level_shapes,
+                    len(x_BQC),
+                    into=attention_map_BS,
                 )
-                attention_map_BS = layer_map if attention_map_BS is None else attention_map_BS + layer_map
         return predictions, attention_map_BS

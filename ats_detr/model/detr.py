@@ -9,6 +9,7 @@ import math
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ats_detr.batch import ImageBatch
@@ -121,22 +122,66 @@ class Detr(nn.Module):
             nn.init.zeros_(self.reference_points.bias)
 
     def forward(self, batch: ImageBatch, *, supervision: bool | None = None) -> DetectorOutput:
-        """Detect objects in normalised images.
+        """Detect objects in normalised images; see `detect`."""
+        return self.detect(batch.images_B3HW, batch.padding_mask_BHW, supervision=supervision)
 
-        `supervision` adds what only the losses read: the encoder's auxiliary predictions, the adapted memory,
-        and (with a selector) the attention map. Default: in training mode.
+    def detect(
+        self, images_B3HW: Tensor, padding_mask_BHW: Tensor, *, supervision: bool | None = None
+    ) -> DetectorOutput:
+        """Detect objects in normalised, padded images; the mask (bool) is True on padding.
+
+        `supervision` adds what only the losses read: the predictions at all tokens, the encoder's auxiliary ones,
+        the adapted memory, and (with a selector) the attention map. Default: in training mode.
         """
         supervision = self.training if supervision is None else supervision
-        tokens, selection, memory_BSC, layer_rows = self.encode(batch)
+        tokens = self.tokenize(images_B3HW, padding_mask_BHW)
+        selection = self.select(tokens)
+        memory_BSC, layer_rows = self.encoder(tokens, selection.plan if selection else None)
+        output = self.decode(tokens, selection, memory_BSC, supervision=supervision)
+        if supervision:
+            output.encoder_auxiliary = self._predict_from_rows(layer_rows, tokens, selection)
+        return output
 
-        output_of_encoder, query_index_BQ = None, None
+    def encode(self, images_B3HW: Tensor, padding_mask_BHW: Tensor) -> Tensor:
+        """The memory [B, S, C]: the first half of a pass."""
+        tokens = self.tokenize(images_B3HW, padding_mask_BHW)
+        selection = self.select(tokens)
+        return self.encoder(tokens, selection.plan if selection else None)[0]
+
+    def tokenize(self, images_B3HW: Tensor, padding_mask_BHW: Tensor) -> Tokens:
+        """The tokens of a batch: backbone, projections to one width, one more level below the last map."""
+        maps = self.backbone(images_B3HW)
+        maps = [to_channels_first(m, c) for m, c in zip(maps, self.backbone.num_channels, strict=True)]
+        pyramid = [project(m) for project, m in zip(self.input_proj, maps, strict=False)]
+        coarse = maps[-1]
+        for project in self.input_proj[len(maps) :]:
+            coarse = project(coarse)
+            pyramid.append(coarse)
+        return Tokens.from_pyramid(pyramid, padding_mask_BHW, self.level_embed)
+
+    def select(self, tokens: Tokens) -> TokenScores | None:
+        """Which tokens the encoder refines; None: all."""
+        if self.selector is None:
+            return None
+        scored = tokens.features_BSC
+        if self.select_by_proposals:
+            scored = self._embed_proposals(scored + tokens.positions_BSC, tokens.proposals[1])
+        return self.selector(scored, tokens.padding_mask_BS)
+
+    def decode(
+        self, tokens: Tokens, selection: TokenScores | None, memory_BSC: Tensor, *, supervision: bool
+    ) -> DetectorOutput:
+        """Detections from the memory: the second half of a pass."""
+        proposals, query_index_BQ = None, None
         if self.proposal_proj is None:
             query_pos_BQC, content_BQC = self.query_embed.weight.expand(len(memory_BSC), -1, -1).chunk(
                 2, dim=-1
             )
             references_BQX = self.reference_points(query_pos_BQC).sigmoid()
         else:
-            output_of_encoder, query_index_BQ, references_BQX = self._propose(memory_BSC, tokens)
+            proposals, query_index_BQ, references_BQX = self._propose(
+                memory_BSC, tokens, everywhere=supervision
+            )
             query_pos_BQC, content_BQC = self._queries(memory_BSC, query_index_BQ, references_BQX)
         predictions, attention_map_BS = self.decoder(
             content_BQC,
@@ -145,6 +190,7 @@ class Detr(nn.Module):
             memory_BSC,
             tokens,
             self.decoder_heads,
+            every_layer=supervision,
             with_attention_map=supervision and selection is not None,
         )
         return DetectorOutput(
@@ -153,8 +199,7 @@ class Detr(nn.Module):
             padding_mask_BS=tokens.padding_mask_BS,
             memory_BSC=memory_BSC,
             decoder_auxiliary=predictions[:-1],
-            encoder=output_of_encoder,
-            encoder_auxiliary=self._predict_from_rows(layer_rows, tokens, selection) if supervision else [],
+            encoder=proposals,
             selection=selection,
             attention_map_BS=attention_map_BS,
             adapted_memory_BSC=self.adaption(memory_BSC)
@@ -163,29 +208,6 @@ class Detr(nn.Module):
             query_index_BQ=query_index_BQ,
         )
 
-    def encode(self, batch: ImageBatch) -> tuple[Tokens, TokenScores | None, Tensor, list[Tensor]]:
-        """The first half of a pass: tokens, which of them are kept, the memory [B, S, C] and each layer's rows."""
-        tokens = self.tokenize(batch)
-        selection = None
-        if self.selector is not None:
-            scored = tokens.features_BSC
-            if self.select_by_proposals:
-                scored = self._embed_proposals(scored + tokens.positions_BSC, tokens.proposals[1])
-            selection = self.selector(scored, tokens.padding_mask_BS)
-        memory_BSC, layer_rows = self.encoder(tokens, selection.plan if selection else None)
-        return tokens, selection, memory_BSC, layer_rows
-
-    def tokenize(self, batch: ImageBatch) -> Tokens:
-        """The tokens of a batch: backbone, projections to one width, one more level below the last map."""
-        maps = self.backbone(batch.images_B3HW)
-        maps = [to_channels_first(m, c) for m, c in zip(maps, self.backbone.num_channels, strict=True)]
-        pyramid = [project(m) for project, m in zip(self.input_proj, maps, strict=False)]
-        coarse = maps[-1]
-        for project in self.input_proj[len(maps) :]:
-            coarse = project(coarse)
-            pyramid.append(coarse)
-        return Tokens.from_pyramid(pyramid, batch.padding_mask_BHW, self.level_embed)
-
     def _embed_proposals(self, memory_BSC: Tensor, allowed_BS: Tensor) -> Tensor:
         """Tokens [B, S, C] as the proposal head reads them; padded tokens and impossible proposals zeroed
         first.
@@ -193,16 +215,33 @@ class Detr(nn.Module):
         assert self.proposal_proj is not None
         return self.proposal_norm(self.proposal_proj(memory_BSC.masked_fill(~allowed_BS[..., None], 0.0)))
 
-    def _propose(self, memory_BSC: Tensor, tokens: Tokens) -> tuple[Prediction, Tensor, Tensor]:
-        """Predictions at all tokens, the indices [B, Q] of the best Q, and their boxes [B, Q, 4]
+    def _propose(
+        self, memory_BSC: Tensor, tokens: Tokens, *, everywhere: bool
+    ) -> tuple[Prediction | None, Tensor, Tensor]:
+        """Predictions at all tokens (if `everywhere`), the indices [B, Q] of the best Q, their boxes [B, Q, 4]
         (detached).
+
+        Only the losses need predictions everywhere; detecting needs the ranking score of all tokens and the boxes
+        of the best.
         """
-        assert self.proposal_head is not None
+        head = self.proposal_head
+        assert head is not None
         proposals_BS4, allowed_BS = tokens.proposals
-        prediction = self.proposal_head(self._embed_proposals(memory_BSC, allowed_BS), proposals_BS4)
-        score_BS = prediction.logits.amax(-1) if self.class_specific_proposals else prediction.logits[..., 0]
+        embedded_BSC = self._embed_proposals(memory_BSC, allowed_BS)
+        prediction = head(embedded_BSC, proposals_BS4) if everywhere else None
+        if prediction is not None:
+            logits = prediction.logits if self.class_specific_proposals else prediction.logits[..., :1]
+        elif self.class_specific_proposals:
+            logits = head.classify(embedded_BSC)
+        else:
+            logits = F.linear(embedded_BSC, head.classify.weight[:1], head.classify.bias[:1])
+        score_BS = logits.amax(-1)
         index_BQ = score_BS.topk(min(self.num_queries, score_BS.shape[1]), dim=1).indices
-        return prediction, index_BQ, _take(prediction.boxes, index_BQ).detach()
+        if prediction is not None:
+            boxes_BQ4 = _take(prediction.boxes, index_BQ)
+        else:
+            boxes_BQ4 = head.boxes(_take(embedded_BSC, index_BQ), _take(proposals_BS4, index_BQ))
+        return prediction, index_BQ, boxes_BQ4.detach()
 
     def _queries(self, memory_BSC: Tensor, index_BQ: Tensor, boxes_BQ4: Tensor) -> tuple[Tensor, Tensor]:
         """Position and content [B, Q, C] of two-stage queries."""

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ats_detr.kernels import TokenPlan, pack_tokens, scatter_tokens
-from ats_detr.model.attention import DeformableAttention
+from ats_detr.kernels.reference import LevelShapes
+from ats_detr.model.attention import DeformableAttention, project_values
 from ats_detr.model.tokens import Tokens
 
 
@@ -51,16 +53,15 @@ class EncoderLayer(nn.Module):
         rows_KC: Tensor,
         positions_KC: Tensor,
         references_KL2: Tensor,
-        memory_BSC: Tensor,
-        tokens: Tokens,
-        image_index_K: Tensor | None,
+        value_BSC: Tensor,
+        level_shapes: LevelShapes,
+        plan: TokenPlan | None,
     ) -> Tensor:
         """Refined rows [K, C]."""
-        attention = self.attention
-        value_BSHD = attention.project_value(memory_BSC, tokens.padding_mask_BS)
-        offsets, logits = attention.project_query(rows_KC + positions_KC)
-        gathered = attention.attend(
-            value_BSHD, tokens.level_shapes, references_KL2, offsets, logits, image_index_K
+        offsets, logits = self.attention.project_query(rows_KC + positions_KC)
+        image_index_K, num_rows = (None, None) if plan is None else (plan.image_index_K, plan.num_rows)
+        gathered = self.attention.attend(
+            value_BSC, level_shapes, references_KL2, offsets, logits, image_index_K, num_rows
         )
         rows_KC = self.attention_norm(rows_KC + self.dropout(gathered))
         return self.feedforward(rows_KC)
@@ -76,8 +77,8 @@ class Encoder(nn.Module):
     def forward(self, tokens: Tokens, plan: TokenPlan | None) -> tuple[Tensor, list[Tensor]]:
         """The memory [B, S, C] and the rows [K, C] after each layer.
 
-        After each layer the refined rows are written back; tokens that were not kept stay the raw features.
-        Without a plan every token is refined, K = B * S.
+        Layers read the refined rows of the layer before; tokens that were not kept stay the raw features. Without a
+        plan every token is refined, K = B * S.
         """
         memory_BSC = tokens.features_BSC
         dense = (memory_BSC, tokens.positions_BSC, tokens.reference_points())
@@ -85,12 +86,24 @@ class Encoder(nn.Module):
             rows_KC, positions_KC, references_KL2 = (tensor.flatten(0, 1) for tensor in dense)
         else:
             rows_KC, positions_KC, references_KL2 = pack_tokens(plan, *dense)
-        image_index_K = None if plan is None else plan.image_index_K
-        layer_rows = []
-        for layer in self.layers:
-            rows_KC = layer(rows_KC, positions_KC, references_KL2, memory_BSC, tokens, image_index_K)
-            memory_BSC = (
-                rows_KC.view_as(memory_BSC) if plan is None else scatter_tokens(plan, memory_BSC, rows_KC)
-            )
+        # Most rows of the memory never change: with a plan they are projected for all layers at once, and each
+        # layer projects the kept ones anew.
+        attentions: Any = [layer.attention for layer in self.layers]
+        mask_BS = tokens.padding_mask_BS
+        raw_values = [] if plan is None else project_values(attentions, memory_BSC, mask_BS)
+        layer_rows: list[Tensor] = []
+        for index, layer in enumerate(self.layers):
+            attention = attentions[index]
+            if plan is None:
+                (value_BSC,) = project_values([attention], rows_KC.view_as(memory_BSC), mask_BS)
+            elif index == 0:
+                value_BSC = raw_values[0]
+            else:
+                in_place = not torch.is_grad_enabled()
+                value_KC = attention.value_proj(rows_KC)
+                value_BSC = scatter_tokens(plan, raw_values[index], value_KC, in_place=in_place)
+            rows_KC = layer(rows_KC, positions_KC, references_KL2, value_BSC, tokens.level_shapes, plan)
             layer_rows.append(rows_KC)
-        return memory_BSC, layer_rows
+        if plan is None:
+            return rows_KC.view_as(memory_BSC), layer_rows
+        return scatter_tokens(plan, memory_BSC, rows_KC), layer_rows

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
 from ats_detr.kernels import select_tokens
+from ats_detr.kernels.backend import choose_backend
 from ats_detr.model.output import TokenScores
 
 
@@ -66,8 +69,25 @@ class TokenSelector(nn.Module):
             scores_BS = torch.where(padding_mask_BS, scores_BS.min(), scores_BS)
         budget_logits_BR = None if self.budget is None else self.budget(global_BC)
         num_kept_B = self.num_tokens(num_valid_B, budget_logits_BR)
-        plan = select_tokens(scores_BS.detach(), num_kept_B, padding_mask_BS)
+        plan = select_tokens(
+            scores_BS.detach(), num_kept_B, padding_mask_BS, capacity=self._capacity(scores_BS)
+        )
         return TokenScores(scores_BS, num_valid_B, num_kept_B, budget_logits_BR, plan)
+
+    def _capacity(self, scores_BS: Tensor) -> int | None:
+        """Rows that suffice for any budgets, so that nobody waits for the device to learn how many are kept.
+
+        None, exactly as many as are kept, in training (such plans have gradients) and where the reference
+        operators run, on which unused rows would be computed.
+        """
+        if torch.is_grad_enabled() or not (
+            choose_backend(scores_BS) == "triton" or torch.compiler.is_compiling()
+        ):
+            return None
+        batch, num_tokens = scores_BS.shape
+        ratio = self.max_ratio if self.budget is None else min(max(self.max_ratio, 0.01), 0.99)
+        most = math.ceil(num_tokens * ratio) + 1
+        return batch * min(num_tokens, max(most, self.min_tokens))
 
     def num_tokens(self, num_valid_B: Tensor, budget_logits_BR: Tensor | None) -> Tensor:
         """int64 [B] tokens to keep of each image."""

@@ -64,7 +64,7 @@ class DualTeacher:
         """
         with torch.no_grad():
             weak = self.weak(batch)
-            _, _, strong_memory, _ = self.strong.encode(batch)
+            strong_memory = self.strong.encode(batch.images_B3HW, batch.padding_mask_BHW)
             sizes = [target.original_size for target in targets]
             detections = top_detections(weak.last, sizes, self.num_detections)
             labels_B = budget_labels(

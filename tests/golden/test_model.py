@@ -28,7 +28,7 @@ def compare(case, model) -> None:
     batch = case.batch()
     seen: dict[str, Tokens] = {}
     tokenize = model.tokenize
-    model.tokenize = lambda batch: seen.setdefault("tokens", tokenize(batch))
+    model.tokenize = lambda *batch: seen.setdefault("tokens", tokenize(*batch))
     output = model(batch, supervision=True)
     tokens = seen["tokens"]
 

@@ -92,7 +92,7 @@ def test_an_image_pays_for_its_own_tokens_only():
 def test_only_kept_tokens_change_in_the_encoder():
     model = small_model()
     batch = ImageBatch.collate(images((128, 128), (64, 96)))
-    features = model.tokenize(batch).features_BSC
+    features = model.tokenize(batch.images_B3HW, batch.padding_mask_BHW).features_BSC
     output = model(batch)
     kept = output.selection.plan.slot_BS >= 0
     changed = (output.memory_BSC != features).any(-1)

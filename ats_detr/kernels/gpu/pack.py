@@ -14,11 +14,12 @@ ELEMENTS = 1024  # about so many per tensor and program
 
 
 @triton.jit
-def _move(source_ptr, target_ptr, source_row, target_row, mask, ROW: tl.constexpr, WIDTH: tl.constexpr):
+def _move(source_ptr, target_ptr, source_at, target_at, mask, ROW: tl.constexpr, WIDTH: tl.constexpr):
+    """One row of ROW elements from each of `source_at` to `target_at`, in elements."""
     column = tl.arange(0, WIDTH)[None, :]
     inside = mask[:, None] & (column < ROW)
-    value = tl.load(source_ptr + source_row[:, None] * ROW + column, mask=inside)
-    tl.store(target_ptr + target_row[:, None] * ROW + column, value, mask=inside)
+    value = tl.load(source_ptr + source_at[:, None] + column, mask=inside)
+    tl.store(target_ptr + target_at[:, None] + column, value, mask=inside)
 
 
 @triton.jit(do_not_specialize=["num_rows", "num_tokens"])
@@ -28,6 +29,7 @@ def move_rows(
     dense0_ptr, dense1_ptr, dense2_ptr, dense3_ptr,  # [B, S, ROWi]
     packed0_ptr, packed1_ptr, packed2_ptr, packed3_ptr,  # [K, ROWi]
     num_rows, num_tokens,
+    dense_pitch,  # elements from one token's row to the next where INTO_DENSE; there may be others between
     ROW0: tl.constexpr, ROW1: tl.constexpr, ROW2: tl.constexpr, ROW3: tl.constexpr,  # elements, 0: no such tensor
     WIDTH0: tl.constexpr, WIDTH1: tl.constexpr, WIDTH2: tl.constexpr, WIDTH3: tl.constexpr,
     COUNTED: tl.constexpr, INTO_DENSE: tl.constexpr, BLOCK: tl.constexpr,
@@ -43,15 +45,15 @@ def move_rows(
     dense_row = image * num_tokens + tl.load(token_index_ptr + packed_row, mask=mask, other=0)
     packed_row = packed_row.to(tl.int64)
     if INTO_DENSE:
-        _move(packed0_ptr, dense0_ptr, packed_row, dense_row, mask, ROW0, WIDTH0)
+        _move(packed0_ptr, dense0_ptr, packed_row * ROW0, dense_row * dense_pitch, mask, ROW0, WIDTH0)
     else:
-        _move(dense0_ptr, packed0_ptr, dense_row, packed_row, mask, ROW0, WIDTH0)
+        _move(dense0_ptr, packed0_ptr, dense_row * ROW0, packed_row * ROW0, mask, ROW0, WIDTH0)
         if ROW1 > 0:
-            _move(dense1_ptr, packed1_ptr, dense_row, packed_row, mask, ROW1, WIDTH1)
+            _move(dense1_ptr, packed1_ptr, dense_row * ROW1, packed_row * ROW1, mask, ROW1, WIDTH1)
         if ROW2 > 0:
-            _move(dense2_ptr, packed2_ptr, dense_row, packed_row, mask, ROW2, WIDTH2)
+            _move(dense2_ptr, packed2_ptr, dense_row * ROW2, packed_row * ROW2, mask, ROW2, WIDTH2)
         if ROW3 > 0:
-            _move(dense3_ptr, packed3_ptr, dense_row, packed_row, mask, ROW3, WIDTH3)
+            _move(dense3_ptr, packed3_ptr, dense_row * ROW3, packed_row * ROW3, mask, ROW3, WIDTH3)
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -100,9 +102,14 @@ def _launch_moves(token_index, image_index, count, dense, packed, into_dense: bo
         move_rows[(triton.cdiv(num_rows, block),)](
             token_index, image_index, count,
             *some_dense, *[None] * absent, *some_packed, *[None] * absent, num_rows, num_tokens,
-            *lengths, *[0] * absent, *widths, *[1] * absent,
+            dense[0].stride(1), *lengths, *[0] * absent, *widths, *[1] * absent,
             COUNTED=count is not None, INTO_DENSE=into_dense, BLOCK=block, num_warps=4,
         )  # fmt: skip
+
+
+def has_even_rows(memory: Tensor) -> bool:
+    """Whether the rows [B, S] are contiguous each and equally far apart, as in a slice of one wide projection."""
+    return memory[0, 0].is_contiguous() and memory.stride(0) == memory.shape[1] * memory.stride(1)
 
 
 def pack(
@@ -120,7 +127,7 @@ def pack(
 def scatter_in_place(
     token_index: Tensor, image_index: Tensor, count: Tensor | None, memory: Tensor, rows: Tensor
 ) -> None:
-    """Overwrites the kept tokens of `memory` with the packed rows."""
+    """Overwrites the kept tokens of `memory`, whose rows may lie apart (`has_even_rows`), with the packed rows."""
     if rows.numel():
         _launch_moves(token_index, image_index, count, [memory], [rows.contiguous()], into_dense=True)
 
