@@ -1,7 +1,7 @@
 """The operators against their rivals, or against the compiler.
 
     python -m bench.kernels                       on a GPU: times everything, appends to bench/results/kernels.jsonl
-    python -m bench.kernels --part attention      one part (attention, tokens), each a few minutes; the first compiles
+    python -m bench.kernels --part attention      one part (or tokens, linear), each a few minutes; the first compiles
     python -m bench.kernels --peer package.module:function      one more rival for the classical operator
     python -m bench.kernels --offline --json out.json           no GPU: registers, spills, instructions
     python -m bench.kernels --small               tiny shapes on any device, to check this script
@@ -27,6 +27,7 @@ from pathlib import Path
 import torch
 import triton
 from torch import Tensor
+from torch.nn import functional
 
 from ats_detr import kernels
 from ats_detr.kernels import reference
@@ -84,7 +85,7 @@ class Bench:
         self.rows.append({**row, **self.environment})
         figures = row.get("failed") or f"device {row['device_ms']:9.4f} ms   wall {row['wall_ms']:9.4f} ms"
         notes = "  ".join(f"{name}={value}" for name, value in facts.items())
-        print(f"{operator:18} {case:10} {who:26} {figures}  {notes}", flush=True)
+        print(f"{operator:22} {case:10} {who:26} {figures}  {notes}", flush=True)
 
     # ---------------------------------------------------------------------------------------------------- attention
     def problem(self, images: int, share: float | None, dtype: torch.dtype) -> dict[str, Tensor | None]:
@@ -220,6 +221,77 @@ class Bench:
                 lambda b=chosen: kernels.deformable_attention_map(*raw, self.levels, 4, backend=b),
             )  # fmt: skip
 
+    # ------------------------------------------------------------------------------- linear layers of packed rows
+    def linear(self) -> None:
+        """An encoder layer's three groups of layers for a capacity of 30 % of the tokens of four images, of which
+        the share in the case's name is in use; against the same in PyTorch on the capacity, and on the rows in use as
+        if their number were known."""
+        for dtype in (torch.bfloat16, torch.float32):
+            for share in (1.0, 0.5, 0.33, 0.1):
+                self.linear_case(share, dtype)
+
+    def linear_case(self, share: float, dtype: torch.dtype) -> None:
+        generator = torch.Generator().manual_seed(0)
+
+        def normal(*shape: int, scale: float = 1.0) -> Tensor:
+            return (torch.randn(shape, generator=generator) * scale).to(self.device, dtype)
+
+        per_image = int(self.num_tokens * 0.3)
+        capacity, width, hidden = 4 * per_image, HEADS * HEAD_DIM, 1024
+        projected = HEADS * len(self.levels) * POINTS * 3
+        keep = torch.full((4,), int(per_image * share), device=self.device)
+        scores = torch.randn(4, self.num_tokens, generator=generator).to(self.device)
+        plan = kernels.select_tokens(scores, keep, capacity=capacity)
+        count, used, index = plan.num_rows, 4 * int(per_image * share), plan.flat_index_K
+        x, add, gathered = (normal(capacity, width) for _ in range(3))
+        projection, square = normal(projected, width, scale=0.06), normal(width, width, scale=0.06)
+        weight1, weight2 = normal(hidden, width, scale=0.06), normal(width, hidden, scale=0.03)
+        biases = {size: normal(size) for size in (projected, width, hidden)}
+        norm, memory = (normal(width), normal(width)), normal(4, self.num_tokens, width)
+        target = dict(memory_BSC=memory, plan=plan)
+
+        def query(rows: int) -> Tensor:
+            return functional.linear(x[:rows] + add[:rows], projection, biases[projected])
+
+        def attended(rows: int) -> Tensor:
+            total = x[:rows] + functional.linear(gathered[:rows], square, biases[width])
+            return functional.layer_norm(total, (width,), *norm)
+
+        def fed(rows: int) -> Tensor:
+            inner = functional.linear(x[:rows], weight1, biases[hidden]).relu_()
+            total = x[:rows] + functional.linear(inner, weight2, biases[width])
+            return functional.layer_norm(total, (width,), *norm)
+
+        def fed_to_memory(rows: int) -> Tensor:
+            refined = fed(rows)
+            memory.flatten(0, 1).index_copy_(0, index[:rows], refined)
+            return refined
+
+        forced = dict(num_rows=count, backend="triton" if self.device == "cuda" else None)
+        layers = (weight1, biases[hidden], weight2, biases[width], *norm, 1e-5)
+        contests = {
+            "offsets and logits": (
+                query,
+                lambda: kernels.packed_linear(x, projection, biases[projected], add_KC=add, **forced),
+            ),
+            "output and norm": (
+                attended,
+                lambda: kernels.packed_linear_norm(gathered, square, biases[width], x, *norm, 1e-5, **forced),
+            ),
+            "feed-forward": (fed, lambda: kernels.packed_feedforward(x, *layers, **forced)),
+            "feed-forward to memory": (
+                fed_to_memory,
+                lambda: kernels.packed_feedforward(x, *layers, **forced, **target),
+            ),
+        }
+        for operator, (library, ours) in contests.items():
+            with torch.no_grad():
+                error = _relative_error(ours()[:used], library(used))
+                facts = {"dtype": str(dtype).removeprefix("torch."), "capacity": capacity, "rows": used}
+                self.add(operator, f"{share:.0%}", "ours", ours, error=float(f"{error:.1e}"), **facts)
+                for who, rows in (("torch, the capacity", capacity), ("torch, the rows in use", used)):
+                    self.add(operator, f"{share:.0%}", who, lambda f=library, n=rows: f(n), **facts)
+
     def save(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("a") as file:
@@ -265,7 +337,7 @@ def main() -> None:
     parser.add_argument("--offline", action="store_true", help="compile instead of running; needs no GPU")
     parser.add_argument("--quick", action="store_true", help="offline: default configurations only")
     parser.add_argument("--json", type=Path, help="where rows go (GPU runs append)")
-    parser.add_argument("--part", choices=["attention", "tokens"])
+    parser.add_argument("--part", choices=["attention", "tokens", "linear"])
     parser.add_argument("--peer", action="append", default=[], help="module:function of one more rival")
     parser.add_argument("--small", action="store_true")
     arguments = parser.parse_args()
@@ -279,10 +351,12 @@ def main() -> None:
     if not torch.cuda.is_available() and not arguments.small:
         raise SystemExit("no GPU here: use --offline, or --small to check the script")
     bench = Bench(arguments.small)
-    if arguments.part != "tokens":
+    if arguments.part in (None, "attention"):
         bench.attention(dict(_rivals(bench.levels, arguments.peer, compiled=bench.device == "cuda")))
-    if arguments.part != "attention":
+    if arguments.part in (None, "tokens"):
         bench.tokens()
+    if arguments.part in (None, "linear"):
+        bench.linear()
     if not arguments.small or arguments.json:
         bench.save(arguments.json or RESULTS)
 

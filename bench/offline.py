@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import contextlib
 import re
 import subprocess
 import tempfile
@@ -21,11 +22,13 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from ats_detr.kernels.gpu import attention, dam, pack, select, tuning
+from ats_detr.kernels.gpu import attention, dam, linear, pack, select, tuning
 
 ARCHITECTURES = (80, 90, 100)
 LEVELS = ((8, 8), (4, 4), (2, 2), (2, 2))  # the code does not depend on them
 HEADS, HEAD_DIM, POINTS = 8, 32, 4
+WIDTH, HIDDEN = 256, 1024
+PROJECTED = HEADS * len(LEVELS) * POINTS * 3  # offsets and logits in one product
 _TYPES = {
     torch.float32: "*fp32",
     torch.bfloat16: "*bf16",
@@ -163,14 +166,40 @@ def attention_launches(
         "tiles": lambda: attention.value_gradient_tiled(problem, out, scale),
         "sorted": lambda: attention.value_gradient_sorted(problem, out),
     }
+    with configured(config):
+        return caught(calls[kernel_pass])
+
+
+@contextlib.contextmanager
+def configured(config: dict) -> Iterator[None]:
+    """Launchers take this configuration, whatever they would choose."""
     choose, tiles_from = tuning._choose, tuning.TILES_FROM
     tuning._chosen.clear()
     tuning._choose, tuning.TILES_FROM = lambda *_: config, 10**9
     try:
-        return caught(calls[kernel_pass])
+        yield
     finally:
         tuning._choose, tuning.TILES_FROM = choose, tiles_from
         tuning._chosen.clear()
+
+
+def linear_launches(operator: str, rows: torch.dtype, dtype: torch.dtype, config: dict) -> list[Launch]:
+    """Launches of 'linear', 'linear_norm' or 'feedforward' with a capacity and everything fused into them."""
+    x, wide = torch.zeros(64, WIDTH, dtype=rows), torch.zeros(64, HIDDEN, dtype=dtype)
+    memory, index = torch.zeros(2, 64, WIDTH, dtype=rows), torch.zeros(64, dtype=torch.int32)
+    to_memory = (index[:1], memory, index, index)
+    projection = torch.zeros(PROJECTED, WIDTH, dtype=dtype)
+    square, vector = torch.zeros(WIDTH, WIDTH, dtype=dtype), torch.zeros(WIDTH, dtype=rows)
+    layers = (torch.zeros(HIDDEN, WIDTH, dtype=dtype), wide[0], wide.new_zeros(WIDTH, HIDDEN), vector)
+    out = torch.zeros(64, PROJECTED)
+    norm = (vector, vector, 1e-5)
+    calls = {
+        "linear": lambda: linear.linear(x, projection, out[0], index[:1], x, False, out),
+        "linear_norm": lambda: linear.linear_norm(wide[:, :WIDTH], square, vector, x, *norm, *to_memory),
+        "feedforward": lambda: linear.fused_feedforward(x, *layers, *norm, *to_memory),
+    }
+    with configured(config):
+        return caught(calls[operator])
 
 
 def other_launches(dtype: torch.dtype) -> list[Launch]:
@@ -223,6 +252,19 @@ def jobs(architecture: int, everything: bool = True) -> Iterator[tuple[dict, Lau
                             {"kernel": launch.kernel.__name__, **labels, "arch": f"sm_{architecture}"},
                             launch,
                         )
+        for operator in ("linear", "linear_norm", "feedforward"):
+            if operator == "feedforward" and dtype == torch.float32:
+                continue  # two launches of the other two
+            rows_dtypes = [dtype]
+            if everything and dtype != torch.float32:
+                rows_dtypes.append(torch.float32)  # as under autocast
+            for rows in rows_dtypes:
+                candidates = tuning.configurations(operator, (name,))
+                for config in candidates if everything else candidates[:1]:
+                    (launch,) = linear_launches(operator, rows, dtype, config)
+                    kernel_pass = "" if rows == dtype else "autocast"
+                    labels = {"pass": kernel_pass, "dtype": name, "fused": True, "config": config}
+                    yield {"kernel": launch.kernel.__name__, **labels, "arch": f"sm_{architecture}"}, launch
         if everything or dtype == torch.float32:
             seen = set()
             for launch in (*attention_launches("sorted", dtype, {}), *other_launches(dtype)):
@@ -256,7 +298,7 @@ def main(arguments: argparse.Namespace) -> list[dict]:
             print(
                 f"{row['arch']:6} {row['kernel']:18} {row['pass']:9} {row['dtype']:8} "
                 f"{'fused' if row['fused'] else '':5} "
-                f"{config:52} warps {row['num_warps']:2} regs {row['registers']:3} spill {row['spill_bytes']:3} "
+                f"{config:62} warps {row['num_warps']:2} regs {row['registers']:3} spill {row['spill_bytes']:3} "
                 f"shared {row['shared_bytes']:5} bar {row['barriers']:2} load {row['load_bits']:3} bit "
                 f"per (q,h) {row['instructions_per_query_head'] or '-'}",
                 flush=True,

@@ -12,12 +12,14 @@ HAS_TRITON = importlib.util.find_spec("triton") is not None
 BACKENDS = ("reference", "triton")
 
 
-def choose_backend(tensor: Tensor, backend: str | None = None) -> str:
+def choose_backend(tensor: Tensor, backend: str | None = None, kernel_pays: bool = True) -> str:
     """'triton' or 'reference' for an operator on `tensor`.
 
     `backend` decides, then the environment variable ATS_DETR_BACKEND, then the device: CUDA runs the kernels
     where Triton is installed, everything else the reference. float64 always runs the reference. Asking for
     Triton on the CPU needs its interpreter (TRITON_INTERPRET=1 in the environment before Python starts).
+
+    kernel_pays: False where PyTorch's own operators are as good: then CUDA runs the reference unless asked otherwise.
     """
     asked = backend or os.environ.get("ATS_DETR_BACKEND") or None
     if asked is not None and asked not in BACKENDS:
@@ -25,7 +27,7 @@ def choose_backend(tensor: Tensor, backend: str | None = None) -> str:
     if asked == "reference" or tensor.dtype == torch.float64:
         return "reference"
     if asked is None:
-        return "triton" if tensor.is_cuda and HAS_TRITON else "reference"
+        return "triton" if tensor.is_cuda and HAS_TRITON and kernel_pays else "reference"
     if not HAS_TRITON:
         raise ValueError("backend 'triton': the package triton is not installed; pip install triton")
     if not tensor.is_cuda and os.environ.get("TRITON_INTERPRET", "0") != "1":

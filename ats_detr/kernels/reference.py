@@ -257,6 +257,67 @@ def merge(slot_BS: Tensor, packed: Tensor | None, dense: Tensor | None) -> Tenso
     return torch.where(kept, rows, elsewhere).expand(shape)
 
 
+# ------------------------------------------------------------------------------------ linear layers of packed rows
+def packed_linear(
+    x_KC: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    num_rows: Tensor | None = None,
+    add_KC: Tensor | None = None,
+    relu: bool = False,
+) -> Tensor:
+    """(x + add) W^T + b in the weight's dtype, [K, N]; rows past `num_rows` (int32 [1]) mean nothing."""
+    used = _rows_in_use(x_KC, num_rows)
+    x = x_KC[:used] if add_KC is None else x_KC[:used] + add_KC[:used]
+    out = F.linear(x.to(weight.dtype), weight, bias.to(weight.dtype))
+    return _to_capacity(out.relu_() if relu else out, x_KC)
+
+
+def packed_linear_norm(
+    x_KC: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    residual_KC: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    eps: float,
+    num_rows: Tensor | None = None,
+) -> Tensor:
+    """LayerNorm(residual + x W^T + b), normalised in at least float32, in the residual's dtype."""
+    used = _rows_in_use(x_KC, num_rows)
+    total = _at_least_float32(residual_KC[:used] + packed_linear(x_KC[:used], weight, bias))
+    norm_weight, norm_bias = norm_weight.to(total.dtype), norm_bias.to(total.dtype)
+    out = F.layer_norm(total, norm_weight.shape, norm_weight, norm_bias, eps)
+    return _to_capacity(out.to(residual_KC.dtype), x_KC)
+
+
+def packed_feedforward(
+    x_KC: Tensor,
+    weight1: Tensor,
+    bias1: Tensor,
+    weight2: Tensor,
+    bias2: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    eps: float,
+    num_rows: Tensor | None = None,
+) -> Tensor:
+    """LayerNorm(x + relu(x W1^T + b1) W2^T + b2), the feed-forward network of a post-norm transformer layer."""
+    x = x_KC[: _rows_in_use(x_KC, num_rows)]
+    hidden = packed_linear(x, weight1, bias1, relu=True)
+    return _to_capacity(packed_linear_norm(hidden, weight2, bias2, x, norm_weight, norm_bias, eps), x_KC)
+
+
+def _rows_in_use(x_KC: Tensor, num_rows: Tensor | None) -> int:
+    """On the CPU the rows in use; elsewhere all: their number would have to be waited for."""
+    return x_KC.shape[0] if num_rows is None or num_rows.device.type != "cpu" else int(num_rows)
+
+
+def _to_capacity(out: Tensor, x_KC: Tensor) -> Tensor:
+    missing = x_KC.shape[0] - out.shape[0]
+    return F.pad(out, (0, 0, 0, missing)) if missing else out
+
+
 # ---------------------------------------------------------------------------------- decoder cross-attention map (DAM)
 def attention_map(locations_BQHLP2: Tensor, weights_BQHLP: Tensor, level_shapes: LevelShapes) -> Tensor:
     """How much attention each token receives, float32 [B, S]: weights spread bilinearly, summed over queries and heads.

@@ -9,6 +9,7 @@ every bucket that this process meets for the first time.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import logging
@@ -20,6 +21,7 @@ from collections.abc import Callable
 
 import torch
 import triton
+from triton.runtime.errors import OutOfResources
 
 from ats_detr.kernels.gpu.common import INTERPRETING
 
@@ -38,6 +40,34 @@ CONFIGS: dict[str, list[Config]] = {
     # Unrolled by 4 it runs no faster (1.946 against 1.949 ms, dense, 4 images, H200) and compiles ten times as long.
     "msda_backward": [{"num_warps": 1, "unroll": 1}],
     "value_tiles": [{"samples_per_program": 64, "num_warps": 1, "reduce_warps": 1}],
+    # The first of each needs less than 99 KB of shared memory, what consumer GPUs have. Rows of a tile: 64 for a full
+    # GPU, fewer where 64 would leave most of it idle. Tiles of 128 whole rows spill.
+    "linear": [
+        {"rows": 64, "columns": 128, "depth": 64, "num_warps": 8, "num_stages": 3},
+        {"rows": 128, "columns": 128, "depth": 32, "num_warps": 8, "num_stages": 3},
+        {"rows": 32, "columns": 64, "depth": 64, "num_warps": 4, "num_stages": 3},
+    ],
+    "linear_norm": [
+        {"rows": 64, "depth": 64, "num_warps": 8, "num_stages": 2},
+        {"rows": 32, "depth": 64, "num_warps": 4, "num_stages": 2},
+        {"rows": 16, "depth": 64, "num_warps": 4, "num_stages": 2},
+    ],
+    "feedforward": [
+        {"rows": 64, "chunk": 32, "num_warps": 8, "num_stages": 2},
+        {"rows": 64, "chunk": 64, "num_warps": 8, "num_stages": 2},
+        {"rows": 32, "chunk": 32, "num_warps": 4, "num_stages": 2},
+    ],
+}
+# Exact products have no tensor cores: smaller tiles, or the factors do not fit the registers.
+FLOAT32_CONFIGS: dict[str, list[Config]] = {
+    "linear": [
+        {"rows": 64, "columns": 128, "depth": 16, "num_warps": 8, "num_stages": 3},
+        {"rows": 32, "columns": 64, "depth": 32, "num_warps": 4, "num_stages": 2},
+    ],
+    "linear_norm": [
+        {"rows": 32, "depth": 16, "num_warps": 8, "num_stages": 2},
+        {"rows": 16, "depth": 32, "num_warps": 4, "num_stages": 2},
+    ],
 }
 # float32 only: eight lanes a row instead of four
 WHOLE_ROWS: Config = {"num_warps": 4, "unroll": 4, "whole_rows": True}
@@ -45,6 +75,9 @@ INTERPRETED: dict[str, Config] = {  # few large programs
     "msda_forward": {"num_warps": 1, "unroll": 1, "multiple": 8},
     "msda_backward": {"num_warps": 1, "unroll": 1, "multiple": 8},
     "value_tiles": {"samples_per_program": 256, "num_warps": 1, "reduce_warps": 1},
+    "linear": {"rows": 64, "columns": 64, "depth": 64, "num_warps": 1, "num_stages": 1},
+    "linear_norm": {"rows": 64, "depth": 64, "num_warps": 1, "num_stages": 1},
+    "feedforward": {"rows": 64, "chunk": 256, "num_warps": 1, "num_stages": 1},
 }
 TILES_FROM = 4096
 """Queries from which the value's gradient is summed tile by tile rather than sample by sample."""
@@ -61,9 +94,11 @@ def value_gradient(key: Key, num_queries: int) -> str:
 def configurations(operator: str, key: Key) -> list[Config]:
     """The candidates of one operator, the default first."""
     candidates = CONFIGS[operator]
-    if operator == "msda_forward" and key[0] == "float32":
-        candidates = [*candidates[:2], WHOLE_ROWS]
-    return candidates
+    if key[0] != "float32":
+        return candidates
+    if operator == "msda_forward":
+        return [*candidates[:2], WHOLE_ROWS]
+    return FLOAT32_CONFIGS.get(operator, candidates)
 
 
 def run(
@@ -105,9 +140,10 @@ def _choose(operator, key, size, device, launch, reset) -> Config:
     logger.info("compiling and timing %d configurations of %s on this GPU, once", len(candidates), row)
     times = {}
     for index, config in enumerate(candidates):
-        times[index] = triton.testing.do_bench(
-            functools.partial(launch, **config), warmup=5, rep=20, return_mode="median"
-        )
+        with contextlib.suppress(OutOfResources):  # shared memory of a larger GPU of the family
+            times[index] = triton.testing.do_bench(
+                functools.partial(launch, **config), warmup=5, rep=20, return_mode="median"
+            )
     if reset is not None:
         reset()
     best = min(times, key=times.get)

@@ -1,0 +1,319 @@
+"""Linear layers of packed rows, for inference: the public functions and the custom operators behind them.
+
+Where a plan has a capacity (`TokenPlan.num_rows`) a library computes all its rows, the kernels only those in use: they
+are what CUDA runs then. Where all rows are in use PyTorch's own operators are taken on every device. Neither choice has
+been measured on a GPU yet (docs/kernels.md).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from ats_detr.kernels import reference
+from ats_detr.kernels.backend import choose_backend, runs_inside_graph
+from ats_detr.kernels.packing import scatter_tokens
+from ats_detr.kernels.plan import TokenPlan
+
+MAX_WIDTH = 256
+"""Widest rows that a kernel normalises; wider ones are left to PyTorch's operators, all rows of the capacity."""
+
+
+def packed_linear(
+    x_KC: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    num_rows: Tensor | None = None,
+    *,
+    add_KC: Tensor | None = None,
+    activation: str | None = None,
+    dtype: torch.dtype | None = None,
+    memory_BSN: Tensor | None = None,
+    plan: TokenPlan | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """(x + add) W^T + b of the rows in use, [K, N]. For inference: raises where a gradient would be recorded.
+
+    Args:
+        x_KC, add_KC: float32 or 16-bit, slices of wider matrices too; their sum is cast to the weight's dtype.
+        weight: [N, C]. Under autocast it is cast to the autocast dtype.
+        num_rows: int32 [1] on the device: rows in use (`TokenPlan.num_rows`); later rows are neither read nor
+            written. None: all.
+        activation: None or 'relu'.
+        dtype: of the result. None: the weight's. Sampling offsets want float32.
+        memory_BSN, plan: write the rows to their tokens of `memory_BSN` instead, in its dtype, and return it;
+            the memory may be a slice of wider rows.
+        backend: 'triton' or 'reference', see `choose_backend`. None: the kernel where CUDA is given `num_rows`.
+    """
+    if activation not in (None, "relu"):
+        raise ValueError(f"activation {activation!r}: None or 'relu'")
+    _check_layer(x_KC.shape[1], weight, bias)
+    _check_target(x_KC.shape[0], weight.shape[0], memory_BSN, plan)
+    _refuse_gradients(x_KC, weight, bias, add_KC, memory_BSN)
+    backend = choose_backend(x_KC, backend, kernel_pays=num_rows is not None)
+    weight, relu = _autocast(weight), activation == "relu"
+    arguments = (x_KC, weight, bias, num_rows, add_KC, relu)
+    if memory_BSN is not None and backend == "triton" and _is_evenly_spaced(memory_BSN):
+        torch.ops.ats_detr.packed_linear_(
+            memory_BSN, *arguments, plan.token_index_K, plan.image_index_K, backend
+        )
+        return memory_BSN
+    if dtype is None:
+        dtype = weight.dtype if memory_BSN is None else memory_BSN.dtype
+    if backend == "reference" and not runs_inside_graph():
+        rows = reference.packed_linear(*arguments).to(dtype)
+    else:
+        rows = torch.ops.ats_detr.packed_linear(*arguments, dtype, backend)
+    if memory_BSN is None:
+        return rows
+    return scatter_tokens(plan, memory_BSN, rows, in_place=True, backend=backend)
+
+
+def packed_linear_norm(
+    x_KC: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    residual_KN: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    eps: float,
+    num_rows: Tensor | None = None,
+    *,
+    memory_BSN: Tensor | None = None,
+    plan: TokenPlan | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """LayerNorm(residual + x W^T + b) of the rows in use, [K, N] in the residual's dtype; sums and norm in float32.
+
+    With `memory_BSN` and `plan` the rows are also written to their tokens of the memory. The rest as in
+    `packed_linear`.
+    """
+    _check_layer(x_KC.shape[1], weight, bias)
+    if residual_KN.shape != (x_KC.shape[0], weight.shape[0]):
+        raise ValueError(f"residual {tuple(residual_KN.shape)}: want [{x_KC.shape[0]}, {weight.shape[0]}]")
+    arguments = (x_KC, _autocast(weight), bias, residual_KN, norm_weight, norm_bias, eps, num_rows)
+    operator = torch.ops.ats_detr.packed_linear_norm
+    return _with_norm(operator, reference.packed_linear_norm, arguments, memory_BSN, plan, backend)
+
+
+def packed_feedforward(
+    x_KC: Tensor,
+    weight1: Tensor,
+    bias1: Tensor,
+    weight2: Tensor,
+    bias2: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    eps: float,
+    num_rows: Tensor | None = None,
+    *,
+    memory_BSC: Tensor | None = None,
+    plan: TokenPlan | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """LayerNorm(x + relu(x W1^T + b1) W2^T + b2) of the rows in use, [K, C] in x's dtype; sums and norm in float32.
+
+    weight1 is [M, C], weight2 [C, M]. With 16-bit weights the M hidden channels are never in memory. With
+    `memory_BSC` and `plan` the rows are also written to their tokens of the memory. The rest as in `packed_linear`.
+    """
+    _check_layer(x_KC.shape[1], weight1, bias1)
+    _check_layer(weight1.shape[0], weight2, bias2)
+    if weight2.shape[0] != x_KC.shape[1]:
+        raise ValueError(f"weight2 {tuple(weight2.shape)}: want [{x_KC.shape[1]}, {weight1.shape[0]}]")
+    arguments = (
+        x_KC,
+        _autocast(weight1),
+        bias1,
+        _autocast(weight2),
+        bias2,
+        norm_weight,
+        norm_bias,
+        eps,
+        num_rows,
+    )
+    operator = torch.ops.ats_detr.packed_feedforward
+    return _with_norm(operator, reference.packed_feedforward, arguments, memory_BSC, plan, backend)
+
+
+def _with_norm(
+    operator: Callable[..., Tensor],
+    definition: Callable[..., Tensor],
+    arguments: tuple,
+    memory_BSN: Tensor | None,
+    plan: TokenPlan | None,
+    backend: str | None,
+) -> Tensor:
+    """Runs an operator that ends in a norm, by kernel or by definition, and writes its rows to the memory."""
+    x_KC, norm_bias, num_rows = arguments[0], arguments[-3], arguments[-1]
+    _check_target(x_KC.shape[0], norm_bias.shape[0], memory_BSN, plan)
+    _refuse_gradients(*arguments, memory_BSN)
+    pays = num_rows is not None and norm_bias.shape[0] <= MAX_WIDTH
+    chosen = choose_backend(x_KC, backend, kernel_pays=pays)
+    if chosen == "triton" and norm_bias.shape[0] > MAX_WIDTH:
+        raise ValueError(f"backend 'triton': rows of {norm_bias.shape[0]} channels, at most {MAX_WIDTH}")
+    by_kernel = chosen == "triton" and memory_BSN is not None and _is_evenly_spaced(memory_BSN)
+    if chosen == "reference" and not runs_inside_graph():
+        rows = definition(*arguments)
+    elif by_kernel:
+        rows = operator(*arguments, memory_BSN, plan.token_index_K, plan.image_index_K, chosen)
+    else:
+        rows = operator(*arguments, None, None, None, chosen)
+    if memory_BSN is not None and not by_kernel:
+        scatter_tokens(plan, memory_BSN, rows, in_place=True, backend=backend)
+    return rows
+
+
+def _check_layer(width: int, weight: Tensor, bias: Tensor) -> None:
+    if weight.ndim != 2 or weight.shape[1] != width or bias.shape != weight.shape[:1]:
+        raise ValueError(
+            f"weight {tuple(weight.shape)} and bias {tuple(bias.shape)}: want [N, {width}] and [N]"
+        )
+
+
+def _check_target(num_rows: int, width: int, memory_BSN: Tensor | None, plan: TokenPlan | None) -> None:
+    if (memory_BSN is None) != (plan is None):
+        raise ValueError("memory and plan: give both or neither")
+    if memory_BSN is not None and (
+        memory_BSN.shape != (*plan.slot_BS.shape, width) or plan.token_index_K.shape[0] != num_rows
+    ):
+        raise ValueError(
+            f"memory {tuple(memory_BSN.shape)} and {num_rows} rows for a plan of {tuple(plan.slot_BS.shape)} tokens "
+            f"and {plan.token_index_K.shape[0]} rows, {width} channels"
+        )
+
+
+def _refuse_gradients(*arguments: object) -> None:
+    if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in arguments):
+        raise RuntimeError(
+            "packed linear layers have no gradient: call them under torch.no_grad(), or train with "
+            "torch.nn.functional on an exact plan's rows"
+        )
+
+
+def _autocast(weight: Tensor) -> Tensor:
+    device = weight.device.type
+    if torch.is_autocast_enabled(device) and weight.dtype != torch.float64:
+        return weight.to(torch.get_autocast_dtype(device))
+    return weight
+
+
+def _is_evenly_spaced(memory_BSN: Tensor) -> bool:
+    """Whether tokens lie at one distance from each other, across images too, as the kernels address them."""
+    batch, num_tokens, width = memory_BSN.shape
+    pitch = memory_BSN.stride(1)
+    across = batch < 2 or memory_BSN.stride(0) == num_tokens * pitch
+    return across and memory_BSN.stride(2) == 1 and pitch >= width
+
+
+# ------------------------------------------------------------------------------------------------ the custom operators
+@torch.library.custom_op("ats_detr::packed_linear", mutates_args=())
+def _packed_linear(
+    x: Tensor, weight: Tensor, bias: Tensor, num_rows: Tensor | None, add: Tensor | None, relu: bool,
+    dtype: torch.dtype, backend: str,
+) -> Tensor:  # fmt: skip
+    if backend == "triton":
+        from ats_detr.kernels.gpu import linear
+
+        out = x.new_empty(x.shape[0], weight.shape[0], dtype=dtype)
+        linear.linear(x, weight, bias, num_rows, add, relu, out)
+        return out
+    return reference.packed_linear(x, weight, bias, num_rows, add, relu).to(dtype)
+
+
+@_packed_linear.register_fake
+def _(x, weight, bias, num_rows, add, relu, dtype, backend):
+    return x.new_empty(x.shape[0], weight.shape[0], dtype=dtype)
+
+
+@torch.library.custom_op("ats_detr::packed_linear_", mutates_args=("memory",))
+def _packed_linear_into(
+    memory: Tensor, x: Tensor, weight: Tensor, bias: Tensor, num_rows: Tensor | None, add: Tensor | None, relu: bool,
+    token_index: Tensor, image_index: Tensor, backend: str,
+) -> None:  # fmt: skip
+    """Triton only: `memory` evenly spaced."""
+    from ats_detr.kernels.gpu import linear
+
+    linear.linear(x, weight, bias, num_rows, add, relu, memory, token_index, image_index)
+
+
+@_packed_linear_into.register_fake
+def _(memory, x, weight, bias, num_rows, add, relu, token_index, image_index, backend):
+    return None
+
+
+@torch.library.custom_op("ats_detr::packed_linear_norm", mutates_args=("memory",))
+def _packed_linear_norm(
+    x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor, norm_weight: Tensor, norm_bias: Tensor, eps: float,
+    num_rows: Tensor | None, memory: Tensor | None, token_index: Tensor | None, image_index: Tensor | None,
+    backend: str,
+) -> Tensor:  # fmt: skip
+    """With an evenly spaced memory (Triton only) the rows are written there as well."""
+    arguments = (x, weight, bias, residual, norm_weight, norm_bias, eps, num_rows)
+    if backend == "triton":
+        from ats_detr.kernels.gpu import linear
+
+        return linear.linear_norm(*arguments, memory, token_index, image_index)
+    return reference.packed_linear_norm(*arguments)
+
+
+@_packed_linear_norm.register_fake
+def _(
+    x,
+    weight,
+    bias,
+    residual,
+    norm_weight,
+    norm_bias,
+    eps,
+    num_rows,
+    memory,
+    token_index,
+    image_index,
+    backend,
+):
+    return residual.new_empty(residual.shape)
+
+
+@torch.library.custom_op("ats_detr::packed_feedforward", mutates_args=("memory",))
+def _packed_feedforward(
+    x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor, norm_weight: Tensor, norm_bias: Tensor,
+    eps: float, num_rows: Tensor | None, memory: Tensor | None, token_index: Tensor | None,
+    image_index: Tensor | None, backend: str,
+) -> Tensor:  # fmt: skip
+    """With an evenly spaced memory (Triton only) the rows are written there as well."""
+    arguments = (x, weight1, bias1, weight2, bias2, norm_weight, norm_bias, eps, num_rows)
+    if backend == "triton":
+        from ats_detr.kernels.gpu import linear
+
+        return linear.feedforward(*arguments, memory, token_index, image_index)
+    return reference.packed_feedforward(*arguments)
+
+
+@_packed_feedforward.register_fake
+def _(x, weight1, bias1, weight2, bias2, norm_weight, norm_bias, eps, num_rows, memory, token_index, image_index,
+      backend):  # fmt: skip
+    return x.new_empty(x.shape)
+
+
+@register_flop_formula(torch.ops.ats_detr.packed_linear)
+def _linear_flops(x_shape, weight_shape, *args, out_shape=None, **kwargs) -> int:
+    """A multiplication and an addition per weight and row of the capacity; norms are not counted, as in PyTorch."""
+    return 2 * x_shape[0] * weight_shape[0] * weight_shape[1]
+
+
+@register_flop_formula(torch.ops.ats_detr.packed_linear_)
+def _linear_into_flops(memory_shape, x_shape, weight_shape, *args, out_shape=None, **kwargs) -> int:
+    return _linear_flops(x_shape, weight_shape)
+
+
+@register_flop_formula(torch.ops.ats_detr.packed_linear_norm)
+def _linear_norm_flops(x_shape, weight_shape, *args, out_shape=None, **kwargs) -> int:
+    return _linear_flops(x_shape, weight_shape)
+
+
+@register_flop_formula(torch.ops.ats_detr.packed_feedforward)
+def _feedforward_flops(x_shape, weight_shape, *args, out_shape=None, **kwargs) -> int:
+    return 2 * _linear_flops(x_shape, weight_shape)
