@@ -10,11 +10,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from matplotlib.axes import Axes
-from matplotlib.collections import PatchCollection
 from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageColor, ImageDraw, ImageFont
 from torch import Tensor
 
 from ats_detr.data.coco import ClassMap, CocoDetection
@@ -25,8 +22,12 @@ from ats_detr.model.output import Detections, top_detections
 
 PICTURE_SIDE = 640
 """Images are enlarged by a whole factor to about this shorter side before anything is written on them."""
+LONGEST_SIDE = 4096
+"""... unless the longer side would exceed this."""
 DIMMED = 0.28
 """Brightness that is left to tokens that were not kept."""
+_SHEET_WIDTH, _GAP = 1680, 12
+"""Pixels of a picture of kept tokens, and between its panels."""
 ACCENT = "#ff9f1c"
 INK = "#22303c"
 
@@ -54,7 +55,7 @@ def draw_boxes(
 
     Small images are enlarged by a whole factor, so that names and scores can be read.
     """
-    factor = max(1, round(PICTURE_SIDE / min(image.size)))
+    factor = max(1, min(round(PICTURE_SIDE / min(image.size)), LONGEST_SIDE // max(image.size)))
     picture = image.convert("RGB").resize(
         (image.width * factor, image.height * factor), Image.Resampling.BICUBIC
     )
@@ -126,45 +127,77 @@ class KeptTokens:
         rows, columns = self.levels[level].shape
         return self.padded_size[0] / rows, self.padded_size[1] / columns
 
+    def stride(self, level: int) -> int:
+        """Nominal pixels between two tokens of a level; inputs that it does not divide have slightly smaller cells."""
+        return 2 ** round(math.log2(max(self.cell_size(level))))
 
-def draw_kept_tokens(image: Image.Image, kept: KeptTokens, *, title: str = "") -> Figure:
+
+def draw_kept_tokens(image: Image.Image, kept: KeptTokens, *, title: str = "") -> Image.Image:
     """One panel per level of the pyramid: the image where its tokens were kept, dimmed where they were not."""
     height, width = kept.resized_size
     # Fine tokens of large images need room: two panels a row instead of all in one.
     columns = len(kept.levels) if max(kept.resized_size) <= 256 else min(2, len(kept.levels))
     rows = math.ceil(len(kept.levels) / columns)
-    panel_width = 12.8 / columns
-    panel_height = min(max(panel_width * height / width, 1.6), 2 * panel_width)
-    figure_size = (panel_width * columns + 0.2, (panel_height + 0.28) * rows + 0.35)
-    figure = Figure(figsize=figure_size, dpi=130, layout="constrained")
-    if title:
-        figure.suptitle(title, fontsize=11, color=INK, fontweight="bold")
-    axes = figure.subplots(rows, columns, squeeze=False).flatten()
-    for axis in axes[len(kept.levels) :]:
-        axis.set_axis_off()
-    for level, axis in enumerate(axes[: len(kept.levels)]):
-        _draw_level(axis, image, kept, level)
-    return figure
+    panel_width = (_SHEET_WIDTH - _GAP * (columns + 1)) // columns
+    panel_height = max(8, min(round(panel_width * height / width), 2 * panel_width))
+    line, title_line = 24, 40 if title else 8
+    sheet = Image.new(
+        "RGB", (_SHEET_WIDTH, title_line + rows * (panel_height + line + _GAP)), (255, 255, 255)
+    )
+    draw = ImageDraw.Draw(sheet)
+    draw.text((_SHEET_WIDTH / 2, 20), title, fill=INK, font=ImageFont.load_default(20), anchor="mm")
+    panel = image.convert("RGB").resize((panel_width, panel_height), Image.Resampling.BICUBIC)
+    for level in range(len(kept.levels)):
+        left = _GAP + (level % columns) * (panel_width + _GAP)
+        top = title_line + (level // columns) * (panel_height + line + _GAP)
+        cells = kept.in_image(level)
+        text = f"stride {kept.stride(level)}: {int(cells.sum())} of {cells.size}"
+        place = (left + panel_width / 2, top + line / 2)
+        draw.text(place, text, fill=INK, font=ImageFont.load_default(15), anchor="mm")
+        sheet.paste(_dim_all_but(panel, kept, level), (left, top + line))
+    return sheet
 
 
-def _draw_level(axis: Axes, image: Image.Image, kept: KeptTokens, level: int) -> None:
-    height, width = kept.resized_size
+def _dim_all_but(panel: Image.Image, kept: KeptTokens, level: int) -> Image.Image:
+    """The image with the tokens of a level that were not kept dimmed, and a line around each that was."""
     cells, (cell_height, cell_width) = kept.in_image(level), kept.cell_size(level)
-    axis.imshow(image, extent=(0, width, height, 0), interpolation="bicubic")
-    dimming = np.zeros((*cells.shape, 4))
-    dimming[..., 3] = np.where(cells, 0, 1 - DIMMED)
-    extent = (0, cells.shape[1] * cell_width, cells.shape[0] * cell_height, 0)
-    axis.imshow(dimming, extent=extent, interpolation="nearest")
-    outlines = [
-        Rectangle((column * cell_width, row * cell_height), cell_width, cell_height)
-        for row, column in np.argwhere(cells)
-    ]
-    line_width = min(1.2, 40 * cell_width / width)
-    axis.add_collection(PatchCollection(outlines, facecolor="none", edgecolor=ACCENT, linewidth=line_width))
-    axis.set(xlim=(0, width), ylim=(height, 0), xticks=[], yticks=[])
-    for spine in axis.spines.values():
-        spine.set_visible(False)
-    axis.set_title(f"stride {cell_width:g}: {int(cells.sum())} of {cells.size}", fontsize=9, color=INK)
+    y = (np.arange(panel.height) + 0.5) * kept.resized_size[0] / panel.height
+    x = (np.arange(panel.width) + 0.5) * kept.resized_size[1] / panel.width
+    row, column = (y / cell_height).astype(int), (x / cell_width).astype(int)
+    is_kept = cells[row[:, None], column]
+    # Where cells are smaller than 5 pixels their own lines would hide what is in them: a line around groups then.
+    by_cell = min(
+        cell_height / kept.resized_size[0] * panel.height, cell_width / kept.resized_size[1] * panel.width
+    )
+    number = row[:, None] * cells.shape[1] + column if by_cell >= 5 else is_kept
+    border = np.zeros(is_kept.shape, bool)
+    border[1:] |= (number[1:] != number[:-1]) & (is_kept[1:] | is_kept[:-1])
+    border[:, 1:] |= (number[:, 1:] != number[:, :-1]) & (is_kept[:, 1:] | is_kept[:, :-1])
+    pixels = np.asarray(panel, np.float32) * np.where(is_kept, 1, DIMMED)[..., None]
+    pixels[border] = ImageColor.getrgb(ACCENT)
+    return Image.fromarray(pixels.round().astype(np.uint8))
+
+
+def add_caption(picture: Image.Image, text: str) -> Image.Image:
+    """The picture with a line of text below it, or with several where it is narrow."""
+    size = max(12, round(min(picture.width / 34, picture.height / 28)))
+    font = ImageFont.load_default(size)
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if font.getlength(longer) <= picture.width - 8:
+            lines[-1] = longer
+        else:
+            lines.append(word)
+    line_height = round(size * 1.3)
+    bar = line_height * len(lines) + round(size * 0.6)
+    captioned = Image.new("RGB", (picture.width, picture.height + bar), ImageColor.getrgb(INK))
+    captioned.paste(picture, (0, 0))
+    draw = ImageDraw.Draw(captioned)
+    for number, line in enumerate(lines):
+        place = (picture.width / 2, picture.height + size * 0.3 + (number + 0.5) * line_height)
+        draw.text(place, line, fill="white", font=font, anchor="mm")
+    return captioned
 
 
 def plot_budgets(metrics: Metrics) -> Figure:
@@ -260,7 +293,7 @@ def save_pictures(
                 f"keeps {kept} of {valid} tokens ({kept / valid:.0%})",
             )
             path = folder / f"{stem}_tokens.png"
-            figure.savefig(path)
+            figure.save(path)
             written.append(path)
     model.train(was_training)
     return written

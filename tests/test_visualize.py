@@ -8,8 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from PIL import Image
 from torch import nn
 
@@ -22,6 +20,7 @@ from ats_detr.kernels import TokenPlan
 from ats_detr.model.output import Detections, DetectorOutput, Prediction, TokenScores
 from ats_detr.visualize import (
     KeptTokens,
+    add_caption,
     class_colour,
     draw_detections,
     draw_kept_tokens,
@@ -36,12 +35,6 @@ CLASSES = ClassMap.from_categories({1: "cat", 2: "dog"})
 def detections(*rows: tuple[float, int, list[float]]) -> Detections:
     scores, labels, boxes = zip(*rows, strict=True)
     return Detections(torch.tensor(scores), torch.tensor(labels), torch.tensor(boxes).float())
-
-
-def pixels_of(figure: Figure) -> np.ndarray:
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()
-    return np.asarray(canvas.buffer_rgba())[..., :3].astype(int)
 
 
 def near(pixels: np.ndarray, colour: tuple[int, int, int]) -> np.ndarray:
@@ -92,26 +85,49 @@ def test_kept_tokens_are_bright_at_their_place_and_the_others_dimmed():
     fine = torch.zeros(8, 16, dtype=torch.bool)
     fine[:, 6:] = True  # columns 12.. are padding
     kept_S = torch.cat([fine.flatten(), torch.zeros(4 * 8, dtype=torch.bool)])
-    figure = draw_kept_tokens(
-        Image.new("RGB", (192, 128), "white"),
-        KeptTokens.from_flat(kept_S, [(8, 16), (4, 8)], resized_size=(64, 96), padded_size=(64, 128)),
-        title="t",
-    )
-    pixels = pixels_of(figure)
-    first, second = figure.axes
-    assert first.get_title() == "stride 8: 48 of 96"
-    assert second.get_title() == "stride 16: 0 of 24"
-    height = pixels.shape[0]
+    kept = KeptTokens.from_flat(kept_S, [(8, 16), (4, 8)], resized_size=(64, 96), padded_size=(64, 128))
+    assert [(int(kept.in_image(i).sum()), kept.in_image(i).size) for i in (0, 1)] == [(48, 96), (0, 24)]
+    assert [kept.stride(i) for i in (0, 1)] == [8, 16]
+    sheet = np.asarray(draw_kept_tokens(Image.new("RGB", (192, 128), "white"), kept, title="t"))
+    panels = sheet[:, :840], sheet[:, 840:]
+    heights = [(abs(panel - 71.0) < 3).all(-1).any(1).nonzero()[0] for panel in panels]  # 255 * 0.28
+    top, bottom = heights[0].min(), heights[0].max()
+    widths = (abs(panels[0][top:bottom] - 71.0) < 3).all(-1).any(0).nonzero()[0]
+    left = widths.min()
+    right = left + 1.5 * (bottom - top)  # the panel is as wide for its height as the image
 
-    def brightness(axis, x: float, y: float) -> float:
-        column, row = axis.transData.transform((x, y))
-        return pixels[height - 1 - round(row), round(column)].mean()
+    def brightness(x: float, y: float) -> float:
+        column, row = left + x / 96 * (right - left), top + y / 64 * (bottom - top)
+        return panels[0][round(row), round(column)].mean()
 
-    assert brightness(first, 20, 20) < 90
-    assert brightness(first, 44, 60) < 90
-    assert brightness(first, 52, 4) > 240
-    assert brightness(first, 92, 60) > 240
-    assert brightness(second, 70, 30) < 90
+    assert brightness(20, 20) < 90
+    assert brightness(44, 60) < 90
+    assert brightness(52, 4) > 240
+    assert brightness(92, 60) > 240
+    dimmed = (abs(panels[1][heights[1].min() : heights[1].max()] - 71.0) < 3).all(-1)
+    assert dimmed.mean() > 0.9, "nothing of the coarse level was kept"
+
+
+def test_lines_surround_tokens_that_are_large_enough_and_groups_of_smaller_ones():
+    def accent_share(cells: int) -> float:
+        kept = KeptTokens((np.ones((cells, cells), bool),), (512, 512), (512, 512))
+        sheet = np.asarray(draw_kept_tokens(Image.new("RGB", (64, 64), "white"), kept))
+        return near(sheet, (255, 159, 28)).mean()
+
+    assert accent_share(8) > 0.005
+    assert accent_share(256) > 0.1
+    assert accent_share(400) == 0
+
+
+def test_a_caption_stands_below_the_picture_and_fits():
+    picture = Image.new("RGB", (120, 300), "white")
+    captioned = np.asarray(add_caption(picture, "keeps 123 of 4567 tokens (3%), 12 objects"))
+    assert captioned.shape[1] == 120
+    assert (captioned[:300] == 255).all()
+    bar = captioned[300:]
+    assert bar[0, 0].tolist() == [34, 48, 60]
+    assert (bar > 200).any(), "there is text"
+    assert (bar[:, [0, -1]] < 100).all(), "it does not run over the edge"
 
 
 def metrics(num_kept: list[int]) -> Metrics:

@@ -142,9 +142,9 @@ class CocoAnnotations:
     def read(file: str | Path) -> CocoAnnotations:
         """Parse and validate; raises AnnotationError, which says what is wrong where."""
         file = Path(file)
-        content = _parse(file)
-        categories = _unique_ids(file, content, "categories", ("id", "name"))
-        images = _unique_ids(file, content, "images", ("id", "file_name", "height", "width"))
+        content = parse_annotations(file)
+        categories = _unique_ids(file, content, "categories")
+        images = _unique_ids(file, content, "images")
         images = dict(sorted(images.items()))
         index_of_image = {image_id: i for i, image_id in enumerate(images)}
         sizes = np.array([(r["height"], r["width"]) for r in images.values()], np.int64).reshape(-1, 2)
@@ -156,7 +156,9 @@ class CocoAnnotations:
 
         records = content["annotations"]
         for i, record in enumerate(records):
-            _check_annotation(file, i, record, index_of_image, categories)
+            fault = annotation_fault(record, index_of_image, categories)
+            if fault is not None:
+                raise AnnotationError(f"{file}: annotations[{i}] {fault}")
         image_index = np.array([index_of_image[r["image_id"]] for r in records], np.int64)
         order = np.argsort(image_index, kind="stable")
         boxes = np.array([r["bbox"] for r in records], np.float64).reshape(-1, 4)
@@ -208,7 +210,8 @@ class CocoAnnotations:
         return {"info": {}, "images": images, "annotations": annotations, "categories": categories}
 
 
-def _parse(file: Path) -> dict[str, Any]:
+def parse_annotations(file: Path) -> dict[str, Any]:
+    """The JSON of an instances file, its three lists being there. Raises AnnotationError."""
     if not file.is_file():
         raise AnnotationError(f"annotation file {file} does not exist")
     try:
@@ -224,46 +227,49 @@ def _parse(file: Path) -> dict[str, Any]:
     return content
 
 
-def _unique_ids(file: Path, content: dict[str, Any], key: str, required: Sequence[str]) -> dict[int, Any]:
-    """The records of content[key] by id; each must have the required fields, sizes and ids being integers."""
+REQUIRED_FIELDS = {"images": ("id", "file_name", "height", "width"), "categories": ("id", "name")}
+
+
+def _unique_ids(file: Path, content: dict[str, Any], key: str) -> dict[int, Any]:
+    """The records of content[key] by id."""
     records: dict[int, Any] = {}
     for i, record in enumerate(content[key]):
         where = f"{file} is not a COCO instances file: {key}[{i}]"
-        if not isinstance(record, dict):
-            raise AnnotationError(f"{where} is not an object")
-        for field in required:
-            kind = str if field in ("name", "file_name") else int
-            if not isinstance(record.get(field), kind):
-                raise AnnotationError(
-                    f"{where} needs {field!r} of type {kind.__name__}, found {record.get(field)!r}"
-                )
+        fault = record_fault(record, REQUIRED_FIELDS[key])
+        if fault is not None:
+            raise AnnotationError(f"{where} {fault}")
         if record["id"] in records:
             raise AnnotationError(f"{where} repeats id {record['id']}; ids must be unique")
         records[record["id"]] = record
     return records
 
 
-def _check_annotation(
-    file: Path, i: int, record: Any, images: Mapping[int, Any], categories: Mapping[int, Any]
-) -> None:
-    where = f"{file}: annotations[{i}]"
+def record_fault(record: Any, required: Sequence[str]) -> str | None:
+    """What an image or a category lacks; names are text, all other fields integers."""
     if not isinstance(record, dict):
-        raise AnnotationError(f"{where} is not an object")
+        return "is not an object"
+    for field in required:
+        kind = str if field in ("name", "file_name") else int
+        if not isinstance(record.get(field), kind):
+            return f"needs {field!r} of type {kind.__name__}, found {record.get(field)!r}"
+    return None
+
+
+def annotation_fault(record: Any, images: Mapping[int, Any], categories: Mapping[int, Any]) -> str | None:
+    """What makes an annotation unusable, given images and categories by id."""
+    if not isinstance(record, dict):
+        return "is not an object"
     if not isinstance(record.get("image_id"), int) or record["image_id"] not in images:
-        raise AnnotationError(
-            f"{where} names image_id {record.get('image_id')!r}, which is not under 'images'"
-        )
+        return f"names image_id {record.get('image_id')!r}, which is not under 'images'"
     if not isinstance(record.get("category_id"), int) or record["category_id"] not in categories:
         known = f"{min(categories)}..{max(categories)}" if categories else "none"
-        raise AnnotationError(
-            f"{where} has category_id {record.get('category_id')!r}, which is not under 'categories'"
-            f" (ids {known})"
-        )
+        return f"has category_id {record.get('category_id')!r}, which is not under 'categories' (ids {known})"
     box = record.get("bbox")
     if not (isinstance(box, list) and len(box) == 4 and all(_is_finite(value) for value in box)):
-        raise AnnotationError(f"{where} needs 'bbox' [x, y, width, height] in pixels, found {box!r}")
+        return f"needs 'bbox' [x, y, width, height] in pixels, found {box!r}"
     if not _is_finite(record.get("area", 0)):
-        raise AnnotationError(f"{where} needs a number as 'area', found {record['area']!r}")
+        return f"needs a number as 'area', found {record['area']!r}"
+    return None
 
 
 def _is_finite(value: Any) -> bool:

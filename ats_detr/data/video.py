@@ -1,0 +1,102 @@
+"""Video files as frames and back, through PyAV (`pip install 'ats_detr[video]'`)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from fractions import Fraction
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from ats_detr.data.images import ImageFileError
+from ats_detr.errors import UserError
+
+VIDEO_SUFFIXES = frozenset((".mp4", ".mov", ".m4v", ".avi", ".mkv", ".webm", ".mpg", ".mpeg"))
+_FALLBACK_RATE = 25.0
+
+
+def _av() -> Any:
+    try:
+        import av
+    except ImportError:
+        raise UserError("videos need PyAV: pip install 'ats_detr[video]'") from None
+    return av
+
+
+class read_video:
+    """The frames of a video as RGB arrays uint8 [h, w, 3], one at a time; a context manager.
+
+    Raises ImageFileError where the file has no video that can be decoded, at the start or in the middle.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._av, self.path = _av(), path
+        try:
+            self._container = self._av.open(str(path))
+        except (self._av.FFmpegError, OSError) as error:
+            raise self._error(error) from None
+        if not self._container.streams.video:
+            self._container.close()
+            raise ImageFileError(f"video {path} cannot be read: there are no pictures in it")
+        self._stream = self._container.streams.video[0]
+        self._stream.thread_type = "AUTO"
+        self.frames_per_second = float(self._stream.average_rate or _FALLBACK_RATE)
+        self.num_frames: int | None = self._stream.frames or None
+        """As the file says; None where it does not."""
+
+    def __enter__(self) -> read_video:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._container.close()
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        try:
+            for frame in self._container.decode(self._stream):
+                yield frame.to_ndarray(format="rgb24")
+        except (self._av.FFmpegError, OSError) as error:
+            raise self._error(error) from None
+
+    def _error(self, error: Exception) -> ImageFileError:
+        return ImageFileError(
+            f"video {self.path} cannot be read: {getattr(error, 'strerror', None) or error}"
+        )
+
+
+class VideoWriter:
+    """An MP4 file made of pictures of one size. It appears whole or not at all; a context manager."""
+
+    def __init__(self, path: Path, frames_per_second: float) -> None:
+        self._av, self._path = _av(), path
+        self._temporary = path.with_name(f".{path.name}.tmp")
+        self._container = self._av.open(str(self._temporary), "w", format="mp4")
+        self._rate = Fraction(frames_per_second).limit_denominator(1001)
+        self._stream: Any = None
+
+    def add(self, picture: Image.Image) -> None:
+        if self._stream is None:
+            codec = "libx264" if "libx264" in self._av.codecs_available else "mpeg4"
+            self._stream = self._container.add_stream(codec, rate=self._rate)
+            # Both codecs want even sides.
+            self._stream.width, self._stream.height = picture.width // 2 * 2, picture.height // 2 * 2
+            self._stream.pix_fmt = "yuv420p"
+            self._stream.bit_rate = 8_000_000
+        picture = picture.convert("RGB").crop((0, 0, self._stream.width, self._stream.height))
+        self._container.mux(self._stream.encode(self._av.VideoFrame.from_image(picture)))
+
+    def __enter__(self) -> VideoWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None and self._stream is not None:
+            self._container.mux(self._stream.encode(None))
+        self._container.close()
+        if kind is None and self._stream is not None:
+            self._temporary.replace(self._path)
+        else:
+            self._temporary.unlink(missing_ok=True)

@@ -1,0 +1,137 @@
+"""What a configuration or a checkpoint is, in a few lines: `python -m ats_detr info X`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ats_detr.batch import ImageBatch, bucket_size
+from ats_detr.config import Config, ModelConfig, load_config
+from ats_detr.data.coco import ClassMap
+from ats_detr.data.transforms import resized_size
+from ats_detr.detector import find_checkpoint
+from ats_detr.flops import count_flops, num_parameters
+from ats_detr.model import Detr
+from ats_detr.training.checkpoint import build_without_fetching, config_of, load_checkpoint, load_detector
+
+_ROWS_OF_A_CONFIG = 91
+"""Class rows where no data has been read: COCO's."""
+_LANDSCAPE = (480, 640)
+"""(height, width) of the most common images of COCO, for which multiply-adds are counted."""
+
+
+def describe(source: str, overrides: Sequence[str] = ()) -> list[tuple[str, str]]:
+    """(what, value) rows about a YAML file, or about anything that `Detector.from_checkpoint` takes.
+
+    Multiply-adds are counted on one noise image of 480 x 640 resized as in evaluation, at the smallest and the largest
+    budget. Raises UserError.
+    """
+    if Path(source).suffix in (".yaml", ".yml"):
+        config = load_config(source, overrides)
+        model = build_without_fetching(config, _ROWS_OF_A_CONFIG).eval()
+        return [
+            ("configuration", source),
+            *_about_model(config, model),
+            ("training", _training(config)),
+            ("data", f"{config.data.kind}, {config.data.root}; classes are read from its annotations"),
+        ]
+    path = find_checkpoint(source)
+    checkpoint = load_checkpoint(path)
+    config = config_of(checkpoint, path, overrides)
+    model = load_detector(config, checkpoint, path)
+    return [
+        ("checkpoint", str(path)),
+        *_about_model(config, model),
+        ("classes", _classes(ClassMap.from_dict(checkpoint["classes"]), checkpoint)),
+        ("training", _progress(config, checkpoint)),
+        *_metrics(checkpoint.get("metrics") or {}),
+    ]
+
+
+def name_of_model(config: ModelConfig) -> str:
+    """The family, the share of tokens and the backbone."""
+    selector = config.selector
+    if selector is None:
+        name = "Efficient DETR" if config.queries_from_memory else "Deformable DETR"
+        name += ", two-stage" * config.two_stage + ", box refinement" * config.box_refine
+    elif selector.adaptive:
+        name = f"ATS-DETR, {selector.min_ratio:.0%} to {selector.max_ratio:.0%} of the tokens"
+        name += f" in {selector.num_budgets} budgets" if selector.num_budgets > 2 else ""
+    else:
+        family = "Sparse DETR" if selector.scores == "proposals" else "ATS-DETR's teacher"
+        name = f"{family}, {selector.keep_ratio:.0%} of the tokens"
+    return f"{name}, {config.backbone.name}"
+
+
+def _about_model(config: Config, model: Detr) -> list[tuple[str, str]]:
+    size = config.model
+    data = config.data
+    layers = f"{size.num_encoder_layers} encoder and {size.num_decoder_layers} decoder layers"
+    return [
+        ("model", name_of_model(size)),
+        ("size", f"{layers}, width {size.width}, {size.num_queries} queries, {size.num_levels} levels"),
+        ("parameters", f"{num_parameters(model) / 1e6:.2f} M"),
+        ("multiply-adds", _multiply_adds(config, model)),
+        ("input", f"shorter side {data.short_side}, longer at most {data.long_side} pixels"),
+    ]
+
+
+def _multiply_adds(config: Config, model: Detr) -> str:
+    height, width = resized_size(_LANDSCAPE, config.data.short_side, config.data.long_side)
+    padded = bucket_size((height, width), config.data.size_multiple)
+    images = torch.zeros(1, 3, *padded)
+    images[..., :height, :width] = torch.randn(3, height, width, generator=torch.Generator().manual_seed(0))
+    batch = ImageBatch(images, [(height, width)])
+    parts = []
+    for ratio in _ratios(config.model):
+        if model.selector is not None:
+            _fix_budget(model, ratio)
+        flops = count_flops(model, batch)
+        kept = "" if model.selector is None else f" keeping {ratio:.0%}"
+        parts.append(f"{flops.total:.4g} G{kept} (encoder {flops.encoder:.3g})")
+    return f"{', '.join(parts)}, for an image of {width} x {height}"
+
+
+def _ratios(config: ModelConfig) -> list[float]:
+    selector = config.selector
+    if selector is None:
+        return [1.0]
+    ratios = (selector.keep_ratio,) if not selector.adaptive else (selector.min_ratio, selector.max_ratio)
+    return [ratio for ratio in ratios if ratio is not None]
+
+
+def _fix_budget(model: Detr, ratio: float) -> None:
+    """Keep this share of every image (this model is only counted, and thrown away)."""
+    model.selector.budget = None
+    model.selector.min_ratio = model.selector.max_ratio = ratio
+
+
+def _classes(classes: ClassMap, checkpoint: Mapping[str, Any]) -> str:
+    names = classes.names
+    listed = ", ".join(names[:12]) + (", ..." if len(names) > 12 else "")
+    rows = "" if len(names) == checkpoint["num_classes"] else f" in {checkpoint['num_classes']} rows"
+    return f"{len(names)}{rows}: {listed}"
+
+
+def _training(config: Config) -> str:
+    train = config.train
+    batch = f"{config.data.batch_size} images per process and step"
+    return f"{train.epochs} epochs, {batch}, learning rate {train.learning_rate:g}"
+
+
+def _progress(config: Config, checkpoint: Mapping[str, Any]) -> str:
+    if checkpoint.get("published"):
+        return "by the published code"
+    epochs = f"{checkpoint['epoch']} of {config.train.epochs} epochs"
+    minutes = checkpoint.get("train_seconds", 0.0) / 60
+    return f"{config.name}, {epochs}" + (f", {minutes:.0f} minutes" if minutes >= 1 else "")
+
+
+def _metrics(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
+    if metrics.get("AP") is None:
+        return []
+    kept = f", keeping {metrics['mean_keep_ratio']:.1%} of the tokens" if "mean_keep_ratio" in metrics else ""
+    return [("when finished", f"AP {metrics['AP']:.3f}, AP50 {metrics['AP50']:.3f}{kept}")]

@@ -1,0 +1,175 @@
+"""`python -m ats_detr predict` and `info` on what people have: odd images are handled or named, the rest is done."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ats_detr.__main__ import main
+from ats_detr.detector import Detector
+from ats_detr.errors import UserError
+from tests.small_detector import save_small_detector
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_small_detector(tmp_path_factory.mktemp("checkpoint") / "model")
+
+
+def noise(width: int, height: int) -> Image.Image:
+    random = np.random.default_rng(width * height)
+    return Image.fromarray(random.integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+@pytest.fixture
+def odd(tmp_path: Path) -> Path:
+    """A folder of everything that is not a plain photograph, and one that is."""
+    folder = tmp_path / "odd"
+    folder.mkdir()
+    image = noise(90, 60)
+    image.save(folder / "plain.jpg")
+    image.convert("L").save(folder / "grey.jpg")
+    image.convert("CMYK").save(folder / "cmyk.jpg")
+    image.convert("RGBA").save(folder / "alpha.png")
+    image.convert("P").save(folder / "palette.png")
+    Image.fromarray(np.asarray(image.convert("L")).astype(np.uint16) << 8).save(folder / "sixteen.png")
+    image.save(folder / "animated.gif", save_all=True, append_images=[noise(90, 60)], loop=0)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    image.save(folder / "turned.jpg", exif=exif)
+    noise(1, 1).save(folder / "one.png")
+    noise(10000, 50).save(folder / "wide.png")
+    (folder / "broken.jpg").write_bytes((folder / "plain.jpg").read_bytes()[:700])
+    (folder / "lying.png").write_text("this is no image")
+    (folder / "notes.txt").write_text("nor is this")
+    return folder
+
+
+GOOD = {
+    "plain.jpg": (90, 60), "grey.jpg": (90, 60), "cmyk.jpg": (90, 60), "alpha.png": (90, 60), "palette.png": (90, 60),
+    "sixteen.png": (90, 60), "animated.gif": (90, 60), "turned.jpg": (60, 90), "one.png": (1, 1),
+    "wide.png": (10000, 50),
+}  # fmt: skip
+
+
+def test_odd_images_are_handled_or_named_and_the_rest_is_done(
+    model: Path, odd: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(SystemExit) as end:
+        main(["predict", str(odd), "--checkpoint", str(model), "--out", str(out), "--threshold", "0"])
+    assert end.value.code == 1, "something was named"
+    said = capsys.readouterr()
+    assert [line.split(" cannot")[0] for line in said.err.splitlines()] == [
+        f"error: image {odd / 'broken.jpg'}",
+        f"error: image {odd / 'lying.png'}",
+    ]
+    assert "ignored 1 files that are neither images nor videos: notes.txt" in said.out
+    assert "10 images, 2 failed" in said.out
+    written = json.loads((out / "predictions.json").read_text())
+    sizes = {Path(image["image"]).name: (image["width"], image["height"]) for image in written["images"]}
+    assert sizes == GOOD
+    assert len(written["failed"]) == 2
+    for image in written["images"]:
+        assert image["objects"]
+        for picture in image["pictures"]:
+            assert max(Image.open(out / picture).size) <= 10000
+    assert (out / "gallery.html").stat().st_size > 20_000
+
+
+def test_sixteen_bit_pixels_are_scaled_not_clipped(model: Path, odd: Path) -> None:
+    """Stored times 256, the picture is the grey one again."""
+    detector = Detector.from_checkpoint(model, device="cpu")
+    (sixteen,) = detector.predict(odd / "sixteen.png", threshold=0)
+    grey = np.asarray(Image.open(odd / "plain.jpg").convert("L")).astype(int)
+    assert abs(np.asarray(sixteen.image())[..., 0].astype(int) - grey).mean() < 40
+
+
+def test_all_done_is_exit_code_0_and_show_chooses_the_pictures(
+    model: Path, odd: Path, tmp_path: Path
+) -> None:
+    for show, kinds in (("boxes", ["plain.jpg"]), ("tokens", ["plain_tokens.jpg"])):
+        out = tmp_path / show
+        main(
+            ["predict", str(odd / "plain.jpg"), "--checkpoint", str(model), "--out", str(out), "--show", show]
+        )
+        assert [path.name for path in (out / "pictures").iterdir()] == kinds
+
+
+def test_files_of_one_name_do_not_overwrite_each_other(model: Path, odd: Path, tmp_path: Path) -> None:
+    (tmp_path / "other").mkdir()
+    noise(50, 40).save(tmp_path / "other" / "plain.jpg")
+    paths = [str(odd / "plain.jpg"), str(tmp_path / "other")]
+    main(["predict", *paths, "--checkpoint", str(model), "--out", str(tmp_path / "out"), "--show", "boxes"])
+    assert {path.name for path in (tmp_path / "out/pictures").iterdir()} == {"plain.jpg", "plain_2.jpg"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["gone.jpg"], "gone.jpg: there is no such file or folder"),
+        (["."], "there are no images or videos in it"),
+        (["http://localhost:1/a.jpg"], "allow_urls=True"),
+    ],
+)
+def test_mistakes_are_one_line(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=message):
+        main(["predict", *arguments, "--checkpoint", str(model)])
+    with pytest.raises(SystemExit):
+        main(["predict", *arguments, "--checkpoint", str(model), "--show", "everything"])
+
+
+def test_a_url_that_does_not_answer_is_named(model: Path, tmp_path: Path, capsys) -> None:
+    url = "http://localhost:1/a.jpg"
+    with pytest.raises(SystemExit) as end:
+        main(["predict", url, "--checkpoint", str(model), "--out", str(tmp_path), "--allow-urls"])
+    assert end.value.code == 1
+    assert f"image {url} cannot be fetched" in capsys.readouterr().err
+
+
+def test_a_video_gets_boxes_and_a_list_of_frames(model: Path, tmp_path: Path, capsys) -> None:
+    av = pytest.importorskip("av")
+    from ats_detr.data.video import VideoWriter
+
+    source = tmp_path / "clip.mp4"
+    with VideoWriter(source, 12.5) as writer:
+        for _ in range(5):
+            writer.add(noise(97, 65))
+    (tmp_path / "broken.mp4").write_bytes(b"no video")
+    out = tmp_path / "out"
+    with pytest.raises(SystemExit):
+        main(["predict", str(tmp_path), "--checkpoint", str(model), "--out", str(out), "--threshold", "0"])
+    said = capsys.readouterr()
+    assert "broken.mp4 cannot be read" in said.err
+    assert "0 images and 1 videos, 1 failed" in said.out
+    (video,) = json.loads((out / "predictions.json").read_text())["videos"]
+    assert [frame["time_s"] for frame in video["frames"]] == [0.0, 0.08, 0.16, 0.24, 0.32]
+    assert (video["frames"][0]["width"], video["frames"][0]["height"]) == (96, 64)
+    with av.open(str(out / video["written"])) as container:
+        assert container.streams.video[0].average_rate == 12.5
+        assert len(list(container.decode(video=0))) == 5
+    assert [path.name for path in (out / "videos").iterdir()] == ["clip.mp4"]
+
+
+def test_info_tells_what_a_checkpoint_and_a_configuration_are(
+    model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main(["info", str(model)])
+    text = capsys.readouterr().out
+    assert "ATS-DETR, 30% to 60% of the tokens, resnet10t" in text
+    assert "keeping 30%" in text
+    assert "keeping 60%" in text
+    assert "3: cup, cat, kite" in text
+    main(["info", "configs/quickstart.yaml"])
+    text = capsys.readouterr().out
+    assert "ATS-DETR, 10% to 40% of the tokens, resnet10t" in text
+    assert "synthetic, data/quickstart" in text
+    with pytest.raises(UserError, match="no checkpoint"):
+        main(["info", "gone"])
