@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -25,6 +26,26 @@ class Target:
     def to(self, device: torch.device | str) -> Target:
         labels, boxes = (t.to(device, non_blocking=True) for t in (self.labels_N, self.boxes_N4))
         return Target(self.image_id, self.original_size, labels, boxes)
+
+
+def targets_to(targets: Sequence[Target], device: torch.device | str) -> list[Target]:
+    """The targets on the device, moved there as one tensor."""
+    counts = [len(target.labels_N) for target in targets]
+    columns = [torch.cat([target.boxes_N4, target.labels_N[:, None].float()], 1) for target in targets]
+    table = torch.cat(columns)  # float32 holds every label up to 2^24
+    if torch.device(device).type == "cuda":
+        table = table.pin_memory()
+    table = table.to(device, non_blocking=True)
+    boxes, labels = table[:, :4].split(counts), table[:, 4].long().split(counts)
+    return [
+        Target(target.image_id, target.original_size, own_labels, own_boxes)
+        for target, own_labels, own_boxes in zip(targets, labels, boxes, strict=True)
+    ]
+
+
+def most_of_a_class(targets: Sequence[Target]) -> int:
+    """The largest number of objects of one class in one image; of targets on the host."""
+    return max((int(np.unique(target.labels_N, return_counts=True)[1].max(initial=0)) for target in targets), default=0)
 
 
 @dataclass

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
@@ -28,6 +28,8 @@ class TokenPlan:
     exact: bool = True
     """Whether all K rows are in use. False: K is a capacity, only the device knows how many rows are used;
     the others name token 0 of the last image, and the kernels neither read nor write them."""
+    row_starts: tuple[int, ...] | None = None
+    """`offsets_B1` on the host, where making the plan had to wait for the device anyway."""
 
     @property
     def counts_B(self) -> Tensor:
@@ -46,9 +48,12 @@ class TokenPlan:
         return self.image_index_K.long() * num_tokens + self.token_index_K.long()
 
     def image_slices(self) -> list[slice]:
-        """Packed rows of each image, on the host (waits for the device)."""
-        starts = self.offsets_B1.tolist()
-        return [slice(a, b) for a, b in pairwise(starts)]
+        """Packed rows of each image."""
+        return [slice(a, b) for a, b in pairwise(self.starts_on_host())]
+
+    def starts_on_host(self) -> tuple[int, ...]:
+        """`offsets_B1` as numbers; waits for the device unless the plan holds them already."""
+        return tuple(self.offsets_B1.tolist()) if self.row_starts is None else self.row_starts
 
     @staticmethod
     def from_mask(keep_BS: Tensor, capacity: int | None = None) -> TokenPlan:
@@ -60,8 +65,10 @@ class TokenPlan:
         batch, num_tokens = keep_BS.shape
         slot_BS = (keep_BS.flatten().cumsum(0) - 1).view_as(keep_BS)
         exact = capacity is None
+        row_starts = None
         if exact:
-            capacity = int(keep_BS.sum())
+            row_starts = (0, *accumulate(keep_BS.sum(1).tolist()))
+            capacity = row_starts[-1]
         else:
             capacity = min(capacity, batch * num_tokens)
             keep_BS = keep_BS & (slot_BS < capacity)
@@ -76,4 +83,4 @@ class TokenPlan:
         image_index_K = flat_K // max(1, num_tokens)
         token_index_K = flat_K - image_index_K * num_tokens
         slot_BS = slot_BS.masked_fill(~keep_BS, -1)
-        return TokenPlan(token_index_K.int(), image_index_K.int(), offsets_B1.int(), slot_BS.int(), exact)
+        return TokenPlan(token_index_K.int(), image_index_K.int(), offsets_B1.int(), slot_BS.int(), exact, row_starts)

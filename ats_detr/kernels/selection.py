@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import accumulate
+
 import torch
 from torch import Tensor
 
@@ -48,12 +50,15 @@ def select_tokens(
     if batch * num_tokens == 0 or (backend == "reference" and not runs_inside_graph()):
         return reference.select_tokens(scores_BS, num_keep_B, padding_mask_BS, capacity)
     exact = capacity is None
-    if exact:
+    row_starts = None
+    if exact and runs_inside_graph():  # where a number of each image would be one unknown size more
         capacity = int(num_keep_B.clamp(0, num_tokens).sum())
+    elif exact:
+        row_starts = (0, *accumulate(num_keep_B.clamp(0, num_tokens).tolist()))
+        capacity = row_starts[-1]
     capacity = min(capacity, batch * num_tokens)
-    return TokenPlan(
-        *torch.ops.ats_detr.select(scores_BS, num_keep_B, padding_mask_BS, capacity, backend), exact=exact
-    )
+    tensors = torch.ops.ats_detr.select(scores_BS, num_keep_B, padding_mask_BS, capacity, backend)
+    return TokenPlan(*tensors, exact=exact, row_starts=row_starts)
 
 
 @torch.library.custom_op("ats_detr::select", mutates_args=())

@@ -45,6 +45,7 @@ class Backbone(nn.Module):
     ) -> None:
         super().__init__()
         self.body = _create(name, pretrained, options or {})
+        self._frozen: list[str] = []
         info: Any = self.body.feature_info
         self.num_channels: list[int] = info.channels()
         if info.reduction() != list(STRIDES):
@@ -66,12 +67,17 @@ class Backbone(nn.Module):
         ).replace(".", "_")
         for name, module in self.body.named_children():
             module.requires_grad_(False)
+            self._frozen.append(name)
             if name == last_module:
                 break
         following = getattr(self.body, f"layers_{num_stages}", None)
         if self.output_norms is not None and following is not None:
             # timm counts Swin's merging of patches with the stage it leads to, the published code with the one before.
             following.downsample.requires_grad_(False)
+
+    def frozen_stages(self) -> list[str]:
+        """Names in `body` of the first modules, none of which is trained, in the order they run."""
+        return self._frozen
 
     def forward(self, images_B3HW: Tensor) -> list[Tensor]:
         """Normalised images [B, 3, H, W] -> [B, C_l, H_l, W_l] for each stride."""

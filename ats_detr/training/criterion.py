@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.ops import generalized_box_iou_loss, sigmoid_focal_loss
 
 from ats_detr.batch import Target
-from ats_detr.boxes import cxcywh_to_xyxy
+from ats_detr.boxes import cxcywh_to_xyxy, generalized_iou
 from ats_detr.model.output import DetectorOutput, Prediction
-from ats_detr.training.matcher import HungarianMatcher, Match, PredictionRows
+from ats_detr.training.focal import FocalLoss, background_loss
+from ats_detr.training.matcher import HungarianMatcher, Match, PendingMatches, PredictionRows
 
 
 class SetCriterion(nn.Module):
@@ -59,12 +60,18 @@ class SetCriterion(nn.Module):
         self.weights["loss_mask_prediction"] = mask_weight
 
     def forward(
-        self, output: DetectorOutput, targets: Sequence[Target], num_boxes: Tensor | float
+        self,
+        output: DetectorOutput,
+        targets: Sequence[Target],
+        num_boxes: Tensor | float,
+        *,
+        metrics: bool = True,
     ) -> dict[str, Tensor]:
         """The losses by name, in float32 whatever the precision around, with metrics that carry no gradient.
 
         Args:
             num_boxes: objects of all processes, at least 1, divided by the number of processes.
+            metrics: add what is only logged.
 
         Returns:
             The losses of `weights` that this model has; and, to be logged only, `class_error` (percent of the
@@ -76,73 +83,25 @@ class SetCriterion(nn.Module):
             FloatingPointError: predictions or target boxes are not finite; the message names them.
             ValueError: the model has a selector but was run without its attention map.
         """
+        pending = self.start(output, targets, metrics=metrics)
+        losses = pending.finish(num_boxes)
+        if pending.matches.problem is not None:
+            raise FloatingPointError(pending.matches.problem)
+        return losses
+
+    def start(
+        self, output: DetectorOutput, targets: Sequence[Target], *, metrics: bool = True
+    ) -> PendingLosses:
+        """Begin, without waiting for the device: what is put on it until `finish` runs while the host matches."""
         with torch.autocast(output.memory_BSC.device.type, enabled=False):
             layers = prediction_layers(output, class_specific_proposals=self.class_specific_proposals)
-            matches = self.matcher(list(layers.values()), targets)
-            losses = self._class_losses(layers, matches, targets, num_boxes)
-            losses |= self._box_losses(layers, matches, targets, num_boxes)
-            if output.selection is not None:
-                losses |= self._selector_losses(output)
-            return losses
+            matches = self.matcher.start(list(layers.values()), targets)
+            logits = [layer.logits_RK.float() for layer in layers.values()]
+            background = [background_loss(x, self.focal_alpha, self.focal_gamma) for x in logits]
+            others = self._selector_losses(output, metrics) if output.selection is not None else {}
+            return PendingLosses(self, layers, targets, matches, logits, background, others, metrics)
 
-    def _class_losses(
-        self,
-        layers: dict[str, PredictionRows],
-        matches: list[Match],
-        targets: Sequence[Target],
-        num_boxes: Tensor | float,
-    ) -> dict[str, Tensor]:
-        labels = torch.cat([target.labels_N for target in targets])
-        num_objects_B = torch.tensor([len(target.labels_N) for target in targets]).to(
-            labels.device, non_blocking=True
-        )
-        losses = {}
-        for (suffix, layer), match in zip(layers.items(), matches, strict=True):
-            logits = layer.logits_RK.float()
-            matched_labels = labels[match.objects_M]
-            if layer.class_agnostic:
-                matched_labels = torch.zeros_like(matched_labels)
-            wanted = logits.new_zeros(len(logits), self.num_classes)
-            wanted[match.rows_M, matched_labels] = 1
-            focal = sigmoid_focal_loss(logits, wanted, self.focal_alpha, self.focal_gamma, reduction="sum")
-            losses["loss_ce" + suffix] = focal / num_boxes
-            with torch.no_grad():
-                best = logits.argmax(1)
-                losses["cardinality_error" + suffix] = _cardinality_error(
-                    best, layer.starts, num_objects_B, self.num_classes
-                )
-                if not suffix:
-                    wrong = (best[match.rows_M] != matched_labels).float()
-                    losses["class_error"] = 100 * wrong.mean() if len(wrong) else wrong.new_tensor(100.0)
-        return losses
-
-    def _box_losses(
-        self,
-        layers: dict[str, PredictionRows],
-        matches: list[Match],
-        targets: Sequence[Target],
-        num_boxes: Tensor | float,
-    ) -> dict[str, Tensor]:
-        """Of all layers in one go: torchvision's GIoU waits for the device, once is enough."""
-        object_boxes = torch.cat([target.boxes_N4 for target in targets]).float()
-        boxes = torch.cat(
-            [layer.boxes_R4[m.rows_M] for layer, m in zip(layers.values(), matches, strict=True)]
-        ).float()
-        wanted = object_boxes[torch.cat([match.objects_M for match in matches])]
-        distance = F.l1_loss(boxes, wanted, reduction="none").sum(1) / num_boxes
-        # Areas are products of 0..1 coordinates: torchvision's default eps would change the loss of small
-        # boxes.
-        giou = generalized_box_iou_loss(cxcywh_to_xyxy(boxes), cxcywh_to_xyxy(wanted), eps=0) / num_boxes
-        counts = [len(match.rows_M) for match in matches]
-        losses = {}
-        for suffix, bbox_part, giou_part in zip(
-            layers, distance.split(counts), giou.split(counts), strict=True
-        ):
-            losses["loss_bbox" + suffix] = bbox_part.sum()
-            losses["loss_giou" + suffix] = giou_part.sum()
-        return losses
-
-    def _selector_losses(self, output: DetectorOutput) -> dict[str, Tensor]:
+    def _selector_losses(self, output: DetectorOutput, metrics: bool) -> dict[str, Tensor]:
         selection, attention = output.selection, output.attention_map_BS
         if attention is None:
             raise ValueError(
@@ -151,8 +110,86 @@ class SetCriterion(nn.Module):
         attention = attention.float()
         wanted = most_attended(attention, selection.num_kept_B, output.padding_mask_BS)
         loss = F.multilabel_soft_margin_loss(selection.scores_BS.float(), wanted.float())
-        kept = selection.plan.slot_BS >= 0
-        return {"loss_mask_prediction": loss, **attention_coverage(attention, kept, output.level_shapes)}
+        losses = {"loss_mask_prediction": loss}
+        if metrics:
+            losses |= attention_coverage(attention, selection.plan.slot_BS >= 0, output.level_shapes)
+        return losses
+
+
+@dataclass
+class PendingLosses:
+    """The losses of one output while its matches are being made."""
+
+    criterion: SetCriterion
+    layers: dict[str, PredictionRows]
+    targets: Sequence[Target]
+    matches: PendingMatches
+    logits: list[Tensor]
+    """float32 [R, K] of each layer."""
+    background: list[tuple[Tensor, Tensor]]
+    """`background_loss` of each."""
+    others: dict[str, Tensor]
+    """Losses that need no match."""
+    metrics: bool
+
+    def finish(self, num_boxes: Tensor | float) -> dict[str, Tensor]:
+        """Wait for the matches; see `SetCriterion`. Where `matches.problem` is set then, the losses mean nothing."""
+        with torch.autocast(self.logits[0].device.type, enabled=False):
+            matches = self.matches.finish()
+            labels = torch.cat([target.labels_N for target in self.targets])
+            losses = self._class_losses(matches, labels, num_boxes) | self._box_losses(matches, num_boxes)
+            if self.metrics:
+                with torch.no_grad():
+                    losses |= self._metrics(matches[0], labels)
+            return losses | self.others
+
+    def _class_losses(
+        self, matches: list[Match], labels: Tensor, num_boxes: Tensor | float
+    ) -> dict[str, Tensor]:
+        losses = {}
+        parts = zip(self.layers.items(), self.logits, self.background, matches, strict=True)
+        for (suffix, layer), logits, (background, derivative), match in parts:
+            wanted = labels[match.objects_M]
+            if layer.class_agnostic:
+                wanted = torch.zeros_like(wanted)
+            focal = self.criterion.focal_alpha, self.criterion.focal_gamma
+            total = FocalLoss.apply(logits, background, derivative, match.rows_M, wanted, *focal)
+            losses["loss_ce" + suffix] = total / num_boxes
+        return losses
+
+    def _box_losses(self, matches: list[Match], num_boxes: Tensor | float) -> dict[str, Tensor]:
+        """Of all layers in one go."""
+        object_boxes = torch.cat([target.boxes_N4 for target in self.targets]).float()
+        boxes = torch.cat(
+            [layer.boxes_R4[m.rows_M] for layer, m in zip(self.layers.values(), matches, strict=True)]
+        ).float()
+        wanted = object_boxes[torch.cat([match.objects_M for match in matches])]
+        distance = F.l1_loss(boxes, wanted, reduction="none").sum(1) / num_boxes
+        giou = (1 - generalized_iou(cxcywh_to_xyxy(boxes), cxcywh_to_xyxy(wanted))) / num_boxes
+        counts = [len(match.rows_M) for match in matches]
+        losses = {}
+        for suffix, bbox_part, giou_part in zip(
+            self.layers, distance.split(counts), giou.split(counts), strict=True
+        ):
+            losses["loss_bbox" + suffix] = bbox_part.sum()
+            losses["loss_giou" + suffix] = giou_part.sum()
+        return losses
+
+    def _metrics(self, match: Match, labels: Tensor) -> dict[str, Tensor]:
+        """`match`: of the last decoder layer."""
+        num_objects_B = torch.tensor([len(target.labels_N) for target in self.targets]).to(
+            labels.device, non_blocking=True
+        )
+        best = [logits.argmax(1) for logits in self.logits]
+        found = {
+            "cardinality_error" + suffix: _cardinality_error(
+                own, layer.starts, num_objects_B, self.criterion.num_classes
+            )
+            for (suffix, layer), own in zip(self.layers.items(), best, strict=True)
+        }
+        wrong = (best[0][match.rows_M] != labels[match.objects_M]).float()
+        found["class_error"] = 100 * wrong.mean() if len(wrong) else wrong.new_tensor(100.0)
+        return found
 
 
 def prediction_layers(output: DetectorOutput, *, class_specific_proposals: bool) -> dict[str, PredictionRows]:
@@ -174,7 +211,7 @@ def prediction_layers(output: DetectorOutput, *, class_specific_proposals: bool)
         layers["_enc"] = dense("the encoder's proposals", output.encoder, not class_specific_proposals)
     if output.encoder_auxiliary:
         if output.selection is not None:
-            starts = output.selection.plan.offsets_B1.tolist()
+            starts = output.selection.plan.starts_on_host()
         else:
             batch, num_tokens = output.padding_mask_BS.shape
             starts = range(0, batch * num_tokens + 1, num_tokens)

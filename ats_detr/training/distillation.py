@@ -11,12 +11,12 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from timm.layers import DropPath
+from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
-from torchvision.ops import box_iou
 
 from ats_detr.batch import ImageBatch, Target
-from ats_detr.boxes import cxcywh_to_xyxy
+from ats_detr.boxes import cxcywh_to_xyxy, iou
 from ats_detr.distributed import sum_over_processes
 from ats_detr.model import Detr
 from ats_detr.model.output import Detections, DetectorOutput, top_detections
@@ -40,6 +40,7 @@ class DualTeacher:
         num_budgets: int = 2,
         level_weights: Sequence[float] = (0.25, 0.25, 0.25, 0.25),
         num_detections: int = 100,
+        precision: torch.dtype = torch.float32,
     ) -> None:
         """Freezes both teachers.
 
@@ -47,6 +48,7 @@ class DualTeacher:
             bias: the average precision of the weak teacher from which on an image counts as easy.
             level_weights: weight of each pyramid level in the memory loss.
             num_detections: detections of the weak teacher that are judged.
+            precision: of the teachers' passes; bfloat16 by autocast.
         """
         self.weak = weak.eval().requires_grad_(False)
         self.strong = strong.eval().requires_grad_(False)
@@ -54,24 +56,35 @@ class DualTeacher:
         self.num_budgets = num_budgets
         self.level_weights = tuple(level_weights)
         self.num_detections = num_detections
+        self.precision = precision
 
     def __call__(
-        self, batch: ImageBatch, targets: Sequence[Target], student: DetectorOutput
+        self,
+        batch: ImageBatch,
+        targets: Sequence[Target],
+        student: DetectorOutput,
+        *,
+        most_of_a_class: int | None = None,
     ) -> dict[str, Tensor]:
         """`loss_budget` (cross entropy of the budget logits) and `loss_memory`, float32 scalars of weight 1.
 
-        The teachers see the same augmented batch as the student.
+        The teachers see the same augmented batch as the student, whose forward pass has to come first.
+
+        Args:
+            most_of_a_class: see `image_average_precision`.
         """
-        with torch.no_grad():
+        device = batch.images_B3HW.device.type
+        with torch.inference_mode(), torch.autocast(device, self.precision, self.precision != torch.float32):
             weak = self.weak(batch)
             strong_memory = self.strong.encode(batch.images_B3HW, batch.padding_mask_BHW)
             sizes = [target.original_size for target in targets]
             detections = top_detections(weak.last, sizes, self.num_detections)
-            labels_B = budget_labels(
-                image_average_precision(detections, targets), self.bias, self.num_budgets
-            )
+        with torch.no_grad():
+            precision_B = image_average_precision(detections, targets, most_of_a_class=most_of_a_class)
+            labels_B = budget_labels(precision_B, self.bias, self.num_budgets)
         assert student.adapted_memory_BSC is not None, "the student needs an adaption layer"
-        with torch.autocast(strong_memory.device.type, enabled=False):
+        assert student.selection is not None and student.selection.budget_logits_BR is not None
+        with torch.autocast(device, enabled=False):
             loss_budget = F.cross_entropy(student.selection.budget_logits_BR.float(), labels_B)
             loss_memory = memory_loss(
                 student.adapted_memory_BSC,
@@ -81,6 +94,51 @@ class DualTeacher:
                 self.level_weights,
             )
         return {"loss_budget": loss_budget, "loss_memory": loss_memory}
+
+    def share_frozen_stages(self, student: Detr) -> list[str]:
+        """Let the teachers read what the student's frozen stages made of the batch. Returns the teachers that do.
+
+        Only where the stages are equal, to the bit, and do the same in training as in evaluation. The student has to
+        see a batch before its teachers from now on.
+        """
+        teachers = {"weak": self.weak, "strong": self.strong}
+        return [name for name, teacher in teachers.items() if _share_frozen_stages(student, teacher)]
+
+
+def _share_frozen_stages(student: Detr, teacher: Detr) -> bool:
+    own, other = student.backbone.body, teacher.backbone.body
+    names = student.backbone.frozen_stages()
+    if not names or not isinstance(other, nn.ModuleDict) or not set(names) <= set(other):
+        return False
+    for name in names:
+        a, b = own[name].state_dict(), other[name].state_dict()
+        if repr(own[name]) != repr(other[name]) or any(not torch.equal(a[key], b[key]) for key in a):
+            return False
+        if any(isinstance(module, _DIFFERENT_IN_TRAINING) for module in own[name].modules()):
+            return False
+    for name in names:
+        is_read = name == names[-1] or name in own.return_layers
+        other[name] = _Recall(own[name]) if is_read else nn.Identity()
+    return True
+
+
+_DIFFERENT_IN_TRAINING = (nn.modules.batchnorm._BatchNorm, nn.Dropout, DropPath)
+
+
+class _Recall(nn.Module):
+    """Whatever its input: what another module put out last."""
+
+    def __init__(self, source: nn.Module) -> None:
+        super().__init__()
+        self.output: Tensor | None = None
+        source.register_forward_hook(self._remember)
+
+    def _remember(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        self.output = output
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert self.output is not None, "the student has to see the batch first"
+        return self.output
 
 
 # --------------------------------------------------------------------------------------- how hard an image is
@@ -97,65 +155,74 @@ def budget_labels(average_precision_B: Tensor, bias: float = 1.0, num_budgets: i
 
 
 def image_average_precision(
-    detections: Sequence[Detections], targets: Sequence[Target], iou_threshold: float = 0.5
+    detections: Sequence[Detections],
+    targets: Sequence[Target],
+    iou_threshold: float = 0.5,
+    *,
+    most_of_a_class: int | None = None,
 ) -> Tensor:
     """float32 [B] average precision of each single image, mean over the classes it shows; 1 without objects.
 
     Detections are taken in the given order, best score first; each claims the unclaimed object of its class
     with the highest IoU, if that reaches `iou_threshold`. The precision of a class is summed over its
     recall steps without interpolation. Everything stays on the device and nothing waits for it.
+
+    `most_of_a_class`: no image has more objects of one class than this (see `ats_detr.batch.most_of_a_class`); saves
+    work.
     """
     label_BD = pad_sequence([found.labels_N for found in detections], batch_first=True, padding_value=-1)
     boxes_BD4 = pad_sequence([found.boxes_xyxy_N4 for found in detections], batch_first=True).float()
     label_BN = pad_sequence([target.labels_N for target in targets], batch_first=True, padding_value=-2)
-    boxes_BN4 = pad_sequence([_pixel_boxes(target) for target in targets], batch_first=True)
+    boxes_BN4 = pad_sequence([target.boxes_N4 for target in targets], batch_first=True).float()
     if not label_BN.shape[1]:
         return boxes_BN4.new_ones(len(targets))
     if not label_BD.shape[1]:
         return (label_BN < 0).all(1).float()
+    sizes = [(width, height, width, height) for height, width in (target.original_size for target in targets)]
+    scale_B14 = torch.tensor(sizes).to(boxes_BN4, non_blocking=True)[:, None]
+    boxes_BN4 = cxcywh_to_xyxy(boxes_BN4) * scale_B14
 
     same_class_BDN = label_BD[:, :, None] == label_BN[:, None, :]
-    iou_BDN = torch.where(same_class_BDN, torch.stack(list(map(box_iou, boxes_BD4, boxes_BN4))), -1.0)
-    is_hit_BD = greedy_match(torch.where(iou_BDN >= iou_threshold, iou_BDN, -1.0))
+    iou_BDN = iou(boxes_BD4[:, :, None], boxes_BN4[:, None])
+    can_match_BDN = same_class_BDN & (iou_BDN >= iou_threshold)
+    is_hit_BD = greedy_match(torch.where(can_match_BDN, iou_BDN, -1.0), most_of_a_class).float()
 
-    of_same_class_BDD = (label_BD[:, :, None] == label_BD[:, None, :]).tril()
-    hits_so_far_BD = (of_same_class_BDD & is_hit_BD[:, None, :]).sum(2)
-    gain_BD = torch.where(is_hit_BD, hits_so_far_BD / of_same_class_BDD.sum(2), 0.0)
+    # Counts as products of matrices of zeros and ones: exact in float32, and few operations.
+    same_class_BDN = same_class_BDN.float()
+    seen_before_BDD = (label_BD[:, :, None] == label_BD[:, None, :]).float().tril()
+    hits_so_far_BD, seen_so_far_BD = (
+        seen_before_BDD @ torch.stack([is_hit_BD, torch.ones_like(is_hit_BD)], dim=-1)
+    ).unbind(-1)
+    gain_BD = is_hit_BD * hits_so_far_BD / seen_so_far_BD
 
     # The precision of a class stands at each of its objects; the first one speaks for the class. Sums, not
     # means of means: a perfect image must come out as exactly 1.
-    objects_of_class_BNN = label_BN[:, :, None] == label_BN[:, None, :]
-    precision_BN = (gain_BD[:, :, None] * same_class_BDN).sum(1) / objects_of_class_BNN.sum(2)
+    objects_of_class_BNN = (label_BN[:, :, None] == label_BN[:, None, :]).float()
+    precision_BN = (gain_BD[:, None] @ same_class_BDN)[:, 0] / objects_of_class_BNN.sum(2)
     speaks_BN = (objects_of_class_BNN.tril(-1).sum(2) == 0) & (label_BN >= 0)
     num_classes_B = speaks_BN.sum(1)
     return torch.where(num_classes_B > 0, (precision_BN * speaks_BN).sum(1) / num_classes_B.clamp(min=1), 1.0)
 
 
-def greedy_match(iou_BDN: Tensor) -> Tensor:
+def greedy_match(iou_BDN: Tensor, num_rounds: int | None = None) -> Tensor:
     """bool [B, D]: which detections get an object, each in turn taking the free object of highest IoU.
 
     Negative IoUs are no match. All detections bid at once: each for its best object that no earlier
     detection holds, and each object goes to its earliest bidder. Round r settles the r-th detection that
     gets an object at all (the holders before it are settled, so it can lose its bid to none of them again):
-    N rounds are enough.
+    as many rounds are enough as objects that one detection could compete for (`num_rounds`; None: all N).
     """
     batch, num_detections, num_objects = iou_BDN.shape
-    rank_D = torch.arange(num_detections, device=iou_BDN.device)
-    holder_BN = torch.full((batch, num_objects), num_detections, device=iou_BDN.device)
-    for _ in range(min(num_detections, num_objects)):
-        open_BDN = holder_BN[:, None, :] >= rank_D[:, None]
-        best_BD, object_BD = torch.where(open_BDN, iou_BDN, -1.0).max(2)
-        bid_BD = torch.where(best_BD >= 0, rank_D, num_detections)
+    rank_BD = torch.arange(num_detections, device=iou_BDN.device).expand(batch, -1)
+    nobody = torch.full((), num_detections, device=iou_BDN.device)
+    holder_BN = nobody.expand(batch, num_objects)
+    for _ in range(min(num_detections, num_objects, num_rounds or num_objects)):
+        is_open_BDN = holder_BN[:, None, :] >= rank_BD[:, :, None]
+        best_BD, object_BD = torch.where(is_open_BDN, iou_BDN, -1.0).max(2)
+        bid_BD = torch.where(best_BD >= 0, rank_BD, nobody)
         holder_BN = holder_BN.scatter_reduce(1, object_BD, bid_BD, "amin")
     holds_BD = torch.zeros(batch, num_detections + 1, dtype=torch.bool, device=iou_BDN.device)
     return holds_BD.scatter(1, holder_BN, True)[:, :num_detections]
-
-
-def _pixel_boxes(target: Target) -> Tensor:
-    """float32 [N, 4] xyxy in pixels of the original image."""
-    height, width = target.original_size
-    left, top, right, bottom = cxcywh_to_xyxy(target.boxes_N4.float()).unbind(-1)
-    return torch.stack([left * width, top * height, right * width, bottom * height], dim=-1)
 
 
 # ------------------------------------------------------------------------------- what the strong teacher sees
@@ -172,30 +239,37 @@ def memory_loss(
     padding included (as published: there both are 0).
     """
     sizes = [height * width for height, width in level_shapes]
+    both_BSC = torch.cat([student_BSC.float(), teacher_BSC.float()], dim=2)
+    width = student_BSC.shape[2]
     loss = student_BSC.new_zeros((), dtype=torch.float32)
-    parts = (tensor.split(sizes, dim=1) for tensor in (student_BSC, teacher_BSC, padding_mask_BS))
-    for weight, student, teacher, padding in zip(level_weights, *parts, strict=True):
-        both = torch.cat([student.float(), teacher.float()], dim=2)  # the processes then meet half as often
-        student, teacher = standardise(both, ~padding).split([student.shape[2], teacher.shape[2]], dim=2)
+    levels = standardise(both_BSC.split(sizes, dim=1), (~padding_mask_BS).split(sizes, dim=1))
+    for weight, level_BSC in zip(level_weights, levels, strict=True):
+        student, teacher = level_BSC.split([width, level_BSC.shape[2] - width], dim=2)
         loss = loss + weight * F.mse_loss(student, teacher) / 2
     return loss
 
 
-def standardise(features_BSC: Tensor, valid_BS: Tensor, eps: float = 1e-6) -> Tensor:
-    """Each channel with zero mean and unit (population) deviation over the valid positions, 0 elsewhere.
+def standardise(
+    levels_BSC: Sequence[Tensor], valid_BS: Sequence[Tensor], eps: float = 1e-6
+) -> list[Tensor]:
+    """Per level, each channel with zero mean and unit (population) deviation over the valid positions, 0 elsewhere.
 
-    The positions are those of all processes, so that several train like one (the published code: each its own).
-    A channel that is constant over them becomes 0 and passes no gradient; the published code passes NaN.
+    The positions are those of all processes, so that several train like one (the published code: each its own); they
+    meet twice, for all levels at once. A channel that is constant over them becomes 0 and passes no gradient; the
+    published code passes NaN.
     """
-    valid_BS1 = valid_BS[..., None]
-    sum_C = torch.where(valid_BS1, features_BSC, 0).sum((0, 1))
-    sum_C, num_valid = sum_over_processes(torch.cat([sum_C, valid_BS.sum().to(sum_C)[None]])).split(
-        [len(sum_C), 1]
-    )
-    num_valid = num_valid.clamp(min=1)
-    mean_C = sum_C / num_valid
-    centred_BSC = torch.where(valid_BS1, features_BSC - mean_C, 0)
-    variance_C = sum_over_processes(centred_BSC.square().sum((0, 1))) / num_valid
-    varies_C = variance_C > 0
-    deviation_C = torch.where(varies_C, variance_C, 1).sqrt() + eps
-    return torch.where(varies_C, centred_BSC / deviation_C, 0)
+    pairs = [(level, valid[..., None]) for level, valid in zip(levels_BSC, valid_BS, strict=True)]
+    sum_LC = torch.stack([torch.where(valid, level, 0).sum((0, 1)) for level, valid in pairs])
+    num_valid_L1 = torch.stack([valid.sum().to(sum_LC) for _, valid in pairs])[:, None]
+    totals = sum_over_processes(torch.cat([sum_LC, num_valid_L1], dim=1))
+    sum_LC, num_valid_L1 = totals.split([sum_LC.shape[1], 1], dim=1)
+    num_valid_L1 = num_valid_L1.clamp(min=1)
+    mean_LC = sum_LC / num_valid_L1
+    centred = [
+        torch.where(valid, level - mean_C, 0) for (level, valid), mean_C in zip(pairs, mean_LC, strict=True)
+    ]
+    variance_LC = sum_over_processes(torch.stack([x.square().sum((0, 1)) for x in centred])) / num_valid_L1
+    varies_LC = variance_LC > 0
+    deviation_LC = torch.where(varies_LC, variance_LC, 1).sqrt() + eps
+    parts = zip(centred, varies_LC, deviation_LC, strict=True)
+    return [torch.where(varies_C, x / deviation_C, 0) for x, varies_C, deviation_C in parts]

@@ -19,10 +19,10 @@ pytest.importorskip("triton")
 def assert_same(plan: TokenPlan, expected: TokenPlan) -> None:
     for field in dataclasses.fields(TokenPlan):
         result, want = getattr(plan, field.name), getattr(expected, field.name)
-        if isinstance(want, bool):
-            assert result == want, field.name
-        else:
+        if isinstance(want, torch.Tensor):
             assert result.dtype == torch.int32 and torch.equal(result, want), field.name
+        else:
+            assert result == want, field.name
 
 
 def check(scores, num_keep, mask, capacity=None) -> TokenPlan:

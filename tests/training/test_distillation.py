@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ats_detr.batch import Target
+from ats_detr.batch import Target, most_of_a_class
 from ats_detr.boxes import cxcywh_to_xyxy, xyxy_to_cxcywh
 from ats_detr.model import Detections, build_model, top_detections
 from ats_detr.training.distillation import (
@@ -18,39 +18,11 @@ from ats_detr.training.distillation import (
     image_average_precision,
     memory_loss,
 )
+from tests.training.definitions import nested_loops_ap
 from tests.training.small import ADAPTIVE, random_batch, small_config
 
 
 # ------------------------------------------------------------------------------ average precision of an image
-def iou(a: list[float], b: list[float]) -> float:
-    overlap = max(0.0, min(a[2], b[2]) - max(a[0], b[0])) * max(0.0, min(a[3], b[3]) - max(a[1], b[1]))
-    union = (a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - overlap
-    return overlap / union
-
-
-def nested_loops_ap(found: Detections, target: Target, threshold: float) -> float:
-    """The definition, one detection after another."""
-    height, width = target.original_size
-    objects = (cxcywh_to_xyxy(target.boxes_N4) * torch.tensor([width, height, width, height])).tolist()
-    labels = target.labels_N.tolist()
-    precisions = []
-    for label in sorted(set(labels)):
-        free = [box for box, own in zip(objects, labels, strict=True) if own == label]
-        num_objects, hits, seen, recall_before, area = len(free), 0, 0, 0.0, 0.0
-        for box, own in zip(found.boxes_xyxy_N4.tolist(), found.labels_N.tolist(), strict=True):
-            if own != label:
-                continue
-            seen += 1
-            best = max(free, key=lambda candidate, box=box: iou(box, candidate), default=None)
-            if best is not None and iou(box, best) >= threshold:
-                free.remove(best)
-                hits += 1
-            area += (hits / num_objects - recall_before) * hits / seen
-            recall_before = hits / num_objects
-        precisions.append(area)
-    return sum(precisions) / len(precisions) if precisions else 1.0
-
-
 def noisy_scene(
     g: torch.Generator, num_objects: int, num_found: int, num_classes: int
 ) -> tuple[Detections, Target]:
@@ -76,7 +48,9 @@ def test_image_ap_equals_the_nested_loops(threshold: float) -> None:
     g = torch.Generator().manual_seed(int(threshold * 100))
     shapes = [(n, d, k) for n in (0, 1, 3, 8, 20) for d in (0, 1, 7, 60) for k in (1, 4)]
     scenes = [noisy_scene(g, *shape) for shape in shapes]
-    result = image_average_precision([d for d, _ in scenes], [t for _, t in scenes], threshold)
+    detections, targets = [d for d, _ in scenes], [t for _, t in scenes]
+    most = most_of_a_class(targets)
+    result = image_average_precision(detections, targets, threshold, most_of_a_class=most)
     expected = torch.tensor([nested_loops_ap(d, t, threshold) for d, t in scenes])
     assert ((expected > 0.05) & (expected < 0.95)).sum() > 10  # the scenes say something
     torch.testing.assert_close(result, expected, atol=1e-6, rtol=0)

@@ -146,4 +146,4 @@ def test_half_precision_predictions_are_matched_in_float32() -> None:
         boxes_R4=layer.boxes_R4.bfloat16(),
         starts=layer.starts,
     )
-    assert HungarianMatcher().costs_of_image([half], 0, target).dtype == torch.float32
+    assert HungarianMatcher().costs([half], [target]).dtype == torch.float32

@@ -1,0 +1,154 @@
+"""What a training step spends beside the network: python -m bench.training [--repeat 7] [--steps 5]
+
+Two tables. Matching, losses and labels against their definitions (those of tests/training/definitions.py), side by side
+in one process, alternating, medians; a synthetic batch of 4 as the R50 configurations have them: 300 queries, about
+10,000 tokens of which a tenth is kept, 10 to 30 objects. Then whole steps of a small model: the student alone, with the
+weak teacher, with both, and with both on the student's frozen stages.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from ats_detr.batch import Target, most_of_a_class
+from ats_detr.boxes import cxcywh_to_xyxy
+from ats_detr.kernels import TokenPlan
+from ats_detr.model import Detections, DetectorOutput, Prediction, TokenScores
+from ats_detr.training.criterion import SetCriterion
+from ats_detr.training.distillation import budget_labels, image_average_precision
+from tests.training.definitions import nested_loops_ap, set_losses
+
+LEVEL_SHAPES = ((76, 100), (38, 50), (19, 25), (10, 13))
+"""Of an image of about 600 x 800 pixels: 10,105 tokens."""
+NUM_CLASSES = 91
+NUM_OBJECTS = (10, 17, 23, 30)
+CLASSES_OF_AN_IMAGE = 3
+"""COCO's images show 2.9 on average."""
+
+
+def r50_output(seed: int = 0, device: str = "cpu") -> tuple[DetectorOutput, list[Target]]:
+    """Random predictions and objects of one batch, shapes as in the published R50 models that keep 10 % of the tokens."""
+    g = torch.Generator().manual_seed(seed)
+    batch, num_tokens = len(NUM_OBJECTS), sum(h * w for h, w in LEVEL_SHAPES)
+
+    def prediction(*shape: int) -> Prediction:
+        logits = torch.randn(*shape, NUM_CLASSES, generator=g) - 4
+        size = torch.rand(*shape, 2, generator=g) * 0.3 + 0.02
+        boxes = torch.cat([torch.rand(*shape, 2, generator=g), size], -1)
+        return Prediction(logits.to(device).requires_grad_(), boxes.to(device).requires_grad_())
+
+    scores = torch.randn(batch, num_tokens, generator=g)
+    kept = scores > scores.quantile(0.9, dim=1, keepdim=True)
+    plan = TokenPlan.from_mask(kept.to(device))
+    num_kept = kept.sum(1).to(device)
+    padding = torch.zeros(batch, num_tokens, dtype=torch.bool, device=device)
+    output = DetectorOutput(
+        last=prediction(batch, 300),
+        level_shapes=LEVEL_SHAPES,
+        padding_mask_BS=padding,
+        memory_BSC=torch.zeros(batch, num_tokens, 1, device=device),
+        decoder_auxiliary=[prediction(batch, 300) for _ in range(5)],
+        encoder=prediction(batch, num_tokens),
+        encoder_auxiliary=[prediction(int(kept.sum())) for _ in range(5)],
+        selection=TokenScores(
+            scores.to(device).requires_grad_(), (~padding).sum(1), num_kept, None, plan
+        ),
+        attention_map_BS=torch.rand(batch, num_tokens, generator=g).to(device),
+    )
+    targets = []
+    for image, count in enumerate(NUM_OBJECTS):
+        size = torch.rand(count, 2, generator=g) * 0.3 + 0.02
+        centre = torch.rand(count, 2, generator=g) * (1 - size) + size / 2
+        labels = torch.randint(CLASSES_OF_AN_IMAGE, (count,), generator=g)
+        targets.append(Target(image, (480, 640), labels, torch.cat([centre, size], 1)).to(device))
+    return output, targets
+
+
+def detections_near(targets: list[Target], seed: int = 0, num_detections: int = 100) -> list[Detections]:
+    """Detections of a teacher: scattered around the objects, several for each, one in five of another class."""
+    g = torch.Generator().manual_seed(seed)
+    found = []
+    for target in targets:
+        labels, boxes = target.labels_N.cpu(), target.boxes_N4.cpu()
+        source = torch.randint(len(labels), (num_detections,), generator=g)
+        around = boxes[source] + torch.randn(num_detections, 4, generator=g) * 0.02
+        other = torch.randint(CLASSES_OF_AN_IMAGE, (num_detections,), generator=g)
+        own = torch.where(torch.rand(num_detections, generator=g) < 0.2, other, labels[source])
+        pixels = cxcywh_to_xyxy(around) * torch.tensor([640, 480, 640, 480])
+        scores = torch.rand(num_detections, generator=g).sort(descending=True).values
+        device = target.labels_N.device
+        found.append(Detections(scores.to(device), own.to(device), pixels.to(device)))
+    return found
+
+
+def losses_and_gradients(losses_of: Callable[[], dict[str, torch.Tensor]]) -> None:
+    losses = losses_of()
+    sum(value for value in losses.values() if value.requires_grad).backward()
+
+
+def side_by_side(functions: dict[str, Callable[[], object]], repeat: int) -> dict[str, float]:
+    """Median milliseconds of each, called in turn."""
+    samples: dict[str, list[float]] = {name: [] for name in functions}
+    for turn in range(repeat + 1):
+        for name, function in functions.items():
+            started = time.perf_counter()
+            function()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            if turn:  # the first call of each warms up
+                samples[name].append(1000 * (time.perf_counter() - started))
+    return {name: statistics.median(values) for name, values in samples.items()}
+
+
+def compare_with_definitions(repeat: int, device: str = "cpu") -> dict[str, tuple[float, float]]:
+    """(median ms of the definition, of the package) of `losses`, `losses and gradients` and `labels`."""
+    output, targets = r50_output(device=device)
+    criterion = SetCriterion(NUM_CLASSES, class_specific_proposals=True)
+    num_boxes = float(sum(NUM_OBJECTS))
+    found, most = detections_near(targets), most_of_a_class([target.to("cpu") for target in targets])
+
+    def own() -> dict[str, torch.Tensor]:
+        return criterion(output, targets, num_boxes)
+
+    def definition() -> dict[str, torch.Tensor]:
+        return set_losses(output, targets, num_boxes)
+
+    times = side_by_side(
+        {
+            "definition of losses": definition,
+            "losses": own,
+            "definition of losses and gradients": lambda: losses_and_gradients(definition),
+            "losses and gradients": lambda: losses_and_gradients(own),
+            "definition of labels": lambda: [
+                nested_loops_ap(d, t, 0.5) for d, t in zip(found, targets, strict=True)
+            ],
+            "labels": lambda: budget_labels(
+                image_average_precision(found, targets, most_of_a_class=most)
+            ),
+        },
+        repeat,
+    )
+    return {name: (times[f"definition of {name}"], times[name]) for name in times if "definition" not in name}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeat", type=int, default=7)
+    parser.add_argument("--device", default="cpu")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    table = Table("", "definition, ms", "here, ms", "times faster")
+    for name, (slow, fast) in compare_with_definitions(arguments.repeat, arguments.device).items():
+        table.add_row(name, f"{slow:.1f}", f"{fast:.2f}", f"{slow / fast:.1f}")
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()
