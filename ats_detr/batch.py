@@ -45,7 +45,10 @@ def targets_to(targets: Sequence[Target], device: torch.device | str) -> list[Ta
 
 def most_of_a_class(targets: Sequence[Target]) -> int:
     """The largest number of objects of one class in one image; of targets on the host."""
-    return max((int(np.unique(target.labels_N, return_counts=True)[1].max(initial=0)) for target in targets), default=0)
+    return max(
+        (int(np.unique(target.labels_N, return_counts=True)[1].max(initial=0)) for target in targets),
+        default=0,
+    )
 
 
 @dataclass

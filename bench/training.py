@@ -57,9 +57,7 @@ def r50_output(seed: int = 0, device: str = "cpu") -> tuple[DetectorOutput, list
         decoder_auxiliary=[prediction(batch, 300) for _ in range(5)],
         encoder=prediction(batch, num_tokens),
         encoder_auxiliary=[prediction(int(kept.sum())) for _ in range(5)],
-        selection=TokenScores(
-            scores.to(device).requires_grad_(), (~padding).sum(1), num_kept, None, plan
-        ),
+        selection=TokenScores(scores.to(device).requires_grad_(), (~padding).sum(1), num_kept, None, plan),
         attention_map_BS=torch.rand(batch, num_tokens, generator=g).to(device),
     )
     targets = []
@@ -129,9 +127,7 @@ def compare_with_definitions(repeat: int, device: str = "cpu") -> dict[str, tupl
             "definition of labels": lambda: [
                 nested_loops_ap(d, t, 0.5) for d, t in zip(found, targets, strict=True)
             ],
-            "labels": lambda: budget_labels(
-                image_average_precision(found, targets, most_of_a_class=most)
-            ),
+            "labels": lambda: budget_labels(image_average_precision(found, targets, most_of_a_class=most)),
         },
         repeat,
     )
@@ -139,7 +135,9 @@ def compare_with_definitions(repeat: int, device: str = "cpu") -> dict[str, tupl
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--repeat", type=int, default=7)
     parser.add_argument("--device", default="cpu")
     arguments = parser.parse_args()

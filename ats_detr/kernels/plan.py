@@ -83,4 +83,6 @@ class TokenPlan:
         image_index_K = flat_K // max(1, num_tokens)
         token_index_K = flat_K - image_index_K * num_tokens
         slot_BS = slot_BS.masked_fill(~keep_BS, -1)
-        return TokenPlan(token_index_K.int(), image_index_K.int(), offsets_B1.int(), slot_BS.int(), exact, row_starts)
+        return TokenPlan(
+            token_index_K.int(), image_index_K.int(), offsets_B1.int(), slot_BS.int(), exact, row_starts
+        )

@@ -249,9 +249,7 @@ def memory_loss(
     return loss
 
 
-def standardise(
-    levels_BSC: Sequence[Tensor], valid_BS: Sequence[Tensor], eps: float = 1e-6
-) -> list[Tensor]:
+def standardise(levels_BSC: Sequence[Tensor], valid_BS: Sequence[Tensor], eps: float = 1e-6) -> list[Tensor]:
     """Per level, each channel with zero mean and unit (population) deviation over the valid positions, 0 elsewhere.
 
     The positions are those of all processes, so that several train like one (the published code: each its own); they

@@ -124,9 +124,7 @@ def _coordinates_first(boxes: Tensor, index: Tensor | None = None) -> Tensor:
 class PendingMatches:
     """Matches that are being made: the costs are on their way to the host."""
 
-    def __init__(
-        self, layers: Sequence[PredictionRows], targets: Sequence[Target], costs_RN: Tensor
-    ) -> None:
+    def __init__(self, layers: Sequence[PredictionRows], targets: Sequence[Target], costs_RN: Tensor) -> None:
         self.layers, self.targets = layers, targets
         self.problem: str | None = None
         """After `finish`: the first tensor that made a cost NaN or infinite; the matches are then arbitrary."""
