@@ -34,7 +34,7 @@ CLASSES_OF_AN_IMAGE = 3
 
 
 def r50_output(seed: int = 0, device: str = "cpu") -> tuple[DetectorOutput, list[Target]]:
-    """Random predictions and objects of one batch, shapes as in the published R50 models that keep 10 % of the tokens."""
+    """Random predictions and objects of one batch, shapes of the published R50 models (10 % of the tokens kept)."""
     g = torch.Generator().manual_seed(seed)
     batch, num_tokens = len(NUM_OBJECTS), sum(h * w for h, w in LEVEL_SHAPES)
 
