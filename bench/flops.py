@@ -22,7 +22,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from rich.console import Console
 from rich.table import Table
-from torch import nn
+from torch import Tensor, nn
 
 from ats_detr.batch import ImageBatch
 from ats_detr.config import Config, load_config
@@ -172,20 +172,26 @@ def random_image() -> ImageBatch:
 
 def folder_images(folder: Path, max_images: int, config: Config) -> list[ImageBatch]:
     """The folder's images as evaluation sees them: resized, and padded to their size bucket."""
+    tensors = read_folder(folder, max_images, config)
+    return [ImageBatch.collate([tensor], config.data.size_multiple) for tensor in tensors]
+
+
+def read_folder(folder: Path, max_images: int, config: Config) -> list[Tensor]:
+    """The first images of a folder, by name, as evaluation resizes them: normalised float32 [3, h, w]."""
     transform = evaluation_transform(config.data.short_side, config.data.long_side)
-    batches = []
+    images = []
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
         try:
             image = Image.open(path).convert("RGB")
         except (UnidentifiedImageError, OSError):
             continue
         tensor, *_ = transform(image, torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64))
-        batches.append(ImageBatch.collate([tensor], config.data.size_multiple))
-        if len(batches) == max_images:
+        images.append(tensor)
+        if len(images) == max_images:
             break
-    if not batches:
+    if not images:
         raise UserError(f"--images {folder}: no images there")
-    return batches
+    return images
 
 
 # ------------------------------------------------------------------------------------------------------------ counting

@@ -1,0 +1,455 @@
+"""How long a pass takes, stage by stage: packed against padded against dense, and against other detectors.
+
+    python -m bench.latency --config configs/ats_r50_0.1_0.2.yaml --ratios 0.1,0.2,0.3
+    python -m bench.latency --config configs/ats_r50_0.1_0.2.yaml --batch 4 --images mixed --budgets 0.3,0.05,0.05,0.05
+    python -m bench.latency --config configs/ats_r50_0.1_0.2.yaml --ratios 0.1 --modes packed,peer:deformable-detr
+    python -m bench.latency --cpu-targets         the three ratios that this package promises on a CPU
+    python -m bench.latency --quick               tiny images and few rounds, to check this script
+
+Modes: `packed` is what this package does; `padded` is the encoder as published (bench/padded.py); `dense` is the same
+model without token selection; `captured` is the whole model compiled; `peer:NAME` is another detector (bench/peers).
+Weights are random without a checkpoint, and random weights choose budgets at random: `--ratios` gives every image the
+same budget, `--budgets` one to each image of a batch. All modes run in one process and take turns.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from ats_detr.batch import ImageBatch
+from ats_detr.config import Config, load_config
+from ats_detr.data.synthetic import draw_image
+from ats_detr.data.transforms import image_to_tensor
+from ats_detr.errors import UserError, run_cli
+from ats_detr.model import Detr
+from ats_detr.model.output import TokenScores
+from bench.flops import CONFIGS, given_subject, read_folder
+from bench.measure import (
+    Contender,
+    Row,
+    Stopwatch,
+    append_rows,
+    environment,
+    peak_memory,
+    percentile,
+    progress_bar,
+    take_turns,
+)
+from bench.padded import encode_padded
+from bench.peers import PEERS, Peer, load_peer
+
+STAGES = ("backbone", "select", "encoder", "decoder", "total")
+OWN_MODES = ("packed", "padded", "dense", "captured")
+IMAGE_SIZE = (800, 1066)
+"""(height, width): a 640x480 photograph as evaluation resizes it."""
+QUICK_SIZE = (128, 160)
+TABLE_WIDTH = 140
+"""Columns of the printed table."""
+MIXED_SCALES = (1.0, 0.97, 0.985, 0.955)
+"""Sides of mixed images: all in one size bucket of evaluation, which batches no others together."""
+MIXED_OBJECTS = (25, 1, 3, 2)
+"""Objects on mixed images: a hard one, and easy ones."""
+
+
+Budgets = tuple[float, ...] | None
+"""Share of its tokens that each image of a batch keeps, repeated; None: as the model decides."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all contenders of one comparison have in common."""
+
+    config: str
+    model: Detr
+    peers: dict[str, Peer]
+    """By mode."""
+    device: torch.device
+    dtype: str
+    """`float32`, or `bfloat16` by autocast."""
+    rounds: int
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    console = Console(highlight=False)
+    device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    rounds = arguments.rounds or (2 if arguments.quick else 30 if device.type == "cuda" else 5)
+    if arguments.cpu_targets:
+        rows, targets = cpu_targets(rounds, QUICK_SIZE if arguments.quick else IMAGE_SIZE, console)
+        show(rows, console)
+        if arguments.json:
+            append_rows(rows, arguments.json)
+        for target in targets:
+            console.print(target.sentence)
+        if not arguments.quick and not all(target.met for target in targets):
+            raise UserError("not every target is met: were other programs running?")
+        return
+
+    config = load_config(arguments.config, arguments.overrides)
+    model = given_subject(config, arguments.checkpoint).model
+    modes = chosen_modes(arguments.modes, model)
+    peers = load_peers([mode for mode in modes if mode.startswith("peer:")], console)
+    setting = Setting(config.name, model, peers, device, arguments.dtype, rounds)
+    rows = []
+    for batch_size, kind in itertools.product(arguments.batch, arguments.images):
+        if kind == "mixed" and batch_size == 1 and "same" in arguments.images:
+            continue  # one image is one image
+        if arguments.folder:
+            batch = photographs(arguments.folder, batch_size, kind, config)
+        else:
+            batch = generated_images(
+                batch_size, kind, QUICK_SIZE if arguments.quick else arguments.image_size
+            )
+        rows += measure(setting, batch, kind, modes, arguments.budgets or arguments.ratios or [None], console)
+    show(rows, console)
+    if arguments.json:
+        append_rows(rows, arguments.json)
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.latency",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--config", default=str(CONFIGS / "ats_r50_0.1_0.2.yaml"), help="one YAML file")
+    parser.add_argument("--checkpoint", type=Path, help="weights, for the budgets they really choose")
+    parser.add_argument("--cpu-targets", action="store_true", help="print the three ratios promised on a CPU")
+    peers = ", ".join(f"peer:{name}" for name in PEERS)
+    parser.add_argument("--modes", type=_words, default=["packed", "padded", "dense"], metavar="A,B",
+                        help=f"of {', '.join(OWN_MODES)}, {peers}, peers (all of them)")  # fmt: skip
+    parser.add_argument("--ratios", type=lambda text: [(share,) for share in _shares(text)], metavar="A,B",
+                        help="keep ratios, one after another, every image the same")  # fmt: skip
+    parser.add_argument("--budgets", type=lambda text: [_shares(text)], metavar="A,B",
+                        help="keep ratio of each image of a batch, repeated")  # fmt: skip
+    parser.add_argument(
+        "--batch", type=lambda text: [int(word) for word in _words(text)], default=[1], metavar="1,4,8"
+    )
+    parser.add_argument("--images", type=_words, default=["same", "mixed"], metavar="same,mixed",
+                        help="one image repeated, or images of different sizes and contents")  # fmt: skip
+    parser.add_argument("--folder", type=Path, metavar="DIR", help="images to use instead of generated ones")
+    parser.add_argument("--image-size", type=_size, default=IMAGE_SIZE, metavar="HxW")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: a GPU if there is one")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument(
+        "--rounds", type=int, help="passes of each contender; default 30 on a GPU, 5 on a CPU"
+    )
+    parser.add_argument("--quick", action="store_true", help="tiny images, two rounds")
+    parser.add_argument("--json", type=Path, help="append the rows here, one JSON object a line")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as model.num_queries=100")
+    arguments = parser.parse_args()
+    if arguments.ratios and arguments.budgets:
+        raise UserError("give --ratios (the same for every image) or --budgets (one for each), not both")
+    for kind in arguments.images:
+        if kind not in ("same", "mixed"):
+            raise UserError(f"--images {kind}: give same, mixed, or both")
+    return arguments
+
+
+def _words(text: str) -> list[str]:
+    return [word.strip() for word in text.split(",") if word.strip()]
+
+
+def _shares(text: str) -> tuple[float, ...]:
+    shares = tuple(float(word) for word in _words(text))
+    if not shares or not all(0 < share <= 1 for share in shares):
+        raise argparse.ArgumentTypeError("shares above 0 and up to 1 are wanted, such as 0.1,0.3")
+    return shares
+
+
+def _size(text: str) -> tuple[int, int]:
+    height, width = (int(word) for word in text.lower().split("x"))
+    return height, width
+
+
+# ------------------------------------------------------------------------------------------------------------- subjects
+def chosen_modes(asked: Sequence[str], model: Detr) -> list[str]:
+    """The modes asked for, `peers` spelled out; without a selector there is nothing to pack or to pad."""
+    known = [*OWN_MODES, *(f"peer:{name}" for name in PEERS)]
+    modes = []
+    for mode in asked:
+        if mode not in (*known, "peers"):
+            raise UserError(f"--modes {mode}: there are {', '.join(known)}, and peers for all of them")
+        modes += known[len(OWN_MODES) :] if mode == "peers" else [mode]
+    if model.selector is None:
+        modes = ["dense" if mode in ("packed", "padded") else mode for mode in modes]
+    return list(dict.fromkeys(modes))
+
+
+def load_peers(modes: Sequence[str], console: Console) -> dict[str, Peer]:
+    """The peers by mode; says which are not there."""
+    peers = {}
+    for mode in modes:
+        peer = load_peer(mode.removeprefix("peer:"))
+        if isinstance(peer, Peer):
+            peers[mode] = peer
+        else:
+            console.print(peer)
+    return peers
+
+
+@contextmanager
+def forced_budgets(model: Detr, budgets: Sequence[float] | None) -> Iterator[None]:
+    """Image i of a batch keeps the share `budgets[i % len(budgets)]` of its tokens, whatever its selector decides."""
+    selector = model.selector
+    if selector is None or budgets is None:
+        yield
+        return
+
+    def num_tokens(num_valid_B: Tensor, budget_logits_BR: Tensor | None) -> Tensor:
+        shares = list(itertools.islice(itertools.cycle(budgets), len(num_valid_B)))
+        share_B = torch.tensor(shares).to(num_valid_B.device, non_blocking=True)
+        return ((num_valid_B * share_B).long() + 1).minimum(num_valid_B)
+
+    largest = selector.max_ratio
+    selector.num_tokens = num_tokens  # type: ignore[method-assign]  # hides the method of the class
+    selector.max_ratio = max(budgets)  # from which the capacity of plans on a GPU follows
+    try:
+        yield
+    finally:
+        del selector.num_tokens
+        selector.max_ratio = largest
+
+
+def generated_images(count: int, kind: str, size: tuple[int, int] = IMAGE_SIZE) -> ImageBatch:
+    """Drawn shapes; `same`: one image repeated, `mixed`: first a hard image, then easy ones, of other sizes."""
+    images = []
+    for index in range(count if kind == "mixed" else 1):
+        scale, objects = MIXED_SCALES[index % len(MIXED_SCALES)], MIXED_OBJECTS[index % len(MIXED_OBJECTS)]
+        height, width = (round(side * scale) for side in size)
+        drawn = draw_image(np.random.default_rng(index), (height, width), objects, num_classes=8)
+        images.append(image_to_tensor(Image.fromarray(drawn.pixels)))
+    return ImageBatch.collate(images if kind == "mixed" else images * count)
+
+
+def photographs(folder: Path, count: int, kind: str, config: Config) -> ImageBatch:
+    """The first images of a folder as evaluation resizes them; repeated if there are too few."""
+    images = read_folder(folder, count if kind == "mixed" else 1, config)
+    return ImageBatch.collate(list(itertools.islice(itertools.cycle(images), count)))
+
+
+# ------------------------------------------------------------------------------------------------------------ measuring
+def measure(
+    setting: Setting,
+    batch: ImageBatch,
+    kind: str,
+    modes: Sequence[str],
+    budgets: Sequence[Budgets],
+    console: Console,
+) -> list[Row]:
+    """Rows of every mode and, where tokens are selected, of every choice of budgets, on one batch."""
+    device = setting.device
+    batch = batch.to(device)
+    for module in (setting.model, *(peer.model for peer in setting.peers.values())):
+        module.eval().to(device)
+    selections: dict[str, TokenScores] = {}
+    contenders: dict[str, Contender] = {}
+    described: dict[str, tuple[str, Budgets]] = {}
+    for mode in modes:
+        if mode.startswith("peer:") and mode not in setting.peers:
+            continue  # load_peers has said so
+        sparse = mode in ("packed", "padded")
+        for choice in budgets if sparse else [None]:
+            name = f"{mode} {_spelled(choice)}" if sparse else mode
+            described[name] = mode, choice
+            if mode in setting.peers:
+                contenders[name] = peer_contender(setting.peers[mode], batch)
+            else:
+                contenders[name] = own_contender(setting.model, mode, batch, choice, selections, name)
+
+    passes = len(contenders) * (setting.rounds + 1)
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=setting.dtype == "bfloat16")
+    with torch.inference_mode(), autocast, progress_bar(console, passes) as advance:
+        samples = take_turns(contenders, device, setting.rounds, after_pass=advance)
+        peaks = {name: peak_memory(run, device) for name, run in contenders.items()}
+
+    facts = environment(device)
+    rows = []
+    for name, stages in samples.items():
+        mode, choice = described[name]
+        selection = selections.get(name)
+        keep_ratio = 1.0 if selection is None else round(selection.keep_ratio_B.mean().item(), 4)
+        for stage in STAGES:
+            if stage not in stages:
+                continue
+            row: Row = {
+                "kind": "latency",
+                "config": mode.removeprefix("peer:") if mode in setting.peers else setting.config,
+                "device": device.type,
+                "dtype": setting.dtype,
+                "keep_ratio": keep_ratio,
+                "budgets": None if choice is None else list(choice),
+                "kept": None if selection is None else selection.num_kept_B.tolist(),
+                "batch": len(batch),
+                "images": kind,
+                "image_size": list(batch.images_B3HW.shape[-2:]),
+                "mode": mode,
+                "stage": stage,
+                "p50_ms": percentile(stages[stage], 50),
+                "p95_ms": percentile(stages[stage], 95),
+                "rounds": setting.rounds,
+            }
+            if stage == "total":
+                row |= {"images_per_s": round(len(batch) / row["p50_ms"] * 1e3, 3), "peak_mb": peaks[name]}
+            rows.append({**row, **facts})
+    return rows
+
+
+def _spelled(choice: Budgets) -> str:
+    return "as decided" if choice is None else ",".join(f"{share:g}" for share in choice)
+
+
+def own_contender(
+    model: Detr, mode: str, batch: ImageBatch, budgets: Budgets, selections: dict[str, TokenScores], name: str
+) -> Contender:
+    """One of our own modes. `selections[name]` will hold which tokens each image kept."""
+
+    def run(watch: Stopwatch) -> None:
+        tokens = model.tokenize(batch.images_B3HW, batch.padding_mask_BHW)
+        watch.mark("backbone")
+        selection = None
+        if mode != "dense":
+            with forced_budgets(model, budgets):
+                selection = model.select(tokens)
+            watch.mark("select")
+        if selection is not None and mode == "padded":
+            memory_BSC = encode_padded(model.encoder, tokens, selection)
+        else:
+            memory_BSC, _ = model.encoder(tokens, selection.plan if selection else None)
+        watch.mark("encoder")
+        model.decode(tokens, selection, memory_BSC, supervision=False)
+        watch.mark("decoder")
+        if selection is not None:
+            selections[name] = selection
+
+    return run
+
+
+def peer_contender(peer: Peer, batch: ImageBatch) -> Contender:
+    """Another detector; its stages are told apart by where its encoder begins and ends."""
+
+    def run(watch: Stopwatch) -> None:
+        hooks = []
+        if peer.encoder is not None:
+            hooks = [
+                peer.encoder.register_forward_pre_hook(lambda *_: watch.mark("backbone")),
+                peer.encoder.register_forward_hook(lambda *_: watch.mark("encoder")),
+            ]
+        try:
+            peer.run(batch)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        watch.mark("total" if peer.encoder is None else "decoder")
+
+    return run
+
+
+# ------------------------------------------------------------------------------------------------------------- results
+def show(rows: Sequence[Row], console: Console) -> None:
+    """A table with a line for each contender: median milliseconds of the stages."""
+    first = rows[0]
+    height, width = first["image_size"]
+    ours = next((row["config"] for row in rows if not row["mode"].startswith("peer:")), "")
+    versions = ", ".join(
+        f"{name} {first[name]}" for name in ("torch", "triton", "transformers") if name in first
+    )
+    table = Table(
+        title=f"{ours} on {height}x{width}, {first['dtype']}: median milliseconds",
+        caption=f"{first['machine']}; {versions}; {first['date']}, commit {first['commit']}",
+    )
+    for heading in ("mode", "kept", "batch", "images"):
+        table.add_column(heading, no_wrap=True)
+    for heading in (*STAGES, "total p95", "images/s", "peak MB"):
+        table.add_column(heading, justify="right")
+    keys = ("mode", "keep_ratio", "budgets", "batch", "images")
+    for key, group in itertools.groupby(rows, lambda row: [row[name] for name in keys]):
+        stages = {row["stage"]: row for row in group}
+        mode, keep_ratio, _, batch, kind = key
+        total = stages["total"]
+        table.add_row(
+            mode,
+            "" if mode.startswith("peer:") else f"{keep_ratio:.1%}",
+            str(batch),
+            kind,
+            *(f"{stages[stage]['p50_ms']:.1f}" if stage in stages else "" for stage in STAGES),
+            f"{total['p95_ms']:.1f}",
+            f"{total['images_per_s']:.2f}",
+            "" if total["peak_mb"] is None else f"{total['peak_mb']:.0f}",
+        )
+    # Long lines serve better than squeezed numbers in a file or a narrow window.
+    Console(width=max(console.width, TABLE_WIDTH), highlight=False).print(table, crop=False)
+
+
+@dataclass(frozen=True)
+class Target:
+    """A promise: `measured` stays on the right side of `bound`."""
+
+    what: str
+    measured: float
+    bound: float
+    at_most: bool
+
+    @property
+    def met(self) -> bool:
+        return self.measured <= self.bound if self.at_most else self.measured >= self.bound
+
+    @property
+    def sentence(self) -> str:
+        relation = "at most" if self.at_most else "at least"
+        verdict = "met" if self.met else "NOT MET"
+        return f"{self.what}: {self.measured:.2f} ({relation} {self.bound:.2f}: {verdict})"
+
+
+def cpu_targets(rounds: int, size: tuple[int, int], console: Console) -> tuple[list[Row], list[Target]]:
+    """What packing buys on a CPU, in three ratios of medians, each of contenders that took turns."""
+    config = load_config(CONFIGS / "ats_r50_0.1_0.2.yaml")
+    model = given_subject(config, None).model
+    mode = "peer:deformable-detr"
+    setting = Setting(config.name, model, load_peers([mode], console), torch.device("cpu"), "float32", rounds)
+    single = measure(
+        setting, generated_images(1, "same", size), "same", ["packed", "dense", mode], [(0.1,)], console
+    )
+    uneven = [(0.3, 0.05, 0.05, 0.05)]
+    mixed = measure(
+        setting, generated_images(4, "mixed", size), "mixed", ["packed", "padded"], uneven, console
+    )
+
+    def median(rows: list[Row], mode: str, stage: str) -> float:
+        return next(row["p50_ms"] for row in rows if row["mode"] == mode and row["stage"] == stage)
+
+    targets = [
+        Target(
+            "encoder at 10 % of the tokens / dense encoder",
+            median(single, "packed", "encoder") / median(single, "dense", "encoder"),
+            0.30,
+            at_most=True,
+        ),
+        Target(
+            "encoder for one image at 30 % and three at 5 %, packed / padded as published",
+            median(mixed, "packed", "encoder") / median(mixed, "padded", "encoder"),
+            0.70,
+            at_most=True,
+        ),
+    ]
+    if mode in setting.peers:
+        speedup = median(single, mode, "total") / median(single, "packed", "total")
+        what = "transformers' Deformable DETR / this detector at 10 %, whole pass"
+        targets.append(Target(what, speedup, 1.25, at_most=False))
+    return single + mixed, targets
+
+
+if __name__ == "__main__":
+    run_cli(main)

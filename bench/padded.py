@@ -1,0 +1,59 @@
+"""The sparse encoder as it was published: the baseline of `bench.latency`, written from the description alone.
+
+Every image of a batch gets as many query rows as the hungriest one; the surplus is computed and thrown away. Each layer
+projects the values of the whole memory anew, and the rows are gathered and written back image by image, for which the
+host waits for the counts. Weights and attention operator are ours, and so is the result.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ats_detr.model.attention import project_values
+from ats_detr.model.encoder import Encoder, EncoderLayer
+from ats_detr.model.output import TokenScores
+from ats_detr.model.tokens import Tokens
+
+
+def encode_padded(encoder: Encoder, tokens: Tokens, selection: TokenScores) -> Tensor:
+    """The memory [B, S, C] that `encoder(tokens, selection.plan)` computes from packed rows."""
+    num_kept = selection.num_kept_B.tolist()
+    scores_BS = selection.scores_BS.masked_fill(tokens.padding_mask_BS, -torch.inf)
+    # Best first: the rows beyond an image's own budget are its next best tokens.
+    index_BQ = scores_BS.topk(max(num_kept), dim=1).indices
+
+    def gather(dense: Tensor) -> Tensor:
+        return torch.stack([rows[index] for rows, index in zip(dense, index_BQ, strict=True)])
+
+    memory_BSC = tokens.features_BSC
+    rows_BQC, positions_BQC = gather(memory_BSC), gather(tokens.positions_BSC)
+    references_BQL2 = gather(tokens.reference_points())
+    for layer in encoder.layers:
+        assert isinstance(layer, EncoderLayer)
+        rows_BQC = _refine(layer, rows_BQC, positions_BQC, references_BQL2, memory_BSC, tokens)
+        memory_BSC = torch.stack(
+            [
+                image_SC.index_copy(0, index[:count], rows[:count])
+                for image_SC, index, rows, count in zip(memory_BSC, index_BQ, rows_BQC, num_kept, strict=True)
+            ]
+        )
+    return memory_BSC
+
+
+def _refine(
+    layer: EncoderLayer,
+    rows_BQC: Tensor,
+    positions_BQC: Tensor,
+    references_BQL2: Tensor,
+    memory_BSC: Tensor,
+    tokens: Tokens,
+) -> Tensor:
+    """One layer on padded queries, [B, Q, C]."""
+    attention = layer.attention
+    (value_BSC,) = project_values([attention], memory_BSC, tokens.padding_mask_BS)
+    offsets, logits = attention.project_query((rows_BQC + positions_BQC).flatten(0, 1))
+    gathered = attention.attend(
+        value_BSC, tokens.level_shapes, references_BQL2.flatten(0, 1), offsets, logits
+    )
+    return layer.feedforward(layer.attention_norm(rows_BQC + gathered.view_as(rows_BQC)))

@@ -1,0 +1,144 @@
+"""python -m bench.latency: what its modes compute, and what it says about them."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ats_detr.batch import ImageBatch
+from bench.latency import forced_budgets, generated_images
+from bench.measure import Stopwatch, take_turns
+from bench.padded import encode_padded
+from bench.peers import Peer, load_peer
+from tests.small_detector import small_detector
+
+ROOT = Path(__file__).parents[1]
+BUDGETS = (0.6, 0.1, 0.3)
+
+
+@pytest.fixture
+def batch() -> ImageBatch:
+    generator = torch.Generator().manual_seed(0)
+    return ImageBatch.collate(
+        [torch.randn(3, *size, generator=generator) for size in ((64, 96), (60, 90), (50, 96))]
+    )
+
+
+@pytest.mark.parametrize("budgets", [BUDGETS, (0.3,), None])
+def test_the_padded_encoder_computes_what_the_packed_one_does(batch: ImageBatch, budgets: Any) -> None:
+    model = small_detector().model
+    with torch.inference_mode(), forced_budgets(model, budgets):
+        tokens = model.tokenize(batch.images_B3HW, batch.padding_mask_BHW)
+        selection = model.select(tokens)
+        assert selection is not None
+        packed, _ = model.encoder(tokens, selection.plan)
+        padded = encode_padded(model.encoder, tokens, selection)
+        dense, _ = model.encoder(tokens, None)
+    torch.testing.assert_close(padded, packed, atol=1e-5, rtol=1e-5)  # float32, sums in another order
+    assert not torch.allclose(dense, packed, atol=1e-2)
+
+
+def test_forced_budgets_hold_inside_and_nowhere_else(batch: ImageBatch) -> None:
+    model = small_detector().model
+    with torch.inference_mode():
+        tokens = model.tokenize(batch.images_B3HW, batch.padding_mask_BHW)
+        before = model.select(tokens)
+        with forced_budgets(model, (0.6, 0.1)):
+            forced = model.select(tokens)
+        after = model.select(tokens)
+    assert before is not None and forced is not None and after is not None
+    valid = forced.num_valid_B.tolist()
+    assert forced.num_kept_B.tolist() == [int(n * r) + 1 for n, r in zip(valid, (0.6, 0.1, 0.6), strict=True)]
+    assert before.num_kept_B.tolist() == after.num_kept_B.tolist() != forced.num_kept_B.tolist()
+
+
+def test_contenders_take_turns_and_each_begins_once() -> None:
+    order: list[str] = []
+
+    def contender(name: str) -> Any:
+        def run(watch: Stopwatch) -> None:
+            order.append(name)
+            watch.mark("first")
+            watch.mark("second")
+            watch.mark("first")
+
+        return run
+
+    samples = take_turns({name: contender(name) for name in "abc"}, torch.device("cpu"), rounds=3, warmup=1)
+    assert "".join(order) == "cab" + "abc" + "bca" + "cab"
+    for stages in samples.values():
+        assert set(stages) == {"first", "second", "total"}
+        assert all(len(times) == 3 for times in stages.values())  # the warm-up is not among them
+        for first, second, total in zip(stages["first"], stages["second"], stages["total"], strict=True):
+            assert total == pytest.approx(first + second)
+
+
+def test_mixed_images_differ_in_size_and_are_evaluated_together() -> None:
+    batch = generated_images(4, "mixed")
+    assert len(set(batch.sizes)) == 4
+    assert {(-(-height // 64), -(-width // 64)) for height, width in batch.sizes} == {
+        (13, 17)
+    }  # one size bucket
+    same = generated_images(2, "same", (64, 96)).images_B3HW
+    assert torch.equal(same[0], same[1])
+
+
+def test_rows_have_every_stage_of_every_mode(tmp_path: Path) -> None:
+    result = run_latency(
+        "--config", "configs/quickstart.yaml", "--quick", "--device", "cpu", "--batch", "1,2",
+        "--budgets", "0.5,0.1", "--json", str(tmp_path / "rows.jsonl"),
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    stages = {"backbone", "select", "encoder", "decoder", "total"}
+    for batch, kind in ((1, "same"), (2, "same"), (2, "mixed")):
+        for mode in ("packed", "padded", "dense"):
+            mine = [row for row in rows if (row["batch"], row["images"], row["mode"]) == (batch, kind, mode)]
+            assert {row["stage"] for row in mine} == (stages - {"select"} if mode == "dense" else stages)
+            assert all(0 < row["p50_ms"] <= row["p95_ms"] for row in mine)
+    facts = {"config", "device", "dtype", "keep_ratio", "machine", "torch", "date", "commit", "rounds"}
+    assert all(facts <= set(row) for row in rows)
+    assert {row["keep_ratio"] == 1 for row in rows if row["mode"] == "dense"} == {True}
+    assert "images/s" in result.stdout and "padded" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--modes", "packd"], "--modes packd: there are packed, padded,"),
+        (["--modes", "peer:yolo"], "--modes peer:yolo: there are packed"),
+        (["--ratios", "0.1", "--budgets", "0.1"], "not both"),
+        (["--images", "some"], "--images some: give same, mixed, or both"),
+    ],
+)
+def test_mistakes_are_named(arguments: list[str], says: str) -> None:
+    result = run_latency("--config", "configs/quickstart.yaml", *arguments)
+    assert result.returncode == 2
+    assert result.stderr.startswith("error: ") and says in result.stderr and result.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", ["deformable-detr", "rt-detr"])
+def test_a_peer_takes_our_batches(name: str, batch: ImageBatch) -> None:
+    pytest.importorskip("transformers")
+    peer = load_peer(name)
+    assert isinstance(peer, Peer)
+    with torch.inference_mode():
+        output: Any = peer.run(generated_images(2, "mixed", (160, 192)))
+    assert output.logits.shape[0] == 2 and output.pred_boxes.shape[-1] == 4
+
+
+def test_a_missing_library_is_a_word_not_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    monkeypatch.delitem(sys.modules, "bench.peers.hugging_face", raising=False)
+    assert load_peer("rt-detr") == "peer rt-detr skipped: transformers is not installed"
+
+
+def run_latency(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "bench.latency", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
