@@ -77,7 +77,6 @@ def take_turns(
     contenders: Mapping[str, Contender],
     device: torch.device,
     rounds: int,
-    warmup: int = 1,
     after_pass: Callable[[str], object] = lambda name: None,
 ) -> dict[str, Samples]:
     """The stage times of each contender: in every round each runs once, and another one begins.
@@ -86,15 +85,14 @@ def take_turns(
     """
     samples: dict[str, Samples] = {name: defaultdict(list) for name in contenders}
     names = list(contenders)
-    for turn in range(-warmup, rounds):
+    for turn in range(rounds):
         first = turn % len(names)
         for name in names[first:] + names[:first]:
             watch = Stopwatch(device)
             watch.start()
             contenders[name](watch)
             for stage, milliseconds in watch.read().items():
-                if turn >= 0:
-                    samples[name][stage].append(milliseconds)
+                samples[name][stage].append(milliseconds)
             after_pass(name)
     return samples
 
