@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +25,7 @@ class Tokens:
     """(height, width) of each level; S is the sum of their products."""
     valid_ratios_BL2: Tensor
     """Share of each level's (columns, rows) that is not padding."""
+    _proposals: tuple[Tensor, Tensor] | None = field(default=None, init=False, repr=False)
 
     @staticmethod
     def from_pyramid(
@@ -57,14 +57,19 @@ class Tokens:
             centres.append(torch.stack([x_S / (column_share_B1 * width), y_S / (row_share_B1 * height)], -1))
         return torch.cat(centres, 1)[:, :, None] * self.valid_ratios_BL2[:, None]
 
-    @cached_property
+    @property
     def proposals(self) -> tuple[Tensor, Tensor]:
         """A box at each token as logits, float32 [B, S, 4] cxcywh, and bool [B, S] whether it can be
         proposed.
 
         The box is centred on the token, 0.05 * 2^level of the unpadded image wide and high. Boxes outside
-        (0.01, 0.99) and padded tokens are +inf (their sigmoid is the box (1, 1, 1, 1)).
+        (0.01, 0.99) and padded tokens are +inf (their sigmoid is the box (1, 1, 1, 1)). Made once.
         """
+        if self._proposals is None:  # functools.cached_property takes a lock, which compilers cannot trace
+            self._proposals = self._make_proposals()
+        return self._proposals
+
+    def _make_proposals(self) -> tuple[Tensor, Tensor]:
         boxes = []
         for level, ((height, width), mask_BS) in enumerate(
             zip(self.level_shapes, self._split(self.padding_mask_BS), strict=True)
