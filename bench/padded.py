@@ -56,4 +56,5 @@ def _refine(
     gathered = attention.attend(
         value_BSC, tokens.level_shapes, references_BQL2.flatten(0, 1), offsets, logits
     )
-    return layer.feedforward(layer.attention_norm(rows_BQC + gathered.view_as(rows_BQC)))
+    gathered = attention.output_proj(gathered).view_as(rows_BQC)
+    return layer.feedforward(layer.attention_norm(rows_BQC + gathered))

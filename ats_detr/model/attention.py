@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ats_detr.kernels import deformable_attention
+from ats_detr.kernels import TokenPlan, deformable_attention, packed_linear, scatter_tokens
 from ats_detr.kernels.reference import LevelShapes
 
 
@@ -51,6 +51,28 @@ class DeformableAttention(nn.Module):
         offsets = self.sampling_offsets(query_NC).unflatten(-1, (*shape, 2))
         return offsets, self.attention_weights(query_NC).unflatten(-1, shape)
 
+    def project_packed_query(
+        self, rows_KC: Tensor, positions_KC: Tensor, num_rows: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """`project_query` of rows + positions for the rows in use, by one GEMM, in float32. For inference."""
+        weight = torch.cat([self.sampling_offsets.weight, self.attention_weights.weight])
+        bias = torch.cat([self.sampling_offsets.bias, self.attention_weights.bias])
+        both = packed_linear(rows_KC, weight, bias, num_rows, add_KC=positions_KC, dtype=torch.float32)
+        offsets, logits = both.split(
+            [self.sampling_offsets.out_features, self.attention_weights.out_features], 1
+        )
+        shape = (self.num_heads, self.num_levels, self.num_points)
+        return offsets.unflatten(-1, (*shape, 2)), logits.unflatten(-1, shape)
+
+    def update_values(self, plan: TokenPlan, value_BSC: Tensor, rows_KC: Tensor) -> Tensor:
+        """Values with those of the kept tokens made from their rows; in place where no gradient is recorded."""
+        projection = self.value_proj
+        if plan.num_rows is not None:
+            return packed_linear(
+                rows_KC, projection.weight, projection.bias, plan.num_rows, memory_BSN=value_BSC, plan=plan
+            )
+        return scatter_tokens(plan, value_BSC, projection(rows_KC), in_place=not torch.is_grad_enabled())
+
     def attend(
         self,
         value_BSC: Tensor,
@@ -61,19 +83,17 @@ class DeformableAttention(nn.Module):
         image_index_N: Tensor | None = None,
         num_rows: Tensor | None = None,
     ) -> Tensor:
-        """[N, C] what the N packed queries gather from the projected values; see
+        """[N, C] what the N packed queries gather from the projected values, before `output_proj`; see
         `ats_detr.kernels.deformable_attention`.
         """
-        return self.output_proj(
-            deformable_attention(
-                value_BSC.unflatten(-1, (self.num_heads, -1)),
-                level_shapes,
-                reference_points,
-                offsets_NHLP2,
-                logits_NHLP,
-                image_index_N,
-                num_rows=num_rows,
-            )
+        return deformable_attention(
+            value_BSC.unflatten(-1, (self.num_heads, -1)),
+            level_shapes,
+            reference_points,
+            offsets_NHLP2,
+            logits_NHLP,
+            image_index_N,
+            num_rows=num_rows,
         )
 
 

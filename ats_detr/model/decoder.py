@@ -84,7 +84,8 @@ class DecoderLayer(nn.Module):
         attention = self.cross_attention
         offsets, logits = attention.project_query((x_BQC + query_pos_BQC).flatten(0, 1))
         gathered = attention.attend(value_BSC, level_shapes, references_NLX, offsets, logits)
-        x_BQC = self.cross_norm(x_BQC + self.dropout(gathered.view_as(x_BQC)))
+        gathered = attention.output_proj(gathered).view_as(x_BQC)
+        x_BQC = self.cross_norm(x_BQC + self.dropout(gathered))
         return self.feedforward(x_BQC), (offsets, logits)
 
 

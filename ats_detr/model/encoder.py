@@ -4,10 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from ats_detr.kernels import TokenPlan, pack_tokens, scatter_tokens
+from ats_detr.kernels import (
+    TokenPlan,
+    pack_tokens,
+    packed_feedforward,
+    packed_linear_norm,
+    scatter_tokens,
+)
 from ats_detr.kernels.reference import LevelShapes
 from ats_detr.model.attention import DeformableAttention, project_values
 from ats_detr.model.tokens import Tokens
@@ -58,13 +63,54 @@ class EncoderLayer(nn.Module):
         plan: TokenPlan | None,
     ) -> Tensor:
         """Refined rows [K, C]."""
-        offsets, logits = self.attention.project_query(rows_KC + positions_KC)
-        image_index_K, num_rows = (None, None) if plan is None else (plan.image_index_K, plan.num_rows)
-        gathered = self.attention.attend(
-            value_BSC, level_shapes, references_KL2, offsets, logits, image_index_K, num_rows
-        )
-        rows_KC = self.attention_norm(rows_KC + self.dropout(gathered))
+        attention = self.attention
+        if plan is not None and plan.num_rows is not None:
+            return self._refine_rows_in_use(
+                rows_KC, positions_KC, references_KL2, value_BSC, level_shapes, plan
+            )
+        offsets, logits = attention.project_query(rows_KC + positions_KC)
+        image_index_K = None if plan is None else plan.image_index_K
+        gathered = attention.attend(value_BSC, level_shapes, references_KL2, offsets, logits, image_index_K)
+        rows_KC = self.attention_norm(rows_KC + self.dropout(attention.output_proj(gathered)))
         return self.feedforward(rows_KC)
+
+    def _refine_rows_in_use(
+        self,
+        rows_KC: Tensor,
+        positions_KC: Tensor,
+        references_KL2: Tensor,
+        value_BSC: Tensor,
+        level_shapes: LevelShapes,
+        plan: TokenPlan,
+    ) -> Tensor:
+        """`forward` for inference where only the device knows how many of the K rows are in use: every operator
+        leaves out the others.
+        """
+        attention, norm, feedforward, num_rows = (
+            self.attention,
+            self.attention_norm,
+            self.feedforward,
+            plan.num_rows,
+        )
+        offsets, logits = attention.project_packed_query(rows_KC, positions_KC, num_rows)
+        gathered = attention.attend(
+            value_BSC, level_shapes, references_KL2, offsets, logits, plan.image_index_K, num_rows
+        )
+        output = attention.output_proj
+        rows_KC = packed_linear_norm(
+            gathered, output.weight, output.bias, rows_KC, norm.weight, norm.bias, norm.eps, num_rows
+        )
+        return packed_feedforward(
+            rows_KC,
+            feedforward.linear1.weight,
+            feedforward.linear1.bias,
+            feedforward.linear2.weight,
+            feedforward.linear2.bias,
+            feedforward.norm.weight,
+            feedforward.norm.bias,
+            feedforward.norm.eps,
+            num_rows,
+        )
 
 
 class Encoder(nn.Module):
@@ -96,12 +142,10 @@ class Encoder(nn.Module):
             attention = attentions[index]
             if plan is None:
                 (value_BSC,) = project_values([attention], rows_KC.view_as(memory_BSC), mask_BS)
-            elif index == 0:
-                value_BSC = raw_values[0]
             else:
-                in_place = not torch.is_grad_enabled()
-                value_KC = attention.value_proj(rows_KC)
-                value_BSC = scatter_tokens(plan, raw_values[index], value_KC, in_place=in_place)
+                value_BSC = raw_values[index]
+                if index > 0:
+                    value_BSC = attention.update_values(plan, value_BSC, rows_KC)
             rows_KC = layer(rows_KC, positions_KC, references_KL2, value_BSC, tokens.level_shapes, plan)
             layer_rows.append(rows_KC)
         if plan is None:
