@@ -9,7 +9,6 @@ import math
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ats_detr.batch import ImageBatch
@@ -20,7 +19,7 @@ from ats_detr.model.decoder import Decoder, PredictionHead
 from ats_detr.model.encoder import Encoder
 from ats_detr.model.output import DetectorOutput, Prediction, TokenScores
 from ats_detr.model.positions import encode_boxes
-from ats_detr.model.selector import TokenSelector
+from ats_detr.model.selector import TokenSelector, ranking_logits
 from ats_detr.model.tokens import Tokens
 
 
@@ -177,7 +176,7 @@ class Detr(nn.Module):
             query_pos_BQC, content_BQC = self.query_embed.weight.expand(len(memory_BSC), -1, -1).chunk(
                 2, dim=-1
             )
-            references_BQX = self.reference_points(query_pos_BQC).sigmoid()
+            references_BQX = self.reference_points(query_pos_BQC).float().sigmoid()
         else:
             proposals, query_index_BQ, references_BQX = self._propose(
                 memory_BSC, tokens, everywhere=supervision
@@ -231,10 +230,9 @@ class Detr(nn.Module):
         prediction = head(embedded_BSC, proposals_BS4) if everywhere else None
         if prediction is not None:
             logits = prediction.logits if self.class_specific_proposals else prediction.logits[..., :1]
-        elif self.class_specific_proposals:
-            logits = head.classify(embedded_BSC)
         else:
-            logits = F.linear(embedded_BSC, head.classify.weight[:1], head.classify.bias[:1])
+            ranking = slice(None) if self.class_specific_proposals else slice(1)
+            logits = ranking_logits(embedded_BSC, head.classify.weight[ranking], head.classify.bias[ranking])
         score_BS = logits.amax(-1)
         index_BQ = score_BS.topk(min(self.num_queries, score_BS.shape[1]), dim=1).indices
         if prediction is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ats_detr.kernels import select_tokens
@@ -59,9 +60,10 @@ class TokenSelector(nn.Module):
             global_BC = total_BC / num_valid_B.clamp(min=1)[:, None]
         else:
             global_BC = global_BSC.mean(1)
-        scores_BS = self.score(torch.cat([local_BSC, global_BC[:, None].expand_as(local_BSC)], -1)).squeeze(
-            -1
-        )
+        hidden_BSC = torch.cat([local_BSC, global_BC[:, None].expand_as(local_BSC)], -1)
+        for layer in self.score[:-1]:
+            hidden_BSC = layer(hidden_BSC)
+        scores_BS = ranking_logits(hidden_BSC, self.score[-1].weight, self.score[-1].bias).squeeze(-1)
         if self.masked_mean:
             lowest = scores_BS.masked_fill(padding_mask_BS, torch.inf).amin(1, keepdim=True)
             scores_BS = torch.where(padding_mask_BS, lowest, scores_BS)
@@ -99,3 +101,9 @@ class TokenSelector(nn.Module):
             num_kept_B = (num_valid_B * ratio_B.clamp(0.01, 0.99)).long() + 1
             num_kept_B = num_kept_B.clamp(min=self.min_tokens)
         return num_kept_B.minimum(num_valid_B)
+
+
+def ranking_logits(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """x W^T + b in float32, also under autocast: thousands of 16-bit scores would tie."""
+    with torch.autocast(x.device.type, enabled=False):
+        return F.linear(x.float(), weight.float(), bias.float())

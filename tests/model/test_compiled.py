@@ -1,0 +1,158 @@
+"""The compiled detector and the kernels' path give the detections of the plain one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from ats_detr.batch import ImageBatch
+from ats_detr.config import SelectorConfig
+from ats_detr.model import CompiledDetr, Detr
+from ats_detr.model.backbone import Backbone
+from ats_detr.model.compiled import fold_batch_norms
+from ats_detr.model.output import DetectorOutput
+from tests.model.test_detr import images, small_model
+
+SIZES = ((128, 128), (64, 96), (128, 100))
+
+
+def assert_same_detections(output: DetectorOutput, expected: DetectorOutput, tolerance: float = 1e-4) -> None:
+    torch.testing.assert_close(
+        output.last.logits.float(), expected.last.logits, atol=tolerance, rtol=tolerance
+    )
+    torch.testing.assert_close(output.last.boxes.float(), expected.last.boxes, atol=tolerance, rtol=tolerance)
+
+
+FAMILY = {
+    "adaptive": {},
+    "fixed": {"selector": SelectorConfig(keep_ratio=0.3)},
+    "by proposals": {"selector": SelectorConfig(keep_ratio=0.3, scores="proposals")},
+    "dense": {"selector": None, "encoder_auxiliary": False},
+    "one stage": {
+        "selector": None,
+        "encoder_auxiliary": False,
+        "two_stage": False,
+        "queries_from_memory": False,
+        "class_specific_proposals": False,
+        "box_refine": False,
+    },
+}
+
+
+@pytest.mark.parametrize("changes", FAMILY.values(), ids=FAMILY.keys())
+@torch.no_grad()
+def test_kernels_and_compiled_model_give_the_same_detections(
+    changes: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = small_model(**changes)
+    batch = ImageBatch.collate(images(*SIZES))
+    expected = model(batch)
+    assert_same_detections(CompiledDetr(model)(batch), expected)
+    monkeypatch.setenv("ATS_DETR_BACKEND", "triton")
+    output = model(batch)
+    assert_same_detections(output, expected)
+    if output.selection is not None:
+        assert not output.selection.plan.exact, "the host waited for the device"
+
+
+@torch.no_grad()
+def test_the_whole_pass_is_one_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled = traced(monkeypatch, small_model())
+    batch = ImageBatch.collate(images((64, 64), (32, 48)))
+    assert_same_detections(compiled(batch), compiled.model(batch))
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_one_graph_serves_every_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever is kept of images of whatever sizes."""
+    compiled = traced(monkeypatch, small_model())
+    for sizes in (SIZES, ((96, 160), (160, 96), (64, 64)), ((64, 64),), ((128, 192), (90, 90))):
+        batch = ImageBatch.collate(images(*sizes))
+        assert_same_detections(compiled(batch), compiled.model(batch))
+
+
+def traced(monkeypatch: pytest.MonkeyPatch, model: Detr) -> CompiledDetr:
+    """Traced as one graph, as for CUDA, but not fused: Inductor's C++ takes minutes."""
+    compile_ = torch.compile
+    monkeypatch.setattr(
+        torch, "compile", lambda *args, **options: compile_(*args, **options, backend="aot_eager")
+    )
+    return CompiledDetr(model, fuse=True)
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_fused_by_inductor() -> None:
+    model = small_model()
+    batch = ImageBatch.collate(images(*SIZES))
+    assert_same_detections(CompiledDetr(model, fuse=True)(batch), model(batch))
+
+
+@torch.no_grad()
+def test_bfloat16_stays_close_and_keeps_nearly_the_same_tokens() -> None:
+    model = small_model()
+    batch = ImageBatch.collate(images(*SIZES))
+    expected, output = model(batch), CompiledDetr(model, dtype=torch.bfloat16)(batch)
+    assert torch.equal(output.selection.num_kept_B, expected.selection.num_kept_B)
+    kept, wanted = (o.selection.plan.slot_BS >= 0 for o in (output, expected))
+    assert (kept & wanted).sum() >= 0.9 * wanted.sum()
+    assert output.selection.scores_BS.dtype == output.last.boxes.dtype == torch.float32
+
+
+def test_the_model_itself_is_left_alone() -> None:
+    model = small_model().train()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    CompiledDetr(model, dtype=torch.bfloat16)
+    assert model.training and model.level_embed.requires_grad
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("name", "frozen_norm"), [("resnet18", True), ("resnet10t", False), ("regnetz_b16", True)]
+)
+@torch.no_grad()
+def test_folded_batch_norms_change_nothing(name: str, frozen_norm: bool) -> None:
+    torch.manual_seed(0)
+    backbone = Backbone(name, pretrained=False, frozen_stages=0, frozen_norm=frozen_norm).eval()
+    for tensor_name, tensor in backbone.state_dict().items():
+        if tensor_name.endswith(("running_mean", "running_var")):
+            tensor.uniform_(0.5, 1.5)
+    image = torch.randn(1, 3, 64, 96)
+    expected = backbone(image)
+    assert fold_batch_norms(backbone.body) > 10
+    for ours, theirs in zip(backbone(image), expected, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+
+
+def gpu_model() -> Detr:
+    return small_model(width=64).cuda()
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+def test_captured_graphs_replay_the_same_detections_without_host_waits() -> None:
+    model = gpu_model()
+    captured = CompiledDetr(model, fuse=False, max_graphs=2)
+    for sizes in (SIZES, ((96, 160), (160, 96)), ((64, 64),), SIZES, SIZES):
+        batch = ImageBatch.collate(images(*sizes)).to("cuda")
+        assert_same_detections(captured(batch), model(batch))
+    batch = ImageBatch.collate(images(*SIZES)).pin_memory().to("cuda")
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        model(batch)
+        captured(batch)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert len(captured.warm_up_seconds) == 3
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+def test_fused_and_captured() -> None:
+    model = gpu_model()
+    compiled = CompiledDetr(model)
+    for _ in range(2):
+        batch = ImageBatch.collate(images(*SIZES)).to("cuda")
+        assert_same_detections(compiled(batch), model(batch), tolerance=2e-3)  # cuDNN may take TF32
