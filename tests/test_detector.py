@@ -113,6 +113,13 @@ def test_an_image_is_detected_alike_in_any_grouping_and_order(
         assert_same(result, results[place], tolerance=2e-5)  # products of other shapes round otherwise
 
 
+def test_a_compiled_detector_detects_the_same(paths: list[Path], results: list[Result]) -> None:
+    compiled = small_detector().compile()
+    for one, other in zip(compiled.predict(paths, threshold=0.0), results, strict=True):
+        assert_same(one, other, tolerance=1e-3)
+    assert compiled.compiled is not None and len(compiled.compiled.warm_up_seconds) >= 1
+
+
 def test_four_threads_get_what_one_gets_and_leave_nothing_behind(detector: Detector) -> None:
     """200 random images of random sizes, dealt out to the threads."""
     random = np.random.default_rng(0)

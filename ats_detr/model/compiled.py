@@ -7,6 +7,7 @@ import logging
 import threading
 import time
 from collections import OrderedDict
+from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
 import torch
@@ -67,10 +68,7 @@ class CompiledDetr:
 
     @torch.inference_mode()
     def __call__(self, batch: ImageBatch) -> DetectorOutput:
-        """What `Detr.forward(batch, supervision=False)` returns.
-
-        On CUDA its tensors are overwritten by the next batch of the same size: copy what is to stay.
-        """
+        """What `Detr.forward(batch, supervision=False)` returns."""
         images_B3HW, padding_mask_BHW = batch.images_B3HW, batch.padding_mask_BHW
         size = (len(batch), *images_B3HW.shape[-2:])
         with self._lock:
@@ -95,7 +93,7 @@ class CompiledDetr:
                 self._graphs.popitem(last=False)
             graph = _Graph(self._detect, inputs)
         self._graphs[size] = graph  # the last is the most recently used
-        return graph(*inputs)
+        return _copied(graph(*inputs))
 
 
 class _Graph:
@@ -118,6 +116,17 @@ class _Graph:
             own.copy_(new, non_blocking=True)
         self.graph.replay()
         return self.output
+
+
+def _copied(value: Any) -> Any:
+    """The same with tensors of its own: the next replay overwrites those of the graph."""
+    if isinstance(value, Tensor):
+        return value.clone()
+    if isinstance(value, list):
+        return [_copied(item) for item in value]
+    if is_dataclass(value) and not isinstance(value, type):
+        return replace(value, **{field.name: _copied(getattr(value, field.name)) for field in fields(value)})
+    return value
 
 
 def fold_batch_norms(network: nn.Module) -> int:
