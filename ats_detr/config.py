@@ -285,6 +285,16 @@ class TrainConfig:
     weight_decay: float = 1e-4
     clip_norm: float = 0.1
     """Gradients are scaled down to this norm."""
+    accumulate: int = 1
+    """Batches of each process that make one step: their gradients are added, as if they were one batch."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Of the networks' passes, teachers included. bfloat16: by autocast; weights, matching and losses stay float32."""
+    recompute: bool = False
+    """Encoder and decoder layers keep only their inputs and run again in the backward pass: slower, less memory."""
+    compile: bool = False
+    """Compile the layers of encoder and decoder; where that fails, a warning says so and they run as they are."""
+    ema_decay: float = 0.0
+    """Above 0: evaluate and finally keep an exponential moving average of the weights, updated in every step."""
     schedule: Literal["step", "one_cycle"] = "step"
     drop_epochs: tuple[int, ...] = (40,)
     """Epochs after which the step schedule multiplies the learning rates by `drop_factor`."""
@@ -297,18 +307,31 @@ class TrainConfig:
     """`auto`: go on from the checkpoint in the run's folder if there is one; `never`: start afresh."""
     checkpoint_every: int = 1
     """Epochs between checkpoints."""
+    checkpoint_every_steps: int = 0
+    """Steps between further checkpoints within an epoch; 0: none."""
     evaluate_every: int = 1
     """Epochs between evaluations; 0: only at the end."""
     log_every: int = 10
-    """Steps between lines of the log; reading the losses waits for the device."""
+    """Steps between lines of the log; reading the losses waits for the device. Several processes that were told to stop
+    do so at such a step."""
+    max_skipped_steps: int = 10
+    """A step without a finite gradient is skipped; after this many in a row the run stops."""
 
     def __post_init__(self) -> None:
-        _check_positive(self, "epochs", "learning_rate", "clip_norm", "checkpoint_every", "log_every")
+        _check_positive(self, "epochs", "learning_rate", "clip_norm", "accumulate", "checkpoint_every")
+        _check_positive(self, "log_every", "max_skipped_steps")
+        _check(
+            0 <= self.ema_decay < 1,
+            "ema_decay",
+            self.ema_decay,
+            "give a share from 0 up to, not including, 1",
+        )
         for key in (
             "backbone_learning_rate",
             "offset_learning_rate_factor",
             "weight_decay",
             "evaluate_every",
+            "checkpoint_every_steps",
         ):
             _check(getattr(self, key) >= 0, key, getattr(self, key), "give a number from 0 up")
         _check(
@@ -368,6 +391,8 @@ class Config:
     """Images drawn with their detections and kept tokens after an evaluation."""
     seed: int = 42
     """Each process adds its rank."""
+    deterministic: bool = False
+    """Only algorithms that give the same bits in every run, slower on a GPU. On the CPU they do in any case."""
     device: str = "auto"
     """`auto`: CUDA if there is any, else the CPU; or a torch device."""
 

@@ -33,7 +33,7 @@ from ats_detr.training.checkpoint import (
     save_checkpoint,
     save_folder,
 )
-from ats_detr.training.trainer import FINISHED
+from ats_detr.training.state import FINISHED
 from ats_detr.visualize import KeptTokens, draw_boxes
 
 if TYPE_CHECKING:

@@ -52,6 +52,11 @@ def choose_device(device: str) -> torch.device:
     return chosen
 
 
+def is_restarted() -> bool:
+    """Whether torchrun has started the processes anew, after one of them ended."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+
+
 def world_size() -> int:
     """Processes that train together."""
     return dist.get_world_size() if dist.is_initialized() else 1

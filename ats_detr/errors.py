@@ -14,11 +14,17 @@ class UserError(ValueError):
     """Something outside the program is wrong. The message names the culprit and what to do about it."""
 
 
+class Stopped(Exception):
+    """Somebody asked the program to stop, and it did so in order. The message says how to go on."""
+
+
 def run_cli(main: Callable[[], None]) -> None:
     """Run `main`; a UserError or a full disk ends the process with one line on stderr and exit code 2.
 
     Of the processes of torchrun only the first speaks, if it made the same mistake: the others give it five seconds, in
     which torchrun ends them.
+
+    Stopped ends it with a line on stdout and exit code 0: a launcher must not take it for a failure and start it again.
 
     Everything else keeps its traceback: it is a bug, and the traceback is what a report needs.
     """
@@ -26,6 +32,9 @@ def run_cli(main: Callable[[], None]) -> None:
         main()
     except UserError as error:
         _end(str(error))
+    except Stopped as end:
+        if os.environ.get("RANK", "0") == "0":
+            print(end)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise

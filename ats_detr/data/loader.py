@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import math
+import signal
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -89,9 +90,16 @@ def _data_loader(
         collate_fn=_Collate(size_multiple),
         pin_memory=pin_memory,
         persistent_workers=num_workers > 0,
+        worker_init_fn=_outlive_stop_signals,
         # Its own generator: otherwise each epoch would draw from the global one, on which the model's dropout depends.
         generator=torch.Generator().manual_seed(0),
     )
+
+
+def _outlive_stop_signals(worker: int) -> None:
+    """Clusters send them to all processes of a run: the training process still needs its workers to stop in order."""
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _sample(dataset: CocoDetection, transform: Transform, index: int) -> _Sample:

@@ -13,7 +13,7 @@ from ats_detr.boxes import inverse_sigmoid
 from ats_detr.kernels import deformable_attention_map
 from ats_detr.kernels.reference import LevelShapes
 from ats_detr.model.attention import DeformableAttention, project_values
-from ats_detr.model.encoder import FeedForward
+from ats_detr.model.encoder import FeedForward, run_layer
 from ats_detr.model.output import Prediction
 from ats_detr.model.tokens import Tokens
 
@@ -96,6 +96,8 @@ class Decoder(nn.Module):
         super().__init__()
         self.layers = nn.ModuleList(DecoderLayer(**layer) for _ in range(num_layers))
         self.box_refine = box_refine
+        self.recompute = False
+        """In training, keep only each layer's inputs and run it again in the backward pass."""
 
     def forward(
         self,
@@ -123,8 +125,10 @@ class Decoder(nn.Module):
         for index, (layer, value_BSC) in enumerate(zip(self.layers, values, strict=True)):
             ratios_BL = tokens.valid_ratios_BL2.repeat(1, 1, references_BQX.shape[-1] // 2)
             references_NLX = (references_BQX[:, :, None] * ratios_BL[:, None]).flatten(0, 1)
-            x_BQC, (offsets_NHLP2, logits_NHLP) = layer(
-                x_BQC, query_pos_BQC, references_NLX, value_BSC, tokens.level_shapes
+            x_BQC, (offsets_NHLP2, logits_NHLP) = run_layer(
+                layer,
+                self.recompute and self.training,
+                *(x_BQC, query_pos_BQC, references_NLX, value_BSC, tokens.level_shapes),
             )
             head, reference = heads[index % len(heads)], inverse_sigmoid(references_BQX)
             if every_layer or layer is self.layers[-1]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ats_detr.kernels import (
     TokenPlan,
@@ -113,12 +114,19 @@ class EncoderLayer(nn.Module):
         )
 
 
+def run_layer(layer: nn.Module, recompute: bool, *inputs: Any) -> Any:
+    """What the layer makes of its inputs; with `recompute` only they are kept for the backward pass."""
+    return checkpoint(layer, *inputs, use_reentrant=False) if recompute else layer(*inputs)
+
+
 class Encoder(nn.Module):
     """A stack of layers over one selection of tokens, made before the first."""
 
     def __init__(self, num_layers: int, **layer: Any) -> None:
         super().__init__()
         self.layers = nn.ModuleList(EncoderLayer(**layer) for _ in range(num_layers))
+        self.recompute = False
+        """In training, keep only each layer's inputs and run it again in the backward pass."""
 
     def forward(self, tokens: Tokens, plan: TokenPlan | None) -> tuple[Tensor, list[Tensor]]:
         """The memory [B, S, C] and the rows [K, C] after each layer.
@@ -146,7 +154,11 @@ class Encoder(nn.Module):
                 value_BSC = raw_values[index]
                 if index > 0:
                     value_BSC = attention.update_values(plan, value_BSC, rows_KC)
-            rows_KC = layer(rows_KC, positions_KC, references_KL2, value_BSC, tokens.level_shapes, plan)
+            rows_KC = run_layer(
+                layer,
+                self.recompute and self.training,
+                *(rows_KC, positions_KC, references_KL2, value_BSC, tokens.level_shapes, plan),
+            )
             layer_rows.append(rows_KC)
         if plan is None:
             return rows_KC.view_as(memory_BSC), layer_rows

@@ -2,8 +2,9 @@
 
 A checkpoint is a dictionary of tensors and plain values (`torch.load(..., weights_only=True)` reads it): `model`,
 `config`, `num_classes` (rows of the heads), `classes` (what the rows mean), `num_processes` and `teacher_weights` (what
-else it was trained with), `epoch` (completed ones), `step`, `train_seconds`, `finished`; then either `optimizer` and
-`rng` (one state for each process), or `metrics`. A .safetensors file holds the same without the optimiser, plain values
+else it was trained with), `epoch` (completed ones), `epoch_step` (of the next), `step`, `train_seconds`, `best_ap`,
+`skipped_steps`, `finished`; then either `optimizer`, `rng` (one state for each process) and, with a moving average of
+the weights, `average`; or `metrics`. A .safetensors file holds the same without the optimiser, plain values
 as JSON in its metadata. Files of the published code are read too.
 
 A model to give away is a folder: `model.safetensors`, which any safetensors reader opens, and `config.json`, which
@@ -21,6 +22,7 @@ import os
 import pickle
 import re
 import struct
+import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -60,9 +62,10 @@ _MODEL_WEIGHTS = "model.safetensors"
 _KEYS = ("model", "config", "num_classes", "classes", "epoch", "finished")
 
 
-def save_checkpoint(checkpoint: Mapping[str, Any], path: Path) -> None:
+def save_checkpoint(checkpoint: Mapping[str, Any], path: Path, *, previous: Path | None = None) -> None:
     """Write to a temporary file beside `path`, then rename: whatever happens, `path` is the old file or the new one.
 
+    The file that `path` was becomes `previous`, if that is given: a crash between the two renames leaves it alone.
     The suffix .safetensors chooses that format. Raises UserError where the file cannot be written (no space, no
     permission); the old file stays whole.
     """
@@ -76,13 +79,25 @@ def save_checkpoint(checkpoint: Mapping[str, Any], path: Path) -> None:
                 torch.save(dict(checkpoint), file)
             file.flush()
             os.fsync(file.fileno())
+        if previous is not None and path.exists():
+            os.replace(path, previous)
         os.replace(temporary, path)
+        _flush_folder(path.parent)
     except (OSError, RuntimeError) as error:  # torch reports a failed write as either
         with contextlib.suppress(OSError):
             temporary.unlink()
         reason = error.strerror if isinstance(error, OSError) else _first_line(error)
         kept = "the checkpoint before it is whole" if path.exists() else "nothing was written"
         raise UserError(f"{path}: cannot write this checkpoint ({reason}); {kept}") from error
+
+
+def _flush_folder(folder: Path) -> None:
+    """The renames reach the disk, not only the files."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def save_folder(checkpoint: Mapping[str, Any], folder: Path) -> None:
@@ -112,11 +127,15 @@ def _as_safetensors(checkpoint: Mapping[str, Any]) -> bytes:
     return safetensors.torch.save(tensors, metadata={_METADATA: json.dumps(others)})
 
 
-def load_checkpoint(path: str | Path) -> dict[str, Any]:
+def load_checkpoint(path: str | Path, *, verify: bool = False) -> dict[str, Any]:
     """Read a checkpoint of ours, or of the published code, onto the CPU.
+
+    `verify` compares the checksums of a torch.save file first, which reading it does not: a crash may leave zeros.
 
     Raises UserError when there is none, when it is neither, or when it holds what could execute code.
     """
+    if verify:
+        _verify(Path(path))
     checkpoint = read_file(path)
     if is_official(checkpoint):
         checkpoint = from_official(checkpoint, source=str(path))
@@ -126,6 +145,16 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     if missing:
         raise UserError(f"{path}: not a checkpoint of ats_detr (it has no {missing[0]!r})")
     return checkpoint
+
+
+def _verify(path: Path) -> None:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+    except (OSError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path}: a damaged checkpoint ({_first_line(error)})") from error
+    if damaged is not None:
+        raise UserError(f"{path}: a damaged checkpoint (the checksum of {damaged} is wrong)")
 
 
 def read_file(path: str | Path) -> Any:

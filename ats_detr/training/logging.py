@@ -47,18 +47,21 @@ class RunLog:
         folder: of the stage.
         name: of the stage, shown in front of the bar.
         step: completed steps of the run that goes on; later entries of an interrupted run are dropped.
+        evaluated: whether the evaluation after that step is behind it.
     """
 
-    def __init__(self, folder: Path, name: str, step: int) -> None:
+    def __init__(self, folder: Path, name: str, step: int, evaluated: bool = True) -> None:
         self.name = name
         self._file = folder / "log.jsonl"
         self._writer: SummaryWriter | None = None
         if distributed.is_main():
-            _drop_entries_after(self._file, step)
+            _drop_entries_after(self._file, step, evaluated)
             self._writer = SummaryWriter(folder / "tensorboard", purge_step=step)
 
-    def track(self, batches: Iterable[Any], num_steps: int, epoch: int, num_epochs: int) -> Iterator[Any]:
-        """The batches of an epoch, with a bar that shows what `write` was given last."""
+    def track(
+        self, batches: Iterable[Any], num_steps: int, epoch: int, num_epochs: int, start: int = 0
+    ) -> Iterator[Any]:
+        """The batches of an epoch from number `start` on, with a bar that shows what `write` was given last."""
         title = f"{self.name} {epoch + 1}/{num_epochs}"
         columns = (
             TextColumn("{task.description}"),
@@ -69,8 +72,8 @@ class RunLog:
         )
         self._text, printed = "", time.monotonic()
         with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-            task = progress.add_task(title, total=num_steps, text="")
-            for done, batch in enumerate(batches, start=1):
+            task = progress.add_task(title, total=num_steps, completed=start, text="")
+            for done, batch in enumerate(batches, start=start + 1):
                 yield batch
                 progress.update(task, completed=done, text=self._text)
                 if not console.is_terminal and time.monotonic() - printed > _SECONDS_BETWEEN_LINES:
@@ -78,7 +81,7 @@ class RunLog:
                     printed = time.monotonic()
 
     def write(self, step: int, epoch: int, values: Mapping[str, Any], *, kind: str = "train") -> None:
-        """One line of the log: `kind` is `train` or `evaluation`."""
+        """One line of the log: `kind` is `train`, `evaluation` or `skipped`."""
         if self._writer is None:
             return
         with self._file.open("a") as file:
@@ -102,15 +105,17 @@ class RunLog:
             self._writer.close()
 
 
-def _drop_entries_after(file: Path, step: int) -> None:
+def _drop_entries_after(file: Path, step: int, evaluated: bool) -> None:
     """Entries beyond the checkpoint that a run goes on from will be written again. A torn last line goes too."""
     if not file.exists():
         return
     kept = []
     for line in file.read_text().splitlines(keepends=True):
         try:
-            if line.endswith("\n") and json.loads(line)["step"] <= step:
-                kept.append(line)
+            entry = json.loads(line)
         except json.JSONDecodeError:
             continue
+        is_pending = entry["step"] == step and entry["kind"] == "evaluation" and not evaluated
+        if line.endswith("\n") and entry["step"] <= step and not is_pending:
+            kept.append(line)
     file.write_text("".join(kept))

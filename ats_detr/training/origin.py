@@ -19,14 +19,23 @@ WITHOUT_INFLUENCE = (
     *("teachers.weak.config", "teachers.weak.checkpoint"),  # their weights are compared instead
     *("teachers.strong.config", "teachers.strong.checkpoint"),
     *("data.num_workers", "data.cache_images", "data.on_bad_image", "data.eval_batch_size"),
-    *("train.resume", "train.checkpoint_every", "train.evaluate_every", "train.log_every"),
+    *("train.resume", "train.checkpoint_every", "train.checkpoint_every_steps", "train.evaluate_every"),
+    *("train.log_every", "train.max_skipped_steps", "train.recompute", "train.compile", "deterministic"),
 )
 """Settings that a finished training may differ in."""
 ADJUSTABLE = (
     *WITHOUT_INFLUENCE,
     *("train.epochs", "train.learning_rate", "train.backbone_learning_rate"),
     *("train.offset_learning_rate_factor", "train.scale_learning_rate", "train.weight_decay"),
-    *("train.clip_norm", "train.schedule", "train.drop_epochs", "train.drop_factor", "train.warmup_share"),
+    *(
+        "train.clip_norm",
+        "train.precision",
+        "train.ema_decay",
+        "train.schedule",
+        "train.drop_epochs",
+        "train.drop_factor",
+        "train.warmup_share",
+    ),
 )
 """Settings that may change when a training goes on: those of its optimiser and schedule too."""
 

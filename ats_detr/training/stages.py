@@ -17,7 +17,8 @@ from ats_detr.model import Detr
 from ats_detr.training.checkpoint import config_of, load_checkpoint, load_detector
 from ats_detr.training.distillation import DualTeacher
 from ats_detr.training.origin import WITHOUT_INFLUENCE, check_same_origin, digest
-from ats_detr.training.trainer import FINISHED, Teachers, train
+from ats_detr.training.state import FINISHED, discard_results, is_resuming
+from ats_detr.training.trainer import Teachers, train
 
 logger = logging.getLogger(__name__)
 
@@ -107,6 +108,9 @@ def train_stages(stages: dict[str, Stage], wanted: str, device: torch.device) ->
                 f"teachers.{stage.name}.checkpoint = {str(stage.checkpoint)!r}: there is no such file"
             )
     for stage in stages.values():
+        if wanted in ("all", stage.name) and not stage.is_given and not is_resuming(stage.config):
+            discard_results(stage.folder)
+    for stage in stages.values():
         if wanted not in ("all", stage.name):
             continue
         if is_finished(stage, stages):
@@ -120,7 +124,7 @@ def is_finished(stage: Stage, stages: Mapping[str, Stage]) -> bool:
     """Whether the stage's checkpoint can be used. Raises UserError where it came from other settings or teachers."""
     if stage.is_given:
         return True
-    if not stage.checkpoint.exists() or stage.config.train.resume == "never":
+    if not stage.checkpoint.exists() or not is_resuming(stage.config):
         return False
     facts = {}
     teachers = [stages[name].checkpoint for name in ("weak", "strong")] if stage.config.teachers else []

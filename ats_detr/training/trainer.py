@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
+import itertools
 import logging
 import math
+import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,50 +16,53 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim import AdamW
 
 from ats_detr import distributed
-from ats_detr.batch import ImageBatch, Target
-from ats_detr.config import Config, config_to_dict, save_config
+from ats_detr.batch import ImageBatch, Target, most_of_a_class, targets_to
+from ats_detr.config import Config, save_config
 from ats_detr.data.coco import ClassMap
-from ats_detr.errors import UserError
+from ats_detr.data.loader import Batch
+from ats_detr.errors import Stopped, UserError
 from ats_detr.evaluation import Metrics, evaluate
 from ats_detr.model import Detr, build_model
 from ats_detr.model.backbone import load_weights as load_backbone_weights
 from ats_detr.model.output import DetectorOutput
-from ats_detr.training.checkpoint import (
-    build_without_fetching,
-    load_checkpoint,
-    load_weights,
-    read_file,
-    save_checkpoint,
-    write_json,
-)
+from ats_detr.training.average import MovingAverage
+from ats_detr.training.checkpoint import build_without_fetching, read_file
 from ats_detr.training.criterion import SetCriterion
 from ats_detr.training.datasets import Loaders, build_loaders
 from ats_detr.training.distillation import DualTeacher
+from ats_detr.training.guards import (
+    KeptStatistics,
+    StepWatch,
+    check_annotations,
+    check_targets,
+    largest_batch,
+    naming_the_batch,
+)
 from ats_detr.training.logging import RunLog, console, say
 from ats_detr.training.optim import build_optimizer, learning_rate_factor, set_learning_rates
-from ats_detr.training.origin import ADJUSTABLE, check_same_origin
+from ats_detr.training.signals import StopSignals
+from ats_detr.training.state import (
+    BEST,
+    FINISHED,
+    Progress,
+    State,
+    discard_results,
+    find_checkpoint,
+    restore,
+    restore_rng,
+    rng_state,
+    save,
+    save_result,
+)
 from ats_detr.training.transfer import transfer_weights
 
 logger = logging.getLogger(__name__)
 
-RESUMABLE = "checkpoint.pt"
-"""In a stage's folder: the state to go on from."""
-FINISHED = "final.pt"
-"""In a stage's folder: the weights at the end. Its existence says that the stage is finished."""
-
-
-@dataclass
-class Progress:
-    """How far a run has come: what a checkpoint holds beside the weights and the optimiser."""
-
-    epoch: int = 0
-    """Completed epochs."""
-    step: int = 0
-    """Completed steps."""
-    train_seconds: float = 0.0
+PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+SUMS_OVER_OBJECTS = ("loss_ce", "loss_bbox", "loss_giou")
+"""Losses that are divided by the number of objects; all others are means over images."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +74,37 @@ class Teachers:
     """Digest of each one's weights, by name."""
     classes: Mapping[str, ClassMap]
     """What the class rows mean of those that say it, by name."""
+
+
+@dataclass
+class Run:
+    """One training under way."""
+
+    config: Config
+    folder: Path
+    name: str
+    device: torch.device
+    facts: Mapping[str, Any]
+    """What its checkpoints hold beside the settings and must find again."""
+    loaders: Loaders
+    criterion: SetCriterion
+    teachers: DualTeacher | None
+    state: State
+    trained: nn.Module
+    """The model as the processes train it together."""
+    statistics: KeptStatistics
+    watch: StepWatch
+    signals: StopSignals
+    log: RunLog
+
+    @property
+    def num_steps(self) -> int:
+        """Steps of an epoch."""
+        return len(self.loaders.train) // self.config.train.accumulate
+
+    @property
+    def precision(self) -> torch.dtype:
+        return PRECISIONS[self.config.train.precision]
 
 
 def train(
@@ -87,95 +123,227 @@ def train(
     Args:
         name: shown to the user.
         init_from: the file that `train.init_from` means.
+
+    Raises:
+        Stopped: SIGTERM or SIGUSR1 came; the checkpoint is written.
     """
+    with determinism(config.deterministic, device), StopSignals() as signals:
+        run = prepare(config, folder, name, device, teachers, init_from, signals)
+        progress = run.state.progress
+        say(describe_run(run))
+        rehearse(run)
+        for epoch in range(progress.epoch, config.train.epochs):
+            started = time.monotonic()
+            train_epoch(run, epoch)
+            progress.train_seconds += time.monotonic() - started
+            progress.epoch, progress.epoch_step = epoch + 1, 0
+            is_last = progress.epoch == config.train.epochs
+            every = config.train.evaluate_every
+            metrics = (
+                evaluate_run(run, is_last) if is_last or (every and progress.epoch % every == 0) else None
+            )
+            if is_last:
+                assert metrics is not None
+                save_result(config, run.facts, folder, run.state, metrics, FINISHED)
+                break
+            is_stopping = any(distributed.gather(signals.received is not None))
+            if is_stopping or progress.epoch % config.train.checkpoint_every == 0:
+                save(config, run.facts, folder, run.state, device)
+            if is_stopping:
+                raise stopped(run)
+        run.log.close()
+        distributed.barrier()
+
+
+def prepare(
+    config: Config,
+    folder: Path,
+    name: str,
+    device: torch.device,
+    teachers: Teachers | None,
+    init_from: Path | None,
+    signals: StopSignals,
+) -> Run:
+    """A run at its start, or where its checkpoint left it; refuses what cannot be trained before writing anything."""
     loaders = build_loaders(config.data, config.seed, pin_memory=device.type == "cuda")
     facts: dict[str, Any] = {
         "classes": loaders.class_map.to_dict(),
         "num_processes": distributed.world_size(),
         "teacher_weights": dict(teachers.weights) if teachers is not None else {},
     }
-    checkpoint = find_checkpoint(config, facts, folder / RESUMABLE)
+    checkpoint = find_checkpoint(config, facts, folder)
     torch.manual_seed(config.seed)  # the same weights on every process ...
     if checkpoint is None:
         model = prepare_model(config, loaders.class_map, init_from).to(device)
     else:
         model = build_without_fetching(config, checkpoint["num_classes"]).to(device)
     torch.manual_seed(config.seed + distributed.rank())  # ... but other augmentations and dropout
-    global_batch = config.data.batch_size * distributed.world_size()
-    optimizer = build_optimizer(model, config.train, global_batch)
     if teachers is not None:
         check_classes(teachers, model, loaders.class_map)
-    criterion = build_criterion(config, model.num_classes)
-    progress = Progress()
+    check_annotations(loaders.train.dataset, model.num_classes)
+    if len(loaders.train) < config.train.accumulate:
+        raise UserError(
+            f"train.accumulate = {config.train.accumulate}: an epoch has only {len(loaders.train)} batches; lower it"
+        )
+    average = MovingAverage(model, config.train.ema_decay) if config.train.ema_decay else None
+    optimizer = build_optimizer(model, config.train, global_batch(config))
+    state = State(model, optimizer, average, Progress())
     if checkpoint is not None:
-        progress = resume(checkpoint, folder / RESUMABLE, model, optimizer, device)
+        restore(checkpoint, state, device)
     if distributed.is_main():
         make_folder(folder)
         save_config(config, folder / "config.yaml")
     if checkpoint is None:
         discard_results(folder)
-    log = RunLog(folder, name, progress.step)
-    say(describe_run(config, name, model, optimizer, loaders, progress))
+    supervision = teachers.supervision if teachers is not None else None
+    if supervision is not None:
+        supervision.precision = PRECISIONS[config.train.precision]
+        sharing = supervision.share_frozen_stages(model)
+        if sharing:
+            logger.info(
+                "the frozen stages of the backbone run once for the student and its teachers: %s", sharing
+            )
+    model.encoder.recompute = model.decoder.recompute = config.train.recompute
+    if config.train.compile:
+        compile_layers(model)
+    return Run(
+        config=config,
+        folder=folder,
+        name=name,
+        device=device,
+        facts=facts,
+        loaders=loaders,
+        criterion=build_criterion(config, model.num_classes),
+        teachers=supervision,
+        state=state,
+        trained=parallel(model, device),
+        statistics=KeptStatistics(model),
+        watch=StepWatch(config.train.max_skipped_steps),
+        signals=signals,
+        log=RunLog(folder, name, state.progress.step, evaluated=state.progress.epoch_step == 0),
+    )
 
-    metrics: dict[str, Any] = {}
-    trained = parallel(model, device)
-    for epoch in range(progress.epoch, config.train.epochs):
-        started = time.monotonic()
-        supervision = teachers.supervision if teachers is not None else None
-        train_epoch(config, epoch, trained, criterion, supervision, optimizer, loaders, progress, log, device)
-        progress.train_seconds += time.monotonic() - started
-        progress.epoch = epoch + 1
-        is_last = progress.epoch == config.train.epochs
-        if is_last or (config.train.evaluate_every and progress.epoch % config.train.evaluate_every == 0):
-            found = evaluate(model, loaders.val, device)
-            warn_of_minimum(config, found)
-            metrics = found.to_dict()
-            log.write(progress.step, progress.epoch, metrics, kind="evaluation")
-            say(f"{name} epoch {progress.epoch}: {describe_metrics(metrics)}")
-        if is_last or progress.epoch % config.train.checkpoint_every == 0:
-            final_metrics = metrics if is_last else None
-            save(config, facts, folder, model, optimizer, progress, final_metrics, device)
-    log.close()
-    distributed.barrier()
 
+def train_epoch(run: Run, epoch: int) -> None:
+    """One pass over the training images, or what is left of it.
 
-def train_epoch(
-    config: Config,
-    epoch: int,
-    model: nn.Module,
-    criterion: SetCriterion,
-    teachers: DualTeacher | None,
-    optimizer: AdamW,
-    loaders: Loaders,
-    progress: Progress,
-    log: RunLog,
-    device: torch.device,
-) -> None:
-    """One pass over the training images."""
-    model.train()
-    num_steps = len(loaders.train)
-    last_logged, last_time = progress.step, time.monotonic()
-    for batch, targets in log.track(loaders.train.epoch(epoch), num_steps, epoch, config.train.epochs):
-        set_learning_rates(optimizer, learning_rate_factor(config.train, progress.step, num_steps))
-        batch, targets = batch.to(device), [target.to(device) for target in targets]
-        try:
-            output, losses = compute_losses(model, criterion, teachers, batch, targets)
-        except FloatingPointError as error:
-            raise diverged(str(error), progress.step + 1) from error
-        losses["loss"].backward()
-        gradient_norm = nn.utils.clip_grad_norm_(model.parameters(), config.train.clip_norm)
-        optimizer.step()
-        optimizer.zero_grad()
+    Raises Stopped where a signal asks for it, once the checkpoint is written.
+    """
+    config, progress, num_steps = run.config.train, run.state.progress, run.num_steps
+    started, seconds_before = time.monotonic(), progress.train_seconds
+    last_logged, last_time = progress.step, started
+    batches = run.loaders.train.epoch(epoch, start=progress.epoch_step * config.accumulate)
+    steps = itertools.islice(_in_groups(batches, config.accumulate), num_steps - progress.epoch_step)
+    for micro_batches in run.log.track(steps, num_steps, epoch, config.epochs, start=progress.epoch_step):
+        is_last = progress.epoch_step + 1 == num_steps
+        is_logged = (progress.step + 1) % config.log_every == 0 or is_last
+        values = train_step(run, epoch, micro_batches, metrics=is_logged)
         progress.step += 1
-
-        if progress.step % config.train.log_every == 0 or progress.step % num_steps == 0:
-            values = mean_on_host({**losses, "gradient_norm": gradient_norm, **selection_values(output)})
-            stop_if_not_finite(values, progress.step, targets)
+        progress.epoch_step += 1
+        is_stopping = distributed.world_size() == 1 and run.signals.received is not None
+        if is_logged or is_stopping:
+            values = {
+                **values,
+                "skipped": run.watch.num_skipped(),
+                "stopping": _flag(run.signals, run.device),
+            }
+            numbers = mean_on_host(values)
+            is_stopping = numbers.pop("stopping") > 0
+            report_skipped(run, numbers.pop("skipped") > 0)
             seconds, last_time = time.monotonic() - last_time, time.monotonic()
-            images = (progress.step - last_logged) * len(targets) * distributed.world_size()
+            num_images = (progress.step - last_logged) * global_batch(run.config)
             last_logged = progress.step
-            rates = {"learning_rate": optimizer.param_groups[0]["lr"], "images_per_second": images / seconds}
-            log.write(progress.step, epoch, {**values, **rates})
+            rate = run.state.optimizer.param_groups[0]["lr"]
+            rates = {"learning_rate": rate, "images_per_second": num_images / seconds}
+            if is_logged and all(map(math.isfinite, numbers.values())):
+                run.log.write(progress.step, epoch, {**numbers, **rates})
+        every = config.checkpoint_every_steps
+        if not is_last and (is_stopping or (every and progress.epoch_step % every == 0)):
+            progress.train_seconds = seconds_before + time.monotonic() - started
+            save(run.config, run.facts, run.folder, run.state, run.device)
+            if is_stopping:
+                raise stopped(run)
+    progress.train_seconds = seconds_before
+
+
+def _in_groups(batches: Iterable[Batch], size: int) -> Iterator[list[Batch]]:
+    iterator = iter(batches)
+    while group := list(itertools.islice(iterator, size)):
+        yield group
+
+
+def _flag(signals: StopSignals, device: torch.device) -> Tensor:
+    """1 where this process was asked to stop; filled on the device, so nothing waits."""
+    return torch.full((), float(signals.received is not None), device=device)
+
+
+def stopped(run: Run) -> Stopped:
+    """The end of a run that was asked to stop, its checkpoint written."""
+    run.log.close()
+    signal = next((name for name in distributed.gather(run.signals.received) if name), "a signal")
+    return Stopped(
+        f"{run.name}: stopped by {signal} after step {run.state.progress.step}; the same command goes on from there"
+    )
+
+
+def train_step(run: Run, epoch: int, micro_batches: Sequence[Batch], *, metrics: bool) -> dict[str, Tensor]:
+    """One update of the weights by the gradient of all micro batches. Returns what to log, on the device."""
+    state, settings = run.state, run.config.train
+    progress, model = state.progress, state.model
+    run.trained.train()
+    factor = learning_rate_factor(settings, progress.step, run.num_steps)
+    set_learning_rates(state.optimizer, factor)
+    run.statistics.keep()
+    values, problem = accumulate_gradients(run, micro_batches, metrics=metrics)
+
+    named = [(name, p) for name, p in model.named_parameters() if p.grad is not None]
+    norms = torch._foreach_norm([parameter.grad for _, parameter in named])
+    total_norm = torch.linalg.vector_norm(torch.stack(norms))
+    nn.utils.clip_grads_with_norm_([parameter for _, parameter in named], settings.clip_norm, total_norm)
+    image_ids = [target.image_id for _, targets in micro_batches for target in targets]
+    names = [name for name, _ in named]
+    evidence = dict(zip(names, norms, strict=True))
+    skip = run.watch.judge(progress.step + 1, epoch, image_ids, values, evidence, total_norm, problem)
+    state.optimizer.found_inf = skip  # type: ignore[attr-defined]
+    state.optimizer.step()
+    state.optimizer.zero_grad()
+    run.statistics.restore(skip)
+    if state.average is not None:
+        state.average.update(model, progress.step)
+    return {**values, "gradient_norm": total_norm}
+
+
+def accumulate_gradients(
+    run: Run, micro_batches: Sequence[Batch], *, metrics: bool
+) -> tuple[dict[str, Tensor], str | None]:
+    """Add the gradients of all micro batches. Returns their losses as of one batch, and what was not finite."""
+    targets_of_step = [target for _, targets in micro_batches for target in targets]
+    check_targets(targets_of_step, run.state.model.num_classes)
+    num_boxes = distributed.global_num_boxes(targets_of_step, run.device)
+    values: dict[str, Tensor] = {}
+    problem: str | None = None
+    for index, (host_batch, targets) in enumerate(micro_batches):
+        batch = host_batch.to(run.device)
+        is_last = index + 1 == len(micro_batches)
+        together = isinstance(run.trained, DistributedDataParallel) and not is_last
+        with run.trained.no_sync() if together else nullcontext(), naming_the_batch(batch, targets):
+            output, losses, found = compute_losses(
+                run.trained,
+                run.criterion,
+                run.teachers,
+                batch,
+                targets,
+                num_boxes=num_boxes,
+                share=1 / len(micro_batches),
+                precision=run.precision,
+                metrics=metrics,
+            )
+            losses["loss"].backward()
+        problem = problem or found
+        losses |= selection_values(output, 1 / len(micro_batches))
+        for key, value in losses.items():
+            values[key] = values[key] + value.detach() if key in values else value.detach()
+    return values, problem
 
 
 def compute_losses(
@@ -184,49 +352,140 @@ def compute_losses(
     teachers: DualTeacher | None,
     batch: ImageBatch,
     targets: Sequence[Target],
-) -> tuple[DetectorOutput, dict[str, Tensor]]:
-    """The model's output, and its losses by name with `loss`, their weighted sum.
+    *,
+    num_boxes: Tensor | None = None,
+    share: float = 1.0,
+    precision: torch.dtype = torch.float32,
+    metrics: bool = True,
+) -> tuple[DetectorOutput, dict[str, Tensor], str | None]:
+    """The model's output; its losses by name with `loss`, their weighted sum; and what was not finite, if anything.
 
     The mean over processes of the gradient of `loss` is the gradient for the batches of all processes taken as one.
+    Where something is not finite the gradient is NaN, on every process.
+
+    Args:
+        batch: on the device.
+        targets: on the host.
+        num_boxes: objects of the step, see `distributed.global_num_boxes`. None: those of `targets` and of the batches
+            that other processes have.
+        share: of this batch in the step, by which means over images (not sums over objects) are multiplied.
+        metrics: add what is only logged.
     """
-    output = model(batch)
-    losses = criterion(output, targets, distributed.global_num_boxes(targets, batch.images_B3HW.device))
-    total = sum(weight * losses[key] for key, weight in criterion.weights.items() if key in losses)
+    device = batch.images_B3HW.device
+    if num_boxes is None:
+        num_boxes = distributed.global_num_boxes(targets, device)
+    on_device = targets_to(targets, device)
+    with torch.autocast(device.type, precision, enabled=precision != torch.float32):
+        output = model(batch)
+    pending = criterion.start(output, on_device, metrics=metrics)
+    # Between start and finish: the device has these to do while the host solves the matching.
+    taught = {}
     if teachers is not None:
-        taught = teachers(batch, targets, output)
-        losses |= taught
-        total = total + sum(taught.values())
-    return output, {"loss": total, **losses}
+        taught = teachers(batch, on_device, output, most_of_a_class=most_of_a_class(targets))
+    losses = pending.finish(num_boxes) | taught
+    if share != 1.0:
+        losses = {k: v if k.startswith(SUMS_OVER_OBJECTS) else v * share for k, v in losses.items()}
+    total = sum(weight * losses[key] for key, weight in criterion.weights.items() if key in losses)
+    total = total + sum(losses[key] for key in taught)
+    # A loss that is not finite may still have finite gradients, which other processes would take for good.
+    is_good = total.detach().isfinite() & (pending.matches.problem is None)
+    total = total * torch.where(is_good, 1.0, torch.nan)
+    return output, {"loss": total, **losses}, pending.matches.problem
 
 
-def selection_values(output: DetectorOutput) -> dict[str, Tensor]:
+def selection_values(output: DetectorOutput, share: float) -> dict[str, Tensor]:
     """What to log of the token selection."""
     if output.selection is None:
         return {}
-    return {"keep_ratio": output.selection.keep_ratio_B.mean()}
+    return {"keep_ratio": output.selection.keep_ratio_B.mean() * share}
 
 
-def mean_on_host(values: dict[str, Tensor]) -> dict[str, float]:
+def mean_on_host(values: Mapping[str, Tensor]) -> dict[str, float]:
     """Python numbers of many scalars, each the mean over processes, in one transfer."""
     vector = torch.stack([value.detach().float().reshape(()) for value in values.values()])
     mean = distributed.sum_over_processes(vector) / distributed.world_size()
     return dict(zip(values, mean.tolist(), strict=True))
 
 
-def stop_if_not_finite(values: dict[str, float], step: int, targets: Sequence[Target]) -> None:
-    """Stop before a checkpoint is spoiled; on every process, as `values` are the same on all."""
-    bad = [key for key, value in values.items() if not math.isfinite(value)]
-    if bad:
-        shares = distributed.gather([target.image_id for target in targets])
-        images = ", ".join(str(image_id) for share in shares for image_id in share)
-        raise diverged(f"{bad[0]} is {values[bad[0]]} (images {images})", step)
+def report_skipped(run: Run, any_skipped: bool) -> None:
+    """Say and log which steps were skipped since the last report. Raises UserError after too many in a row."""
+    for record in run.watch.report(any_skipped):
+        run.state.progress.skipped_steps += 1
+        images = ", ".join(map(str, record["images"]))
+        logger.warning(
+            "step %d skipped, %s is not finite (images %s); %d skipped so far",
+            record["step"],
+            record["tensor"],
+            images,
+            run.state.progress.skipped_steps,
+        )
+        step, epoch = record.pop("step"), record.pop("epoch")
+        run.log.write(step, epoch, record, kind="skipped")
+    run.watch.stop_if_diverged()
 
 
-def diverged(what: str, step: int) -> UserError:
-    """The end of a run whose numbers are no longer finite."""
-    return UserError(
-        f"training diverged in step {step}: {what}; lower train.learning_rate, and go on from the last checkpoint"
+def rehearse(run: Run) -> None:
+    """Losses and gradients of the largest batch there will be, thrown away: out of memory now rather than in hours."""
+    data = run.config.data
+    batch, targets = largest_batch(run.loaders.train, max(data.train_short_sides), data.long_side, run.device)
+    rng = rng_state(run.device)
+    run.statistics.keep()
+    run.trained.train()
+    accumulate_gradients(run, [(batch, targets)], metrics=False)
+    run.state.optimizer.zero_grad()
+    run.statistics.restore()
+    restore_rng(rng, run.device)
+
+
+def evaluate_run(run: Run, is_last: bool) -> dict[str, Any]:
+    """Measure the model on the validation images, and keep it if it is the best so far but not the last."""
+    state, progress = run.state, run.state.progress
+    found = evaluate(state.evaluated, run.loaders.val, run.device)
+    warn_of_minimum(run.config, found)
+    metrics = found.to_dict()
+    run.log.write(progress.step, progress.epoch, metrics, kind="evaluation")
+    say(f"{run.name} epoch {progress.epoch}: {describe_metrics(metrics)}")
+    ap = metrics["AP"]
+    if ap is not None and (progress.best_ap is None or ap > progress.best_ap):
+        progress.best_ap = ap
+        if not is_last:
+            save_result(run.config, run.facts, run.folder, state, metrics, BEST)
+        elif distributed.is_main():
+            (run.folder / BEST).unlink(missing_ok=True)
+    return metrics
+
+
+def global_batch(config: Config) -> int:
+    """Images of one step."""
+    return config.data.batch_size * distributed.world_size() * config.train.accumulate
+
+
+@contextmanager
+def determinism(wanted: bool, device: torch.device) -> Iterator[None]:
+    """Between entry and exit only algorithms that give the same bits in every run; a warning where a GPU has none."""
+    if not wanted:
+        yield
+        return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
+    before = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
     )
+    benchmark, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, False
+    torch.use_deterministic_algorithms(True, warn_only=device.type == "cuda")
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        torch.backends.cudnn.benchmark = benchmark
+
+
+def compile_layers(model: Detr) -> None:
+    """Compile the layers of encoder and decoder for any sizes; where the compiler fails, say so and leave them."""
+    layers = [*model.encoder.layers, *model.decoder.layers]
+
+    for layer in layers:
+        layer.compile(dynamic=True)
 
 
 def warn_of_minimum(config: Config, metrics: Metrics) -> None:
@@ -253,14 +512,6 @@ def make_folder(folder: Path) -> None:
         raise UserError(
             f"{folder}: cannot make this folder ({error.strerror}); choose another one"
         ) from error
-
-
-def discard_results(folder: Path) -> None:
-    """Remove what an earlier training left: nobody may take it for the result of the one that starts now."""
-    distributed.barrier()  # every process has read what it needs of it
-    if distributed.is_main():
-        for name in (FINISHED, RESUMABLE, "metrics.json"):
-            (folder / name).unlink(missing_ok=True)
 
 
 def prepare_model(config: Config, class_map: ClassMap, init_from: Path | None = None) -> Detr:
@@ -317,95 +568,19 @@ def parallel(model: Detr, device: torch.device) -> nn.Module:
     )
 
 
-def find_checkpoint(config: Config, facts: Mapping[str, Any], path: Path) -> dict[str, Any] | None:
-    """The run's own checkpoint, if there is one to go on from. Raises UserError where it is of another training."""
-    if config.train.resume == "never" or not path.exists():
-        return None
-    checkpoint = load_checkpoint(path)
-    check_same_origin(checkpoint, path, config, facts, ADJUSTABLE)
-    if checkpoint["epoch"] >= config.train.epochs:
-        raise UserError(
-            f"{path}: has done {checkpoint['epoch']} epochs, but train.epochs = {config.train.epochs}:"
-            f" give more than {checkpoint['epoch']}, or train again with train.resume=never"
-        )
-    return checkpoint
-
-
-def resume(
-    checkpoint: Mapping[str, Any], path: Path, model: Detr, optimizer: AdamW, device: torch.device
-) -> Progress:
-    """Restore everything that training changes from the run's own checkpoint. Strict: nothing may be missing.
-
-    Learning rates and weight decay stay as the optimiser was built: they may have been changed since.
-    """
-    load_weights(model, checkpoint["model"], path)
-    asked = [{key: group[key] for key in group if key != "params"} for group in optimizer.param_groups]
-    optimizer.load_state_dict(checkpoint["optimizer"])
-    for group, settings in zip(optimizer.param_groups, asked, strict=True):
-        group.update(settings)
-    restore_rng(checkpoint["rng"][distributed.rank()], device)
-    progress = {field.name: checkpoint[field.name] for field in dataclasses.fields(Progress)}
-    logger.info("going on from %s after epoch %d", path, progress["epoch"])
-    return Progress(**progress)
-
-
-def save(
-    config: Config,
-    facts: Mapping[str, Any],
-    folder: Path,
-    model: Detr,
-    optimizer: AdamW,
-    progress: Progress,
-    metrics: dict[str, Any] | None,
-    device: torch.device,
-) -> None:
-    """Write the checkpoint to go on from; with `metrics`, the finished one instead."""
-    rng = distributed.gather(rng_state(device))
-    if not distributed.is_main():
-        return
-    checkpoint: dict[str, Any] = {
-        "model": model.state_dict(),
-        "config": config_to_dict(config),
-        "num_classes": model.num_classes,
-        **facts,
-        **dataclasses.asdict(progress),
-        "finished": metrics is not None,
-    }
-    if metrics is None:
-        checkpoint |= {"optimizer": optimizer.state_dict(), "rng": rng}
-        save_checkpoint(checkpoint, folder / RESUMABLE)
-        return
-    write_json(metrics, folder / "metrics.json")
-    save_checkpoint(checkpoint | {"metrics": metrics}, folder / FINISHED)
-    (folder / RESUMABLE).unlink(missing_ok=True)
-
-
-def rng_state(device: torch.device) -> dict[str, Tensor]:
-    """State of the random number generators that training draws from."""
-    state = {"cpu": torch.get_rng_state()}
-    if device.type == "cuda":
-        state["cuda"] = torch.cuda.get_rng_state(device)
-    return state
-
-
-def restore_rng(state: dict[str, Tensor], device: torch.device) -> None:
-    """Inverse of `rng_state`; a state of another kind of device is left out."""
-    torch.set_rng_state(state["cpu"])
-    if device.type == "cuda" and "cuda" in state:
-        torch.cuda.set_rng_state(state["cuda"], device)
-
-
-def describe_run(
-    config: Config, name: str, model: Detr, optimizer: AdamW, loaders: Loaders, progress: Progress
-) -> str:
+def describe_run(run: Run) -> str:
     """One line: what is trained, on what, and with which effective batch size and learning rates."""
+    config, progress, model = run.config, run.state.progress, run.state.model
     parameters = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    rates = ", ".join(f"{group['name']} {group['base_lr']:.2g}" for group in optimizer.param_groups)
-    batch = config.data.batch_size * distributed.world_size()
+    rates = ", ".join(f"{group['name']} {group['base_lr']:.2g}" for group in run.state.optimizer.param_groups)
+    factors = [f"{config.data.batch_size} images"]
+    factors += [f"{distributed.world_size()} processes"] if distributed.world_size() > 1 else []
+    factors += [f"{config.train.accumulate} accumulated"] if config.train.accumulate > 1 else []
+    batch = f"{global_batch(config)}" + (f" ({' x '.join(factors)})" if len(factors) > 1 else "")
     return (
-        f"{name}: {parameters / 1e6:.1f} M trained parameters, {model.num_classes} class rows,"
-        f" {len(loaders.train.dataset)} images for training and {len(loaders.val.dataset)} for evaluation,"
-        f" {config.train.epochs - progress.epoch} epochs of {len(loaders.train)} steps, batch {batch}, lr {rates}"
+        f"{run.name}: {parameters / 1e6:.1f} M trained parameters, {model.num_classes} class rows,"
+        f" {len(run.loaders.train.dataset)} images for training and {len(run.loaders.val.dataset)} for evaluation,"
+        f" {config.train.epochs - progress.epoch} epochs of {run.num_steps} steps, batch {batch}, lr {rates}"
     )
 
 

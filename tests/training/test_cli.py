@@ -168,14 +168,15 @@ def test_a_killed_run_goes_on_to_the_same_weights(tmp_path: Path) -> None:
         write_small_chain(folder, model={"dropout": 0.1})
     assert run("train.py", "--config", undisturbed / "weak.yaml").code == 0
     code = (
-        "import os, runpy, sys, ats_detr.training.trainer as trainer\n"
-        "save = trainer.save_checkpoint\n"
-        "trainer.save_checkpoint = lambda *a: (save(*a), os.kill(os.getpid(), 9))\n"
+        "import os, runpy, sys, ats_detr.training.state as state\n"
+        "save = state.save_checkpoint\n"
+        "die = lambda path: path.name == 'checkpoint.pt' and os.kill(os.getpid(), 9)\n"
+        "state.save_checkpoint = lambda c, path, **k: (save(c, path, **k), die(path))\n"
         f"sys.argv = ['train.py', '--config', {str(killed / 'weak.yaml')!r}]\n"
         "runpy.run_path('train.py', run_name='__main__')\n"
     )
     assert run_apart("-c", code).code == -9
-    assert {path.name for path in (killed / "run").glob("*.pt")} == {"checkpoint.pt"}
+    assert {path.name for path in (killed / "run").glob("*.pt")} - {"best.pt"} == {"checkpoint.pt"}
     done = run("train.py", "--config", killed / "weak.yaml")
     assert done.code == 0, done.err
     assert "going on from" in done.out

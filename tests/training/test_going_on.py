@@ -12,7 +12,7 @@ import yaml
 
 from ats_detr.config import load_config
 from ats_detr.errors import UserError
-from ats_detr.training import trainer
+from ats_detr.training import state
 from ats_detr.training.origin import digest
 from ats_detr.training.stages import plan_stages, train_stages
 from tests.training.small import small_tree
@@ -27,15 +27,16 @@ def train_until_killed(folder: Path, *overrides: str, num_saved: int) -> None:
     """Train; the process ends just before it would save for the `num_saved` + 1-th time."""
     saved = []
 
-    def save_or_die(*arguments: Any) -> None:
+    def save_or_die(checkpoint: Any, path: Path, **keywords: Any) -> None:
         if len(saved) == num_saved:
             raise KeyboardInterrupt
-        saved.append(arguments)
-        save(*arguments)
+        if path.name != state.BEST:
+            saved.append(path)
+        save(checkpoint, path, **keywords)
 
-    save = trainer.save_checkpoint
+    save = state.save_checkpoint
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainer, "save_checkpoint", save_or_die)
+        patch.setattr(state, "save_checkpoint", save_or_die)
         with pytest.raises(KeyboardInterrupt):
             train(folder, *overrides)
 

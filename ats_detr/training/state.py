@@ -1,0 +1,189 @@
+"""Everything a run needs to go on exactly where it was, written to its checkpoint and read back."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import AdamW
+
+from ats_detr import distributed
+from ats_detr.config import Config, config_to_dict
+from ats_detr.errors import UserError
+from ats_detr.model import Detr
+from ats_detr.training.average import MovingAverage
+from ats_detr.training.checkpoint import load_checkpoint, load_weights, save_checkpoint, write_json
+from ats_detr.training.origin import ADJUSTABLE, check_same_origin
+
+logger = logging.getLogger(__name__)
+
+RESUMABLE = "checkpoint.pt"
+"""In a stage's folder: the state to go on from."""
+PREVIOUS = "checkpoint.previous.pt"
+"""The one before it, for the case that it turns out to be damaged."""
+BEST = "best.pt"
+"""The weights of the best evaluation, where that was not the last."""
+FINISHED = "final.pt"
+"""In a stage's folder: the weights at the end. Its existence says that the stage is finished."""
+RESULTS = (FINISHED, BEST, RESUMABLE, PREVIOUS, "metrics.json")
+
+
+@dataclass
+class Progress:
+    """How far a run has come: what a checkpoint holds beside weights, optimiser and random numbers."""
+
+    epoch: int = 0
+    """Completed epochs."""
+    epoch_step: int = 0
+    """Completed steps of the epoch after those: with the seed, all that the sampler's position depends on."""
+    step: int = 0
+    """Completed steps."""
+    train_seconds: float = 0.0
+    best_ap: float | None = None
+    """Of all evaluations so far."""
+    skipped_steps: int = 0
+    """Steps without a finite gradient."""
+
+
+@dataclass
+class State:
+    """What training changes."""
+
+    model: Detr
+    optimizer: AdamW
+    average: MovingAverage | None
+    progress: Progress
+
+    @property
+    def evaluated(self) -> Detr:
+        """The model whose detections count: the average where there is one."""
+        return self.model if self.average is None else self.average.model
+
+
+def find_checkpoint(config: Config, facts: Mapping[str, Any], folder: Path) -> dict[str, Any] | None:
+    """The run's own checkpoint, if there is one to go on from; the one before it where that is damaged.
+
+    Raises UserError where it is of another training, or where there are checkpoints of which none can be read.
+    """
+    if not is_resuming(config):
+        return None
+    damage: UserError | None = None
+    for path in (folder / RESUMABLE, folder / PREVIOUS):
+        if not path.exists():
+            continue
+        try:
+            checkpoint = load_checkpoint(path, verify=True)
+        except UserError as error:
+            damage = damage or error
+            continue
+        if damage is not None:
+            logger.warning("%s; using the one before it, %s", damage, path)
+        check_same_origin(checkpoint, path, config, facts, ADJUSTABLE)
+        if checkpoint["epoch"] >= config.train.epochs:
+            raise UserError(
+                f"{path}: has done {checkpoint['epoch']} epochs, but train.epochs = {config.train.epochs}:"
+                f" give more than {checkpoint['epoch']}, or train again with train.resume=never"
+            )
+        return checkpoint | {"path": path}
+    if damage is not None:
+        raise UserError(
+            f"{damage}; there is no other to go on from: delete it, or train again with train.resume=never"
+        )
+    return None
+
+
+def is_resuming(config: Config) -> bool:
+    """Whether what is in the run's folder counts. What a launcher starts again after a crash always goes on."""
+    return config.train.resume == "auto" or distributed.is_restarted()
+
+
+def restore(checkpoint: Mapping[str, Any], state: State, device: torch.device) -> None:
+    """Restore everything that training changes from the run's own checkpoint. Strict: nothing may be missing.
+
+    Learning rates and weight decay stay as the optimiser was built: they may have been changed since.
+    """
+    path = checkpoint["path"]
+    load_weights(state.model, checkpoint["model"], path)
+    if state.average is not None:
+        load_weights(state.average.model, checkpoint.get("average", checkpoint["model"]), path)
+    optimizer = state.optimizer
+    asked = [{key: group[key] for key in group if key != "params"} for group in optimizer.param_groups]
+    optimizer.load_state_dict(checkpoint["optimizer"])
+    for group, settings in zip(optimizer.param_groups, asked, strict=True):
+        group.update(settings)
+    restore_rng(checkpoint["rng"][distributed.rank()], device)
+    known = {field.name for field in dataclasses.fields(Progress)} & checkpoint.keys()
+    state.progress = Progress(**{name: checkpoint[name] for name in known})
+    within = f", {state.progress.epoch_step} steps into the next" if state.progress.epoch_step else ""
+    logger.info("going on from %s after epoch %d%s", path, state.progress.epoch, within)
+
+
+def save(config: Config, facts: Mapping[str, Any], folder: Path, state: State, device: torch.device) -> None:
+    """Write the checkpoint to go on from. Every process calls it."""
+    rng = distributed.gather(rng_state(device))
+    if not distributed.is_main():
+        return
+    checkpoint = _common(config, facts, state, state.model)
+    checkpoint |= {"optimizer": state.optimizer.state_dict(), "rng": rng, "finished": False}
+    if state.average is not None:
+        checkpoint["average"] = state.average.model.state_dict()
+    save_checkpoint(checkpoint, folder / RESUMABLE, previous=folder / PREVIOUS)
+
+
+def save_result(
+    config: Config,
+    facts: Mapping[str, Any],
+    folder: Path,
+    state: State,
+    metrics: Mapping[str, Any],
+    name: str,
+) -> None:
+    """Write the evaluated weights and what was measured of them, as `best.pt` or `final.pt`."""
+    if not distributed.is_main():
+        return
+    checkpoint = _common(config, facts, state, state.evaluated) | {"metrics": metrics, "finished": True}
+    if name == FINISHED:
+        write_json(metrics, folder / "metrics.json")
+    save_checkpoint(checkpoint, folder / name)
+    if name == FINISHED:
+        for path in (RESUMABLE, PREVIOUS):
+            (folder / path).unlink(missing_ok=True)
+
+
+def discard_results(folder: Path) -> None:
+    """Remove what an earlier training left: nobody may take it for the result of the one that starts now."""
+    distributed.barrier()  # every process has read what it needs of it
+    if distributed.is_main():
+        for name in RESULTS:
+            (folder / name).unlink(missing_ok=True)
+
+
+def _common(config: Config, facts: Mapping[str, Any], state: State, model: Detr) -> dict[str, Any]:
+    return {
+        "model": model.state_dict(),
+        "config": config_to_dict(config),
+        "num_classes": model.num_classes,
+        **facts,
+        **dataclasses.asdict(state.progress),
+    }
+
+
+def rng_state(device: torch.device) -> dict[str, Tensor]:
+    """State of the random number generators that training draws from."""
+    state = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def restore_rng(state: Mapping[str, Tensor], device: torch.device) -> None:
+    """Inverse of `rng_state`; a state of another kind of device is left out."""
+    torch.set_rng_state(state["cpu"])
+    if device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"], device)
