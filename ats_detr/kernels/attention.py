@@ -204,8 +204,9 @@ def _msda_backward(
     _, pull_back = torch.func.vjp(
         again, value, offsets, weights
     )  # autograd records nothing in a compiled graph
-    grad_value, *grads = pull_back(grad_out)
-    return (grad_value if need_value else value.new_empty(0), *grads)
+    # Contiguous, as the fake operator below promises to compilers.
+    grad_value, grad_offsets, grad_weights = (gradient.contiguous() for gradient in pull_back(grad_out))
+    return grad_value if need_value else value.new_empty(0), grad_offsets, grad_weights
 
 
 @_msda_backward.register_fake

@@ -8,6 +8,7 @@ towards its memory.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -106,7 +107,8 @@ class DualTeacher:
 
 
 def _share_frozen_stages(student: Detr, teacher: Detr) -> bool:
-    own, other = student.backbone.body, teacher.backbone.body
+    own: Any = student.backbone.body
+    other: Any = teacher.backbone.body
     names = student.backbone.frozen_stages()
     if not names or not isinstance(other, nn.ModuleDict) or not set(names) <= set(other):
         return False

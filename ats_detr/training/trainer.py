@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._dynamo.exc import TorchDynamoException
+from torch._inductor.exc import InductorError
 from torch.nn.parallel import DistributedDataParallel
 
 from ats_detr import distributed
@@ -297,7 +299,7 @@ def train_step(run: Run, epoch: int, micro_batches: Sequence[Batch], *, metrics:
     values, problem = accumulate_gradients(run, micro_batches, metrics=metrics)
 
     named = [(name, p) for name, p in model.named_parameters() if p.grad is not None]
-    norms = torch._foreach_norm([parameter.grad for _, parameter in named])
+    norms = torch._foreach_norm([parameter.grad for _, parameter in named if parameter.grad is not None])
     total_norm = torch.linalg.vector_norm(torch.stack(norms))
     nn.utils.clip_grads_with_norm_([parameter for _, parameter in named], settings.clip_norm, total_norm)
     image_ids = [target.image_id for _, targets in micro_batches for target in targets]
@@ -325,8 +327,9 @@ def accumulate_gradients(
     for index, (host_batch, targets) in enumerate(micro_batches):
         batch = host_batch.to(run.device)
         is_last = index + 1 == len(micro_batches)
-        together = isinstance(run.trained, DistributedDataParallel) and not is_last
-        with run.trained.no_sync() if together else nullcontext(), naming_the_batch(batch, targets):
+        trained: Any = run.trained
+        is_alone = is_last or not isinstance(trained, DistributedDataParallel)
+        with nullcontext() if is_alone else trained.no_sync(), naming_the_batch(batch, targets):
             output, losses, found = compute_losses(
                 run.trained,
                 run.criterion,
@@ -385,8 +388,8 @@ def compute_losses(
     losses = pending.finish(num_boxes) | taught
     if share != 1.0:
         losses = {k: v if k.startswith(SUMS_OVER_OBJECTS) else v * share for k, v in losses.items()}
-    total = sum(weight * losses[key] for key, weight in criterion.weights.items() if key in losses)
-    total = total + sum(losses[key] for key in taught)
+    weights = criterion.weights | dict.fromkeys(taught, 1.0)
+    total = torch.stack([weight * losses[key] for key, weight in weights.items() if key in losses]).sum()
     # A loss that is not finite may still have finite gradients, which other processes would take for good.
     is_good = total.detach().isfinite() & (pending.matches.problem is None)
     total = total * torch.where(is_good, 1.0, torch.nan)
@@ -431,7 +434,13 @@ def rehearse(run: Run) -> None:
     rng = rng_state(run.device)
     run.statistics.keep()
     run.trained.train()
-    accumulate_gradients(run, [(batch, targets)], metrics=False)
+    try:
+        accumulate_gradients(run, [(batch, targets)], metrics=False)
+    except (TorchDynamoException, InductorError) as error:
+        reason = str(error).strip().splitlines()[0]
+        logger.warning("train.compile is OFF, this model cannot be compiled here: %s", reason)
+        uncompile_layers(run.state.model)
+        accumulate_gradients(run, [(batch, targets)], metrics=False)
     run.state.optimizer.zero_grad()
     run.statistics.restore()
     restore_rng(rng, run.device)
@@ -481,11 +490,15 @@ def determinism(wanted: bool, device: torch.device) -> Iterator[None]:
 
 
 def compile_layers(model: Detr) -> None:
-    """Compile the layers of encoder and decoder for any sizes; where the compiler fails, say so and leave them."""
-    layers = [*model.encoder.layers, *model.decoder.layers]
-
-    for layer in layers:
+    """Compile the layers of encoder and decoder for any sizes, when they run first."""
+    for layer in (*model.encoder.layers, *model.decoder.layers):
         layer.compile(dynamic=True)
+
+
+def uncompile_layers(model: Detr) -> None:
+    """Let them run as they are again."""
+    for layer in (*model.encoder.layers, *model.decoder.layers):
+        layer._compiled_call_impl = None
 
 
 def warn_of_minimum(config: Config, metrics: Metrics) -> None:

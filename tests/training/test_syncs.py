@@ -1,0 +1,135 @@
+"""How often a training step waits for the device: two transfers to the host, and nothing else that would."""
+
+from __future__ import annotations
+
+import traceback
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ats_detr.config import Config
+from ats_detr.training import trainer
+from ats_detr.training.signals import StopSignals
+from tests.training.small import random_batch, small_config
+
+_READS_DEVICE = {
+    torch.ops.aten._local_scalar_dense.default,  # item, int, float, bool, indexing by a number on the device
+    torch.ops.aten.nonzero.default,
+    torch.ops.aten.masked_select.default,
+    torch.ops.aten.equal.default,
+    torch.ops.aten._unique2.default,
+    torch.ops.aten.repeat_interleave.Tensor,
+    torch.ops.aten.is_nonzero.default,
+}
+_STANDS_IN_FOR_A_KERNEL = "kernels/reference.py"
+"""On a GPU a kernel does this operator, from what is on the device; the definition, for the CPU, splits by image."""
+
+
+class Transfers:
+    """Counts, by the line of the package that asks for it, what on a GPU would wait for the device.
+
+    Two modes: operators that need the values of a tensor, and the methods that copy one to the host (on the CPU they
+    copy nothing and reach no operator).
+    """
+
+    def __init__(self) -> None:
+        self.places: Counter[str] = Counter()
+
+    def note(self, what: str) -> None:
+        frames = [f for f in traceback.extract_stack() if "/ats_detr/" in f.filename]
+        own = [f for f in frames if "/tests/" not in f.filename]
+        if not own or any(
+            f.filename.endswith(_STANDS_IN_FOR_A_KERNEL) and f.name == "sample_packed" for f in own
+        ):
+            return
+        place = own[-1]
+        self.places[f"{Path(place.filename).name}:{place.name}: {what}"] += 1
+
+    def __enter__(self) -> Transfers:
+        transfers = self
+
+        class Operators(TorchDispatchMode):
+            def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+                by_mask = func in (torch.ops.aten.index.Tensor, torch.ops.aten.index_put_.default) and any(
+                    index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1]
+                )
+                if func in _READS_DEVICE or by_mask:
+                    transfers.note(str(func))
+                return func(*args, **(kwargs or {}))
+
+        class Methods(TorchFunctionMode):
+            def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+                to_host = func is Tensor.to and (
+                    args[1:2] == ("cpu",) or (kwargs or {}).get("device") == "cpu"
+                )
+                if func in (Tensor.cpu, Tensor.tolist) or to_host:
+                    transfers.note(func.__name__)
+                return func(*args, **(kwargs or {}))
+
+        self._modes = Operators(), Methods()
+        for mode in self._modes:
+            mode.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        for mode in reversed(self._modes):
+            mode.__exit__(*error)
+
+
+def prepared(folder: Path, config: Config) -> trainer.Run:
+    return trainer.prepare(config, folder / "run", "small", torch.device("cpu"), None, None, StopSignals())
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_a_step_makes_two_transfers(tmp_path: Path, recompute: bool) -> None:
+    run = prepared(tmp_path, small_config(tmp_path, train={"recompute": recompute}))
+    batch = random_batch(0, [3, 0, 2, 1], size=64)
+    trainer.train_step(run, 0, [batch], metrics=False)  # the optimiser makes its state
+    with Transfers() as transfers:
+        trainer.train_step(run, 0, [batch], metrics=False)
+    allowed = {
+        "plan.py:from_mask: tolist": 1,  # how many rows each image keeps
+        "matcher.py:__init__: to": 1,  # the costs
+    }
+    assert transfers.places == allowed
+
+
+def test_what_is_logged_is_one_transfer_more(tmp_path: Path) -> None:
+    run = prepared(tmp_path, small_config(tmp_path))
+    batch = random_batch(0, [3, 0, 2, 1], size=64)
+    trainer.train_step(run, 0, [batch], metrics=True)
+    with Transfers() as transfers:
+        trainer.mean_on_host(trainer.train_step(run, 0, [batch], metrics=True))
+    assert transfers.places.total() == 3
+
+
+def test_the_counter_counts() -> None:
+    x = torch.arange(3.0)
+    with Transfers() as transfers:
+        transfers.note = lambda what: transfers.places.update([what])  # type: ignore[method-assign]
+        x[x > 1], x.tolist(), x.sum().item(), x.to("cpu"), x.cpu(), bool(x[0] > 2), x.nonzero()
+    assert transfers.places.total() >= 7
+
+
+@pytest.mark.gpu
+def test_a_step_waits_for_the_gpu_only_where_it_is_allowed_to(tmp_path: Path) -> None:
+    config = small_config(tmp_path, device="cuda")
+    device = torch.device("cuda")
+    run = trainer.prepare(config, tmp_path / "run", "small", device, None, None, StopSignals())
+    batch = random_batch(0, [3, 0, 2, 1], size=64)
+    for _ in range(3):
+        trainer.train_step(run, 0, [batch], metrics=False)
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with pytest.warns(UserWarning, match="synchroniz") as caught:
+            trainer.train_step(run, 0, [batch], metrics=False)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    waits = [str(w.message) for w in caught if "synchroniz" in str(w.message)]
+    assert len(waits) <= 2, waits
