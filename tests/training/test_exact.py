@@ -1,0 +1,210 @@
+"""Exact to resume: however a run is interrupted, it ends with the bits of one that was not."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import random
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from ats_detr.config import load_config
+from ats_detr.errors import Stopped, UserError
+from ats_detr.training.stages import plan_stages, train_stages
+from ats_detr.training.state import PREVIOUS, RESUMABLE
+from tests.training.small import small_tree
+
+pytestmark = pytest.mark.xdist_group("exact")  # the undisturbed run is shared
+
+EPOCHS, STEPS = 4, 4
+SETTINGS: dict[str, Any] = {
+    "model": {"dropout": 0.1},
+    "train": {"epochs": EPOCHS, "ema_decay": 0.9, "checkpoint_every_steps": 1},
+    "deterministic": True,
+}
+FORKS = multiprocessing.get_context("forkserver")
+"""Children of a process that has imported everything and used nothing: they start at once, and no thread is lost."""
+FORKS.set_forkserver_preload(["ats_detr.training.stages", "tests.training.test_exact"])
+
+
+def write_run(folder: Path, **changes: Any) -> None:
+    folder.mkdir(exist_ok=True)
+    tree = small_tree(folder, **SETTINGS)
+    tree["data"]["root"] = str(folder.parent / "data")
+    for key, value in changes.items():
+        tree[key] |= value
+    (folder / "config.yaml").write_text(yaml.safe_dump(tree))
+
+
+def train(folder: Path) -> None:
+    """The run in `folder`, to its end."""
+    torch.set_num_threads(1)
+    config = load_config(folder / "config.yaml")
+    train_stages(plan_stages(config), "all", torch.device("cpu"))
+
+
+def train_quietly(folder: Path) -> None:
+    """In a process of its own."""
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), 1)
+    train(folder)
+
+
+def train_until(folder: Path, condition: Callable[[], bool], number: int = signal.SIGKILL) -> int | None:
+    """Train in another process and send it a signal once `condition` holds; its exit code."""
+    process = FORKS.Process(target=train_quietly, args=(folder,))
+    process.start()
+    while process.is_alive() and not condition():
+        time.sleep(0.001)
+    if process.is_alive():
+        os.kill(process.pid, number)
+    process.join(120)
+    return process.exitcode
+
+
+def final_state(folder: Path) -> dict[str, Any]:
+    return torch.load(folder / "run" / "final.pt", weights_only=True)
+
+
+def assert_same_result(folder: Path, expected: Path) -> None:
+    own, other = final_state(folder), final_state(expected)
+    assert own["step"] == other["step"] == EPOCHS * STEPS
+    assert own["best_ap"] == other["best_ap"]
+    for name, tensor in other["model"].items():
+        assert torch.equal(own["model"][name], tensor), name
+    logs = [
+        [
+            {k: v for k, v in yaml.safe_load(line).items() if k != "images_per_second"}
+            for line in (f / "run" / "log.jsonl").read_text().splitlines()
+        ]
+        for f in (folder, expected)
+    ]
+    assert logs[0] == logs[1], "every step and evaluation once, with the same numbers"
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("exact") / "undisturbed"
+    write_run(folder)
+    train(folder)
+    return folder
+
+
+def test_two_deterministic_runs_are_equal(undisturbed: Path) -> None:
+    folder = undisturbed.parent / "again"
+    write_run(folder)
+    train(folder)
+    assert_same_result(folder, undisturbed)
+
+
+def kill_at_random(undisturbed: Path, seed: int) -> None:
+    """Kill, at a moment drawn from the whole run: at a step, between steps, in a save or an evaluation; then go on."""
+    folder = undisturbed.parent / f"killed-{seed}"
+    write_run(folder)
+    generator = random.Random(seed)
+    lines = generator.randrange(EPOCHS * STEPS)
+    more_seconds = generator.uniform(0, 0.15)
+    log = folder / "run" / "log.jsonl"
+    reached: list[float] = []
+
+    def is_time() -> bool:
+        if not reached and log.exists() and log.read_bytes().count(b"\n") >= lines:
+            reached.append(time.monotonic())
+        return bool(reached) and time.monotonic() - reached[0] > more_seconds
+
+    assert train_until(folder, is_time) == -signal.SIGKILL
+    assert not (folder / "run" / "final.pt").exists()
+    train(folder)
+    assert_same_result(folder, undisturbed)
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_a_run_killed_at_a_random_moment_ends_with_the_same_bits(undisturbed: Path, seed: int) -> None:
+    kill_at_random(undisturbed, seed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(100, 120))
+def test_twenty_more_random_moments(undisturbed: Path, seed: int) -> None:
+    kill_at_random(undisturbed, seed)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_saves_and_ends_the_run_in_order(undisturbed: Path, number: int) -> None:
+    folder = undisturbed.parent / f"signalled-{int(number)}"
+    write_run(folder, train={**SETTINGS["train"], "checkpoint_every_steps": 0, "learning_rate": 1e-3})
+    log = folder / "run" / "log.jsonl"
+    code = train_until(folder, lambda: log.exists() and log.read_bytes().count(b"\n") >= 2, number)
+    assert code == 1, "multiprocessing's word for an exception: Stopped"
+    saved = torch.load(folder / "run" / RESUMABLE, weights_only=True)
+    assert (saved["epoch"], saved["epoch_step"]) != (0, 0)
+    train(folder)
+    own, other = final_state(folder)["model"], final_state(undisturbed)["model"]
+    assert all(torch.equal(own[name], other[name]) for name in other)
+
+
+def test_a_stop_in_order_is_told_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from ats_detr.training import trainer
+
+    write_run(tmp_path / "run")
+    step = trainer.train_step
+
+    def step_and_signal(*arguments: Any, **keywords: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return step(*arguments, **keywords)
+
+    monkeypatch.setattr(trainer, "train_step", step_and_signal)
+    with pytest.raises(Stopped, match="stopped by SIGTERM after step 1; the same command goes on from there"):
+        train(tmp_path / "run")
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL, "as it was before"
+
+
+# -------------------------------------------------------------------------------------------- damaged checkpoints
+def interrupted(folder: Path) -> Path:
+    """A run killed after its second checkpoint."""
+    write_run(folder)
+    run = folder / "run"
+    train_until(folder, (run / PREVIOUS).exists)
+    return run
+
+
+def truncate(path: Path) -> None:
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def zero_the_middle(path: Path) -> None:
+    """What a crash of the machine leaves of pages that never reached the disk."""
+    size = path.stat().st_size
+    with path.open("r+b") as file:
+        file.seek(size // 2)
+        file.write(bytes(4096))
+
+
+@pytest.mark.parametrize("damage", [truncate, zero_the_middle])
+def test_a_damaged_checkpoint_is_noticed_and_the_one_before_it_is_used(
+    undisturbed: Path, damage: Callable[[Path], None], caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = undisturbed.parent / damage.__name__
+    run = interrupted(folder)
+    damage(run / RESUMABLE)
+    with caplog.at_level("WARNING"):
+        train(folder)
+    assert f"{run / RESUMABLE}: a damaged checkpoint" in caplog.text
+    assert f"using the one before it, {run / PREVIOUS}" in caplog.text
+    assert_same_result(folder, undisturbed)
+
+
+def test_without_a_whole_checkpoint_the_run_is_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    run = interrupted(folder)
+    truncate(run / RESUMABLE)
+    truncate(run / PREVIOUS)
+    with pytest.raises(UserError, match="a damaged checkpoint .* there is no other to go on from"):
+        train(folder)
