@@ -8,6 +8,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+import torch
+
 from ats_detr import distributed
 from ats_detr.config import load_config
 from ats_detr.errors import run_cli
@@ -27,6 +29,11 @@ def main() -> None:
     parser.add_argument(
         "--output", type=Path, help="folder for metrics.json and pictures; default: beside the checkpoint"
     )
+    parser.add_argument(
+        "--compile",
+        choices=("float32", "bfloat16"),
+        help="evaluate the compiled detector (Detector.compile), in this type",
+    )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as data.eval_batch_size=8")
     arguments = parser.parse_intermixed_args()
     if arguments.config:
@@ -36,7 +43,8 @@ def main() -> None:
     output = arguments.output or arguments.checkpoint.parent / "evaluation"
     with distributed.process_group(config.device) as device:
         logging.configure()
-        evaluate_checkpoint(config, arguments.checkpoint, output, device)
+        compiled = getattr(torch, arguments.compile) if arguments.compile else None
+        evaluate_checkpoint(config, arguments.checkpoint, output, device, compiled=compiled)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from ats_detr.batch import Target
 from ats_detr.data.coco import ClassMap, CocoAnnotations, ImageFileError
 from ats_detr.data.loader import EvaluationLoader
 from ats_detr.errors import UserError
-from ats_detr.model import Detr
+from ats_detr.model import CompiledDetr, Detr
 from ats_detr.model.output import Detections, DetectorOutput, top_detections
 
 Evaluator = Literal["auto", "pycocotools", "hotcoco"]
@@ -132,7 +132,7 @@ class Metrics:
 
 @torch.no_grad()
 def evaluate(
-    model: Detr,
+    model: Detr | CompiledDetr,
     loader: EvaluationLoader,
     device: torch.device | str,
     *,
@@ -143,23 +143,25 @@ def evaluate(
 
     With torch.distributed initialised, each process calls it with its own share of the images
     (`EvaluationLoader` with rank and world_size) and the processes wait for each other once, at the end. The
-    model is put in evaluation mode and back. Pass the bare model, not DistributedDataParallel.
+    model is put in evaluation mode and back. Pass the bare or the compiled model, not DistributedDataParallel.
 
     Raises, on every process, ImageFileError if one of them meets an image that cannot be read, and UserError if there
     is no image that can be.
     """
-    was_training = model.training
-    model.eval()
+    bare = model.model if isinstance(model, CompiledDetr) else model
+    was_training = bare.training
+    bare.eval()
     found = _Found()
     try:
         batches = track(loader, "evaluating", total=len(loader), transient=True, disable=not show_progress)
         for batch, targets in batches:
-            output = model(batch.to(device), supervision=False)
+            batch = batch.to(device)
+            output = model(batch) if isinstance(model, CompiledDetr) else model(batch, supervision=False)
             found.add(output, targets, loader.dataset.class_map)
     except ImageFileError as error:
         found.error = str(error)  # told to the others, who would wait for this process
     finally:
-        model.train(was_training)
+        bare.train(was_training)
 
     shares = distributed.gather(found)
     for share in shares:

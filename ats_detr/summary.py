@@ -16,7 +16,7 @@ from ats_detr.data.coco import ClassMap
 from ats_detr.data.loader import EvaluationLoader
 from ats_detr.evaluation import Metrics, evaluate
 from ats_detr.flops import count_flops
-from ats_detr.model import Detr
+from ats_detr.model import CompiledDetr, Detr
 from ats_detr.training import checkpoint as checkpoints
 from ats_detr.training.datasets import build_evaluation_loader
 from ats_detr.training.logging import console, say
@@ -34,16 +34,20 @@ _AP_NAMES = {
 }
 
 
-def evaluate_checkpoint(config: Config, path: Path, folder: Path, device: torch.device) -> Metrics:
+def evaluate_checkpoint(
+    config: Config, path: Path, folder: Path, device: torch.device, *, compiled: torch.dtype | None = None
+) -> Metrics:
     """Print and write what a checkpoint achieves on the validation images of `config`.
 
     `folder` gets metrics.json, pictures of `num_pictures` images, and, for a model with a budget per image,
-    budgets.png. Every process of a distributed run calls it.
+    budgets.png. With a dtype for `compiled` the metrics are those of the compiled detector. Every process of a
+    distributed run calls it.
     """
     model, class_map = load_detector(config, path, device)
     loader = build_evaluation_loader(config.data, class_map)
     make_folder(folder)
-    metrics = evaluate(model, loader, device, show_progress=console.is_terminal)
+    evaluated = model if compiled is None else CompiledDetr(model, dtype=compiled)
+    metrics = evaluate(evaluated, loader, device, show_progress=console.is_terminal)
     warn_of_minimum(config, metrics)
     if distributed.is_main():
         print_metrics(metrics)

@@ -24,7 +24,7 @@ from ats_detr.data.synthetic import synthetic_dataset
 from ats_detr.errors import UserError
 from ats_detr.evaluation import Metrics, average_precision, detection_rows, evaluate
 from ats_detr.kernels import TokenPlan
-from ats_detr.model import build_model
+from ats_detr.model import CompiledDetr, build_model
 from ats_detr.model.output import Detections, DetectorOutput, Prediction, TokenScores
 
 NUM_IMAGES = 21
@@ -258,7 +258,9 @@ def test_no_image_depends_on_batch_size_or_order(dataset):
     order = np.random.default_rng(0).permutation(NUM_IMAGES).tolist()
     alone = evaluate(model, EvaluationLoader(dataset, batch_size=1, **SIZES), "cpu")
     batched = evaluate(model, EvaluationLoader(dataset, batch_size=8, indices=order, **SIZES), "cpu")
+    compiled = evaluate(CompiledDetr(model), EvaluationLoader(dataset, batch_size=8, **SIZES), "cpu")
     assert_same(alone, batched)
+    assert_same(alone, compiled)
     assert len({record.num_valid_tokens for record in alone.images}) > 2
 
 

@@ -87,12 +87,9 @@ class EncoderLayer(nn.Module):
         """`forward` for inference where only the device knows how many of the K rows are in use: every operator
         leaves out the others.
         """
-        attention, norm, feedforward, num_rows = (
-            self.attention,
-            self.attention_norm,
-            self.feedforward,
-            plan.num_rows,
-        )
+        attention, norm, feedforward = self.attention, self.attention_norm, self.feedforward
+        num_rows = plan.num_rows
+        assert num_rows is not None
         offsets, logits = attention.project_packed_query(rows_KC, positions_KC, num_rows)
         gathered = attention.attend(
             value_BSC, level_shapes, references_KL2, offsets, logits, plan.image_index_K, num_rows

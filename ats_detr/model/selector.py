@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -61,9 +62,10 @@ class TokenSelector(nn.Module):
         else:
             global_BC = global_BSC.mean(1)
         hidden_BSC = torch.cat([local_BSC, global_BC[:, None].expand_as(local_BSC)], -1)
-        for layer in self.score[:-1]:
+        *hidden_layers, last = cast(list[nn.Linear], list(self.score))
+        for layer in hidden_layers:
             hidden_BSC = layer(hidden_BSC)
-        scores_BS = ranking_logits(hidden_BSC, self.score[-1].weight, self.score[-1].bias).squeeze(-1)
+        scores_BS = ranking_logits(hidden_BSC, last.weight, last.bias).squeeze(-1)
         if self.masked_mean:
             lowest = scores_BS.masked_fill(padding_mask_BS, torch.inf).amin(1, keepdim=True)
             scores_BS = torch.where(padding_mask_BS, lowest, scores_BS)
