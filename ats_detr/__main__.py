@@ -45,6 +45,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     _add_predict(commands)
     _add_info(commands)
+    _add_export(commands)
     _add_convert(commands)
     _add_datasets(commands)
     arguments = parser.parse_args(argv)
@@ -148,6 +149,48 @@ def _info(arguments: argparse.Namespace) -> None:
     width = max(len(what) for what, _ in rows)
     for what, value in rows:
         console.print(f"{what:<{width}}  {value}")
+
+
+# -------------------------------------------------------------------------------------------------------------- export
+def _add_export(commands: Any) -> None:
+    command = commands.add_parser(
+        "export",
+        help="a graph for onnxruntime, or a torch.export program",
+        description="Write the detector as one graph that runs without this package. It takes images of one padded "
+        "size, in batches of any size: uint8 `images` [B, 3, H, W] and int64 `sizes` [B, 2] of what is not padding.",
+    )
+    command.add_argument("checkpoint", help="what --checkpoint of predict takes")
+    command.add_argument("destination", type=Path, help=".onnx or .pt2")
+    command.add_argument(
+        "--size", type=_size, metavar="HxW", help="of the padded images; default: a landscape of full size"
+    )
+    command.add_argument(
+        "--keep-ratio", type=float, help="one budget for all images; default: the model's own"
+    )
+    command.add_argument("--max-detections", type=int, default=MAX_DETECTIONS, help="default: %(default)s")
+    command.set_defaults(run=_export)
+
+
+def _size(text: str) -> tuple[int, int]:
+    height, _, width = text.partition("x")
+    if not (height.isdigit() and width.isdigit()):
+        raise argparse.ArgumentTypeError(f"{text!r}: give height and width, such as 832x1344")
+    return int(height), int(width)
+
+
+def _export(arguments: argparse.Namespace) -> None:
+    from ats_detr.export import export_file  # torch's exporter takes seconds to load
+
+    detector = Detector.from_checkpoint(arguments.checkpoint, device="cpu")
+    export_file(
+        detector,
+        arguments.destination,
+        arguments.size,
+        max_detections=arguments.max_detections,
+        keep_ratio=arguments.keep_ratio,
+    )
+    megabytes = arguments.destination.stat().st_size / 1e6
+    console.print(f"{arguments.destination}: {name_of_model(detector.config.model)}, {megabytes:.1f} MB")
 
 
 # ------------------------------------------------------------------------------------------------------------- convert

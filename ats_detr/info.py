@@ -88,7 +88,7 @@ def _multiply_adds(config: Config, model: Detr) -> str:
     parts = []
     for ratio in _ratios(config.model):
         if model.selector is not None:
-            _fix_budget(model, ratio)
+            model.selector.fix_ratio(ratio)  # this model is only counted, and thrown away
         flops = count_flops(model, batch)
         kept = "" if model.selector is None else f" keeping {ratio:.0%}"
         parts.append(f"{flops.total:.4g} G{kept} (encoder {flops.encoder:.3g})")
@@ -101,12 +101,6 @@ def _ratios(config: ModelConfig) -> list[float]:
         return [1.0]
     ratios = (selector.keep_ratio,) if not selector.adaptive else (selector.min_ratio, selector.max_ratio)
     return [ratio for ratio in ratios if ratio is not None]
-
-
-def _fix_budget(model: Detr, ratio: float) -> None:
-    """Keep this share of every image (this model is only counted, and thrown away)."""
-    model.selector.budget = None
-    model.selector.min_ratio = model.selector.max_ratio = ratio
 
 
 def _classes(classes: ClassMap, checkpoint: Mapping[str, Any]) -> str:

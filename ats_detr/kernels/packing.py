@@ -44,7 +44,7 @@ def scatter_tokens(
     _check(plan, memory_BSC)
     rows_KC = rows_KC.to(memory_BSC.dtype)
     backend = choose_backend(memory_BSC, backend)
-    if in_place:
+    if in_place and not torch.compiler.is_exporting():  # an exported graph changes none of its tensors
         torch.ops.ats_detr.scatter_(
             memory_BSC, rows_KC, plan.token_index_K, plan.image_index_K, plan.num_rows, backend
         )

@@ -173,9 +173,9 @@ class Detr(nn.Module):
         """Detections from the memory: the second half of a pass."""
         proposals, query_index_BQ = None, None
         if self.proposal_proj is None:
-            query_pos_BQC, content_BQC = self.query_embed.weight.expand(len(memory_BSC), -1, -1).chunk(
-                2, dim=-1
-            )
+            learned_BQX = self.query_embed.weight.expand(memory_BSC.shape[0], -1, -1)
+            query_pos_BQC, content_BQC = learned_BQX.chunk(2, dim=-1)
+            content_BQC = content_BQC.contiguous()  # its strides would tie an exported graph to a batch size
             references_BQX = self.reference_points(query_pos_BQC).float().sigmoid()
         else:
             proposals, query_index_BQ, references_BQX = self._propose(

@@ -90,15 +90,20 @@ def top_detections(
     Args:
         original_sizes: (height, width) in pixels of each image as stored.
     """
-    num_classes = prediction.logits.shape[-1]
-    scores_BQK = prediction.logits.float().sigmoid().flatten(1)
-    top = scores_BQK.topk(min(max_detections, scores_BQK.shape[1]), dim=1)
-    query_BN = top.indices // num_classes
-    boxes_BN4 = cxcywh_to_xyxy(prediction.boxes.float())
-    boxes_BN4 = boxes_BN4.gather(1, query_BN[..., None].expand(-1, -1, 4))
+    scores_BN, labels_BN, boxes_BN4 = top_pairs(prediction, max_detections)
     scale_B4 = torch.tensor([[width, height, width, height] for height, width in original_sizes])
     boxes_BN4 = boxes_BN4 * scale_B4[:, None].to(boxes_BN4.device, non_blocking=True)
     return [
         Detections(scores, labels, boxes)
-        for scores, labels, boxes in zip(top.values, top.indices % num_classes, boxes_BN4, strict=True)
+        for scores, labels, boxes in zip(scores_BN, labels_BN, boxes_BN4, strict=True)
     ]
+
+
+def top_pairs(prediction: Prediction, max_detections: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Scores [B, N], class rows [B, N] and boxes [B, N, 4] (corners, 0..1 of the unpadded image) of the best pairs."""
+    num_classes = prediction.logits.shape[-1]
+    scores_BQK = prediction.logits.float().sigmoid().flatten(1)
+    top = scores_BQK.topk(min(max_detections, scores_BQK.shape[1]), dim=1)
+    boxes_BN4 = cxcywh_to_xyxy(prediction.boxes.float())
+    boxes_BN4 = boxes_BN4.gather(1, (top.indices // num_classes)[..., None].expand(-1, -1, 4))
+    return top.values, top.indices % num_classes, boxes_BN4

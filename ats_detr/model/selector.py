@@ -93,6 +93,11 @@ class TokenSelector(nn.Module):
         most = math.ceil(num_tokens * ratio) + 1
         return batch * min(num_tokens, max(most, self.min_tokens))
 
+    def fix_ratio(self, ratio: float) -> None:
+        """From now on keep this share of every image."""
+        self.budget = None
+        self.min_ratio = self.max_ratio = ratio
+
     def num_tokens(self, num_valid_B: Tensor, budget_logits_BR: Tensor | None) -> Tensor:
         """int64 [B] tokens to keep of each image."""
         if budget_logits_BR is None:

@@ -1,0 +1,254 @@
+"""The detector as one graph that runs without this package: ONNX for onnxruntime, or torch.export's program.
+
+The graph takes images of one padded size, in batches of any size, and returns detections. It holds the reference
+operators. An adaptive model keeps its budget per image, in rows of static number: rows that an image's budget leaves
+over are computed and thrown away, which costs as much as the largest budget; `keep_ratio` makes a smaller graph of one
+budget.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+
+from ats_detr.batch import bucket_size
+from ats_detr.data.transforms import IMAGE_MEAN, IMAGE_STD
+from ats_detr.detector import Detector
+from ats_detr.errors import UserError
+from ats_detr.evaluation import MAX_DETECTIONS
+from ats_detr.kernels import TokenPlan, reference
+from ats_detr.model import Detr
+from ats_detr.model.output import top_pairs
+
+INPUTS = ("images", "sizes")
+OUTPUTS = ("boxes", "scores", "labels", "kept")
+_BATCH = Dim("batch", min=1, max=1024)
+
+
+class _Deployed(nn.Module):
+    """Pixels to detections, in tensors only."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, model: Detr, max_detections: int) -> None:
+        super().__init__()
+        self.model, self.max_detections = model, max_detections
+        self.register_buffer("mean", torch.tensor(IMAGE_MEAN)[:, None, None])
+        self.register_buffer("std", torch.tensor(IMAGE_STD)[:, None, None])
+
+    def forward(self, images: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        height, width = images.shape[-2:]
+        below_BH = torch.arange(height, device=images.device) >= sizes[:, :1]
+        right_BW = torch.arange(width, device=images.device) >= sizes[:, 1:]
+        padding_BHW = below_BH[:, :, None] | right_BW[:, None, :]
+        pixels = (images.float() / 255 - self.mean) / self.std
+        output = self.model.detect(
+            pixels.masked_fill(padding_BHW[:, None], 0.0), padding_BHW, supervision=False
+        )
+        scores, labels, boxes = top_pairs(output.last, self.max_detections)
+        if output.selection is None:
+            kept = (~output.padding_mask_BS).sum(1)
+        else:
+            kept = output.selection.num_kept_B
+        return boxes, scores, labels, kept
+
+
+def export_program(
+    detector: Detector,
+    size: tuple[int, int] | None = None,
+    *,
+    max_detections: int = MAX_DETECTIONS,
+    keep_ratio: float | None = None,
+) -> ExportedProgram:
+    """The detector as a program of aten operators.
+
+    Inputs: `images`, uint8 RGB [B, 3, H, W], resized as in evaluation and padded at the bottom and right with anything;
+    `sizes`, int64 [B, 2], (height, width) of each image without padding. Outputs, best detection first, N =
+    max_detections: `boxes`, float32 [B, N, 4], corners in 0..1 of the unpadded image; `scores`, float32 [B, N];
+    `labels`, int64 [B, N], rows of the classification head; `kept`, int64 [B], tokens that were kept.
+
+    Args:
+        size: (H, W) of the padded images, multiples of data.size_multiple. Default: a landscape image that fills
+            short_side x long_side. Detections equal those of `predict` for images that evaluation pads to just this
+            size; others are padded more here, which their features notice.
+        keep_ratio: every image keeps this share of its tokens; default: the model's own budgets.
+
+    Raises UserError for an impossible size or ratio.
+    """
+    data = detector.config.data
+    size = size or bucket_size((data.short_side, data.long_side), data.size_multiple)
+    if min(size) < 1 or size != bucket_size(size, data.size_multiple):
+        raise UserError(f"export size {size[0]}x{size[1]}: give multiples of {data.size_multiple} pixels")
+    model = copy.deepcopy(detector.model).cpu().eval().requires_grad_(False)
+    if keep_ratio is not None:
+        if model.selector is None or not 0 < keep_ratio < 1:
+            raise UserError(
+                f"keep ratio {keep_ratio}: give one above 0 and below 1, of a model that selects tokens"
+            )
+        model.selector.fix_ratio(keep_ratio)
+    deployed = _Deployed(model, max_detections).eval()
+    # A batch of 3: no other length of the model is three times a power of two, which the tracer would take for a rule.
+    example = (torch.zeros(3, 3, *size, dtype=torch.uint8), torch.tensor([size] * 3))
+    with torch.no_grad():
+        program = torch.export.export(
+            deployed, example, dynamic_shapes={"images": {0: _BATCH}, "sizes": {0: _BATCH}}, strict=False
+        )
+        return program.run_decompositions(_decompositions())
+
+
+# ----------------------------------------------------------------------------------- the operators, in static shapes
+def _decompositions() -> dict[Any, Any]:
+    """What replaces each operator of ats_detr.kernels in the graph."""
+    operators = torch.ops.ats_detr
+    return {
+        **torch.export.default_decompositions(),
+        operators.select.default: _select,
+        operators.pack.default: _pack,
+        operators.scatter.default: _scatter,
+        operators.msda.default: _msda,
+    }
+
+
+def _select(
+    scores: Tensor, num_keep: Tensor, padding_mask: Tensor | None, capacity: int, backend: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As the reference, by top-k: ONNX has no stable sort. Equal scores may be kept in another order."""
+    if padding_mask is not None:
+        scores = scores.masked_fill(padding_mask, -torch.inf)
+    order = scores.topk(scores.shape[1], dim=1).indices
+    kept_by_rank = torch.arange(scores.shape[1], device=scores.device) < num_keep[:, None]
+    plan = TokenPlan.from_mask(torch.zeros_like(kept_by_rank).scatter(1, order, kept_by_rank), capacity)
+    return plan.token_index_K, plan.image_index_K, plan.offsets_B1, plan.slot_BS
+
+
+def _pack(
+    token_index: Tensor,
+    image_index: Tensor,
+    slots: Tensor,
+    num_rows: Tensor | None,
+    dense: Sequence[Tensor],
+    backend: str,
+) -> list[Tensor]:
+    flat_K = image_index.long() * slots.shape[1] + token_index.long()
+    return [tensor.flatten(0, 1).index_select(0, flat_K) for tensor in dense]
+
+
+def _scatter(
+    memory: Tensor, rows: Tensor, token_index: Tensor, image_index: Tensor, slots: Tensor, num_rows: Tensor | None,
+    backend: str,
+) -> Tensor:  # fmt: skip
+    return reference.merge(slots, rows, memory)
+
+
+def _msda(
+    value: Tensor, sizes: Sequence[int], reference_points: Tensor | None, offsets: Tensor, weights: Tensor,
+    image_index: Tensor | None, num_rows: Tensor | None, deterministic: bool | None, backend: str,
+) -> Tensor:  # fmt: skip
+    """Deformable attention, [N, H*D]; each level's maps of all images stacked into one tall map, which lets packed
+    rows of several images be sampled together whatever each image's number of rows is.
+
+    A row of zeros above and below each image keeps its neighbours out; samples are moved there if they lie further
+    outside.
+    """
+    shapes = list(zip(sizes[::2], sizes[1::2], strict=True))
+    batch, num_queries, num_points = value.shape[0], weights.shape[0], weights.shape[-1]
+    if reference_points is not None:
+        weights = reference.attention_weights(weights)
+    if image_index is None:
+        image_index = torch.arange(num_queries, device=value.device) // (num_queries // batch)
+    image_N = image_index.to(offsets.dtype)[:, None, None]
+    samples = []
+    for level, maps in enumerate(value.float().split([h * w for h, w in shapes], dim=1)):
+        height, width = shapes[level]
+        x, y = offsets[:, :, level].unbind(-1)  # [N, H, P]
+        if (
+            reference_points is not None
+        ):  # as `reference.sampling_locations`, which makes tensors of constants
+            centre, side = (
+                reference_points[:, level, None, None, :2],
+                reference_points[:, level, None, None, 2:],
+            )
+            if side.shape[-1]:
+                x, y = (z * side[..., i] * (0.5 / num_points) for i, z in enumerate((x, y)))
+            else:
+                x, y = x / width, y / height
+            x, y = x + centre[..., 0], y + centre[..., 1]
+        maps = F.pad(maps.unflatten(1, (height, width)), (0, 0, 0, 0, 0, 0, 1, 1))  # [B, h + 2, w, H, D]
+        tall = maps.permute(3, 4, 0, 1, 2).flatten(2, 3)  # [H, D, B * (h + 2), w]
+        row = (y * height - 0.5).clamp(-1, height) + 1 + image_N * (height + 2)
+        grid = torch.stack([2 * x - 1, (2 * row + 1) / (batch * (height + 2)) - 1], -1).transpose(
+            0, 1
+        )  # [H, N, P, 2]
+        samples.append(F.grid_sample(tall, grid, padding_mode="zeros", align_corners=False))
+    weights_H1NX = weights.flatten(2).transpose(0, 1)[:, None]
+    gathered = (torch.cat(samples, -1) * weights_H1NX).sum(-1)  # [H, D, N]
+    return gathered.permute(2, 0, 1).flatten(1).to(value.dtype)
+
+
+# -------------------------------------------------------------------------------------------------------------- files
+def export_file(
+    detector: Detector, path: str | Path, size: tuple[int, int] | None = None, **options: Any
+) -> None:
+    """Write `export_program(detector, size, **options)`: .onnx for onnxruntime, .pt2 for `torch.export.load`.
+
+    The classes and the sizes of the preprocessing go with it, as JSON: in the ONNX file's metadata under `ats_detr`, in
+    the program's extra file `ats_detr.json`. Raises UserError for another suffix, where the packages that ONNX needs
+    are missing, and where the file cannot be written.
+    """
+    path = Path(path)
+    if path.suffix not in (".onnx", ".pt2"):
+        raise UserError(f"{path}: give it the suffix .onnx or .pt2")
+    if path.suffix == ".onnx":
+        _import_onnx()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".export-", dir=path.parent) as folder:
+            program = export_program(detector, size, **options)
+            padded = program.example_inputs[0][0].shape[-2:]
+            facts = json.dumps({**_preprocessing(detector), "padded_size": list(padded)})
+            temporary = Path(folder) / path.name
+            if path.suffix == ".pt2":
+                torch.export.save(program, temporary, extra_files={"ats_detr.json": facts})
+            else:
+                _as_onnx(program, facts).save(temporary)
+            temporary.replace(path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot write it ({error.strerror or error})") from error
+
+
+def _preprocessing(detector: Detector) -> dict[str, Any]:
+    classes, data = detector.classes, detector.config.data
+    return {
+        "classes": dict(zip(classes.rows, classes.names, strict=True)),
+        "short_side": data.short_side,
+        "long_side": data.long_side,
+    }
+
+
+def _import_onnx() -> None:
+    try:
+        import onnx  # noqa: F401
+        import onnxscript  # noqa: F401
+    except ImportError:
+        raise UserError("ONNX needs onnx and onnxscript: pip install 'ats_detr[export]'") from None
+
+
+def _as_onnx(program: ExportedProgram, facts: str) -> torch.onnx.ONNXProgram:
+    logging.getLogger("onnxscript").setLevel(logging.ERROR)  # it tells each operator that it does not fold
+    converted = torch.onnx.export(
+        program, (), input_names=INPUTS, output_names=OUTPUTS, dynamo=True, verbose=False
+    )
+    assert converted is not None
+    converted.model.metadata_props["ats_detr"] = facts
+    return converted
