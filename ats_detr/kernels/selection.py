@@ -57,6 +57,8 @@ def select_tokens(
         row_starts = (0, *accumulate(num_keep_B.clamp(0, num_tokens).tolist()))
         capacity = row_starts[-1]
     capacity = min(capacity, batch * num_tokens)
+    # An exported graph computes all rows of its capacity with ordinary operators; those without a slot go nowhere.
+    exact = exact or torch.compiler.is_exporting()
     tensors = torch.ops.ats_detr.select(scores_BS, num_keep_B, padding_mask_BS, capacity, backend)
     return TokenPlan(*tensors, exact=exact, row_starts=row_starts)
 
