@@ -1,0 +1,227 @@
+"""What goes wrong is skipped and recorded, or stops the run in one line that names it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from ats_detr.batch import Target
+from ats_detr.config import load_config
+from ats_detr.errors import UserError
+from ats_detr.training import trainer
+from ats_detr.training.datasets import data_root
+from ats_detr.training.guards import check_targets, largest_batch
+from ats_detr.training.signals import StopSignals
+from ats_detr.training.stages import plan_stages, train_stages
+from tests.training.small import random_batch, small_config, small_tree
+
+
+def prepared(folder: Path, **changes: Any) -> trainer.Run:
+    config = small_config(folder, **changes)
+    return trainer.prepare(config, folder / "run", "small", torch.device("cpu"), None, None, StopSignals())
+
+
+def train(folder: Path, **changes: Any) -> None:
+    (folder / "config.yaml").write_text(yaml.safe_dump(small_tree(folder, **changes)))
+    config = load_config(folder / "config.yaml")
+    train_stages(plan_stages(config), "all", torch.device("cpu"))
+
+
+def logged(folder: Path, kind: str) -> list[dict[str, Any]]:
+    lines = (folder / "run" / "log.jsonl").read_text().splitlines()
+    return [entry for entry in map(json.loads, lines) if entry["kind"] == kind]
+
+
+def state_of(run: trainer.Run) -> dict[str, torch.Tensor]:
+    tensors = {name: tensor.clone() for name, tensor in run.state.model.state_dict().items()}
+    for i, moments in enumerate(run.state.optimizer.state.values()):
+        tensors |= {f"{i} {key}": value.clone() for key, value in moments.items()}
+    return tensors
+
+
+# ---------------------------------------------------------------------------------------------- not a finite gradient
+BATCH_NORM = {"backbone": {"frozen_norm": False}}
+
+
+def spoil_image(batch: Any) -> None:
+    batch[0].images_B3HW[1, 0, 3, 5] = torch.nan
+
+
+@pytest.mark.parametrize("accumulated", [1, 2])
+def test_a_bad_step_changes_nothing_and_the_next_one_counts(tmp_path: Path, accumulated: int) -> None:
+    run = prepared(tmp_path, model=BATCH_NORM, train={"accumulate": accumulated})
+    good, bad = (random_batch(seed, [3, 0, 2, 1], size=64) for seed in (0, 1))
+    spoil_image(bad)
+    trainer.train_step(run, 0, [good] * accumulated, metrics=False)
+    before = state_of(run)
+    trainer.train_step(run, 0, [good] * (accumulated - 1) + [bad], metrics=False)
+    after = state_of(run)
+    assert all(torch.equal(after[name], before[name]) for name in before), (
+        "statistics of batch norms included"
+    )
+    assert run.watch.num_skipped().item() == 1
+    trainer.train_step(run, 0, [good] * accumulated, metrics=False)
+    assert not torch.equal(state_of(run)["level_embed"], before["level_embed"])
+    assert all(tensor.isfinite().all() for tensor in state_of(run).values())
+
+
+def test_a_nan_in_the_weights_gradient_alone_is_found_too(tmp_path: Path) -> None:
+    run = prepared(tmp_path)
+    parameter = run.state.model.get_parameter("encoder.layers.0.attention.value_proj.weight")
+    parameter.register_hook(lambda gradient: gradient * torch.inf)
+    trainer.train_step(run, 0, [random_batch(0, [1, 1, 1, 1], size=64)], metrics=False)
+    (record,) = run.watch.report(True)
+    assert record["tensor"] == "the gradient of encoder.layers.0.attention.value_proj.weight"
+    assert record["gradient_norms"]["encoder.layers.0.attention.value_proj.weight"] in ("inf", "nan")
+    assert isinstance(record["gradient_norms"]["level_embed"], float)
+
+
+def spoil_steps(patch: pytest.MonkeyPatch, steps: set[int]) -> None:
+    """The images of these steps (1 is the first) get a NaN."""
+    step = trainer.train_step
+
+    def spoiled_step(run: trainer.Run, epoch: int, micro_batches: Any, *, metrics: bool) -> Any:
+        if run.state.progress.step + 1 in steps:
+            spoil_image(micro_batches[0])
+        return step(run, epoch, micro_batches, metrics=metrics)
+
+    patch.setattr(trainer, "train_step", spoiled_step)
+
+
+def test_skipped_steps_are_counted_and_logged_with_images_and_statistics(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    spoil_steps(monkeypatch, {2, 5})
+    with caplog.at_level("WARNING"):
+        train(tmp_path, train={"log_every": 3})
+    entries = logged(tmp_path, "skipped")
+    assert [entry["step"] for entry in entries] == [2, 5]
+    for entry in entries:
+        assert len(entry["images"]) == 4
+        assert entry["tensor"].startswith("logits of the last decoder layer hold")
+        assert {"loss", "loss_ce"} <= entry["losses"].keys()
+        assert "level_embed" in entry["gradient_norms"]
+    assert "step 2 skipped, logits of the last decoder layer hold" in caplog.text
+    final = torch.load(tmp_path / "run" / "final.pt")
+    assert final["skipped_steps"] == 2
+    assert all(tensor.isfinite().all() for tensor in final["model"].values())
+
+
+def test_a_run_without_finite_gradients_stops_and_names_the_first_bad_tensor(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spoil_steps(monkeypatch, {3, 5, 6, 7, 8})
+    with pytest.raises(
+        UserError, match=r"no finite gradient in 3 steps in a row, from step 5, images .*: logits of the last"
+    ):
+        train(tmp_path, train={"max_skipped_steps": 3})
+    assert [entry["step"] for entry in logged(tmp_path, "skipped")] == [3, 5, 6, 7]
+    checkpoint = torch.load(tmp_path / "run" / "checkpoint.pt")
+    assert checkpoint["step"] == 4, "the last one from before is there to go on from"
+
+
+# --------------------------------------------------------------------------------------------------- labels and boxes
+@pytest.mark.parametrize(
+    ("box", "words"),
+    [
+        ([10, 10, -5, 8], r"bbox \[10\.0, 10\.0, -5\.0, 8\.0\] outside of its 64 x 64 pixels"),
+        ([50, 10, 40, 8], r"image \d+ has an object with bbox \[50\.0"),
+        ([300, 300, 10, 10], r"\(1 such objects\): mend the annotations"),
+    ],
+)
+def test_a_box_out_of_range_stops_the_run_before_its_first_step(
+    tmp_path: Path, box: list[float], words: str
+) -> None:
+    (file,) = spoiled_annotations(tmp_path, {"bbox": box})
+    with pytest.raises(UserError, match=words) as raised:
+        train(tmp_path)
+    assert str(file) in str(raised.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_category_that_there_is_not_stops_the_run_before_its_first_step(tmp_path: Path) -> None:
+    spoiled_annotations(tmp_path, {"category_id": 99})
+    with pytest.raises(UserError, match=r"annotations\[4\] has category_id 99"):
+        train(tmp_path)
+    assert not (tmp_path / "run").exists()
+
+
+def spoiled_annotations(folder: Path, changes: dict[str, Any]) -> list[Path]:
+    data_root(small_config(folder).data)  # draws the images
+    files = list(folder.glob("data/*/annotations/instances_train2017.json"))
+    for file in files:
+        content = json.loads(file.read_text())
+        content["annotations"][4] |= changes
+        file.write_text(json.dumps(content))
+    return files
+
+
+def test_annotators_may_draw_a_little_beyond_the_border(tmp_path: Path) -> None:
+    spoiled_annotations(tmp_path, {"bbox": [-2, 30, 20, 37]})
+    assert prepared(tmp_path).num_steps == 4
+
+
+@pytest.mark.parametrize(
+    ("label", "box", "words"),
+    [
+        (3, [0.5, 0.5, 0.1, 0.1], "image 7: label 3 is not among the model's 3 class rows"),
+        (-1, [0.5, 0.5, 0.1, 0.1], "image 7: label -1"),
+        (0, [0.5, float("nan"), 0.1, 0.1], r"image 7: box \[0\.5, nan"),
+        (0, [1.5, 0.5, 0.1, 0.1], r"image 7: box \[1\.5, .* is not within 0\.\.1"),
+    ],
+)
+def test_a_target_out_of_range_is_named_with_its_image(label: int, box: list[float], words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        check_targets([Target(7, (64, 64), torch.tensor([label]), torch.tensor([box]))], 3)
+
+
+# ------------------------------------------------------------------------------------------------------- out of memory
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: you tried"),
+    ],
+)
+def test_out_of_memory_names_the_batch_and_its_sizes(tmp_path: Path, error: RuntimeError) -> None:
+    run = prepared(tmp_path)
+
+    def out_of_memory(*_: Any) -> None:
+        raise error
+
+    run.state.model.decoder.register_forward_hook(out_of_memory)
+    with pytest.raises(
+        UserError,
+        match=r"out of memory with 4 images of 64 x 64 pixels \(padded\) and 6 objects \(images 0, 1, 2, 3\)",
+    ):
+        trainer.train_step(run, 0, [random_batch(0, [3, 0, 2, 1], size=64)], metrics=False)
+
+
+def test_other_errors_keep_their_traceback(tmp_path: Path) -> None:
+    run = prepared(tmp_path)
+    run.state.model.decoder.register_forward_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        trainer.train_step(run, 0, [random_batch(0, [1, 1, 1, 1], size=64)], metrics=False)
+
+
+def test_the_rehearsal_runs_the_largest_batch_and_leaves_no_trace(tmp_path: Path) -> None:
+    data = {"train_short_sides": [48, 96], "long_side": 160, "synthetic": {"max_aspect_ratio": 2.0}}
+    run = prepared(tmp_path, model=BATCH_NORM | {"dropout": 0.1}, data=data)
+    sizes = []
+    run.state.model.backbone.register_forward_pre_hook(lambda _, inputs: sizes.append(inputs[0].shape))
+    before, rng = state_of(run), torch.get_rng_state()
+    trainer.rehearse(run)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in state_of(run).items())
+    assert torch.equal(torch.get_rng_state(), rng)
+    assert all(parameter.grad is None for parameter in run.state.model.parameters())
+    (rehearsed,) = sizes
+    largest = max(batch.images_B3HW.shape[-2:].numel() for batch, _ in run.loaders.train.epoch(0))
+    assert rehearsed.numel() // 12 >= largest
+    _, targets = largest_batch(run.loaders.train, 96, 160, torch.device("cpu"))
+    most = max(sum(len(t.labels_N) for t in own) for _, own in run.loaders.train.epoch(0))
+    assert sum(len(target.labels_N) for target in targets) >= most
