@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from ats_detr.batch import ImageBatch
 from ats_detr.config import SelectorConfig
 from ats_detr.model import CompiledDetr, Detr
 from ats_detr.model.backbone import Backbone
 from ats_detr.model.compiled import fold_batch_norms
-from ats_detr.model.output import DetectorOutput
+from ats_detr.model.output import Detections, DetectorOutput, top_detections
 from tests.model.test_detr import images, small_model
 
 SIZES = ((128, 128), (64, 96), (128, 100))
@@ -79,6 +81,38 @@ def traced(monkeypatch: pytest.MonkeyPatch, model: Detr) -> CompiledDetr:
         torch, "compile", lambda *args, **options: compile_(*args, **options, backend="aot_eager")
     )
     return CompiledDetr(model, fuse=True)
+
+
+class _Pass(torch.nn.Module):
+    """From pixels to boxes."""
+
+    def __init__(self, model: Detr) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images_B3HW: Tensor, padding_mask_BHW: Tensor) -> list[Detections]:
+        output = self.model.detect(images_B3HW, padding_mask_BHW, supervision=False)
+        return top_detections(output.last, [(480, 640)] * len(images_B3HW))
+
+
+@pytest.mark.parametrize("changes", FAMILY.values(), ids=FAMILY.keys())
+def test_on_cuda_the_host_waits_for_nothing(changes: dict) -> None:
+    """CUDA tensors without contents go through the whole pass, on machines without a GPU too: whatever the host
+    wanted to know of them (how many tokens are kept, say) would be an error."""
+    model = _Pass(small_model(**changes))
+    state = model.state_dict()
+    with FakeTensorMode(), torch.no_grad():
+        weights = {
+            name: torch.empty(tensor.shape, dtype=tensor.dtype, device="cuda")
+            for name, tensor in state.items()
+        }
+        pictures = torch.empty(3, 3, 128, 192, device="cuda")
+        padding = torch.empty(3, 128, 192, dtype=torch.bool, device="cuda")
+        detections = torch.func.functional_call(model, weights, (pictures, padding))
+        assert [len(found.boxes_xyxy_N4) for found in detections] == [50, 50, 50]
+        assert detections[0].boxes_xyxy_N4.device.type == "cuda"
+        with pytest.raises(DataDependentOutputException):
+            bool(detections[0].scores_N[0] > 0.5)
 
 
 @pytest.mark.slow
