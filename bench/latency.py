@@ -63,6 +63,8 @@ MIXED_OBJECTS = (25, 1, 3, 2)
 """Objects on mixed images: a hard one, and easy ones."""
 
 
+UNEVEN = (0.3, 0.05, 0.05, 0.05)
+"""Budgets of a batch of one hard and three easy images."""
 Budgets = tuple[float, ...] | None
 """Share of its tokens that each image of a batch keeps, repeated; None: as the model decides."""
 
@@ -79,6 +81,8 @@ class Setting:
     dtype: str
     """`float32`, or `bfloat16` by autocast."""
     rounds: int
+    trained: bool = False
+    """Whether the weights are from a checkpoint."""
 
 
 def main() -> None:
@@ -101,7 +105,8 @@ def main() -> None:
     model = given_subject(config, arguments.checkpoint).model
     modes = chosen_modes(arguments.modes, model)
     peers = load_peers([mode for mode in modes if mode.startswith("peer:")], console)
-    setting = Setting(config.name, model, peers, device, arguments.dtype, rounds)
+    trained = arguments.checkpoint is not None
+    setting = Setting(config.name, model, peers, device, arguments.dtype, rounds, trained)
     rows = []
     for batch_size, kind in itertools.product(arguments.batch, arguments.images):
         if kind == "mixed" and batch_size == 1 and "same" in arguments.images:
@@ -128,19 +133,19 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--checkpoint", type=Path, help="weights, for the budgets they really choose")
     parser.add_argument("--cpu-targets", action="store_true", help="print the three ratios promised on a CPU")
     peers = ", ".join(f"peer:{name}" for name in PEERS)
-    parser.add_argument("--modes", type=_words, default=["packed", "padded", "dense"], metavar="A,B",
+    parser.add_argument("--modes", type=words, default=["packed", "padded", "dense"], metavar="A,B",
                         help=f"of {', '.join(OWN_MODES)}, {peers}, peers (all of them)")  # fmt: skip
-    parser.add_argument("--ratios", type=lambda text: [(share,) for share in _shares(text)], metavar="A,B",
+    parser.add_argument("--ratios", type=lambda text: [(share,) for share in shares(text)], metavar="A,B",
                         help="keep ratios, one after another, every image the same")  # fmt: skip
-    parser.add_argument("--budgets", type=lambda text: [_shares(text)], metavar="A,B",
+    parser.add_argument("--budgets", type=lambda text: [shares(text)], metavar="A,B",
                         help="keep ratio of each image of a batch, repeated")  # fmt: skip
     parser.add_argument(
-        "--batch", type=lambda text: [int(word) for word in _words(text)], default=[1], metavar="1,4,8"
+        "--batch", type=lambda text: [int(word) for word in words(text)], default=[1], metavar="1,4,8"
     )
-    parser.add_argument("--images", type=_words, default=["same", "mixed"], metavar="same,mixed",
+    parser.add_argument("--images", type=words, default=["same", "mixed"], metavar="same,mixed",
                         help="one image repeated, or images of different sizes and contents")  # fmt: skip
     parser.add_argument("--folder", type=Path, metavar="DIR", help="images to use instead of generated ones")
-    parser.add_argument("--image-size", type=_size, default=IMAGE_SIZE, metavar="HxW")
+    parser.add_argument("--image-size", type=image_size, default=IMAGE_SIZE, metavar="HxW")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: a GPU if there is one")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument(
@@ -158,18 +163,21 @@ def parse_arguments() -> argparse.Namespace:
     return arguments
 
 
-def _words(text: str) -> list[str]:
+def words(text: str) -> list[str]:
+    """An argument such as a,b."""
     return [word.strip() for word in text.split(",") if word.strip()]
 
 
-def _shares(text: str) -> tuple[float, ...]:
-    shares = tuple(float(word) for word in _words(text))
-    if not shares or not all(0 < share <= 1 for share in shares):
+def shares(text: str) -> tuple[float, ...]:
+    """An argument such as 0.1,0.3."""
+    numbers = tuple(float(word) for word in words(text))
+    if not numbers or not all(0 < number <= 1 for number in numbers):
         raise argparse.ArgumentTypeError("shares above 0 and up to 1 are wanted, such as 0.1,0.3")
-    return shares
+    return numbers
 
 
-def _size(text: str) -> tuple[int, int]:
+def image_size(text: str) -> tuple[int, int]:
+    """An argument such as 800x1066."""
     height, width = (int(word) for word in text.lower().split("x"))
     return height, width
 
@@ -223,13 +231,23 @@ def forced_budgets(model: Detr, budgets: Sequence[float] | None) -> Iterator[Non
         selector.max_ratio = largest
 
 
-def generated_images(count: int, kind: str, size: tuple[int, int] = IMAGE_SIZE) -> ImageBatch:
-    """Drawn shapes; `same`: one image repeated, `mixed`: first a hard image, then easy ones, of other sizes."""
+def generated_images(
+    count: int,
+    kind: str,
+    size: tuple[int, int] = IMAGE_SIZE,
+    *,
+    seed: int = 0,
+    num_objects: int | None = None,
+) -> ImageBatch:
+    """Drawn shapes; `same`: one image repeated, `mixed`: first a hard image, then easy ones, of other sizes.
+
+    num_objects: on every image; None: MIXED_OBJECTS.
+    """
     images = []
     for index in range(count if kind == "mixed" else 1):
-        scale, objects = MIXED_SCALES[index % len(MIXED_SCALES)], MIXED_OBJECTS[index % len(MIXED_OBJECTS)]
-        height, width = (round(side * scale) for side in size)
-        drawn = draw_image(np.random.default_rng(index), (height, width), objects, num_classes=8)
+        height, width = (round(side * MIXED_SCALES[index % len(MIXED_SCALES)]) for side in size)
+        objects = num_objects or MIXED_OBJECTS[index % len(MIXED_OBJECTS)]
+        drawn = draw_image(np.random.default_rng([seed, index]), (height, width), objects, num_classes=8)
         images.append(image_to_tensor(Image.fromarray(drawn.pixels)))
     return ImageBatch.collate(images if kind == "mixed" else images * count)
 
@@ -428,9 +446,8 @@ def cpu_targets(rounds: int, size: tuple[int, int], console: Console) -> tuple[l
     single = measure(
         setting, generated_images(1, "same", size), "same", ["packed", "dense", mode], [(0.1,)], console
     )
-    uneven = [(0.3, 0.05, 0.05, 0.05)]
     mixed = measure(
-        setting, generated_images(4, "mixed", size), "mixed", ["packed", "padded"], uneven, console
+        setting, generated_images(4, "mixed", size), "mixed", ["packed", "padded"], [UNEVEN], console
     )
 
     def median(rows: list[Row], mode: str, stage: str) -> float:

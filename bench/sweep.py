@@ -1,0 +1,246 @@
+"""What token selection costs and buys: multiply-adds, time, memory and AP per keep ratio, as rows, pictures and a page.
+
+    python -m bench.sweep --config configs/ats_r50_0.1_0.2.yaml --ratios 0.05,0.1,0.2,0.3,0.5,1.0
+    python -m bench.sweep --config configs/quickstart.yaml --checkpoint runs/quickstart/student/final.pt --ap
+
+Every keep ratio (the same for every image), the adaptive model as it decides, the dense encoder and other detectors run
+in one process and take turns. The folder `--out` gets `rows.jsonl`, a PNG for each chart, and `index.html`, which
+holds everything it shows. With random weights (no `--checkpoint`) budgets mean nothing; times and multiply-adds do.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from ats_detr.batch import ImageBatch
+from ats_detr.config import Config, load_config
+from ats_detr.data.coco import ClassMap
+from ats_detr.errors import UserError, run_cli
+from ats_detr.evaluation import evaluate
+from ats_detr.flops import Flops, count_flops
+from ats_detr.training.checkpoint import load_checkpoint
+from ats_detr.training.datasets import build_evaluation_loader
+from bench.flops import CONFIGS, given_subject, read_folder
+from bench.latency import (
+    IMAGE_SIZE,
+    QUICK_SIZE,
+    UNEVEN,
+    Budgets,
+    Setting,
+    forced_budgets,
+    generated_images,
+    image_size,
+    load_peers,
+    measure,
+    photographs,
+    shares,
+    show,
+    words,
+)
+from bench.measure import Row, append_rows, environment, progress_bar
+from bench.page import write_page
+from bench.peers import PEERS
+
+RATIOS = (0.05, 0.1, 0.2, 0.3, 0.5, 1.0)
+NUM_JUDGED = 8
+"""Generated images whose budgets are shown."""
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    console = Console(highlight=False)
+    device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    rounds = arguments.rounds or (2 if arguments.quick else 30 if device.type == "cuda" else 3)
+    size = QUICK_SIZE if arguments.quick else arguments.image_size
+    config = load_config(arguments.config, arguments.overrides)
+    model = given_subject(config, arguments.checkpoint).model.eval()
+    if model.selector is None:
+        raise UserError(f"{arguments.config}: this model selects no tokens, there is nothing to sweep")
+    adaptive = model.selector.budget is not None
+    choices: list[Budgets] = [*([None] if adaptive else []), *((ratio,) for ratio in arguments.ratios)]
+    peers = [f"peer:{name}" for name in (PEERS if arguments.peers == ["all"] else arguments.peers)]
+    setting = Setting(
+        config.name,
+        model,
+        load_peers(peers, console),
+        device,
+        arguments.dtype,
+        rounds,
+        arguments.checkpoint is not None,
+    )
+
+    def batch_of(count: int, kind: str) -> ImageBatch:
+        if arguments.images:
+            return photographs(arguments.images, count, kind, config)
+        return generated_images(count, kind, size)
+
+    rows = flops_rows(setting, batch_of(1, "same"), choices, console)
+    for count in arguments.batch:
+        modes = ["packed", "dense", *peers]
+        batch = batch_of(count, "mixed")
+        rows += measure(setting, batch, "same" if count == 1 else "mixed", modes, choices, console)
+    rows += measure(setting, batch_of(len(UNEVEN), "mixed"), "mixed", ["packed", "padded"], [UNEVEN], console)
+    if adaptive:
+        judged = (
+            [ImageBatch.collate([image]) for image in read_folder(arguments.images, NUM_JUDGED, config)]
+            if arguments.images
+            else [generated_image(index, NUM_JUDGED, size) for index in range(NUM_JUDGED)]
+        )
+        rows += budget_rows(setting, judged, console)
+    if arguments.ap:
+        rows += precision_rows(setting, config, arguments.checkpoint, choices, console)
+
+    out = arguments.out or Path("runs") / "sweep" / f"{config.name}-{device.type}"
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "rows.jsonl").unlink(missing_ok=True)
+    append_rows(rows, out / "rows.jsonl")
+    page = write_page(rows, out)
+    show([row for row in rows if row["kind"] == "latency"], console)
+    for line in page.findings:
+        console.print(line)
+    console.print(f"{out / 'index.html'}, {len(page.pictures)} pictures beside it, and {out / 'rows.jsonl'}")
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.sweep",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--config", default=str(CONFIGS / "ats_r50_0.1_0.2.yaml"), help="one YAML file")
+    parser.add_argument("--checkpoint", type=Path, help="weights, for the budgets they really choose")
+    parser.add_argument("--ap", action="store_true", help="evaluate too, on the config's validation images")
+    parser.add_argument("--images", type=Path, metavar="DIR", help="images to use instead of generated ones")
+    parser.add_argument(
+        "--image-size", type=image_size, default=IMAGE_SIZE, metavar="HxW", help="of generated images"
+    )
+    parser.add_argument(
+        "--ratios", type=shares, default=RATIOS, metavar="A,B", help="keep ratios, default %(default)s"
+    )
+    parser.add_argument(
+        "--batch", type=lambda text: [int(word) for word in words(text)], default=[1], metavar="1,4,8"
+    )
+    parser.add_argument("--peers", type=words, default=["all"], metavar="A,B",
+                        help=f"of {', '.join(PEERS)}; default all; \"\" for none")  # fmt: skip
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: a GPU if there is one")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument(
+        "--rounds", type=int, help="passes of each contender; default 30 on a GPU, 3 on a CPU"
+    )
+    parser.add_argument("--quick", action="store_true", help="tiny images, two rounds")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="default runs/sweep/<config>-<device>")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as model.num_queries=100")
+    arguments = parser.parse_args()
+    if arguments.ap and not arguments.checkpoint:
+        raise UserError("--ap: random weights detect nothing; give --checkpoint")
+    return arguments
+
+
+def generated_image(index: int, count: int, size: tuple[int, int]) -> ImageBatch:
+    """One of `count` images with few to many objects."""
+    objects = 1 + round(24 * (index / max(1, count - 1)) ** 2)
+    return generated_images(1, "same", size, seed=index, num_objects=objects)
+
+
+# ---------------------------------------------------------------------------------------------------------------- rows
+def flops_rows(
+    setting: Setting, batch: ImageBatch, choices: Sequence[Budgets], console: Console
+) -> list[Row]:
+    """Giga multiply-adds that inference needs (`needed` of bench.flops): of each choice, and of the dense encoder."""
+    rows = []
+    with progress_bar(console, len(choices)) as advance:
+        for choice in choices:
+            with forced_budgets(setting.model, choice):
+                flops = count_flops(setting.model, batch)
+            rows.append(_flops_row(setting, choice, "packed", flops.keep_ratio, parts_of(flops)))
+            advance("counting")
+    dense = parts_of(flops)
+    for name in ("encoder attention", "encoder feed-forward"):  # in proportion to the tokens that are updated
+        dense[name] *= flops.num_tokens / flops.num_kept
+    dense["encoder values"] = flops.dense_encoder - dense["encoder attention"] - dense["encoder feed-forward"]
+    del dense["selection"]
+    rows.append(_flops_row(setting, None, "dense", 1.0, dense))
+    return [
+        {**row, "image_size": list(batch.images_B3HW.shape[-2:]), **environment(setting.device)}
+        for row in rows
+    ]
+
+
+def _flops_row(
+    setting: Setting, choice: Budgets, mode: str, keep_ratio: float, parts: dict[str, float]
+) -> Row:
+    return {
+        "kind": "flops",
+        "config": setting.config,
+        "mode": mode,
+        "budgets": None if choice is None else list(choice),
+        "keep_ratio": round(keep_ratio, 4),
+        "gflops": round(sum(parts.values()), 4),
+        "encoder_gflops": round(sum(n for name, n in parts.items() if name.startswith("encoder")), 4),
+        "parts": {name: round(count, 4) for name, count in parts.items()},
+    }
+
+
+def parts_of(flops: Flops) -> dict[str, float]:
+    """The total by kind of layer."""
+    modules = flops.by_module
+
+    def of(*names: str) -> float:
+        return sum(modules.get(name, 0.0) for name in names)
+
+    layers = [name for name in modules if name.startswith("encoder.layers.")]
+    values = of(*(name for name in layers if name.endswith(".value_proj")))
+    feedforward = of(*(name for name in layers if name.endswith(".feedforward")))
+    parts = {
+        "backbone": of("backbone", "input_proj"),
+        "selection": of("selector"),
+        "encoder values": values,
+        "encoder attention": flops.encoder - values - feedforward,
+        "encoder feed-forward": feedforward,
+        "decoder": of("decoder", "decoder_heads"),
+    }
+    return {**parts, "queries": flops.total - sum(parts.values())}
+
+
+def budget_rows(setting: Setting, images: Sequence[ImageBatch], console: Console) -> list[Row]:
+    """The keep ratio that each image is given."""
+    ratios = []
+    model = setting.model.to(setting.device)
+    with torch.inference_mode(), progress_bar(console, len(images)) as advance:
+        for batch in images:
+            batch = batch.to(setting.device)
+            selection = model.select(model.tokenize(batch.images_B3HW, batch.padding_mask_BHW))
+            assert selection is not None
+            ratios += selection.keep_ratio_B.tolist()
+            advance("judging images")
+    row = {"kind": "budgets", "config": setting.config, "trained": setting.trained}
+    return [{**row, "keep_ratios": [round(ratio, 4) for ratio in ratios], **environment(setting.device)}]
+
+
+def precision_rows(
+    setting: Setting, config: Config, checkpoint: Path, choices: Sequence[Budgets], console: Console
+) -> list[Row]:
+    """COCO AP of each choice on the config's validation images."""
+    class_map = ClassMap.from_dict(load_checkpoint(checkpoint)["classes"])
+    rows = []
+    for choice in choices:
+        loader = build_evaluation_loader(config.data, class_map)
+        console.print(f"evaluating {'as it decides' if choice is None else f'{choice[0]:.0%} of the tokens'}")
+        with forced_budgets(setting.model, choice):
+            metrics = evaluate(setting.model, loader, setting.device, show_progress=True)
+        row = {
+            "kind": "precision",
+            "config": setting.config,
+            "budgets": None if choice is None else list(choice),
+        }
+        rows.append({**row, **metrics.to_dict(), **environment(setting.device)})
+    return rows
+
+
+if __name__ == "__main__":
+    run_cli(main)
