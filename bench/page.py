@@ -185,7 +185,7 @@ class Sweep:
         return Chart(
             "gflops",
             "Multiply-adds against keep ratio",
-            "What inference computes for one image. At 100 % it is more than dense by the selector, and by the values of "
+            "What inference computes for one image. At 100 % that is more than dense: the selector, and the values of "
             "kept tokens, which are projected twice.",
             "tokens kept (%)",
             "giga multiply-adds per image",
