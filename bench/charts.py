@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -128,10 +129,15 @@ def draw_interactive(chart: Chart) -> str:
             for name, value in zip(series.x, series.y, strict=True):
                 totals[name] = totals.get(name, 0.0) + value
         elif series.style == "level":
-            figure.add_hline(series.y[0], line_dash="dash", line_color=colour)
-            # A level has no entry in the legend of its own.
-            dashes = {"dash": "dash", "color": colour}
-            figure.add_scatter(x=[None], y=[None], mode="lines", name=series.name, line=dashes)
+            ends = [0, max(x for other in chart.series for x in other.x)]
+            figure.add_scatter(
+                x=ends,
+                y=[series.y[0]] * 2,
+                mode="lines",
+                name=series.name,
+                line={"dash": "dash", "color": colour},
+                hovertemplate="%{y:.4g}",
+            )
         else:
             mode = {"line": "lines+markers", "points": "markers"}[series.style] + (
                 "+text" if series.labels else ""
@@ -152,18 +158,15 @@ def draw_interactive(chart: Chart) -> str:
             figure.add_annotation(
                 x=total, y=name, text=_short(total), xanchor="left", showarrow=False, xshift=3
             )
-    num_bars = len(totals)
-    heights = {
-        "lines": 420,
-        "stacked bars": 130 + 30 * num_bars,
-        "grouped bars": 130 + 28 * num_bars * len(chart.series),
-    }
+    # The legend's place below the axis does not grow with it: three entries a row.
+    foot = 64 + (24 * math.ceil(len(chart.series) / 3) if len(chart.series) > 1 else 0)
+    bar = 30 if chart.kind == "stacked bars" else 26 * len(chart.series)
     figure.update_layout(
         template="simple_white",
-        height=heights[chart.kind],
-        margin={"l": 10, "r": 10, "t": 10, "b": 10},
+        height=34 + (bar * len(totals) if bars else 320) + foot,
+        margin={"l": 10, "r": 24, "t": 34, "b": foot},
         barmode="stack" if chart.kind == "stacked bars" else "group",
-        legend={"orientation": "h", "y": -0.2, "yanchor": "top", "traceorder": "normal"},
+        legend={"orientation": "h", "yref": "container", "y": 0, "yanchor": "bottom", "traceorder": "normal"},
         font={"family": "system-ui, sans-serif", "size": 13, "color": _INK},
         showlegend=len(chart.series) > 1,
         hoverlabel={"namelength": -1},

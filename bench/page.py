@@ -128,10 +128,10 @@ class Sweep:
             for stage, name in (("encoder", "the encoder"), ("total", "the whole pass")):
                 of_flops, of_time = saved[stage]
                 words.append(
-                    f"{name} saves {of_flops:.0%} of its multiply-adds and {of_time:.0%} of its time: "
-                    f"{of_time / of_flops:.0%} of the saving became time"
+                    f"{name} saves {of_flops:.0%} of its multiply-adds and {of_time:.0%} of its time "
+                    f"({of_time / of_flops:.0%} of the saving became time)"
                 )
-            lines.append(f"{ratio:.0%} of the tokens: {'; '.join(words)}.")
+            lines.append(f"At {ratio:.0%} of the tokens {', '.join(words)}.")
         times = [self.time("encoder", budgets=row["budgets"]) for row in self.fixed()]
         falls = all(before < after for before, after in itertools.pairwise(times))
         lines.append(
@@ -391,5 +391,11 @@ th:first-child, td:first-child {{ text-align: left; }}
 {sections}
 </div>
 <section class="wide"><h2>Every whole pass</h2>{table}</section>
-</main></body></html>
+</main>
+<script>
+addEventListener("load", () => {{
+  for (const plot of document.querySelectorAll(".js-plotly-plot")) Plotly.Plots.resize(plot);
+}});
+</script>
+</body></html>
 """

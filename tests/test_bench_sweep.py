@@ -1,0 +1,123 @@
+"""python -m bench.sweep: its rows agree with the other tools, and its page shows every chart."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from ats_detr.config import load_config
+from bench.flops import count as count_all
+from bench.flops import given_subject, row_of
+from bench.latency import QUICK_SIZE, generated_images
+from bench.measure import Row, read_rows
+from bench.page import Sweep
+
+ROOT = Path(__file__).parents[1]
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+CHARTS = {"gflops", "latency", "savings", "parts", "stages", "packing", "budgets"}
+
+pytest.importorskip("plotly")
+pytestmark = pytest.mark.xdist_group("sweep")  # one sweep for all of them
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("sweep")
+    command = [sys.executable, "-m", "bench.sweep", "--config", "configs/quickstart.yaml", "--quick", "--device", "cpu",
+               "--ratios", "0.1,0.5", "--peers", "", "--out", str(out)]  # fmt: skip
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert "of the saving became time" in " ".join(result.stdout.split())
+    return out
+
+
+def rows_of(folder: Path, kind: str) -> list[Row]:
+    return [row for row in read_rows(folder / "rows.jsonl") if row["kind"] == kind]
+
+
+def test_multiply_adds_are_those_of_bench_flops(folder: Path) -> None:
+    images = [generated_images(1, "same", QUICK_SIZE)]
+    swept = {str(row["budgets"]): row for row in rows_of(folder, "flops") if row["mode"] == "packed"}
+    for ratio in (0.1, 0.5):
+        overrides = [f"model.selector.keep_ratio={ratio}", "model.adaption=false"]
+        subject = given_subject(load_config(ROOT / "configs/quickstart_weak.yaml", overrides), None)
+        counted = row_of(subject, count_all(subject.model, images))
+        row = swept[str([ratio])]
+        assert row["keep_ratio"] == pytest.approx(counted["keep_ratio"], abs=1e-4)
+        assert row["encoder_gflops"] == pytest.approx(counted["needed_encoder_gflops"], abs=1e-4)
+        # The adaptive model has a budget head that the fixed one has not.
+        assert row["gflops"] == pytest.approx(counted["needed_gflops"], rel=1e-3)
+    (dense,) = [row for row in rows_of(folder, "flops") if row["mode"] == "dense"]
+    overrides = ["model.selector=null", "model.encoder_auxiliary=false"]
+    subject = given_subject(load_config(ROOT / "configs/quickstart_weak.yaml", overrides), None)
+    counted = row_of(subject, count_all(subject.model, images))
+    assert dense["gflops"] == pytest.approx(counted["needed_gflops"], rel=1e-3)
+
+
+def test_parts_are_the_whole(folder: Path) -> None:
+    for row in rows_of(folder, "flops"):
+        assert sum(row["parts"].values()) == pytest.approx(row["gflops"], abs=1e-3)
+        assert all(part >= 0 for part in row["parts"].values())
+
+
+def test_savings_compare_with_the_dense_model() -> None:
+    def flops(mode: str, budgets: list[float] | None, ratio: float, total: float, encoder: float) -> Row:
+        return {"kind": "flops", "config": "x", "mode": mode, "budgets": budgets, "keep_ratio": ratio,
+                "gflops": total, "encoder_gflops": encoder}  # fmt: skip
+
+    def time(mode: str, budgets: list[float] | None, stage: str, milliseconds: float) -> Row:
+        return {
+            "kind": "latency",
+            "mode": mode,
+            "budgets": budgets,
+            "batch": 1,
+            "stage": stage,
+            "p50_ms": milliseconds,
+        }
+
+    sweep = Sweep([
+        flops("packed", [0.1], 0.1, 60, 20), flops("dense", None, 1.0, 100, 50),
+        time("packed", [0.1], "encoder", 30), time("packed", [0.1], "total", 80),
+        time("dense", None, "encoder", 60), time("dense", None, "total", 100),
+    ])  # fmt: skip
+    ((ratio, saved),) = sweep.savings()
+    assert ratio == 0.1
+    assert saved["encoder"] == pytest.approx((0.6, 0.5))
+    assert saved["total"] == pytest.approx((0.4, 0.2))
+    assert "83% of the saving became time" in sweep.findings()[0]
+
+
+def test_every_chart_is_a_picture_of_some_size(folder: Path) -> None:
+    assert {path.stem for path in folder.glob("*.png")} == CHARTS
+    for path in folder.glob("*.png"):
+        with Image.open(path) as picture:
+            assert picture.width == 1800
+            assert len(picture.convert("RGB").getcolors(1 << 20) or ()) > 3
+
+
+def test_the_page_holds_everything_it_shows(folder: Path) -> None:
+    page = (folder / "index.html").read_text()
+    body = page[page.rindex("</head>") :]
+    assert not re.findall(r"(?:src|href)=\"(?!data:)", body)
+    assert "commit" in body and "torch" in body
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium or Chrome here")
+def test_a_browser_draws_every_chart_without_a_complaint(folder: Path, tmp_path: Path) -> None:
+    switches = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
+                "--disable-component-update", "--disable-sync", f"--user-data-dir={tmp_path}",
+                "--enable-logging=stderr", "--virtual-time-budget=10000", "--dump-dom"]  # fmt: skip
+    command = [str(BROWSER), *switches, (folder / "index.html").as_uri()]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert not [line for line in result.stderr.splitlines() if "CONSOLE" in line]
+    drawn = re.findall(
+        r'<div id="(\w+)" class="plotly-graph-div[^"]*"[^>]*>.{0,400}?class="main-svg"', result.stdout, re.S
+    )
+    assert set(drawn) == CHARTS, json.dumps(drawn)
