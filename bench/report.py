@@ -113,8 +113,8 @@ def source(rows: Sequence[Row]) -> str:
     """The machine, versions, date and commit of a table, as its caption."""
     parts = distinct(rows, "machine", "gpu")
     parts += [f"{threads} threads" for threads in distinct(rows, "threads")]
-    parts += [f"{name} {' and '.join(distinct(rows, name))}" for name in ("torch", "triton", "transformers", "torchvision")
-              if distinct(rows, name)]  # fmt: skip
+    packages = [name for name in ("torch", "triton", "transformers", "torchvision") if distinct(rows, name)]
+    parts += [f"{name} {' and '.join(distinct(rows, name))}" for name in packages]
     parts += distinct(rows, "timer")
     parts += [f"median of {rounds} rounds" for rounds in distinct(rows, "rounds")]
     parts += [" and ".join(distinct(rows, "date")), f"commit {', '.join(distinct(rows, 'commit'))}"]
