@@ -198,14 +198,13 @@ def _msda_backward(
         grad_value, *grads = attention.backward(problem, out, grad_out, need_value, deterministic)
         return (value.new_empty(0) if grad_value is None else grad_value, *grads)
 
-    def again(value: Tensor, offsets: Tensor, weights: Tensor) -> Tensor:
-        return _reference(value, sizes, reference_points, offsets, weights, image_index)
-
-    _, pull_back = torch.func.vjp(
-        again, value, offsets, weights
-    )  # autograd records nothing in a compiled graph
+    # Within a compiled graph or a counter of operations nothing would be recorded: inference_mode(False) changes that.
+    with torch.inference_mode(False), torch.enable_grad():
+        inputs = [tensor.detach().requires_grad_() for tensor in (value, offsets, weights)]
+        again = _reference(inputs[0], sizes, reference_points, *inputs[1:], image_index)
+        gradients = torch.autograd.grad(again, inputs, grad_out, materialize_grads=True)
     # Contiguous, as the fake operator below promises to compilers.
-    grad_value, grad_offsets, grad_weights = (gradient.contiguous() for gradient in pull_back(grad_out))
+    grad_value, grad_offsets, grad_weights = (gradient.contiguous() for gradient in gradients)
     return grad_value if need_value else value.new_empty(0), grad_offsets, grad_weights
 
 
