@@ -244,7 +244,7 @@ def jobs(architecture: int, everything: bool = True) -> Iterator[tuple[dict, Lau
             for config in candidates if everything and fused else candidates[:1]:
                 seen = set()
                 for launch in attention_launches(kernel_pass, dtype, config, fused):
-                    variant = (launch.kernel.__name__, launch.values.get("FILL"))
+                    variant = (launch.kernel.__name__, launch.values.get("PLACE"))
                     if variant not in seen:
                         seen.add(variant)
                         labels = {"pass": kernel_pass, "dtype": name, "fused": fused, "config": config}

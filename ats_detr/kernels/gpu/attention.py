@@ -224,6 +224,7 @@ def value_gradient_tiled(problem: Problem, grad_out: Tensor, scale: Tensor | Non
     order = spatial_order(problem)
     _, num_heads, num_levels, num_points = weights.shape
     points = triton.next_power_of_2(num_points)
+    ranks = torch.empty(num_levels * num_heads * num_queries * points, **integers)
 
     def launch(samples_per_program: int, num_warps: int, reduce_warps: int) -> None:
         block = max(1, samples_per_program // points)
@@ -231,20 +232,23 @@ def value_gradient_tiled(problem: Problem, grad_out: Tensor, scale: Tensor | Non
             problem.constants(), WEIGHT_PITCH=weights.stride(0), POINTS_PADDED=points,
             PACKED=problem.image_index is not None, BLOCK=block, num_warps=num_warps,
         )  # fmt: skip
-        arguments = (problem.reference, problem.offsets, weights, problem.image_index, order, scale)
-        sizes = (num_queries, problem.queries_per_image, tiles.total, *problem.levels)
         grid = (triton.cdiv(num_queries, block) * num_heads * num_levels,)
+
+        def sort(tile: Tensor, place: bool) -> None:
+            binned.sort_samples[grid](
+                problem.reference, problem.offsets, weights, problem.image_index, order, scale, tile, ranks, samples,
+                num_queries, problem.queries_per_image, tiles.total, *problem.levels, **constants, PLACE=place,
+            )  # fmt: skip
+
         counts = torch.zeros(tiles.groups * tiles.total, **integers)
-        binned.sort_samples[grid](*arguments, counts, samples, *sizes, **constants, FILL=False)
-        places = counts.cumsum(0, dtype=torch.int32).sub_(counts)
-        binned.sort_samples[grid](
-            *arguments, places, samples, *sizes, **constants, FILL=True
-        )  # leaves each tile's end
+        sort(counts, place=False)
+        ends = counts.cumsum(0, dtype=torch.int32)
+        sort(ends - counts, place=True)
         grad_value.zero_()
         for level in range(num_levels):
             pieces = weights.numel() / num_levels / (tiles.groups * tiles.of_level(level)) / PIECE
             splits = max(1, round(pieces / PIECES_PER_PROGRAM))
-            _reduce_tiles(problem, tiles, level, samples, places, grad_out, grad_value, reduce_warps, splits)
+            _reduce_tiles(problem, tiles, level, samples, ends, grad_out, grad_value, reduce_warps, splits)
 
     tuning.run("value_tiles", problem.key(), num_queries, value.device, launch)
     return grad_value

@@ -8,9 +8,9 @@ multiplies it with their gradient rows on the tensor cores, and adds the sum to
 memory: each pixel once per program instead of once per sample.
 
     spatial_keys    queries along a Z-shaped curve, so that a program's samples fall into few tiles (then torch.sort)
-    sort_samples    counts the samples of each tile (then a cumulative sum), and again: writes (x, y, weight,
-                    row) of every sample at its sorted place, 16 bytes; one counter increment per program and
-                    tile, not per sample
+    sort_samples    counts the samples of each tile and ranks each within its tile, one counter increment per program
+                    and tile (then a cumulative sum), and again: writes (x, y, weight, row) of every sample at
+                    its sorted place, 16 bytes
     reduce_tiles    hat matrix x gradient rows
 
 The deterministic mode fixes every order: tiles from `bin_samples`, a stable torch.sort, `place_samples`, and
@@ -62,16 +62,18 @@ def sort_samples(
     reference_ptr, offset_ptr, weight_ptr, image_ptr,  # as in msda_forward
     order_ptr,  # [N] int32 queries, neighbours close to each other
     scale_ptr,  # [N, HEADS] float32 log2 of the softmax denominators, where REFERENCE is not 0
-    counter_ptr,  # [B, HEADS, num_tiles] int32: zeros, counted up; where FILL: first free place of each tile, moved on
-    sample_ptr,  # [places, 4] int32 out, where FILL: x and y in pixels and weight as float32 bits, row
+    tile_ptr,  # [B, HEADS, num_tiles] int32: zeros, counted up; where PLACE: first place of each tile
+    rank_ptr,  # [LEVELS, HEADS, N, POINTS_PADDED] int32, N in order: place of each sample within its tile; PLACE: in
+    sample_ptr,  # [places, 4] int32 out, where PLACE: x and y in pixels and weight as float32 bits, row
     num_queries, queries_per_image, num_tiles,
     shape0, shape1, shape2, shape3, shape4, shape5, shape6, shape7,
     HEADS: tl.constexpr, LEVELS: tl.constexpr, POINTS: tl.constexpr, POINTS_PADDED: tl.constexpr,
     OFFSET_PITCH: tl.constexpr, WEIGHT_PITCH: tl.constexpr, REFERENCE: tl.constexpr, PACKED: tl.constexpr,
-    FILL: tl.constexpr, BLOCK: tl.constexpr,
+    PLACE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One program: BLOCK neighbouring queries of one head, one level. Their samples are ranked within 4x4
-    tiles of one image by a cumulative sum; the few that fall elsewhere get their places one by one.
+    """One program: BLOCK neighbouring queries of one head, one level. Counts the samples of each tile and ranks them:
+    those within 4x4 tiles of one image by cumulative sums and one increment per tile, the few elsewhere one by one.
+    With PLACE, once the counts have become first places, writes the samples there.
     """
     head = tl.program_id(0) % HEADS
     level = tl.program_id(0) // HEADS % LEVELS
@@ -82,7 +84,6 @@ def sort_samples(
         image = tl.load(image_ptr + query)
     else:
         image = query // queries_per_image
-    home = tl.max(tl.where(live, image, 0))
     height = 0
     width = 0
     first_tile = head * num_tiles
@@ -103,36 +104,14 @@ def sort_samples(
     touches = touches & live[:, None] & (point < POINTS)
     tile_x = tl.maximum(tl.where(touches, x, 0.0), 0.0).to(tl.int32) // TILE
     tile_y = tl.maximum(tl.where(touches, y, 0.0), 0.0).to(tl.int32) // TILE
-
-    # Anchor of the 4x4 tiles: the first tile met, or two before the mean where the samples spread over more than four.
-    at_home = touches & (image == home)[:, None]
-    number = tl.maximum(tl.sum(tl.sum(at_home.to(tl.int32), axis=1)), 1)
-    left = tl.min(tl.min(tl.where(at_home, tile_x, 1 << 20), axis=1))
-    right = tl.max(tl.max(tl.where(at_home, tile_x, 0), axis=1))
-    top = tl.min(tl.min(tl.where(at_home, tile_y, 1 << 20), axis=1))
-    low = tl.max(tl.max(tl.where(at_home, tile_y, 0), axis=1))
-    mean_x = tl.sum(tl.sum(tl.where(at_home, tile_x, 0), axis=1)) // number
-    mean_y = tl.sum(tl.sum(tl.where(at_home, tile_y, 0), axis=1)) // number
-    left = tl.where(right - left < 4, left, tl.maximum(mean_x - 1, 0))
-    top = tl.where(low - top < 4, top, tl.maximum(mean_y - 1, 0))
-    near = at_home & (tile_x >= left) & (tile_x < left + 4) & (tile_y >= top) & (tile_y < top + 4)
-    local = tl.where(near, (tile_y - top) * 4 + tile_x - left, -1)
-
-    SAMPLES: tl.constexpr = BLOCK * POINTS_PADDED
-    slots = tl.arange(0, 16)
-    hit = (tl.reshape(local, (SAMPLES,))[:, None] == slots[None, :]).to(tl.int32)
-    count = tl.sum(hit, axis=0)
-    slot_tile = home * (HEADS * num_tiles) + first_tile + (top + slots // 4) * tiles_x + left + slots % 4
-    base = tl.atomic_add(counter_ptr + slot_tile, count, mask=count > 0, sem="relaxed")
-    stray = touches & (local < 0)
-    any_stray = tl.max(tl.max(stray.to(tl.int32), axis=1)) > 0
     own_tile = (image * (HEADS * num_tiles))[:, None] + first_tile + tile_y * tiles_x + tile_x
-    if FILL:
-        rank = tl.sum((tl.cumsum(hit, axis=0) - 1 + base[None, :]) * hit, axis=1)
-        position = tl.reshape(rank, (BLOCK, POINTS_PADDED))
-        if any_stray:
-            single = tl.atomic_add(counter_ptr + own_tile, 1, mask=stray, sem="relaxed")
-            position = tl.where(stray, single, position)
+    ranks = (
+        rank_ptr
+        + ((level * HEADS + head).to(tl.int64) * num_queries + place)[:, None] * POINTS_PADDED
+        + point
+    )
+    if PLACE:
+        position = tl.load(ranks, mask=touches, other=0) + tl.load(tile_ptr + own_tile, mask=touches, other=0)
         weight = tl.load(
             weight_ptr + (query * WEIGHT_PITCH + head * (LEVELS * POINTS))[:, None] + level * POINTS
             + tl.minimum(point, POINTS - 1)
@@ -146,8 +125,47 @@ def sort_samples(
         )  # [BLOCK, points, 2, 2]: x, y, weight, row
         target = sample_ptr + position.to(tl.int64)[:, :, None] * 4 + tl.arange(0, 4)[None, None, :]
         tl.store(target, tl.reshape(sample, (BLOCK, POINTS_PADDED, 4)), mask=touches[:, :, None])
-    elif any_stray:
-        tl.atomic_add(counter_ptr + own_tile, 1, mask=stray, sem="relaxed")
+    else:
+        # Anchor of the 4x4 tiles: the first tile met, or one before the mean where the samples spread over more.
+        SAMPLES: tl.constexpr = BLOCK * POINTS_PADDED
+        tl.static_assert(SAMPLES < 256)
+        home = tl.max(tl.where(live, image, 0))
+        at_home = touches & (image == home)[:, None]
+        # One axis: a reduction is then one instruction of the whole warp instead of a shuffle per step.
+        at_home = tl.reshape(at_home, (SAMPLES,))
+        x = tl.reshape(tile_x, (SAMPLES,))
+        y = tl.reshape(tile_y, (SAMPLES,))
+        number = tl.maximum(tl.sum(at_home.to(tl.int32)), 1)
+        left = tl.min(tl.where(at_home, x, 1 << 20))
+        right = tl.max(tl.where(at_home, x, 0))
+        top = tl.min(tl.where(at_home, y, 1 << 20))
+        low = tl.max(tl.where(at_home, y, 0))
+        mean_x = tl.sum(tl.where(at_home, x, 0)) // number
+        mean_y = tl.sum(tl.where(at_home, y, 0)) // number
+        left = tl.where(right - left < 4, left, tl.maximum(mean_x - 1, 0))
+        top = tl.where(low - top < 4, top, tl.maximum(mean_y - 1, 0))
+        near = at_home & (x >= left) & (x < left + 4) & (y >= top) & (y < top + 4)
+
+        # The four counters of a row of tiles are bytes of one word: one cumulative sum ranks the samples of all four.
+        byte = tl.where(near, (x - left) * 8, 0)
+        slots = tl.arange(0, 16)
+        rank = tl.zeros((SAMPLES,), tl.int32)
+        count = tl.zeros((16,), tl.int32)
+        for line in tl.static_range(4):
+            hit = tl.where(near & (y - top == line), 1 << byte, 0)
+            rank = tl.where(hit != 0, tl.cumsum(hit) - hit, rank)
+            count = tl.where(slots // 4 == line, tl.sum(hit), count)
+        rank = (rank >> byte) & 255
+        count = (count >> (slots % 4 * 8)) & 255
+        slot_tile = home * (HEADS * num_tiles) + first_tile + (top + slots // 4) * tiles_x + left + slots % 4
+        base = tl.atomic_add(tile_ptr + slot_tile, count, mask=count > 0, sem="relaxed")
+        rank += tl.gather(base, tl.where(near, (y - top) * 4 + x - left, 0), 0)
+        rank = tl.reshape(rank, (BLOCK, POINTS_PADDED))
+        stray = touches & ~tl.reshape(near, (BLOCK, POINTS_PADDED))
+        if tl.max(tl.max(stray.to(tl.int32), axis=1)) > 0:
+            single = tl.atomic_add(tile_ptr + own_tile, 1, mask=stray, sem="relaxed")
+            rank = tl.where(stray, single, rank)
+        tl.store(ranks, rank, mask=touches)
 
 
 @triton.jit(do_not_specialize=["num_queries", "queries_per_image", "num_tiles", "num_bins", *SIZES])
