@@ -43,7 +43,9 @@ CASES = {
     "slices of larger projections": AttentionCase(strided=True),
     "slices, bfloat16": AttentionCase(strided=True, dtype=BRAIN, coordinates=BRAIN),
     "far samples": AttentionCase(spread=40.0, counts=(9, 6)),
-    "every sample in one tile": AttentionCase(levels=((5, 6),), counts=(70,), heads=1, head_dim=8, spread=0.3),
+    "every sample in one tile": AttentionCase(
+        levels=((5, 6),), counts=(70,), heads=1, head_dim=8, spread=0.3
+    ),
     "wide": AttentionCase(levels=WIDE, spread=6.0, counts=(20, 13), head_dim=16),
 }
 METHODS = {"atomic": (10**9, False), "tiles": (0, False), "deterministic": (0, True)}
