@@ -136,6 +136,7 @@ def test_rows_in_use(name: str, operator: str) -> None:
     assert relative_error(result[: len(expected)], expected) < TOLERANCE[case.dtype]
 
 
+@pytest.mark.skipif(DEVICE == "cuda", reason="a GPU rounds the factors")
 @pytest.mark.parametrize("dtype", [SINGLE, BRAIN])
 def test_float32_feedforward_in_one_kernel(dtype: torch.dtype) -> None:
     """float32 weights take two launches by choice; the fused kernel's arithmetic is proved without rounding here."""
@@ -252,10 +253,7 @@ def test_the_library_computes_exact_plans_and_the_kernels_capacities(monkeypatch
 
 
 # ------------------------------------------------------------------------------------------------------------ operators
-BACKENDS = [
-    "reference",
-    pytest.param("triton", marks=pytest.mark.skipif(DEVICE == "cpu", reason="needs CUDA")),
-]
+BACKENDS = ["reference", "triton"]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -343,3 +341,46 @@ def test_wide_rows_are_left_to_the_library() -> None:
     assert relative_error(case.run("feedforward", backend=None), case.run("feedforward", exact=True)) < 1e-5
     with pytest.raises(ValueError, match="300 channels"):
         case.run("feedforward", backend="triton")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [SINGLE, HALF, BRAIN])
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_large_capacities_on_the_gpu(operator: str, dtype: torch.dtype) -> None:
+    for count in (0, 1, 1900, 7128, 21385):
+        case = Case(capacity=21385, count=count, width=256, hidden=1024, dtype=dtype, images=1)
+        assert relative_error(case.run(operator)[:count], case.run(operator, exact=True)) < TOLERANCE[dtype]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
+def test_one_cuda_graph_serves_every_count_and_waits_for_nothing() -> None:
+    case = Case(capacity=3000, count=3000, width=256, hidden=1024, dtype=BRAIN)
+    t, plan = case.tensors(), case.plan()
+    count, memory = plan.num_rows.clone(), t["memory"]
+    layers = (t["weight1"], t["bias1"], t["weight2"], t["bias2"], t["norm_weight"], t["norm_bias"])
+
+    def layer() -> Tensor:
+        hidden = packed_linear(t["x"], t["weight1"], t["bias1"], count, add_KC=t["add"])
+        x = packed_linear_norm(hidden, t["weight2"], t["bias2"], t["x"], *layers[4:], 1e-5, count)
+        return packed_feedforward(x, *layers, 1e-5, count, memory_BSC=memory, plan=plan)
+
+    expected = layer().clone()  # compiles and chooses
+    stream = torch.cuda.Stream()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        layer()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        captured = layer()
+    for used in (0, 1, 100, 3000):
+        count.fill_(used)
+        captured.fill_(-77.0)
+        graph.replay()
+        torch.cuda.synchronize()
+        assert torch.equal(captured[:used], expected[:used])
+        assert (captured[used:] == -77.0).all()
