@@ -16,6 +16,16 @@ from ats_detr.errors import UserError
 T = TypeVar("T")
 
 
+_LOST_CONTACT = (
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Broken pipe",
+    "Read error",
+    "Timed out",
+)
+"""How gloo says that another process has gone."""
+
+
 @contextmanager
 def process_group(device: str) -> Iterator[torch.device]:
     """The device of this process; between entry and exit the processes of torchrun are connected.
@@ -31,9 +41,22 @@ def process_group(device: str) -> Iterator[torch.device]:
     if chosen.type == "cuda":
         chosen = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(chosen)
-    dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+    store, own_rank, size = next(dist.rendezvous("env://"))
+    if os.environ.get("GROUP_WORLD_SIZE") == "1":
+        # torchrun keeps one store for all attempts, in which the addresses of the processes before are still found.
+        # (On several nodes each counts its own attempts: there torchrun has to make new stores, docs/distributed.md.)
+        store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    backend = "nccl" if chosen.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=store, rank=own_rank, world_size=size)
     try:
         yield chosen
+    except RuntimeError as error:  # of gloo; NCCL's DistBackendError is one too
+        if not isinstance(error, dist.DistError) and not any(sign in str(error) for sign in _LOST_CONTACT):
+            raise
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"lost contact to another process of this run ({reason}); the first error is its"
+        ) from error
     finally:
         dist.destroy_process_group()
 
