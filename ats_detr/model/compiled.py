@@ -39,7 +39,8 @@ class CompiledDetr:
         model: left as it is.
         dtype: of weights and features. Geometry, ranking scores, softmax and norms are computed in float32.
         fuse: run torch.compile, which takes a minute or more at the first batch. None: on CUDA.
-        max_graphs: sizes whose graphs are kept, the most recently used ones; each holds its activations' memory.
+        max_graphs: sizes whose graphs are kept, the most recently used ones. They share the memory of their
+            activations; each has its own inputs and outputs.
     """
 
     def __init__(
@@ -64,6 +65,7 @@ class CompiledDetr:
         fuse = self.device.type == "cuda" if fuse is None else fuse
         self._detect = torch.compile(self._pass, fullgraph=True) if fuse else self._pass
         self._graphs: OrderedDict[tuple[int, int, int], _Graph] = OrderedDict()
+        self._pool: Any = torch.cuda.graph_pool_handle() if self.device.type == "cuda" else None
         self._lock = threading.Lock()
 
     @torch.inference_mode()
@@ -91,15 +93,18 @@ class CompiledDetr:
         if graph is None:
             while len(self._graphs) >= self.max_graphs:
                 self._graphs.popitem(last=False)
-            graph = _Graph(self._detect, inputs)
+            graph = _Graph(self._detect, inputs, self._pool)
         self._graphs[size] = graph  # the last is the most recently used
         return _copied(graph(*inputs))
 
 
 class _Graph:
-    """A CUDA graph of `function` on inputs of fixed shapes."""
+    """A CUDA graph of `function` on inputs of fixed shapes.
 
-    def __init__(self, function: Any, inputs: tuple[Tensor, ...]) -> None:
+    Graphs of one memory pool overwrite each other's activations: replay one after another, and copy the output.
+    """
+
+    def __init__(self, function: Any, inputs: tuple[Tensor, ...], pool: Any) -> None:
         self.inputs = tuple(tensor.clone() for tensor in inputs)
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
@@ -108,7 +113,7 @@ class _Graph:
                 function(*self.inputs)
         torch.cuda.current_stream().wait_stream(stream)
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
+        with torch.cuda.graph(self.graph, pool=pool):
             self.output = function(*self.inputs)
 
     def __call__(self, *inputs: Tensor) -> Any:
