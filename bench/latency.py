@@ -7,7 +7,8 @@
     python -m bench.latency --quick               tiny images and few rounds, to check this script
 
 Modes: `packed` is what this package does; `padded` is the encoder as published (bench/padded.py); `dense` is the same
-model without token selection; `captured` is the whole model compiled; `peer:NAME` is another detector (bench/peers).
+model without token selection; `captured` is the whole model in one piece (`Detector.compile`), on a GPU as CUDA graphs;
+`peer:NAME` is another detector (bench/peers).
 Weights are random without a checkpoint, and random weights choose budgets at random: `--ratios` gives every image the
 same budget, `--budgets` one to each image of a batch. All modes run in one process and take turns.
 """
@@ -33,7 +34,7 @@ from ats_detr.config import Config, load_config
 from ats_detr.data.synthetic import draw_image
 from ats_detr.data.transforms import image_to_tensor
 from ats_detr.errors import UserError, run_cli
-from ats_detr.model import Detr
+from ats_detr.model import CompiledDetr, Detr
 from ats_detr.model.output import TokenScores
 from bench.flops import CONFIGS, given_subject, read_folder
 from bench.measure import (
@@ -219,9 +220,12 @@ def forced_budgets(model: Detr, budgets: Sequence[float] | None) -> Iterator[Non
         yield
         return
 
+    # On the device beforehand: a copy from the host cannot be part of a captured graph.
+    shares_given = torch.tensor(budgets).to(model.level_embed.device)
+
     def num_tokens(num_valid_B: Tensor, budget_logits_BR: Tensor | None) -> Tensor:
-        shares = list(itertools.islice(itertools.cycle(budgets), len(num_valid_B)))
-        share_B = torch.tensor(shares).to(num_valid_B.device, non_blocking=True)
+        num_images = len(num_valid_B)
+        share_B = shares_given.to(num_valid_B.device).repeat(-(-num_images // len(budgets)))[:num_images]
         return ((num_valid_B * share_B).long() + 1).minimum(num_valid_B)
 
     largest = selector.max_ratio
@@ -281,12 +285,14 @@ def measure(
     for mode in modes:
         if mode.startswith("peer:") and mode not in setting.peers:
             continue  # load_peers has said so
-        sparse = mode in ("packed", "padded")
+        sparse = mode in ("packed", "padded", "captured")
         for choice in budgets if sparse else [None]:
             name = f"{mode} {_spelled(choice)}" if sparse else mode
             described[name] = mode, choice
             if mode in setting.peers:
                 contenders[name] = peer_contender(setting.peers[mode], batch)
+            elif mode == "captured":
+                contenders[name] = captured_contender(setting, batch, choice, selections, name)
             else:
                 contenders[name] = own_contender(setting.model, mode, batch, choice, selections, name)
 
@@ -364,6 +370,25 @@ def own_contender(
     return run
 
 
+def captured_contender(
+    setting: Setting, batch: ImageBatch, budgets: Budgets, selections: dict[str, TokenScores], name: str
+) -> Contender:
+    """The whole model in one piece, as `Detector.compile` makes it."""
+    with forced_budgets(setting.model, budgets):
+        compiled = CompiledDetr(
+            setting.model, dtype=getattr(torch, setting.dtype)
+        )  # of a copy, which keeps them
+
+    def run(watch: Stopwatch) -> None:
+        with torch.autocast(batch.images_B3HW.device.type, enabled=False):  # it has a dtype of its own
+            output = compiled(batch)
+        watch.mark("total")
+        if output.selection is not None:
+            selections[name] = output.selection
+
+    return run
+
+
 def peer_contender(peer: Peer, batch: ImageBatch) -> Contender:
     """Another detector; its stages are told apart by where its encoder begins and ends."""
 
@@ -406,7 +431,7 @@ def show(rows: Sequence[Row], console: Console) -> None:
         stages = {row["stage"]: row for row in group}
         mode, keep_ratio, budgets, batch, kind = key
         total = stages["total"]
-        decided = mode in ("packed", "padded") and budgets is None
+        decided = not mode.startswith(("dense", "peer:")) and budgets is None
         table.add_row(
             f"{mode}, as decided" if decided else mode,
             "" if mode.startswith("peer:") else f"{keep_ratio:.1%}",

@@ -359,10 +359,11 @@ def label(row: Row) -> str:
         return mode.removeprefix("peer:")
     if mode == "dense":
         return "dense"
+    before = "" if mode == "packed" else f"{mode}, "
     if row["budgets"] is None:
-        return "adaptive"
+        return f"{before}adaptive"
     spelled = " ".join(f"{share:.0%}" for share in row["budgets"])
-    return f"{spelled} kept" if len(row["budgets"]) == 1 else f"{mode} {spelled}"
+    return f"{before}{spelled} kept" if len(row["budgets"]) == 1 else f"{mode} {spelled}"
 
 
 _TEMPLATE = """<!doctype html>

@@ -81,7 +81,7 @@ def main() -> None:
 
     rows = flops_rows(setting, batch_of(1, "same"), choices, console)
     for count in arguments.batch:
-        modes = ["packed", "dense", *peers]
+        modes = ["packed", "dense", *(["captured"] if device.type == "cuda" else []), *peers]
         batch = batch_of(count, "mixed")
         rows += measure(setting, batch, "same" if count == 1 else "mixed", modes, choices, console)
     rows += measure(setting, batch_of(len(UNEVEN), "mixed"), "mixed", ["packed", "padded"], [UNEVEN], console)
