@@ -1,30 +1,38 @@
-"""What a training step spends beside the network: python -m bench.training [--repeat 7] [--steps 5]
+"""What a training step spends beside the network: python -m bench.training [--repeat 7]
 
 Two tables. Matching, losses and labels against their definitions (those of tests/training/definitions.py), side by side
 in one process, alternating, medians; a synthetic batch of 4 as the R50 configurations have them: 300 queries, about
-10,000 tokens of which a tenth is kept, 10 to 30 objects. Then whole steps of a small model: the student alone, with the
-weak teacher, with both, and with both on the student's frozen stages.
+10,000 tokens of which a tenth is kept, 10 to 30 objects. Then whole steps (losses and gradients) of ATS-DETR R50 on a
+batch of 2 small images: the student alone, with the weak teacher, with both, and with both on what the student's
+frozen stages made of the batch.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
+import dataclasses
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
-from ats_detr.batch import Target, most_of_a_class
+from ats_detr.batch import ImageBatch, Target, most_of_a_class
 from ats_detr.boxes import cxcywh_to_xyxy
+from ats_detr.config import SelectorConfig, load_config
 from ats_detr.kernels import TokenPlan
-from ats_detr.model import Detections, DetectorOutput, Prediction, TokenScores
+from ats_detr.model import Detections, DetectorOutput, Prediction, TokenScores, build_model, top_detections
 from ats_detr.training.criterion import SetCriterion
-from ats_detr.training.distillation import budget_labels, image_average_precision
+from ats_detr.training.distillation import DualTeacher, budget_labels, image_average_precision
+from ats_detr.training.trainer import build_criterion, compute_losses
 from tests.training.definitions import nested_loops_ap, set_losses
 
+ROOT = Path(__file__).parents[1]
+IMAGE_SIZE = (320, 416)
 LEVEL_SHAPES = ((76, 100), (38, 50), (19, 25), (10, 13))
 """Of an image of about 600 x 800 pixels: 10,105 tokens."""
 NUM_CLASSES = 91
@@ -134,6 +142,54 @@ def compare_with_definitions(repeat: int, device: str = "cpu") -> dict[str, tupl
     return {name: (times[f"definition of {name}"], times[name]) for name in times if "definition" not in name}
 
 
+def step_times(repeat: int, device: str = "cpu") -> dict[str, float]:
+    """Median ms of the losses and gradients of one ATS-DETR R50 step, by what teaches it."""
+    config = load_config(ROOT / "configs" / "ats_r50_0.1_0.2.yaml", ["model.backbone.pretrained=false"])
+    torch.manual_seed(0)
+    student, weak, strong = (
+        build_model(dataclasses.replace(config.model, selector=selector, adaption=adaption), NUM_CLASSES).to(
+            device
+        )
+        for selector, adaption in (
+            (config.model.selector, True),
+            (SelectorConfig(keep_ratio=0.1), False),
+            (SelectorConfig(keep_ratio=0.2), False),
+        )
+    )
+    for teacher in (weak, strong):
+        teacher.backbone.load_state_dict(student.backbone.state_dict())
+    criterion = build_criterion(config, NUM_CLASSES)
+    g = torch.Generator().manual_seed(0)
+    batch = ImageBatch.collate([torch.randn(3, *IMAGE_SIZE, generator=g) for _ in range(2)]).to(device)
+    targets = [target.to("cpu") for target in r50_output()[1][:2]]
+    student.train()
+
+    def step(teachers: DualTeacher | None) -> Callable[[], None]:
+        def run() -> None:
+            compute_losses(student, criterion, teachers, batch, targets, metrics=False)[1]["loss"].backward()
+            student.zero_grad()
+
+        return run
+
+    def only_weak() -> None:
+        with torch.inference_mode():
+            found = top_detections(weak(batch).last, [target.original_size for target in targets])
+            budget_labels(image_average_precision(found, [target.to(device) for target in targets]))
+        step(None)()
+
+    shared = DualTeacher(copy.deepcopy(weak), copy.deepcopy(strong))
+    assert shared.share_frozen_stages(student) == ["weak", "strong"]
+    return side_by_side(
+        {
+            "student alone": step(None),
+            "+ weak teacher": only_weak,
+            "+ both": step(DualTeacher(weak, strong)),
+            "+ both, frozen stages shared": step(shared),
+        },
+        repeat,
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -145,6 +201,11 @@ def main() -> None:
     table = Table("", "definition, ms", "here, ms", "times faster")
     for name, (slow, fast) in compare_with_definitions(arguments.repeat, arguments.device).items():
         table.add_row(name, f"{slow:.1f}", f"{fast:.2f}", f"{slow / fast:.1f}")
+    Console().print(table)
+    table = Table("ATS-DETR R50, 2 images of {} x {}".format(*IMAGE_SIZE), "ms a step", "of the student's")
+    times = step_times(arguments.repeat, arguments.device)
+    for name, milliseconds in times.items():
+        table.add_row(name, f"{milliseconds:.0f}", f"{milliseconds / times['student alone']:.2f}")
     Console().print(table)
 
 

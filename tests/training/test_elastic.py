@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -92,16 +93,21 @@ def test_four_processes_survive_two_killed_ones_with_the_same_parameters(tmp_pat
     assert_restarts_change_nothing(tmp_path, 4, kills=2)
 
 
-def test_one_of_two_processes_told_to_stop_stops_both_in_order(tmp_path: Path) -> None:
+@pytest.mark.parametrize("told", ["a worker", "the launcher"])
+def test_two_processes_told_to_stop_do_so_in_order(tmp_path: Path, told: str) -> None:
     config = write_run(tmp_path / "signalled", 2)
     log = tmp_path / "signalled" / "run" / "log.jsonl"
     with (tmp_path / "output").open("wb") as output:
         launcher = launch(config, 2, output, "train.checkpoint_every_steps=0", "train.epochs=100")
         while launcher.poll() is None and not (log.exists() and log.read_bytes().count(b"\n") >= 2):
             time.sleep(0.01)
-        os.kill(workers_of(launcher)[1], signal.SIGUSR1)
+        if told == "a worker":
+            os.kill(workers_of(launcher)[1], signal.SIGUSR1)
+        else:
+            launcher.terminate()
         code = launcher.wait(120)
     text = (tmp_path / "output").read_text()
-    assert code == 0, text
-    assert text.count("stopped by SIGUSR1 after step") == 1
+    if told == "a worker":
+        assert code == 0, text
+    assert len(re.findall("small: stopped by SIG[A-Z1]+ after step", text)) == 1
     assert torch.load(tmp_path / "signalled" / "run" / "checkpoint.pt", weights_only=True)["step"] >= 2

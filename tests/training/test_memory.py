@@ -1,0 +1,46 @@
+"""The host's memory does not grow from epoch to epoch."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from ats_detr.config import load_config
+from ats_detr.training import trainer
+from ats_detr.training.stages import plan_stages, train_stages
+from tests.training.small import small_tree
+
+
+def mebibytes_in_use() -> float:
+    """Proportional share of this process and its children: what they share is counted once."""
+    children = (Path(f"/proc/self/task/{os.getpid()}") / "children").read_text().split()
+    total = 0
+    for process in ("self", *children):
+        lines = Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()
+        total += next(int(line.split()[1]) for line in lines if line.startswith("Pss:"))
+    return total / 1024
+
+
+@pytest.mark.slow
+def test_three_epochs_of_2000_images_with_two_workers_grow_under_5_percent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    used = []
+    train_epoch = trainer.train_epoch
+
+    def measured(run: trainer.Run, epoch: int) -> None:
+        train_epoch(run, epoch)
+        used.append(mebibytes_in_use())
+
+    monkeypatch.setattr(trainer, "train_epoch", measured)
+    data = {"num_workers": 2, "batch_size": 20, "synthetic": {"num_train": 2000, "max_objects": 12}}
+    tree = small_tree(tmp_path, data=data, train={"epochs": 3, "log_every": 10, "evaluate_every": 1})
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(tree))
+    train_stages(plan_stages(load_config(tmp_path / "config.yaml")), "all", torch.device("cpu"))
+    print(f"MiB after each epoch: {[round(mib, 1) for mib in used]}")
+    assert len(used) == 3
+    assert max(used[1:]) < 1.05 * used[0], used
