@@ -12,16 +12,20 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from ats_detr.config import load_config
+from ats_detr.config import config_to_dict, load_config
+from ats_detr.data.coco import ClassMap
+from ats_detr.data.synthetic import CLASSES
+from ats_detr.training.checkpoint import build_without_fetching, save_checkpoint
 from bench.flops import count as count_all
 from bench.flops import given_subject, row_of
 from bench.latency import QUICK_SIZE, generated_images
 from bench.measure import Row, read_rows
 from bench.page import Sweep
+from tests.training.small import SMALL_DATA, write_small_chain
 
 ROOT = Path(__file__).parents[1]
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-CHARTS = {"gflops", "latency", "savings", "parts", "stages", "packing", "budgets"}
+CHARTS = {"gflops", "latency", "savings", "parts", "stages", "packing", "budgets", "precision"}
 
 pytest.importorskip("plotly")
 pytestmark = pytest.mark.xdist_group("sweep")  # one sweep for all of them
@@ -29,13 +33,22 @@ pytestmark = pytest.mark.xdist_group("sweep")  # one sweep for all of them
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("sweep")
-    command = [sys.executable, "-m", "bench.sweep", "--config", "configs/quickstart.yaml", "--quick", "--device", "cpu",
-               "--ratios", "0.1,0.5", "--peers", "", "--out", str(out)]  # fmt: skip
+    """Of a sweep of a tiny untrained student, with its configs: weak.yaml, strong.yaml, student.yaml."""
+    folder = tmp_path_factory.mktemp("sweep")
+    config_file = write_small_chain(folder)
+    config = load_config(config_file)
+    classes = ClassMap.from_categories({index + 1: name for index, (name, *_) in enumerate(CLASSES[:3])})
+    model = build_without_fetching(config, classes.num_rows)
+    facts = {"config": config_to_dict(config), "num_classes": classes.num_rows, "classes": classes.to_dict()}
+    facts |= {"epoch": 1, "finished": True}
+    save_checkpoint({**facts, "model": model.state_dict()}, folder / "student.pt")
+    command = [sys.executable, "-m", "bench.sweep", "--config", str(config_file), "--quick", "--device", "cpu",
+               "--ratios", "0.1,0.5", "--peers", "", "--checkpoint", str(folder / "student.pt"), "--ap",
+               "--out", str(folder)]  # fmt: skip
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     assert "of the saving became time" in " ".join(result.stdout.split())
-    return out
+    return folder
 
 
 def rows_of(folder: Path, kind: str) -> list[Row]:
@@ -46,8 +59,8 @@ def test_multiply_adds_are_those_of_bench_flops(folder: Path) -> None:
     images = [generated_images(1, "same", QUICK_SIZE)]
     swept = {str(row["budgets"]): row for row in rows_of(folder, "flops") if row["mode"] == "packed"}
     for ratio in (0.1, 0.5):
-        overrides = [f"model.selector.keep_ratio={ratio}", "model.adaption=false"]
-        subject = given_subject(load_config(ROOT / "configs/quickstart_weak.yaml", overrides), None)
+        overrides = [f"model.selector.keep_ratio={ratio}", "model.num_classes=3"]
+        subject = given_subject(load_config(folder / "weak.yaml", overrides), None)
         counted = row_of(subject, count_all(subject.model, images))
         row = swept[str([ratio])]
         assert row["keep_ratio"] == pytest.approx(counted["keep_ratio"], abs=1e-4)
@@ -55,10 +68,19 @@ def test_multiply_adds_are_those_of_bench_flops(folder: Path) -> None:
         # The adaptive model has a budget head that the fixed one has not.
         assert row["gflops"] == pytest.approx(counted["needed_gflops"], rel=1e-3)
     (dense,) = [row for row in rows_of(folder, "flops") if row["mode"] == "dense"]
-    overrides = ["model.selector=null", "model.encoder_auxiliary=false"]
-    subject = given_subject(load_config(ROOT / "configs/quickstart_weak.yaml", overrides), None)
+    overrides = ["model.selector=null", "model.encoder_auxiliary=false", "model.num_classes=3"]
+    subject = given_subject(load_config(folder / "weak.yaml", overrides), None)
     counted = row_of(subject, count_all(subject.model, images))
     assert dense["gflops"] == pytest.approx(counted["needed_gflops"], rel=1e-3)
+
+
+def test_every_choice_is_evaluated_on_every_validation_image(folder: Path) -> None:
+    rows = rows_of(folder, "precision")
+    assert [row["budgets"] for row in rows] == [None, [0.1], [0.5]]
+    assert {row["num_images"] for row in rows} == {SMALL_DATA["synthetic"]["num_val"]}
+    for row, ratio in zip(rows[1:], (0.1, 0.5), strict=True):
+        assert ratio < row["mean_keep_ratio"] < ratio + 0.05  # int(n * ratio) + 1 of some 85 tokens
+    assert all(0 <= row["AP"] <= 1 for row in rows)
 
 
 def test_parts_are_the_whole(folder: Path) -> None:
