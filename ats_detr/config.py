@@ -362,6 +362,9 @@ class TeachersConfig:
     """Average precision (0..1) of the weak teacher on an image from which the image counts as easy."""
     level_weights: tuple[float, ...] = (0.25, 0.25, 0.25, 0.25)
     """Weight of each feature level in the imitation of the memory."""
+    cache_difficulty: bool = False
+    """Judge each image once, as its first augmentation shows it, instead of in every epoch (as published): the weak
+    teacher then runs in the first epoch only, but for batches with an image that was not seen in it."""
 
     def __post_init__(self) -> None:
         _check(

@@ -3,9 +3,9 @@
 A checkpoint is a dictionary of tensors and plain values (`torch.load(..., weights_only=True)` reads it): `model`,
 `config`, `num_classes` (rows of the heads), `classes` (what the rows mean), `num_processes` and `teacher_weights` (what
 else it was trained with), `epoch` (completed ones), `epoch_step` (of the next), `step`, `train_seconds`, `best_ap`,
-`skipped_steps`, `finished`; then either `optimizer`, `rng` (one state for each process) and, with a moving average of
-the weights, `average`; or `metrics`. A .safetensors file holds the same without the optimiser, plain values
-as JSON in its metadata. Files of the published code are read too.
+`skipped_steps`, `finished`; then either `optimizer`, `rng` (one state for each process), `average` (of the weights) and
+`difficulty` (of the images) where they are kept; or `metrics`. A .safetensors file holds the same without the optimiser,
+plain values as JSON in its metadata. Files of the published code are read too.
 
 A model to give away is a folder: `model.safetensors`, which any safetensors reader opens, and `config.json`, which
 people read; together the same as a .safetensors file of ours.

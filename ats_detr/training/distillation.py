@@ -7,7 +7,7 @@ towards its memory.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -42,6 +42,7 @@ class DualTeacher:
         level_weights: Sequence[float] = (0.25, 0.25, 0.25, 0.25),
         num_detections: int = 100,
         precision: torch.dtype = torch.float32,
+        cache_difficulty: bool = False,
     ) -> None:
         """Freezes both teachers.
 
@@ -50,6 +51,7 @@ class DualTeacher:
             level_weights: weight of each pyramid level in the memory loss.
             num_detections: detections of the weak teacher that are judged.
             precision: of the teachers' passes; bfloat16 by autocast.
+            cache_difficulty: judge each image once only.
         """
         self.weak = weak.eval().requires_grad_(False)
         self.strong = strong.eval().requires_grad_(False)
@@ -58,6 +60,7 @@ class DualTeacher:
         self.level_weights = tuple(level_weights)
         self.num_detections = num_detections
         self.precision = precision
+        self.difficulty = DifficultyCache() if cache_difficulty else None
 
     def __call__(
         self,
@@ -76,13 +79,9 @@ class DualTeacher:
         """
         device = batch.images_B3HW.device.type
         with torch.inference_mode(), torch.autocast(device, self.precision, self.precision != torch.float32):
-            weak = self.weak(batch)
             strong_memory = self.strong.encode(batch.images_B3HW, batch.padding_mask_BHW)
-            sizes = [target.original_size for target in targets]
-            detections = top_detections(weak.last, sizes, self.num_detections)
-        with torch.no_grad():
-            precision_B = image_average_precision(detections, targets, most_of_a_class=most_of_a_class)
-            labels_B = budget_labels(precision_B, self.bias, self.num_budgets)
+            precision_B = self._precision_of_weak(batch, targets, most_of_a_class)
+        labels_B = budget_labels(precision_B, self.bias, self.num_budgets)
         assert student.adapted_memory_BSC is not None, "the student needs an adaption layer"
         assert student.selection is not None and student.selection.budget_logits_BR is not None
         with torch.autocast(device, enabled=False):
@@ -95,6 +94,21 @@ class DualTeacher:
                 self.level_weights,
             )
         return {"loss_budget": loss_budget, "loss_memory": loss_memory}
+
+    def _precision_of_weak(
+        self, batch: ImageBatch, targets: Sequence[Target], most_of_a_class: int | None
+    ) -> Tensor:
+        """float32 [B] average precision of the weak teacher on each image."""
+        image_ids = [target.image_id for target in targets]
+        known_B = self.difficulty.get(image_ids) if self.difficulty is not None else None
+        if known_B is not None:
+            return known_B
+        sizes = [target.original_size for target in targets]
+        detections = top_detections(self.weak(batch).last, sizes, self.num_detections)
+        precision_B = image_average_precision(detections, targets, most_of_a_class=most_of_a_class)
+        if self.difficulty is not None:
+            self.difficulty.put(image_ids, precision_B)
+        return precision_B
 
     def share_frozen_stages(self, student: Detr) -> list[str]:
         """Let the teachers read what the student's frozen stages made of the batch. Returns the teachers that do.
@@ -141,6 +155,43 @@ class _Recall(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         assert self.output is not None, "the student has to see the batch first"
         return self.output
+
+
+class DifficultyCache:
+    """What the weak teacher achieved on each image that it has seen. The host knows which, the device how much."""
+
+    def __init__(self) -> None:
+        self._place: dict[int, tuple[int, int]] = {}
+        """(batch, position in it) of each image id."""
+        self._batches: list[Tensor] = []
+
+    def get(self, image_ids: Sequence[int]) -> Tensor | None:
+        """float32 [B], or None unless all are known."""
+        if not all(image_id in self._place for image_id in image_ids):
+            return None
+        places = [self._place[image_id] for image_id in image_ids]
+        return torch.stack([self._batches[batch][position] for batch, position in places])
+
+    def put(self, image_ids: Sequence[int], precision_B: Tensor) -> None:
+        """Keep what is not known yet. Negative ids, of images that are not the data's, are left out."""
+        for position, image_id in enumerate(image_ids):
+            if image_id >= 0:
+                self._place.setdefault(image_id, (len(self._batches), position))
+        self._batches.append(precision_B)
+
+    def state(self) -> dict[str, Tensor]:
+        """For a checkpoint; waits for the device."""
+        image_ids = list(self._place)
+        precision = self.get(image_ids) if image_ids else None
+        return {
+            "image_ids": torch.tensor(image_ids, dtype=torch.int64),
+            "precision": torch.zeros(0) if precision is None else precision.cpu(),
+        }
+
+    def load(self, state: Mapping[str, Tensor], device: torch.device) -> None:
+        """Inverse of `state`."""
+        self._batches = [state["precision"].to(device)]
+        self._place = {image_id: (0, i) for i, image_id in enumerate(state["image_ids"].tolist())}
 
 
 # --------------------------------------------------------------------------------------- how hard an image is

@@ -23,6 +23,8 @@ _TOLERATED_EXCESS = 0.05
 """Boxes may reach outside their image by this share of its side and a pixel: annotators do that, and it is clipped."""
 _MIN_SHARE = -1e-4
 """Rounding of normalised boxes."""
+REHEARSED = -1
+"""Image id of what is no image of the data."""
 
 
 # ---------------------------------------------------------------------------------------------- labels and boxes
@@ -83,9 +85,14 @@ def naming_the_batch(batch: ImageBatch, targets: Sequence[Target]) -> Iterator[N
         height, width = batch.images_B3HW.shape[-2:]
         objects = sum(len(target.labels_N) for target in targets)
         ids = ", ".join(str(target.image_id) for target in targets)
+        which = (
+            "the largest batch, tried before the first step"
+            if targets[0].image_id == REHEARSED
+            else f"images {ids}"
+        )
         raise UserError(
             f"out of memory with {len(batch)} images of {height} x {width} pixels (padded) and {objects} objects"
-            f" (images {ids}): lower data.batch_size and raise train.accumulate as much, or set train.recompute=true or"
+            f" ({which}): lower data.batch_size and raise train.accumulate as much, or set train.recompute=true or"
             " train.precision=bfloat16"
         ) from error
 
@@ -96,7 +103,7 @@ def is_out_of_memory(error: RuntimeError) -> bool:
 
 
 def largest_batch(
-    loader: TrainingLoader, short_side: int, long_side: int, device: torch.device, accumulate: int = 1
+    loader: TrainingLoader, short_side: int, long_side: int, device: torch.device
 ) -> tuple[ImageBatch, list[Target]]:
     """Noise of the largest padded size that a batch of this process's first epoch can have, with as many objects.
 
@@ -112,7 +119,7 @@ def largest_batch(
     per_image = np.bincount(np.arange(num_objects) % loader.batch_size, minlength=loader.batch_size)
     targets = [
         Target(
-            -1,
+            REHEARSED,
             (int(height), int(width)),
             torch.zeros(int(count), dtype=torch.int64),
             torch.tensor([[0.5, 0.5, 0.2, 0.2]]).repeat(int(count), 1),

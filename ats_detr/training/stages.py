@@ -148,6 +148,7 @@ def load_teachers(config: Config, stages: Mapping[str, Stage], device: torch.dev
             bias=config.teachers.difficulty_bias,
             num_budgets=config.model.selector.num_budgets,
             level_weights=config.teachers.level_weights,
+            cache_difficulty=config.teachers.cache_difficulty,
         ),
         weights={name: digest(checkpoint["model"]) for name, checkpoint in checkpoints.items()},
         classes={

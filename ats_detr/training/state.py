@@ -19,6 +19,7 @@ from ats_detr.errors import UserError
 from ats_detr.model import Detr
 from ats_detr.training.average import MovingAverage
 from ats_detr.training.checkpoint import load_checkpoint, load_weights, save_checkpoint, write_json
+from ats_detr.training.distillation import DifficultyCache
 from ats_detr.training.origin import ADJUSTABLE, check_same_origin
 
 logger = logging.getLogger(__name__)
@@ -59,6 +60,8 @@ class State:
     optimizer: AdamW
     average: MovingAverage | None
     progress: Progress
+    difficulty: DifficultyCache | None = None
+    """What the weak teacher has found so far, of this process, where that is kept."""
 
     @property
     def evaluated(self) -> Detr:
@@ -118,6 +121,8 @@ def restore(checkpoint: Mapping[str, Any], state: State, device: torch.device) -
     for group, settings in zip(optimizer.param_groups, asked, strict=True):
         group.update(settings)
     restore_rng(checkpoint["rng"][distributed.rank()], device)
+    if state.difficulty is not None and checkpoint.get("difficulty"):
+        state.difficulty.load(checkpoint["difficulty"][distributed.rank()], device)
     known = {field.name for field in dataclasses.fields(Progress)} & checkpoint.keys()
     state.progress = Progress(**{name: checkpoint[name] for name in known})
     within = f", {state.progress.epoch_step} steps into the next" if state.progress.epoch_step else ""
@@ -127,12 +132,15 @@ def restore(checkpoint: Mapping[str, Any], state: State, device: torch.device) -
 def save(config: Config, facts: Mapping[str, Any], folder: Path, state: State, device: torch.device) -> None:
     """Write the checkpoint to go on from. Every process calls it."""
     rng = distributed.gather(rng_state(device))
+    difficulty = None if state.difficulty is None else distributed.gather(state.difficulty.state())
     if not distributed.is_main():
         return
     checkpoint = _common(config, facts, state, state.model)
     checkpoint |= {"optimizer": state.optimizer.state_dict(), "rng": rng, "finished": False}
     if state.average is not None:
         checkpoint["average"] = state.average.model.state_dict()
+    if difficulty is not None:
+        checkpoint["difficulty"] = difficulty
     save_checkpoint(checkpoint, folder / RESUMABLE, previous=folder / PREVIOUS)
 
 

@@ -189,7 +189,9 @@ def prepare(
         )
     average = MovingAverage(model, config.train.ema_decay) if config.train.ema_decay else None
     optimizer = build_optimizer(model, config.train, global_batch(config))
-    state = State(model, optimizer, average, Progress())
+    supervision = teachers.supervision if teachers is not None else None
+    difficulty = supervision.difficulty if supervision is not None else None
+    state = State(model, optimizer, average, Progress(), difficulty)
     if checkpoint is not None:
         restore(checkpoint, state, device)
     if distributed.is_main():
@@ -197,13 +199,13 @@ def prepare(
         save_config(config, folder / "config.yaml")
     if checkpoint is None:
         discard_results(folder)
-    supervision = teachers.supervision if teachers is not None else None
     if supervision is not None:
         supervision.precision = PRECISIONS[config.train.precision]
         sharing = supervision.share_frozen_stages(model)
         if sharing:
             logger.info(
-                "the frozen stages of the backbone run once for the student and its teachers: %s", sharing
+                "the frozen stages of the backbone run once for the student and its teachers (%s)",
+                ", ".join(sharing),
             )
     model.encoder.recompute = model.decoder.recompute = config.train.recompute
     if config.train.compile:
@@ -243,7 +245,9 @@ def train_epoch(run: Run, epoch: int) -> None:
         progress.step += 1
         progress.epoch_step += 1
         is_stopping = distributed.world_size() == 1 and run.signals.received is not None
-        if is_logged or is_stopping:
+        every = config.checkpoint_every_steps
+        is_saving = not is_last and every > 0 and progress.epoch_step % every == 0
+        if is_logged or is_saving or is_stopping:
             values = {
                 **values,
                 "skipped": run.watch.num_skipped(),
@@ -252,15 +256,15 @@ def train_epoch(run: Run, epoch: int) -> None:
             numbers = mean_on_host(values)
             is_stopping = numbers.pop("stopping") > 0
             report_skipped(run, numbers.pop("skipped") > 0)
+        if is_logged:
             seconds, last_time = time.monotonic() - last_time, time.monotonic()
             num_images = (progress.step - last_logged) * global_batch(run.config)
             last_logged = progress.step
             rate = run.state.optimizer.param_groups[0]["lr"]
             rates = {"learning_rate": rate, "images_per_second": num_images / seconds}
-            if is_logged and all(map(math.isfinite, numbers.values())):
+            if all(map(math.isfinite, numbers.values())):
                 run.log.write(progress.step, epoch, {**numbers, **rates})
-        every = config.checkpoint_every_steps
-        if not is_last and (is_stopping or (every and progress.epoch_step % every == 0)):
+        if is_saving or (is_stopping and not is_last):
             progress.train_seconds = seconds_before + time.monotonic() - started
             save(run.config, run.facts, run.folder, run.state, run.device)
             if is_stopping:

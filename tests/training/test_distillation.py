@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from ats_detr.batch import Target, most_of_a_class
 from ats_detr.boxes import cxcywh_to_xyxy, xyxy_to_cxcywh
 from ats_detr.model import Detections, build_model, top_detections
 from ats_detr.training.distillation import (
+    DifficultyCache,
     DualTeacher,
     budget_labels,
     greedy_match,
@@ -174,6 +176,29 @@ def test_the_teachers_teach_and_stay_as_they_are(tmp_path: Path) -> None:
         assert student.get_parameter(name).grad is None, (
             name
         )  # detections and scores are the criterion's to teach
+
+
+def test_a_cached_difficulty_is_found_once_and_survives_a_checkpoint(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    weak, student = (
+        build_model(small_config(tmp_path, model=model).model, num_classes=3) for model in ({}, ADAPTIVE)
+    )
+    teachers = DualTeacher(weak, copy.deepcopy(weak), cache_difficulty=True)
+    seen: list[int] = []
+    weak.backbone.register_forward_hook(lambda _, images, maps: seen.append(len(images[0])))
+    batch, targets = random_batch(seed=0, num_objects=[3, 0, 2, 1], size=64)
+    output = student.train()(batch)
+    first = teachers(batch, targets, output)["loss_budget"]
+    assert torch.equal(teachers(batch, targets, output)["loss_budget"], first)
+    assert seen == [4]
+    again = DifficultyCache()
+    again.load(teachers.difficulty.state(), torch.device("cpu"))
+    assert torch.equal(again.get([2, 0]), teachers.difficulty.get([2, 0]))
+    assert teachers.difficulty.get([0, 99]) is None
+    other_batch, other = random_batch(seed=1, num_objects=[1, 1], size=64)
+    other[1].image_id = 99
+    teachers(other_batch, other, student(other_batch))
+    assert seen == [4, 2], "a batch with an image that is not known is judged whole"
 
 
 def test_the_label_of_an_image_is_what_the_weak_teacher_achieves_on_it(tmp_path: Path) -> None:

@@ -196,6 +196,7 @@ def quickstart_losses(folder: Path, precision: str, num_steps: int) -> list[floa
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_200_quickstart_steps_in_bfloat16_have_the_loss_curve_of_float32(tmp_path: Path) -> None:
     curves = {
         precision: torch.tensor(quickstart_losses(tmp_path, precision, 200))
