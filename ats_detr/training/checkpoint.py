@@ -4,8 +4,8 @@ A checkpoint is a dictionary of tensors and plain values (`torch.load(..., weigh
 `config`, `num_classes` (rows of the heads), `classes` (what the rows mean), `num_processes` and `teacher_weights` (what
 else it was trained with), `epoch` (completed ones), `epoch_step` (of the next), `step`, `train_seconds`, `best_ap`,
 `skipped_steps`, `finished`; then either `optimizer`, `rng` (one state for each process), `average` (of the weights) and
-`difficulty` (of the images) where they are kept; or `metrics`. A .safetensors file holds the same without the optimiser,
-plain values as JSON in its metadata. Files of the published code are read too.
+`difficulty` (of the images) where they are kept; or `metrics`. A .safetensors file holds the same but for the optimiser
+and what comes with it, plain values as JSON in its metadata. Files of the published code are read too.
 
 A model to give away is a folder: `model.safetensors`, which any safetensors reader opens, and `config.json`, which
 people read; together the same as a .safetensors file of ours.
@@ -59,6 +59,8 @@ CHECKPOINT_SUFFIXES = (".safetensors", ".pt", ".pth")
 """Of a checkpoint in one file; a model of another name is a folder."""
 MODEL_CONFIG = "config.json"
 _MODEL_WEIGHTS = "model.safetensors"
+_TO_GO_ON = ("optimizer", "rng", "average", "difficulty")
+"""Keys of what only the run itself needs."""
 _KEYS = ("model", "config", "num_classes", "classes", "epoch", "finished")
 
 
@@ -105,7 +107,7 @@ def save_folder(checkpoint: Mapping[str, Any], folder: Path) -> None:
 
     Raises UserError where it cannot be written.
     """
-    others = {key: value for key, value in checkpoint.items() if key not in ("model", "optimizer", "rng")}
+    others = {key: value for key, value in checkpoint.items() if key not in ("model", *_TO_GO_ON)}
     (folder / MODEL_CONFIG).unlink(missing_ok=True)
     save_checkpoint({"model": checkpoint["model"]}, folder / _MODEL_WEIGHTS)
     try:
@@ -123,7 +125,7 @@ def write_json(content: Mapping[str, Any], path: Path) -> None:
 
 def _as_safetensors(checkpoint: Mapping[str, Any]) -> bytes:
     tensors = {name: tensor.contiguous() for name, tensor in checkpoint["model"].items()}
-    others = {key: value for key, value in checkpoint.items() if key not in ("model", "optimizer", "rng")}
+    others = {key: value for key, value in checkpoint.items() if key not in ("model", *_TO_GO_ON)}
     return safetensors.torch.save(tensors, metadata={_METADATA: json.dumps(others)})
 
 
