@@ -40,6 +40,8 @@ class Chart:
     series: list[Series] = field(default_factory=list)
     kind: Literal["lines", "stacked bars", "grouped bars"] = "lines"
     """Bars lie on their side: x are their names, from the top down, and x_title is the title of the values."""
+    from_zero: bool = True
+    """Whether the axes of a line chart begin at 0."""
 
 
 # ------------------------------------------------------------------------------------------------------------- picture
@@ -52,7 +54,7 @@ def draw_picture(chart: Chart, path: Path) -> None:
 
     bars = chart.kind != "lines"
     num_bars = len(dict.fromkeys(name for series in chart.series for name in series.x))
-    thickness = 0.34 if chart.kind == "stacked bars" else 0.26 * len(chart.series)
+    thickness = 0.34 if chart.kind == "stacked bars" or len(chart.series) == 1 else 0.26 * len(chart.series)
     height = 1.7 + num_bars * thickness if bars else 4.6
     style = {"font.size": 10, "axes.edgecolor": _INK, "text.color": _INK, "axes.labelcolor": _INK}
     with pyplot.rc_context(style):
@@ -82,8 +84,11 @@ def _draw_lines(axes: Any, chart: Chart) -> None:
         )
         for x, y, label in zip(series.x, series.y, series.labels, strict=False):
             axes.annotate(label, (x, y), textcoords="offset points", xytext=(7, 5), fontsize=9)
-    axes.set_ylim(bottom=0)
-    axes.set_xlim(left=0)
+    if chart.from_zero:
+        axes.set_ylim(bottom=0)
+        axes.set_xlim(left=0)
+    else:
+        axes.margins(0.15)
 
 
 def _draw_bars(axes: Any, chart: Chart) -> None:
@@ -105,7 +110,7 @@ def _draw_bars(axes: Any, chart: Chart) -> None:
             axes.annotate(_short(ends[name]), (ends[name], place), textcoords="offset points", xytext=(4, 0),
                           va="center", fontsize=9)  # fmt: skip
     axes.set_yticks(range(len(names)), names)
-    axes.invert_yaxis()
+    axes.set_ylim(len(names) - 0.4, -0.6)  # the first at the top
     axes.margins(x=0.08)
 
 
@@ -172,12 +177,13 @@ def draw_interactive(chart: Chart) -> str:
         hoverlabel={"namelength": -1},
     )
     grid = {"showgrid": True, "gridcolor": _GRID, "automargin": True}
-    figure.update_xaxes(title=chart.x_title, rangemode="tozero", **grid)
+    rangemode = "tozero" if chart.from_zero else "normal"
+    figure.update_xaxes(title=chart.x_title, rangemode=rangemode, **grid)
     figure.update_yaxes(title=chart.y_title, **grid)
     if bars:
         figure.update_yaxes(autorange="reversed", showgrid=False)
     else:
-        figure.update_yaxes(rangemode="tozero")
+        figure.update_yaxes(rangemode=rangemode)
     return figure.to_html(
         full_html=False,
         include_plotlyjs=False,

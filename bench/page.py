@@ -334,6 +334,7 @@ class Sweep:
             "AP (%)",
             [series("same share for every image", fixed, "line")]
             + ([series("adaptive, as it decides", adaptive, "points")] if adaptive else []),
+            from_zero=False,
         )
 
     # ---------------------------------------------------------------------------------------------------------- table

@@ -303,8 +303,20 @@ def operators_part(rows: Sequence[Row]) -> list[str]:
     headings = ["operator", "case", "who", "dtype", "timer", "commit"]
     words = {"device_ms": "device", "wall_ms": "wall", "fwd_ms": "forward", "bwd_ms": "backward"}
     lines = [[*line[: len(headings)], *(line[len(headings) + index] for index in used)] for line in lines]
-    headings += [words[keys[index]] for index in used]
-    return [*table(headings, lines, numbers_from=6), "", source(mine), ""] if mine else []
+    time_headings = [words[keys[index]] for index in used]
+    others = [row for row in rows if "operator" in row and row not in mine]
+    named = {*headings, "gpu", "machine", "torch", "triton", "date", "config"}
+    figures = [
+        [
+            *(row.get(key, "") for key in headings[:2]),
+            ", ".join(f"{k} {v}" for k, v in row.items() if k not in named),
+        ]
+        for row in others
+    ]
+    return [
+        *([*table([*headings, *time_headings], lines, numbers_from=6), "", source(mine), ""] if mine else []),
+        *([*table(["operator", "case", "figures"], figures, 3), "", source(others), ""] if others else []),
+    ]
 
 
 def _time(row: Row) -> float:
