@@ -309,7 +309,7 @@ def operators_part(rows: Sequence[Row]) -> list[str]:
     figures = [
         [
             *(row.get(key, "") for key in headings[:2]),
-            ", ".join(f"{k} {v}" for k, v in row.items() if k not in named),
+            ", ".join(_figure(k, v) for k, v in row.items() if k not in named),
         ]
         for row in others
     ]
@@ -317,6 +317,14 @@ def operators_part(rows: Sequence[Row]) -> list[str]:
         *([*table([*headings, *time_headings], lines, numbers_from=6), "", source(mine), ""] if mine else []),
         *([*table(["operator", "case", "figures"], figures, 3), "", source(others), ""] if others else []),
     ]
+
+
+def _figure(name: str, value: object) -> str:
+    """A name and its number; of several numbers (a profile) their sum and the largest."""
+    if isinstance(value, dict):
+        largest = max(value, key=lambda key: value[key])
+        return f"{name}: {sum(value.values()):.4g} in all, {largest} {value[largest]:.4g}"
+    return f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}"
 
 
 def _time(row: Row) -> float:
