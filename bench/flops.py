@@ -190,7 +190,7 @@ def read_folder(folder: Path, max_images: int, config: Config) -> list[Tensor]:
         if len(images) == max_images:
             break
     if not images:
-        raise UserError(f"--images {folder}: no images there")
+        raise UserError(f"{folder}: no images there")
     return images
 
 

@@ -62,8 +62,6 @@ MIXED_SCALES = (1.0, 0.98, 0.99, 0.965)
 """Sides of mixed images: all in one size bucket of evaluation, which batches no others together."""
 MIXED_OBJECTS = (25, 1, 3, 2)
 """Objects on mixed images: a hard one, and easy ones."""
-
-
 PEER = "peer:deformable-detr"
 """The detector of the same architecture that users compare with."""
 UNEVEN = (0.3, 0.05, 0.05, 0.05)
@@ -118,10 +116,11 @@ def main() -> None:
         if arguments.folder:
             batch = photographs(arguments.folder, batch_size, kind, config)
         else:
-            batch = generated_images(
-                batch_size, kind, QUICK_SIZE if arguments.quick else arguments.image_size
-            )
+            size = QUICK_SIZE if arguments.quick else arguments.image_size
+            batch = generated_images(batch_size, kind, size)
         rows += measure(setting, batch, kind, modes, arguments.budgets or arguments.ratios or [None], console)
+    if not rows:
+        raise UserError("nothing to measure: none of these modes can run here")
     show(rows, console)
     if arguments.json:
         append_rows(rows, arguments.json)

@@ -63,4 +63,4 @@ def test_rows_far_from_the_published_counter_are_noticed() -> None:
 def test_a_folder_without_images_is_named(tmp_path: Path) -> None:
     result = run("--config", "configs/quickstart.yaml", "--images", str(tmp_path))
     assert result.returncode == 2
-    assert result.stderr == f"error: --images {tmp_path}: no images there\n"
+    assert result.stderr == f"error: {tmp_path}: no images there\n"
