@@ -38,6 +38,8 @@ from ats_detr.model import CompiledDetr, Detr
 from ats_detr.model.output import TokenScores
 from bench.flops import CONFIGS, given_subject, read_folder
 from bench.measure import (
+    CLOCK_HELP,
+    CLOCKS,
     Contender,
     Row,
     Stopwatch,
@@ -84,6 +86,8 @@ class Setting:
     rounds: int
     trained: bool = False
     """Whether the weights are from a checkpoint."""
+    clock: str = "wall"
+    """One of bench.measure.CLOCKS."""
 
 
 def main() -> None:
@@ -92,7 +96,7 @@ def main() -> None:
     device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     rounds = arguments.rounds or (2 if arguments.quick else 30 if device.type == "cuda" else 5)
     if arguments.cpu_targets:
-        rows = cpu_targets(rounds, QUICK_SIZE if arguments.quick else IMAGE_SIZE, console)
+        rows = cpu_targets(rounds, QUICK_SIZE if arguments.quick else IMAGE_SIZE, arguments.clock, console)
         show(rows, console)
         if arguments.json:
             append_rows(rows, arguments.json)
@@ -108,7 +112,7 @@ def main() -> None:
     modes = chosen_modes(arguments.modes, model)
     peers = load_peers([mode for mode in modes if mode.startswith("peer:")], console)
     trained = arguments.checkpoint is not None
-    setting = Setting(config.name, model, peers, device, arguments.dtype, rounds, trained)
+    setting = Setting(config.name, model, peers, device, arguments.dtype, rounds, trained, arguments.clock)
     rows = []
     for batch_size, kind in itertools.product(arguments.batch, arguments.images):
         if kind == "mixed" and batch_size == 1 and "same" in arguments.images:
@@ -154,6 +158,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--rounds", type=int, help="passes of each contender; default 30 on a GPU, 5 on a CPU"
     )
+    parser.add_argument("--clock", choices=tuple(CLOCKS), default="wall", help=CLOCK_HELP)
     parser.add_argument("--quick", action="store_true", help="tiny images, two rounds")
     parser.add_argument("--json", type=Path, help="append the rows here, one JSON object a line")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as model.num_queries=100")
@@ -305,7 +310,7 @@ def measure(
         for name, run in contenders.items():
             peaks[name] = peak_memory(run, device)
             advance(name)
-        samples = take_turns(contenders, device, setting.rounds, after_pass=advance)
+        samples = take_turns(contenders, device, setting.rounds, setting.clock, advance)
 
     facts = environment(device)
     rows = []
@@ -332,6 +337,7 @@ def measure(
                 "p50_ms": percentile(stages[stage], 50),
                 "p95_ms": percentile(stages[stage], 95),
                 "rounds": setting.rounds,
+                "clock": setting.clock,
             }
             if stage == "total":
                 row |= {"images_per_s": round(len(batch) / row["p50_ms"] * 1e3, 3), "peak_mb": peaks[name]}
@@ -417,8 +423,9 @@ def show(rows: Sequence[Row], console: Console) -> None:
     versions = ", ".join(
         f"{name} {first[name]}" for name in ("torch", "triton", "transformers") if name in first
     )
+    times = "milliseconds of CPU time" if first["clock"] == "cpu" else "milliseconds"
     table = Table(
-        title=f"{ours} on {height}x{width}, {first['dtype']}: median milliseconds",
+        title=f"{ours} on {height}x{width}, {first['dtype']}: median {times}",
         caption=f"{first['machine']}; {versions}; {first['date']}, commit {first['commit']}",
     )
     for heading in ("mode", "kept", "batch", "images"):
@@ -465,12 +472,12 @@ class Target:
         return f"{self.what}: {self.measured:.2f} ({relation} {self.bound:.2f}: {verdict})"
 
 
-def cpu_targets(rounds: int, size: tuple[int, int], console: Console) -> list[Row]:
+def cpu_targets(rounds: int, size: tuple[int, int], clock: str, console: Console) -> list[Row]:
     """The rows from which `targets_of` finds what packing buys on a CPU."""
     config = load_config(CONFIGS / "ats_r50_0.1_0.2.yaml")
     model = given_subject(config, None).model
     peers = load_peers([PEER], console)
-    setting = Setting(config.name, model, peers, torch.device("cpu"), "float32", rounds)
+    setting = Setting(config.name, model, peers, torch.device("cpu"), "float32", rounds, clock=clock)
     single, mixed = generated_images(1, "same", size), generated_images(len(UNEVEN), "mixed", size)
     rows = measure(setting, single, "same", ["packed", "dense", PEER], [(0.1,)], console)
     return rows + measure(setting, mixed, "mixed", ["packed", "padded"], [UNEVEN], console)

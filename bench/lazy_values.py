@@ -23,6 +23,8 @@ from ats_detr.errors import run_cli
 from ats_detr.kernels import deformable_attention, multi_scale_deformable_attention, reference
 from bench.kernels import HEAD_DIM, HEADS, LEVELS, POINTS, SMALL_LEVELS
 from bench.measure import (
+    CLOCK_HELP,
+    CLOCKS,
     Contender,
     Row,
     Stopwatch,
@@ -116,12 +118,15 @@ def main() -> None:
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: a GPU if there is one")
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--clock", choices=tuple(CLOCKS), default="wall", help=CLOCK_HELP)
     parser.add_argument("--small", action="store_true", help="a tiny pyramid, to check this script")
     parser.add_argument("--json", type=Path, help="append the rows here, one JSON object a line")
     arguments = parser.parse_args()
     device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     console = Console(highlight=False)
-    rows = measure(SMALL_LEVELS if arguments.small else LEVELS, device, arguments.rounds, console)
+    rows = measure(
+        SMALL_LEVELS if arguments.small else LEVELS, device, arguments.rounds, arguments.clock, console
+    )
     table = Table(title=f"value projection before or after sampling, {rows[0]['machine']}, float32")
     for heading in ("layer", "queries", "first: GMAC", "afterwards", "first: ms", "afterwards", "time ratio"):
         table.add_column(heading, justify="left" if heading == "layer" else "right")
@@ -136,7 +141,7 @@ def main() -> None:
 
 
 @torch.inference_mode()
-def measure(levels: Levels, device: torch.device, rounds: int, console: Console) -> list[Row]:
+def measure(levels: Levels, device: torch.device, rounds: int, clock: str, console: Console) -> list[Row]:
     rows = []
     with progress_bar(console, len(CASES) * 2 * (rounds + 1)) as advance:
         for layer, share in CASES:
@@ -154,8 +159,8 @@ def measure(levels: Levels, device: torch.device, rounds: int, console: Console)
                 watch.mark("total")
 
             contenders: dict[str, Contender] = {"first": first, "afterwards": afterwards}
-            take_turns(contenders, device, 1, after_pass=advance)  # warms up
-            samples = take_turns(contenders, device, rounds, after_pass=advance)
+            take_turns(contenders, device, 1, clock, advance)  # warms up
+            samples = take_turns(contenders, device, rounds, clock, advance)
             counts = problem.multiply_adds()
             rows.append(
                 {
@@ -168,6 +173,7 @@ def measure(levels: Levels, device: torch.device, rounds: int, console: Console)
                     "first_ms": percentile(samples["first"]["total"], 50),
                     "afterwards_ms": percentile(samples["afterwards"]["total"], 50),
                     "rounds": rounds,
+                    "clock": clock,
                     **environment(device),
                 }
             )

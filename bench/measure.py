@@ -32,11 +32,18 @@ Samples = dict[str, list[float]]
 """Milliseconds of each stage, one per round."""
 
 
-class Stopwatch:
-    """Times consecutive stages of one pass: wall clock on the CPU, events on the stream of a GPU."""
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
+"""On the CPU: the time that passes, or the time that the process computes (all threads together). With one thread both
+are the same on an idle machine; on a busy one only the second is what it would be without the others.
+"""
+CLOCK_HELP = "on a CPU: cpu counts the time that the process computes, for one thread on a busy machine"
 
-    def __init__(self, device: torch.device) -> None:
-        self.on_gpu = device.type == "cuda"
+
+class Stopwatch:
+    """Times consecutive stages of one pass: by one of CLOCKS on the CPU, by events on the stream of a GPU."""
+
+    def __init__(self, device: torch.device, clock: str = "wall") -> None:
+        self.on_gpu, self.clock = device.type == "cuda", CLOCKS[clock]
         self._marks: list[tuple[str, Any]] = []
 
     def start(self) -> None:
@@ -60,7 +67,7 @@ class Stopwatch:
 
     def _now(self) -> Any:
         if not self.on_gpu:
-            return time.perf_counter()
+            return self.clock()
         event = torch.cuda.Event(enable_timing=True)
         event.record()
         return event
@@ -77,6 +84,7 @@ def take_turns(
     contenders: Mapping[str, Contender],
     device: torch.device,
     rounds: int,
+    clock: str = "wall",
     after_pass: Callable[[str], object] = lambda name: None,
 ) -> dict[str, Samples]:
     """The stage times of each contender: in every round each runs once, and another one begins.
@@ -88,7 +96,7 @@ def take_turns(
     for turn in range(rounds):
         first = turn % len(names)
         for name in names[first:] + names[:first]:
-            watch = Stopwatch(device)
+            watch = Stopwatch(device, clock)
             watch.start()
             contenders[name](watch)
             for stage, milliseconds in watch.read().items():

@@ -14,6 +14,8 @@ from bench.charts import Chart, Series, draw_interactive, draw_picture
 from bench.measure import Row
 
 STAGES = ("backbone", "select", "encoder", "decoder")
+CPU_TIME = ", CPU time of the process: other programs were running"
+"""What is said of times that are not what passed on the clock."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,8 @@ class Sweep:
         threads = f", {row['threads']} threads" if "threads" in row else ""
         return (
             f"{row['machine']}{threads}; {versions}; {row['dtype']}, images {height}x{width}, batch {row['batch']}; "
-            f"median of {row['rounds']} rounds; {row['date']}, commit {row['commit']}"
+            f"median of {row['rounds']} rounds{CPU_TIME if row['clock'] == 'cpu' else ''}; "
+            f"{row['date']}, commit {row['commit']}"
         )
 
     # ------------------------------------------------------------------------------------------------------- look-ups

@@ -18,7 +18,7 @@ from ats_detr.errors import UserError, run_cli
 from bench.charts import draw_picture
 from bench.latency import STAGES, targets_of
 from bench.measure import RESULTS, Row, read_rows
-from bench.page import Sweep, label
+from bench.page import CPU_TIME, Sweep, label
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "performance.md"
 PICTURES = DOCUMENT.with_suffix("")
@@ -116,7 +116,8 @@ def source(rows: Sequence[Row]) -> str:
     packages = [name for name in ("torch", "triton", "transformers", "torchvision") if distinct(rows, name)]
     parts += [f"{name} {' and '.join(distinct(rows, name))}" for name in packages]
     parts += distinct(rows, "timer")
-    parts += [f"median of {rounds} rounds" for rounds in distinct(rows, "rounds")]
+    said = CPU_TIME if any(row.get("clock") == "cpu" for row in rows) else ""
+    parts += [f"median of {rounds} rounds{said}" for rounds in distinct(rows, "rounds")]
     parts += [" and ".join(distinct(rows, "date")), f"commit {', '.join(distinct(rows, 'commit'))}"]
     return f"*{'; '.join(parts)}*"
 

@@ -42,7 +42,7 @@ from bench.latency import (
     show,
     words,
 )
-from bench.measure import Row, append_rows, environment, progress_bar
+from bench.measure import CLOCK_HELP, CLOCKS, Row, append_rows, environment, progress_bar
 from bench.page import write_page
 from bench.peers import PEERS
 
@@ -72,6 +72,7 @@ def main() -> None:
         arguments.dtype,
         rounds,
         arguments.checkpoint is not None,
+        arguments.clock,
     )
 
     def batch_of(count: int, kind: str) -> ImageBatch:
@@ -132,6 +133,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--rounds", type=int, help="passes of each contender; default 30 on a GPU, 3 on a CPU"
     )
+    parser.add_argument("--clock", choices=tuple(CLOCKS), default="wall", help=CLOCK_HELP)
     parser.add_argument("--quick", action="store_true", help="tiny images, two rounds")
     parser.add_argument("--out", type=Path, metavar="DIR", help="default runs/sweep/<config>-<device>")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as model.num_queries=100")
