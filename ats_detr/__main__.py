@@ -39,6 +39,12 @@ PROBLEMS = 1
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    arguments = make_parser().parse_args(argv)
+    arguments.run(arguments)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The command line; `run` of what it parses is a function of it."""
     parser = argparse.ArgumentParser(
         prog="python -m ats_detr", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -48,8 +54,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     _add_export(commands)
     _add_convert(commands)
     _add_datasets(commands)
-    arguments = parser.parse_args(argv)
-    arguments.run(arguments)
+    return parser
 
 
 # ------------------------------------------------------------------------------------------------------------- predict

@@ -77,8 +77,9 @@ class Gallery:
         self._rows |= set(result.labels.tolist())
         self._entries.append(_for_script(entry))
 
-    def save(self, path: Path) -> Path:
+    def save(self, path: str | Path) -> Path:
         """Write the page, whole or not at all."""
+        path = Path(path)
         shared = {
             "left_out": self.num_left_out,
             "classes": {

@@ -1,49 +1,213 @@
-"""What the README tells people to type exists and is understood."""
+"""What README and docs tell people to type is understood, and is run here unless it says that it needs more.
+
+A block of commands whose first line is `# needs COCO` or `# needs a GPU` is only parsed. Everything else runs from top
+to bottom in a folder with the files that the page speaks of; trainings run with a small model.
+"""
 
 from __future__ import annotations
 
+import glob
 import re
+import runpy
 import shlex
+import shutil
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+from PIL import Image
 
+from ats_detr.__main__ import main, make_parser
 from ats_detr.config import load_config
+from ats_detr.convert import to_official
+from ats_detr.data.synthetic import synthetic_dataset
+from ats_detr.training.checkpoint import load_checkpoint
+from tests.small_detector import save_small_detector
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text()
-COMMANDS = [
-    line
-    for block in re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
-    for line in block.replace("\\\n", " ").splitlines()
-    if line.strip()
+PAGES = [
+    "README.md",
+    *(f"docs/{name}.md" for name in ("architecture", "detector", "export", "finetuning", "training")),
 ]
 
 
-@pytest.mark.parametrize("command", [c for c in COMMANDS if ".py" in c], ids=lambda command: command[:60])
-def test_every_command_names_a_script_a_config_and_settings_that_exist(command: str) -> None:
+@dataclass(frozen=True)
+class Block:
+    """A code block of a page."""
+
+    page: str
+    language: str
+    text: str
+
+    @property
+    def needs(self) -> str | None:
+        """What the block says it needs."""
+        match = re.match(r"# needs (.*)\n", self.text)
+        return match[1] if match else None
+
+    @property
+    def commands(self) -> list[str]:
+        lines = self.text.replace("\\\n", " ").splitlines()
+        return [line for line in lines if line.strip() and not line.startswith("#")]
+
+
+def blocks_of(page: str) -> list[Block]:
+    text = (ROOT / page).read_text()
+    return [Block(page, *match) for match in re.findall(r"```(sh|python)\n(.*?)```", text, re.DOTALL)]
+
+
+COMMANDS = [
+    (page, c) for page in PAGES for block in blocks_of(page) if block.language == "sh" for c in block.commands
+]
+NOT_RUN = ("make ", "mkdir ", "cd ", "wget ", "unzip ")
+"""`make demo` is the training that runs below; `make test` is this."""
+
+
+@pytest.mark.parametrize(("page", "command"), COMMANDS, ids=[f"{p}: {c[:60]}" for p, c in COMMANDS])
+def test_every_command_names_a_script_a_config_and_settings_that_exist(page: str, command: str) -> None:
     words = shlex.split(command, comments=True)
-    script = next(word for word in words if word.endswith(".py"))
-    assert (ROOT / script).exists()
+    if words[:3] == ["python", "-m", "ats_detr"]:
+        make_parser().parse_args(words[3:])
+        return
+    scripts = [word for word in words if word.endswith(".py")]
+    if not scripts:
+        assert command.startswith(NOT_RUN)
+        return
+    assert (ROOT / scripts[0]).exists()
     overrides = [word for word in words if "=" in word]
     if "--config" in words:
         load_config(ROOT / words[words.index("--config") + 1], overrides)
     else:
-        assert script == "eval.py", "only eval.py reads its settings from the checkpoint"
+        assert scripts == ["eval.py"], "only eval.py reads its settings from the checkpoint"
 
 
-@pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("make ")])
+@pytest.mark.parametrize("command", [c for _, c in COMMANDS if c.startswith("make ")])
 def test_every_make_target_exists(command: str) -> None:
     target = command.split()[1]
     assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
 
 
-def test_every_file_that_is_linked_exists() -> None:
-    for link in re.findall(r"\]\((?!http)([^)]+)\)", README):
-        assert (ROOT / link).exists(), link
+def test_make_demo_is_the_training_that_the_readme_names() -> None:
+    rule = re.search(r"^demo:.*\n\t(.*)", (ROOT / "Makefile").read_text(), re.MULTILINE)[1]
+    assert ("README.md", rule.replace("$(BIN)/", "")) in COMMANDS
+
+
+@pytest.mark.parametrize("page", [*PAGES, "docs/kernels.md", "docs/parity.md"])
+def test_every_file_that_is_linked_exists(page: str) -> None:
+    for link in re.findall(r"\]\((?!http)([^)#]+)\)", (ROOT / page).read_text()):
+        assert ((ROOT / page).parent / link).exists(), link
 
 
 def test_every_config_that_is_named_exists() -> None:
-    for stem, choices in re.findall(r"`(\w+_r50_?)\{([\w.,]+)\}`", README):
+    for stem, choices in re.findall(r"`(\w+_r50_?)\{([\w.,]+)\}`", (ROOT / "README.md").read_text()):
         for choice in choices.split(","):
             assert (ROOT / "configs" / f"{stem}{choice}.yaml").exists(), f"{stem}{choice}"
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_what_needs_coco_or_a_gpu_says_just_that(page: str) -> None:
+    assert {block.needs for block in blocks_of(page)} <= {None, "COCO", "COCO and a GPU", "a GPU"}
+
+
+# ------------------------------------------------------------------------------------------------------- page by page
+SMALL = [
+    "model.backbone.name=resnet18", "model.backbone.pretrained=false", "model.backbone.frozen_stages=0",
+    "model.backbone.frozen_norm=false", "model.backbone.options={}",
+    "model.width=32", "model.num_heads=8", "model.num_encoder_layers=2", "model.num_decoder_layers=2",
+    "model.feedforward_width=32", "model.num_queries=20", "model.selector.min_tokens=4",
+    "data.short_side=64", "data.long_side=64", "data.train_short_sides=[64]", "data.crop_short_sides=[]",
+    "data.size_multiple=32", "data.num_workers=0", "data.synthetic.num_train=16", "data.synthetic.num_val=6",
+    "data.synthetic.image_size=64", "data.synthetic.max_objects=4", "train.epochs=1", "train.drop_epochs=[]",
+    "num_pictures=1", "device=cpu",
+]  # fmt: skip
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of someone who has the repository, data, pictures, a published checkpoint and a trained quickstart."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    drawn = synthetic_dataset(
+        tmp_path / "drawn", num_train=8, num_val=4, image_size=64, min_objects=4, max_objects=5, num_classes=2
+    )
+    shutil.copytree(drawn, tmp_path / "my_data")
+    (tmp_path / "holiday").mkdir()
+    random = np.random.default_rng(0)
+    for name, size in (("beach.jpg", (40, 60)), ("hills.png", (64, 50))):
+        Image.fromarray(random.integers(0, 256, (*size, 3), dtype=np.uint8)).save(tmp_path / "holiday" / name)
+    save_small_detector(tmp_path / "runs" / "quickstart" / "student" / "final.pt")
+    backbone = {"name": "resnet18", "options": {"channels": [64, 128, 256, 512], "stem_width": 64}}
+    ours = save_small_detector(tmp_path / "drawn" / "ours.pt", backbone=backbone, num_heads=8)
+    torch.save(to_official(load_checkpoint(ours)), tmp_path / "official.pth")
+    return tmp_path
+
+
+def run_command(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = [found for word in shlex.split(command, comments=True) for found in glob.glob(word) or [word]]
+    if command.startswith(NOT_RUN):
+        return
+    if words[:3] == ["python", "-m", "ats_detr"]:
+        main(words[3:])
+        return
+    script = words[1]
+    extra = (
+        SMALL
+        if script == "train.py"
+        else [s for s in SMALL if s.startswith(("data.", "num_pictures", "device"))]
+    )
+    # What the page sets wins, except how long it trains.
+    given = {word.partition("=")[0] for word in words if "=" in word} - {"train.epochs", "train.drop_epochs"}
+    arguments = [*words[2:], *(s for s in extra if s.partition("=")[0] not in given)]
+    monkeypatch.setattr(sys, "argv", [script, *arguments])
+    runpy.run_path(str(ROOT / script), run_name="__main__")
+
+
+def run_page(
+    page: str, monkeypatch: pytest.MonkeyPatch, keep: Callable[[Block], bool] = lambda block: True
+) -> None:
+    names: dict[str, object] = {}
+    for block in blocks_of(page):
+        if block.needs is not None or not keep(block):
+            continue
+        if block.language == "python":
+            exec(compile(block.text, page, "exec"), names)
+        else:
+            for command in block.commands:
+                run_command(command, monkeypatch)
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/detector.md", "docs/finetuning.md"])
+def test_the_page_runs_as_written(page: str, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if page == "README.md":
+        shutil.rmtree(place / "runs")  # its first command trains them
+    run_page(page, monkeypatch)
+    made = {
+        "README.md": ["runs/quickstart/summary.json", "runs/mine/student/final.pt", "ours.safetensors"],
+        "docs/detector.md": ["boxes.jpg", "predictions/gallery.html", "my_model/config.json"],
+        "docs/finetuning.md": [
+            "dataset.png",
+            "runs/mine/student/evaluation/metrics.json",
+            "predictions/gallery.html",
+        ],
+    }
+    for file in made[page]:
+        assert (place / file).exists(), file
+
+
+@pytest.mark.slow
+def test_the_page_about_export_runs_as_written(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("onnxruntime")
+    run_page("docs/export.md", monkeypatch)
+    assert (place / "model.pt2").exists()
+    assert re.search(r"(cup|cat|kite) 0\.\d+ \[", capsys.readouterr().out), "the example prints detections"
+
+
+@pytest.mark.parametrize("page", ["docs/architecture.md", "docs/training.md"])
+def test_the_other_pages_have_nothing_to_run(page: str) -> None:
+    assert all(block.needs for block in blocks_of(page))
