@@ -100,16 +100,23 @@ def losses_and_gradients(losses_of: Callable[[], dict[str, torch.Tensor]]) -> No
 
 
 def side_by_side(functions: dict[str, Callable[[], object]], repeat: int) -> dict[str, float]:
-    """Median milliseconds of each, called in turn."""
+    """Median milliseconds of each, in turn: elapsed on a GPU; on the CPU, where others may work too, of its time.
+
+    In its turn a function is called until it has had 50 ms: called once between long others, short ones would be timed
+    on cold caches.
+    """
+    clock = time.perf_counter if torch.cuda.is_available() else time.process_time
     samples: dict[str, list[float]] = {name: [] for name in functions}
     for turn in range(repeat + 1):
         for name, function in functions.items():
-            started = time.perf_counter()
-            function()
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            if turn:  # the first call of each warms up
-                samples[name].append(1000 * (time.perf_counter() - started))
+            started, calls = clock(), 0
+            while calls == 0 or clock() - started < 0.05:
+                function()
+                calls += 1
+                if torch.cuda.is_available():
+                    torch.cuda.synchronize()
+            if turn:  # the first turn warms up
+                samples[name].append(1000 * (clock() - started) / calls)
     return {name: statistics.median(values) for name, values in samples.items()}
 
 

@@ -223,10 +223,10 @@ def image_average_precision(
     `most_of_a_class`: no image has more objects of one class than this (see `ats_detr.batch.most_of_a_class`); saves
     work.
     """
-    label_BD = pad_sequence([found.labels_N for found in detections], batch_first=True, padding_value=-1)
-    boxes_BD4 = pad_sequence([found.boxes_xyxy_N4 for found in detections], batch_first=True).float()
-    label_BN = pad_sequence([target.labels_N for target in targets], batch_first=True, padding_value=-2)
-    boxes_BN4 = pad_sequence([target.boxes_N4 for target in targets], batch_first=True).float()
+    label_BD = _padded([found.labels_N for found in detections], -1)
+    boxes_BD4 = _padded([found.boxes_xyxy_N4 for found in detections], 0).float()
+    label_BN = _padded([target.labels_N for target in targets], -2)
+    boxes_BN4 = _padded([target.boxes_N4 for target in targets], 0).float()
     if not label_BN.shape[1]:
         return boxes_BN4.new_ones(len(targets))
     if not label_BD.shape[1]:
@@ -257,6 +257,13 @@ def image_average_precision(
     return torch.where(num_classes_B > 0, (precision_BN * speaks_BN).sum(1) / num_classes_B.clamp(min=1), 1.0)
 
 
+def _padded(parts: Sequence[Tensor], value: float) -> Tensor:
+    """The parts as rows of one tensor, the shorter ones filled up with `value`."""
+    if len({len(part) for part in parts}) == 1:  # the detections of a batch, as a rule
+        return torch.stack(list(parts))
+    return pad_sequence(list(parts), batch_first=True, padding_value=value)
+
+
 def greedy_match(iou_BDN: Tensor, num_rounds: int | None = None) -> Tensor:
     """bool [B, D]: which detections get an object, each in turn taking the free object of highest IoU.
 
@@ -266,16 +273,17 @@ def greedy_match(iou_BDN: Tensor, num_rounds: int | None = None) -> Tensor:
     as many rounds are enough as objects that one detection could compete for (`num_rounds`; None: all N).
     """
     batch, num_detections, num_objects = iou_BDN.shape
-    rank_BD = torch.arange(num_detections, device=iou_BDN.device).expand(batch, -1)
-    nobody = torch.full((), num_detections, device=iou_BDN.device)
+    rank_BD = torch.arange(num_detections, device=iou_BDN.device, dtype=torch.int32).expand(batch, -1)
+    rank_BD1 = rank_BD.unsqueeze(2)
+    nobody, no_match = rank_BD.new_full((), num_detections), iou_BDN.new_full((), -1.0)
     holder_BN = nobody.expand(batch, num_objects)
     for _ in range(min(num_detections, num_objects, num_rounds or num_objects)):
-        is_open_BDN = holder_BN[:, None, :] >= rank_BD[:, :, None]
-        best_BD, object_BD = torch.where(is_open_BDN, iou_BDN, -1.0).max(2)
+        is_open_BDN = holder_BN.unsqueeze(1) >= rank_BD1
+        best_BD, object_BD = torch.where(is_open_BDN, iou_BDN, no_match).max(2)
         bid_BD = torch.where(best_BD >= 0, rank_BD, nobody)
         holder_BN = holder_BN.scatter_reduce(1, object_BD, bid_BD, "amin")
     holds_BD = torch.zeros(batch, num_detections + 1, dtype=torch.bool, device=iou_BDN.device)
-    return holds_BD.scatter(1, holder_BN, True)[:, :num_detections]
+    return holds_BD.scatter(1, holder_BN.long(), True)[:, :num_detections]
 
 
 # ------------------------------------------------------------------------------- what the strong teacher sees

@@ -37,7 +37,7 @@ def test_three_epochs_of_2000_images_with_two_workers_grow_under_5_percent(
         used.append(mebibytes_in_use())
 
     monkeypatch.setattr(trainer, "train_epoch", measured)
-    data = {"num_workers": 2, "batch_size": 20, "synthetic": {"num_train": 2000, "max_objects": 12}}
+    data = {"num_workers": 2, "batch_size": 20, "synthetic": {"num_train": 2000}}
     tree = small_tree(tmp_path, data=data, train={"epochs": 3, "log_every": 10, "evaluate_every": 1})
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(tree))
     train_stages(plan_stages(load_config(tmp_path / "config.yaml")), "all", torch.device("cpu"))
