@@ -78,7 +78,7 @@ class Sweep:
         versions = ", ".join(
             f"{name} {row[name]}" for name in ("torch", "triton", "transformers") if name in row
         )
-        threads = f", {row['threads']} threads" if "threads" in row else ""
+        threads = f", {num_threads(row['threads'])}" if "threads" in row else ""
         return (
             f"{row['machine']}{threads}; {versions}; {row['dtype']}, images {height}x{width}, batch {row['batch']}; "
             f"median of {row['rounds']} rounds{CPU_TIME if row['clock'] == 'cpu' else ''}; "
@@ -354,6 +354,10 @@ class Sweep:
                      f"{row['images_per_s']:.2f}", memory)  # fmt: skip
             lines.append("<tr>" + "".join(f"<td>{html.escape(str(cell))}</td>" for cell in cells) + "</tr>")
         return "<table>" + "\n".join(lines) + "</table>"
+
+
+def num_threads(count: int) -> str:
+    return "1 thread" if count == 1 else f"{count} threads"
 
 
 def label(row: Row) -> str:

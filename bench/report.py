@@ -18,7 +18,7 @@ from ats_detr.errors import UserError, run_cli
 from bench.charts import draw_picture
 from bench.latency import STAGES, targets_of
 from bench.measure import RESULTS, Row, read_rows
-from bench.page import CPU_TIME, Sweep, label
+from bench.page import CPU_TIME, Sweep, label, num_threads
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "performance.md"
 PICTURES = DOCUMENT.with_suffix("")
@@ -112,7 +112,7 @@ def distinct(rows: Iterable[Row], *keys: str) -> list[str]:
 def source(rows: Sequence[Row]) -> str:
     """The machine, versions, date and commit of a table, as its caption."""
     parts = distinct(rows, "machine", "gpu")
-    parts += [f"{threads} threads" for threads in distinct(rows, "threads")]
+    parts += [num_threads(int(count)) for count in distinct(rows, "threads")]
     packages = [name for name in ("torch", "triton", "transformers", "torchvision") if distinct(rows, name)]
     parts += [f"{name} {' and '.join(distinct(rows, name))}" for name in packages]
     parts += distinct(rows, "timer")
@@ -241,7 +241,8 @@ def lazy_part(rows: Sequence[Row]) -> list[str]:
         "Sampling is linear, so values can be projected after sampling instead of before: only what was gathered is "
         "projected, but every head gathers all channels.",
         f"Fewer multiply-adds afterwards: {'; '.join(fewer) or 'nowhere'}. "
-        f"Faster afterwards: {'; '.join(faster) or 'nowhere'}.",
+        f"Faster afterwards: {'; '.join(faster) or 'nowhere'}."
+        + (" No GPU was measured here." if all("threads" in row for row in mine) else ""),
         "",
         *table(headings, lines),
         "",
