@@ -104,6 +104,17 @@ def test_two_deterministic_runs_are_equal(undisturbed: Path) -> None:
     assert_same_result(folder, undisturbed)
 
 
+@pytest.mark.gpu
+def test_two_deterministic_runs_on_a_gpu_are_equal(tmp_path: Path) -> None:
+    states = []
+    for name in ("first", "second"):
+        write_run(tmp_path / name)
+        config = load_config(tmp_path / name / "config.yaml", ["device=cuda"])
+        train_stages(plan_stages(config), "all", torch.device("cuda"))
+        states.append(final_state(tmp_path / name)["model"])
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
 def kill_at_random(undisturbed: Path, seed: int) -> None:
     """Kill, at a moment drawn from the whole run: at a step, between steps, in a save or an evaluation; then go on."""
     folder = undisturbed.parent / f"killed-{seed}"

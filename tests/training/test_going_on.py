@@ -102,6 +102,16 @@ def test_fewer_epochs_than_are_done_are_refused(half_done: Path) -> None:
         train(half_done, "train.epochs=1")
 
 
+def test_what_torchrun_starts_again_goes_on_even_if_it_was_to_start_afresh(
+    half_done: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    with caplog.at_level("INFO"):
+        train(half_done, "train.resume=never")
+    assert "going on from" in caplog.text
+    assert torch.load(half_done / "run" / "final.pt")["step"] == 8
+
+
 def test_a_killed_retraining_leaves_nothing_of_the_training_before_it(tmp_path: Path) -> None:
     write_config(tmp_path, train={"epochs": 1})
     train(tmp_path)
