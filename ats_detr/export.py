@@ -123,10 +123,10 @@ def _decompositions() -> dict[Any, Any]:
 def _select(
     scores: Tensor, num_keep: Tensor, padding_mask: Tensor | None, capacity: int, backend: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """As the reference, by top-k: ONNX has no stable sort. Equal scores may be kept in another order."""
+    """As the reference, with one sort."""
     if padding_mask is not None:
         scores = scores.masked_fill(padding_mask, -torch.inf)
-    order = scores.topk(scores.shape[1], dim=1).indices
+    order = scores.sort(dim=1, descending=True, stable=True).indices
     kept_by_rank = torch.arange(scores.shape[1], device=scores.device) < num_keep[:, None]
     plan = TokenPlan.from_mask(torch.zeros_like(kept_by_rank).scatter(1, order, kept_by_rank), capacity)
     return plan.token_index_K, plan.image_index_K, plan.offsets_B1, plan.slot_BS
@@ -242,6 +242,13 @@ def _import_onnx() -> None:
         import onnxscript  # noqa: F401
     except ImportError:
         raise UserError("ONNX needs onnx and onnxscript: pip install 'ats_detr[export]'") from None
+
+
+def _sort(
+    values: Tensor, *, stable: bool | None, dim: int = -1, descending: bool = False
+) -> tuple[Tensor, Tensor]:
+    """A stable sort for ONNX, whose TopK gives equal values in the order of their indices."""
+    return values.topk(values.shape[dim], dim=dim, largest=descending)
 
 
 def _as_onnx(program: ExportedProgram, facts: str) -> torch.onnx.ONNXProgram:

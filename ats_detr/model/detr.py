@@ -234,10 +234,14 @@ class Detr(nn.Module):
             ranking = slice(None) if self.class_specific_proposals else slice(1)
             logits = ranking_logits(embedded_BSC, head.classify.weight[ranking], head.classify.bias[ranking])
         score_BS = logits.amax(-1)
-        index_BQ = score_BS.topk(min(self.num_queries, score_BS.shape[1]), dim=1).indices
+        num_queries = min(self.num_queries, score_BS.shape[1])
         if prediction is not None:
+            index_BQ = score_BS.topk(num_queries, dim=1).indices
             boxes_BQ4 = _take(prediction.boxes, index_BQ)
         else:
+            # Tokens that cannot be proposed share one score, and some are taken where there is little to see: which
+            # ones must not depend on batch, device or runtime, as it does with top-k. Ties go to the lower index.
+            index_BQ = score_BS.sort(dim=1, descending=True, stable=True).indices[:, :num_queries]
             boxes_BQ4 = head.boxes(_take(embedded_BSC, index_BQ), _take(proposals_BS4, index_BQ))
         return prediction, index_BQ, boxes_BQ4.detach()
 

@@ -13,6 +13,7 @@ from ats_detr.config import BackboneConfig, ModelConfig, SelectorConfig
 from ats_detr.errors import UserError
 from ats_detr.model import Detr, build_model, top_detections
 from ats_detr.model.selector import TokenSelector
+from tests.small_detector import small_detector
 
 BUCKET = 64
 
@@ -186,3 +187,12 @@ def test_training_from_random_weights_is_said_when_nothing_can_be_fetched(monkey
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     build_model(ModelConfig(backbone=BackboneConfig(name="resnet10t.c3_in1k")), num_classes=3)
     assert "NO PRETRAINED WEIGHTS" in caplog.text
+
+
+def test_proposals_of_one_score_are_taken_in_the_order_of_their_tokens() -> None:
+    """Tokens that cannot be proposed all have the same score: which of them become queries is no accident."""
+    detector = small_detector()
+    torch.nn.init.zeros_(detector.model.proposal_head.classify.weight)
+    with torch.no_grad():
+        output = detector.model(ImageBatch.collate([torch.randn(3, 64, 64)] * 3), supervision=False)
+    assert output.query_index_BQ.tolist() == [list(range(20))] * 3
