@@ -111,7 +111,9 @@ def _draw_bars(axes: Any, chart: Chart) -> None:
                           va="center", fontsize=9)  # fmt: skip
     axes.set_yticks(range(len(names)), names)
     axes.set_ylim(len(names) - 0.4, -0.6)  # the first at the top
-    axes.margins(x=0.08)
+    axes.set_xlim(
+        0, 1.12 * max(ends.values() if stacked else (y for series in chart.series for y in series.y))
+    )
 
 
 def _short(value: float) -> str:
