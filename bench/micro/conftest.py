@@ -1,7 +1,7 @@
 """A clock that runs with the machine: times become comparable between machines, and between busy and idle hours.
 
-Before each benchmark a fixed loop is timed. A "second" of the benchmarks is as long as LOOPS_PER_SECOND such loops take
-on this machine now.
+It counts what the process computes, in one thread. Before each benchmark a fixed loop is timed: a "second" of the
+benchmarks is as long as LOOPS_PER_SECOND such loops take on this machine now.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _seconds_per_loop = 1.0
 
 def clock() -> float:
     """The time in seconds of the benchmarks."""
-    return time.perf_counter() / (_seconds_per_loop * LOOPS_PER_SECOND)
+    return time.process_time() / (_seconds_per_loop * LOOPS_PER_SECOND)
 
 
 def loop() -> None:
@@ -49,9 +49,9 @@ def calibrated() -> None:
     torch.set_num_threads(1)
     times = []
     for _ in range(_REPEATS):
-        start = time.perf_counter()
+        start = time.process_time()
         loop()
-        times.append(time.perf_counter() - start)
+        times.append(time.process_time() - start)
     _seconds_per_loop = min(times)
 
 
