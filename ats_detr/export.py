@@ -253,6 +253,7 @@ def _sort(
 
 def _as_onnx(program: ExportedProgram, facts: str) -> torch.onnx.ONNXProgram:
     logging.getLogger("onnxscript").setLevel(logging.ERROR)  # it tells each operator that it does not fold
+    program = program.run_decompositions({torch.ops.aten.sort.stable: _sort})
     converted = torch.onnx.export(
         program, (), input_names=INPUTS, output_names=OUTPUTS, dynamo=True, verbose=False
     )
