@@ -380,13 +380,11 @@ def captured_contender(
 ) -> Contender:
     """The whole model in one piece, as `Detector.compile` makes it."""
     with forced_budgets(setting.model, budgets):
-        compiled = CompiledDetr(
-            setting.model, dtype=getattr(torch, setting.dtype)
-        )  # of a copy, which keeps them
+        # Of a copy, which keeps the budgets.
+        compiled = CompiledDetr(setting.model, dtype=getattr(torch, setting.dtype))
 
     def run(watch: Stopwatch) -> None:
-        with torch.autocast(batch.images_B3HW.device.type, enabled=False):  # it has a dtype of its own
-            output = compiled(batch)
+        output = compiled(batch)
         watch.mark("total")
         if output.selection is not None:
             selections[name] = output.selection

@@ -7,10 +7,13 @@ import logging
 import threading
 import time
 from collections import OrderedDict
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
 import torch
+import torch._dynamo
+import torch.fx.experimental._config as shape_config
 from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
@@ -22,6 +25,8 @@ logger = logging.getLogger(__name__)
 
 _WARM_UP_PASSES = 3
 """Before a capture: the first tunes the kernels, and libraries choose their algorithms."""
+_MOST_TRACES = 128
+"""All models of a process share torch.compile's limit, whose default of 8 a third model would reach, and raise."""
 
 
 class CompiledDetr:
@@ -33,12 +38,13 @@ class CompiledDetr:
     one launch per batch. Give it batches padded as the evaluation pads them (`data.size_multiple`), and there are few
     sizes; the tokens that images keep may differ from pass to pass.
 
-    Calls from several threads run one after another.
+    Calls from several threads run one after another, on whatever streams. Autocast around a call changes nothing.
 
     Args:
         model: left as it is.
         dtype: of weights and features. Geometry, ranking scores, softmax and norms are computed in float32.
-        fuse: run torch.compile, which takes a minute or more at the first batch. None: on CUDA.
+        fuse: run torch.compile, which takes a minute or more at the first batch and again at a few others: one trace
+            serves many sizes, single images have their own. None: on CUDA.
         max_graphs: sizes whose graphs are kept, the most recently used ones. They share the memory of their
             activations; each has its own inputs and outputs.
     """
@@ -63,9 +69,11 @@ class CompiledDetr:
         self.warm_up_seconds: dict[tuple[int, int, int], float] = {}
         """Time until the first result of each (batch, height, width)."""
         fuse = self.device.type == "cuda" if fuse is None else fuse
-        self._detect = torch.compile(self._pass, fullgraph=True) if fuse else self._pass
+        self._fused = torch.compile(self._pass, fullgraph=True, dynamic=True) if fuse else None
         self._graphs: OrderedDict[tuple[int, int, int], _Graph] = OrderedDict()
-        self._pool: Any = torch.cuda.graph_pool_handle() if self.device.type == "cuda" else None
+        self._pool: Any = None
+        if self.device.type == "cuda":
+            self._pool, self._done = torch.cuda.graph_pool_handle(), torch.cuda.Event()
         self._lock = threading.Lock()
 
     @torch.inference_mode()
@@ -73,7 +81,7 @@ class CompiledDetr:
         """What `Detr.forward(batch, supervision=False)` returns."""
         images_B3HW, padding_mask_BHW = batch.images_B3HW, batch.padding_mask_BHW
         size = (len(batch), *images_B3HW.shape[-2:])
-        with self._lock:
+        with self._lock, _current(self.device), torch.autocast(self.device.type, enabled=False):
             started = time.perf_counter()
             if self.device.type != "cuda":
                 output = self._detect(images_B3HW, padding_mask_BHW)
@@ -84,18 +92,32 @@ class CompiledDetr:
                 logger.info("first batch of %d x %dx%d: %.1f s", *size, self.warm_up_seconds[size])
         return output
 
+    def _detect(self, *inputs: Tensor) -> DetectorOutput:
+        if self._fused is None:
+            return self._pass(*inputs)
+        # Without duck shapes: otherwise sides that happen to be equal, and those that are not, are traced apart.
+        with (
+            torch._dynamo.config.patch(recompile_limit=_MOST_TRACES),
+            shape_config.patch(use_duck_shape=False),  # type: ignore[attr-defined]
+        ):
+            return self._fused(*inputs)
+
     def _pass(self, images_B3HW: Tensor, padding_mask_BHW: Tensor) -> DetectorOutput:
         images_B3HW = images_B3HW.to(self.dtype, memory_format=torch.channels_last)
         return self.model.detect(images_B3HW, padding_mask_BHW, supervision=False)
 
     def _replay(self, size: tuple[int, int, int], *inputs: Tensor) -> DetectorOutput:
+        stream = torch.cuda.current_stream()
+        stream.wait_event(self._done)  # another thread's pass, on a stream of its own
         graph = self._graphs.pop(size, None)
         if graph is None:
             while len(self._graphs) >= self.max_graphs:
                 self._graphs.popitem(last=False)
             graph = _Graph(self._detect, inputs, self._pool)
         self._graphs[size] = graph  # the last is the most recently used
-        return _copied(graph(*inputs))
+        output = _copied(graph(*inputs))
+        self._done.record(stream)
+        return output
 
 
 class _Graph:
@@ -113,7 +135,8 @@ class _Graph:
                 function(*self.inputs)
         torch.cuda.current_stream().wait_stream(stream)
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph, pool=pool):
+        # What other threads allocate meanwhile (pinned memory, say) is no part of it and does no harm.
+        with torch.cuda.graph(self.graph, pool=pool, capture_error_mode="thread_local"):
             self.output = function(*self.inputs)
 
     def __call__(self, *inputs: Tensor) -> Any:
@@ -121,6 +144,11 @@ class _Graph:
             own.copy_(new, non_blocking=True)
         self.graph.replay()
         return self.output
+
+
+def _current(device: torch.device) -> AbstractContextManager[object]:
+    """Streams, graphs and Triton's launches go to the current GPU, not to that of the tensors."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def _copied(value: Any) -> Any:

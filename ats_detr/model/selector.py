@@ -57,8 +57,10 @@ class TokenSelector(nn.Module):
         num_valid_B = valid_BS.sum(1)
         local_BSC, global_BSC = self.embed(features_BSC).chunk(2, dim=-1)
         if self.masked_mean:
-            total_BC = (global_BSC * valid_BS[..., None]).sum(1)
-            global_BC = total_BC / num_valid_B.clamp(min=1)[:, None]
+            # In float32 at least: sums of ten thousands of tokens overflow float16.
+            exact = torch.promote_types(global_BSC.dtype, torch.float32)
+            total_BC = (global_BSC * valid_BS[..., None]).sum(1, dtype=exact)
+            global_BC = (total_BC / num_valid_B.clamp(min=1)[:, None]).to(global_BSC.dtype)
         else:
             global_BC = global_BSC.mean(1)
         hidden_BSC = torch.cat([local_BSC, global_BC[:, None].expand_as(local_BSC)], -1)

@@ -66,21 +66,54 @@ def test_the_whole_pass_is_one_graph(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.slow
 @torch.no_grad()
-def test_one_graph_serves_every_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever is kept of images of whatever sizes."""
-    compiled = traced(monkeypatch, small_model())
-    for sizes in (SIZES, ((96, 160), (160, 96), (64, 64)), ((64, 64),), ((128, 192), (90, 90))):
+def test_few_graphs_serve_every_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever is kept of images of whatever sizes; single images have their own."""
+    traces: list[object] = []
+    compiled = traced(monkeypatch, small_model(), traces)
+    for sizes in (SIZES, ((96, 160), (160, 96), (128, 90)), ((128, 192), (90, 90)), ((160, 96),) * 4):
         batch = ImageBatch.collate(images(*sizes))
         assert_same_detections(compiled(batch), compiled.model(batch))
+    for size in ((128, 128), (96, 160)):
+        batch = ImageBatch.collate(images(size))
+        assert_same_detections(compiled(batch), compiled.model(batch))
+    assert len(traces) <= 4, "six sizes"
 
 
-def traced(monkeypatch: pytest.MonkeyPatch, model: Detr) -> CompiledDetr:
-    """Traced as one graph, as for CUDA, but not fused: Inductor's C++ takes minutes."""
-    compile_ = torch.compile
-    monkeypatch.setattr(
-        torch, "compile", lambda *args, **options: compile_(*args, **options, backend="aot_eager")
-    )
-    return CompiledDetr(model, fuse=True)
+@pytest.mark.slow
+@torch.no_grad()
+def test_many_models_can_be_compiled_in_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.compile counts the traces of all of them against one limit, past which it raises."""
+    batch = ImageBatch.collate(images((64, 96), (96, 64)))
+    with torch._dynamo.config.patch(recompile_limit=1):
+        for num_queries in (10, 11):
+            compiled = traced(monkeypatch, small_model(num_queries=num_queries))
+            assert compiled(batch).last.boxes.shape == (2, num_queries, 4)
+
+
+@torch.no_grad()
+def test_autocast_around_a_compiled_model_changes_nothing() -> None:
+    model = small_model()
+    batch = ImageBatch.collate(images((64, 96)))
+    compiled = CompiledDetr(model)
+    expected = compiled(batch)
+    with torch.autocast("cpu", torch.bfloat16):
+        output = compiled(batch)
+    assert output.last.logits.dtype == torch.float32
+    assert torch.equal(output.last.logits, expected.last.logits)
+
+
+def traced(monkeypatch: pytest.MonkeyPatch, model: Detr, traces: list[object] | None = None) -> CompiledDetr:
+    """Traced as one graph, as for CUDA, but not fused: Inductor's C++ takes minutes. `traces` gets the graphs."""
+    compile_, run = torch.compile, torch._dynamo.lookup_backend("aot_eager")
+
+    def backend(graph, inputs, **options):
+        if traces is not None:
+            traces.append(graph)
+        return run(graph, inputs, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "compile", lambda *args, **options: compile_(*args, **options, backend=backend))
+        return CompiledDetr(model, fuse=True)
 
 
 class _Pass(torch.nn.Module):

@@ -196,3 +196,16 @@ def test_proposals_of_one_score_are_taken_in_the_order_of_their_tokens() -> None
     with torch.no_grad():
         output = detector.model(ImageBatch.collate([torch.randn(3, 64, 64)] * 3), supervision=False)
     assert output.query_index_BQ.tolist() == [list(range(20))] * 3
+
+
+@torch.no_grad()
+def test_budgets_of_a_float16_model_do_not_overflow():
+    """Tens of thousands of tokens sum up to more than float16 holds; infinite means would choose any budget."""
+    torch.manual_seed(0)
+    selector = TokenSelector(16, 0.1, 0.5, 5)
+    selector.embed[1].bias += 20.0
+    features_BSC = torch.randn(1, 8000, 16)
+    padding_mask_BS = torch.zeros(1, 8000, dtype=torch.bool)
+    expected = selector(features_BSC, padding_mask_BS).budget_logits_BR
+    logits_BR = selector.half()(features_BSC.half(), padding_mask_BS).budget_logits_BR
+    torch.testing.assert_close(logits_BR.float(), expected, atol=0.05, rtol=0.01)
