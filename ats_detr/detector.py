@@ -192,7 +192,7 @@ class Detector:
         )
 
     def compile(
-        self, *, dtype: torch.dtype = torch.float32, fuse: bool | None = None, max_graphs: int = 16
+        self, *, dtype: torch.dtype = torch.float32, fuse: bool | None = None, max_graphs: int = 32
     ) -> Detector:
         """Make prediction faster, at the price of a warm-up for every padded size of images; returns itself.
 
@@ -310,13 +310,20 @@ class Detector:
                 buckets[bucket_size(size, self.config.data.size_multiple)].append(place)
             results: dict[int, Result] = {}
             for places in buckets.values():
-                for start in range(0, len(places), batch_size):
-                    chosen = places[start : start + batch_size]
+                for chosen in self._batches(places, batch_size):
                     found = self._detect(
                         [window[i] for i in chosen], threshold, max_detections, keep_tokens, upright
                     )
                     results.update(zip(chosen, found, strict=True))
             yield from (results[place] for place in range(len(window)))
+
+    def _batches(self, places: list[int], batch_size: int) -> Iterator[list[int]]:
+        """`places` in batches; compiled for a GPU, what does not fill one goes image by image: of every number of
+        images there would be a graph."""
+        has_graphs = self.compiled is not None and self.device.type == "cuda"
+        for start in range(0, len(places), batch_size):
+            batch = places[start : start + batch_size]
+            yield from [[place] for place in batch] if has_graphs and len(batch) < batch_size else [batch]
 
     def _detect(
         self, images: list[_Prepared], threshold: float, max_detections: int, keep_tokens: bool, upright: bool

@@ -155,8 +155,9 @@ def _msda(
     if backend == "triton":
         from ats_detr.kernels.gpu import attention
 
-        problem = attention.prepare(value, sizes, reference_points, offsets, weights, image_index)
-        return attention.forward(problem, num_rows)
+        with torch.cuda.device_of(value):
+            problem = attention.prepare(value, sizes, reference_points, offsets, weights, image_index)
+            return attention.forward(problem, num_rows)
     return _reference(value, sizes, reference_points, offsets, weights, image_index, num_rows)
 
 
@@ -192,11 +193,12 @@ def _msda_backward(
     if backend == "triton":
         from ats_detr.kernels.gpu import attention
 
-        if deterministic is None:
-            deterministic = torch.are_deterministic_algorithms_enabled()
-        problem = attention.prepare(value, sizes, reference_points, offsets, weights, image_index)
-        grad_value, *grads = attention.backward(problem, out, grad_out, need_value, deterministic)
-        return (value.new_empty(0) if grad_value is None else grad_value, *grads)
+        with torch.cuda.device_of(value):
+            if deterministic is None:
+                deterministic = torch.are_deterministic_algorithms_enabled()
+            problem = attention.prepare(value, sizes, reference_points, offsets, weights, image_index)
+            grad_value, *grads = attention.backward(problem, out, grad_out, need_value, deterministic)
+            return (value.new_empty(0) if grad_value is None else grad_value, *grads)
 
     # Within a compiled graph or a counter of operations nothing would be recorded: inference_mode(False) changes that.
     with torch.inference_mode(False), torch.enable_grad():

@@ -82,9 +82,10 @@ def _add_attention_map(
     if backend == "triton":
         from ats_detr.kernels.gpu import attention, dam
 
-        problem = attention.prepare(None, sizes, reference_points, offsets, weights, None)
-        dam.add_attention_map(problem, target)
-        return
+        with torch.cuda.device_of(target):
+            problem = attention.prepare(None, sizes, reference_points, offsets, weights, None)
+            dam.add_attention_map(problem, target)
+            return
     level_shapes = list(zip(sizes[::2], sizes[1::2], strict=True))
     if reference_points is None:
         shape = (target.shape[0], -1)

@@ -19,6 +19,9 @@ def choose_backend(tensor: Tensor, backend: str | None = None, kernel_pays: bool
     where Triton is installed, everything else the reference. float64 always runs the reference. Asking for
     Triton on the CPU needs its interpreter (TRITON_INTERPRET=1 in the environment before Python starts).
 
+    Operators launch their kernels under `torch.cuda.device_of(a tensor)`: Triton launches on the current GPU,
+    wherever the tensors are.
+
     kernel_pays: False where PyTorch's own operators are as good: then CUDA runs the reference unless asked otherwise.
     """
     asked = backend or os.environ.get("ATS_DETR_BACKEND") or None

@@ -217,9 +217,10 @@ def _packed_linear(
     if backend == "triton":
         from ats_detr.kernels.gpu import linear
 
-        out = x.new_empty(x.shape[0], weight.shape[0], dtype=dtype)
-        linear.linear(x, weight, bias, num_rows, add, relu, out)
-        return out
+        with torch.cuda.device_of(x):
+            out = x.new_empty(x.shape[0], weight.shape[0], dtype=dtype)
+            linear.linear(x, weight, bias, num_rows, add, relu, out)
+            return out
     return reference.packed_linear(x, weight, bias, num_rows, add, relu).to(dtype)
 
 
@@ -236,7 +237,8 @@ def _packed_linear_into(
     """Triton only: `memory` evenly spaced."""
     from ats_detr.kernels.gpu import linear
 
-    linear.linear(x, weight, bias, num_rows, add, relu, memory, token_index, image_index)
+    with torch.cuda.device_of(x):
+        linear.linear(x, weight, bias, num_rows, add, relu, memory, token_index, image_index)
 
 
 @_packed_linear_into.register_fake
@@ -255,7 +257,8 @@ def _packed_linear_norm(
     if backend == "triton":
         from ats_detr.kernels.gpu import linear
 
-        return linear.linear_norm(*arguments, memory, token_index, image_index)
+        with torch.cuda.device_of(x):
+            return linear.linear_norm(*arguments, memory, token_index, image_index)
     return reference.packed_linear_norm(*arguments)
 
 
@@ -288,7 +291,8 @@ def _packed_feedforward(
     if backend == "triton":
         from ats_detr.kernels.gpu import linear
 
-        return linear.feedforward(*arguments, memory, token_index, image_index)
+        with torch.cuda.device_of(x):
+            return linear.feedforward(*arguments, memory, token_index, image_index)
     return reference.packed_feedforward(*arguments)
 
 

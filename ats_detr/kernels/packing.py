@@ -81,7 +81,8 @@ def _pack(
     if backend == "triton":
         from ats_detr.kernels.gpu import pack
 
-        return pack.pack(token_index, image_index, num_rows, dense)
+        with torch.cuda.device_of(token_index):
+            return pack.pack(token_index, image_index, num_rows, dense)
     return list(reference.pack_tokens(_plan(token_index, image_index, slots, num_rows), *dense))
 
 
@@ -96,7 +97,8 @@ def _merge(slots: Tensor, packed: Tensor | None, dense: Tensor | None, backend: 
     if backend == "triton":
         from ats_detr.kernels.gpu import pack
 
-        return pack.merge(slots, packed, dense)
+        with torch.cuda.device_of(slots):
+            return pack.merge(slots, packed, dense)
     return reference.merge(slots, packed, dense)
 
 
@@ -114,7 +116,8 @@ def _scatter(
     if backend == "triton":
         from ats_detr.kernels.gpu import pack
 
-        return pack.merge(slots, rows, memory)
+        with torch.cuda.device_of(memory):
+            return pack.merge(slots, rows, memory)
     return reference.merge(slots, rows, memory)
 
 
@@ -135,9 +138,10 @@ def _scatter_in_place(
     if backend == "triton":
         from ats_detr.kernels.gpu import pack
 
-        if pack.has_even_rows(memory):
-            pack.scatter_in_place(token_index, image_index, num_rows, memory, rows)
-            return
+        with torch.cuda.device_of(memory):
+            if pack.has_even_rows(memory):
+                pack.scatter_in_place(token_index, image_index, num_rows, memory, rows)
+                return
     if num_rows is not None:
         token_index, image_index, rows = (t[: int(num_rows)] for t in (token_index, image_index, rows))
     memory[image_index.long(), token_index.long()] = rows

@@ -71,7 +71,8 @@ def _select(
     if backend == "triton":
         from ats_detr.kernels.gpu import select
 
-        return select.select(scores, num_keep, padding_mask, capacity)
+        with torch.cuda.device_of(scores):
+            return select.select(scores, num_keep, padding_mask, capacity)
     plan = reference.select_tokens(scores, num_keep, padding_mask, capacity)
     return plan.token_index_K, plan.image_index_K, plan.offsets_B1, plan.slot_BS
 

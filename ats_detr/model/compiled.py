@@ -55,7 +55,7 @@ class CompiledDetr:
         *,
         dtype: torch.dtype = torch.float32,
         fuse: bool | None = None,
-        max_graphs: int = 16,
+        max_graphs: int = 32,
     ) -> None:
         if max_graphs < 1:
             raise ValueError(f"max_graphs is {max_graphs}, must be at least 1")
@@ -111,10 +111,10 @@ class CompiledDetr:
         stream.wait_event(self._done)  # another thread's pass, on a stream of its own
         graph = self._graphs.pop(size, None)
         if graph is None:
-            while len(self._graphs) >= self.max_graphs:
-                self._graphs.popitem(last=False)
             graph = _Graph(self._detect, inputs, self._pool)
         self._graphs[size] = graph  # the last is the most recently used
+        if len(self._graphs) > self.max_graphs:
+            self._graphs.popitem(last=False)
         output = _copied(graph(*inputs))
         self._done.record(stream)
         return output
@@ -179,7 +179,10 @@ def fold_batch_norms(network: nn.Module) -> int:
         if norm is None or not _is_batch_norm(norm) or node.args[0].op != "call_module":
             continue
         convolution = modules[node.args[0].target]
-        if not isinstance(convolution, nn.Conv2d) or len(node.args[0].users) > 1:
+        # Subclasses may do something else with their weights, and a module may be called more than once.
+        if type(convolution) is not nn.Conv2d or len(node.args[0].users) > 1:
+            continue
+        if sum(other.target == node.args[0].target for other in graph.nodes) > 1:
             continue
         weight, bias = fuse_conv_bn_weights(
             convolution.weight,
@@ -204,7 +207,8 @@ class _Tracer(fx.Tracer):
 
 def _is_batch_norm(module: nn.Module) -> bool:
     """Also timm's frozen ones, which are no subclasses."""
-    return hasattr(module, "running_mean") and hasattr(module, "eps") and not module.training
+    has_statistics = getattr(module, "running_mean", None) is not None
+    return has_statistics and hasattr(module, "eps") and not module.training
 
 
 def _what_follows(norm: nn.Module) -> nn.Module:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
+from torch._inductor.utils import run_and_get_code
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from ats_detr.batch import ImageBatch
 from ats_detr.config import SelectorConfig
+from ats_detr.kernels import deformable_attention, packed_linear, select_tokens
 from ats_detr.model import CompiledDetr, Detr
 from ats_detr.model.backbone import Backbone
 from ats_detr.model.compiled import fold_batch_norms
@@ -223,3 +225,44 @@ def test_fused_and_captured() -> None:
     for _ in range(2):
         batch = ImageBatch.collate(images(*SIZES)).to("cuda")
         assert_same_detections(compiled(batch), model(batch), tolerance=2e-3)  # cuDNN may take TF32
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_values_are_updated_in_place_in_a_fused_graph() -> None:
+    """Slices of one wide projection, as on CUDA: a copy of it for each layer would cost more than is saved."""
+    batch, num_tokens, width, num_layers = 1, 40, 32, 3
+    level_shapes, heads = ((5, 8),), (4, 1, 2)
+    wide, narrow = torch.nn.Linear(width, num_layers * width), torch.nn.Linear(width, width)
+    references, offsets, logits = torch.rand(20, 1, 2), torch.randn(20, *heads, 2), torch.randn(20, *heads)
+
+    def layers(x_BSC: Tensor, scores_BS: Tensor, num_keep_B: Tensor) -> Tensor:
+        plan = select_tokens(scores_BS, num_keep_B, capacity=20)
+        rows_KC = x_BSC.flatten(0, 1)[:20]
+        for value_BSC in wide(x_BSC).chunk(num_layers, -1):
+            packed_linear(
+                rows_KC,
+                narrow.weight,
+                narrow.bias,
+                plan.num_rows,
+                memory_BSN=value_BSC,
+                plan=plan,
+                backend="triton",
+            )
+            value_BSHD = value_BSC.unflatten(-1, (heads[0], -1))
+            rows_KC = rows_KC + deformable_attention(
+                value_BSHD,
+                level_shapes,
+                references,
+                offsets,
+                logits,
+                plan.image_index_K,
+                num_rows=plan.num_rows,
+            )
+        return rows_KC[:7]
+
+    inputs = torch.randn(batch, num_tokens, width), torch.randn(batch, num_tokens), torch.tensor([7])
+    result, (code, *_) = run_and_get_code(torch.compile(layers, fullgraph=True), *inputs)
+    torch.testing.assert_close(result, layers(*inputs))
+    assert code.count("packed_linear_.default(") == num_layers
+    assert "clone" not in code
