@@ -308,6 +308,8 @@ def _check_dataset(arguments: argparse.Namespace) -> None:
         plot_dataset(splits).savefig(picture)
     except OSError as error:
         raise UserError(f"--picture {picture}: cannot write it ({error.strerror})") from None
+    except ValueError as error:  # a suffix that Matplotlib does not know
+        raise UserError(f"--picture {picture}: {error}") from None
     num_errors = sum(f.level == "error" for f in [*between, *(f for split in splits for f in split.findings)])
     console.print(
         f"{'no' if num_errors == 0 else num_errors} kinds of errors; {picture} shows sizes and classes"

@@ -251,7 +251,8 @@ class Detector:
 
         Raises:
             ImageFileError: an image cannot be read and there is no `on_bad_image`.
-            UserError: a folder without images, an array of another shape or type, a URL without `allow_urls`.
+            UserError: a folder without images, an array of another shape or type, a URL without `allow_urls`, a setting
+                that is out of range.
         """
         return list(
             self.stream(
@@ -279,8 +280,11 @@ class Detector:
         on_bad_image: Callable[[ImageFileError], object] | None = None,
     ) -> Iterator[Result]:
         """`predict`, result by result: for more images than fit into memory. Images are read a little ahead."""
-        if batch_size < 1 or max_detections < 1:
-            raise UserError(f"batch_size {batch_size} and max_detections {max_detections} must be at least 1")
+        for setting, value in (("batch size", batch_size), ("max detections", max_detections)):
+            if value < 1:
+                raise UserError(f"{setting} {value}: give at least 1")
+        if not 0 <= threshold <= 1:  # also where it is not a number
+            raise UserError(f"threshold {threshold}: scores are probabilities, give 0..1")
 
         def prepare(numbered: tuple[int, ImageSource]) -> _Prepared | ImageFileError:
             number, source = numbered
@@ -412,10 +416,13 @@ def find_checkpoint(source: str | Path) -> Path:
 
 
 def images_in(folder: Path) -> list[Path]:
-    """The files of a folder that look like images by their suffix, by name."""
-    return sorted(
-        path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()
-    )
+    """The files of a folder that look like images by their suffix, by name; no hidden ones."""
+    return [path for path in visible_files(folder) if path.suffix.lower() in IMAGE_SUFFIXES]
+
+
+def visible_files(folder: Path) -> list[Path]:
+    """The files of a folder by name, without those that a dot hides (thumbnails, `._photo.jpg` of a Mac)."""
+    return sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
 
 
 def _sources(images: ImageSource | Iterable[ImageSource]) -> Iterator[ImageSource]:

@@ -84,12 +84,14 @@ def export_program(
             size; others are padded more here, which their features notice.
         keep_ratio: every image keeps this share of its tokens; default: the model's own budgets.
 
-    Raises UserError for an impossible size or ratio.
+    Raises UserError for an impossible size, ratio or number of detections.
     """
     data = detector.config.data
     size = size or bucket_size((data.short_side, data.long_side), data.size_multiple)
     if min(size) < 1 or size != bucket_size(size, data.size_multiple):
         raise UserError(f"export size {size[0]}x{size[1]}: give multiples of {data.size_multiple} pixels")
+    if max_detections < 1:
+        raise UserError(f"max detections {max_detections}: give at least 1")
     model = copy.deepcopy(detector.model).cpu().eval().requires_grad_(False)
     if keep_ratio is not None:
         if model.selector is None or not 0 < keep_ratio < 1:

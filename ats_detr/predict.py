@@ -12,7 +12,7 @@ from rich.progress import track
 
 from ats_detr.data.images import ImageFileError
 from ats_detr.data.video import VIDEO_SUFFIXES, VideoWriter, read_video
-from ats_detr.detector import Detector, Result, images_in, is_url
+from ats_detr.detector import Detector, Result, images_in, is_url, visible_files
 from ats_detr.errors import UserError
 from ats_detr.gallery import Gallery
 from ats_detr.training.checkpoint import write_json
@@ -56,9 +56,7 @@ def find_inputs(paths: Sequence[str]) -> Inputs:
             inputs.images.append(text)
         elif path.is_dir():
             images = images_in(path)
-            files = sorted(
-                file for file in path.iterdir() if file.is_file() and not file.name.startswith(".")
-            )
+            files = visible_files(path)
             videos = [file for file in files if file.suffix.lower() in VIDEO_SUFFIXES]
             inputs.images += map(str, images)
             inputs.videos += videos
@@ -152,12 +150,12 @@ def _track(results: Iterator[Result], what: str, total: int | None, show_progres
 
 
 def _unused(stem: str, used: set[str]) -> str:
-    """`stem`, or `stem_2`, ...: files of two folders may have one name."""
+    """`stem`, or `stem_2`, ...: files of two folders may have one name, and `a_tokens.png` is one beside `a.png`."""
     name, number = stem, 1
-    while name in used:
+    while not used.isdisjoint((name, f"{name}_tokens")):
         number += 1
         name = f"{stem}_{number}"
-    used.add(name)
+    used |= {name, f"{name}_tokens"}
     return name
 
 

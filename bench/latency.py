@@ -33,6 +33,7 @@ from ats_detr.batch import ImageBatch
 from ats_detr.config import Config, load_config
 from ats_detr.data.synthetic import draw_image
 from ats_detr.data.transforms import image_to_tensor
+from ats_detr.distributed import choose_device
 from ats_detr.errors import UserError, run_cli
 from ats_detr.model import CompiledDetr, Detr
 from ats_detr.model.output import TokenScores
@@ -93,7 +94,7 @@ class Setting:
 def main() -> None:
     arguments = parse_arguments()
     console = Console(highlight=False)
-    device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = choose_device(arguments.device)
     rounds = arguments.rounds or (2 if arguments.quick else 30 if device.type == "cuda" else 5)
     if arguments.cpu_targets:
         rows = cpu_targets(rounds, QUICK_SIZE if arguments.quick else IMAGE_SIZE, arguments.clock, console)
@@ -146,14 +147,12 @@ def parse_arguments() -> argparse.Namespace:
                         help="keep ratios, one after another, every image the same")  # fmt: skip
     parser.add_argument("--budgets", type=lambda text: [shares(text)], metavar="A,B",
                         help="keep ratio of each image of a batch, repeated")  # fmt: skip
-    parser.add_argument(
-        "--batch", type=lambda text: [int(word) for word in words(text)], default=[1], metavar="1,4,8"
-    )
+    parser.add_argument("--batch", type=batch_sizes, default=[1], metavar="1,4,8")
     parser.add_argument("--images", type=words, default=["same", "mixed"], metavar="same,mixed",
                         help="one image repeated, or images of different sizes and contents")  # fmt: skip
     parser.add_argument("--folder", type=Path, metavar="DIR", help="images to use instead of generated ones")
     parser.add_argument("--image-size", type=image_size, default=IMAGE_SIZE, metavar="HxW")
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: a GPU if there is one")
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument(
         "--rounds", type=int, help="passes of each contender; default 30 on a GPU, 5 on a CPU"
@@ -178,16 +177,28 @@ def words(text: str) -> list[str]:
 
 def shares(text: str) -> tuple[float, ...]:
     """An argument such as 0.1,0.3."""
-    numbers = tuple(float(word) for word in words(text))
+    try:
+        numbers = tuple(float(word) for word in words(text))
+    except ValueError:
+        numbers = ()
     if not numbers or not all(0 < number <= 1 for number in numbers):
-        raise argparse.ArgumentTypeError("shares above 0 and up to 1 are wanted, such as 0.1,0.3")
+        raise argparse.ArgumentTypeError(f"{text!r}: give shares above 0 and up to 1, such as 0.1,0.3")
     return numbers
+
+
+def batch_sizes(text: str) -> list[int]:
+    """An argument such as 1,4,8."""
+    if not words(text) or not all(word.isdigit() and int(word) > 0 for word in words(text)):
+        raise argparse.ArgumentTypeError(f"{text!r}: give numbers of images above 0, such as 1,4,8")
+    return [int(word) for word in words(text)]
 
 
 def image_size(text: str) -> tuple[int, int]:
     """An argument such as 800x1066."""
-    height, width = (int(word) for word in text.lower().split("x"))
-    return height, width
+    height, _, width = text.lower().partition("x")
+    if not (height.isdigit() and width.isdigit() and int(height) and int(width)):
+        raise argparse.ArgumentTypeError(f"{text!r}: give height and width, such as 800x1066")
+    return int(height), int(width)
 
 
 # ------------------------------------------------------------------------------------------------------------- subjects

@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
+from ats_detr.distributed import choose_device
 from ats_detr.errors import run_cli
 from ats_detr.kernels import deformable_attention, multi_scale_deformable_attention, reference
 from bench.kernels import HEAD_DIM, HEADS, LEVELS, POINTS, SMALL_LEVELS
@@ -116,13 +117,13 @@ def main() -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: a GPU if there is one")
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--clock", choices=tuple(CLOCKS), default="wall", help=CLOCK_HELP)
     parser.add_argument("--small", action="store_true", help="a tiny pyramid, to check this script")
     parser.add_argument("--json", type=Path, help="append the rows here, one JSON object a line")
     arguments = parser.parse_args()
-    device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = choose_device(arguments.device)
     console = Console(highlight=False)
     rows = measure(
         SMALL_LEVELS if arguments.small else LEVELS, device, arguments.rounds, arguments.clock, console

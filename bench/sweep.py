@@ -20,6 +20,7 @@ from rich.console import Console
 from ats_detr.batch import ImageBatch
 from ats_detr.config import Config, load_config
 from ats_detr.data.coco import ClassMap
+from ats_detr.distributed import choose_device
 from ats_detr.errors import UserError, run_cli
 from ats_detr.evaluation import evaluate
 from ats_detr.flops import Flops, count_flops
@@ -32,6 +33,7 @@ from bench.latency import (
     UNEVEN,
     Budgets,
     Setting,
+    batch_sizes,
     forced_budgets,
     generated_images,
     image_size,
@@ -54,7 +56,7 @@ NUM_JUDGED = 8
 def main() -> None:
     arguments = parse_arguments()
     console = Console(highlight=False)
-    device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = choose_device(arguments.device)
     rounds = arguments.rounds or (2 if arguments.quick else 30 if device.type == "cuda" else 3)
     size = QUICK_SIZE if arguments.quick else arguments.image_size
     config = load_config(arguments.config, arguments.overrides)
@@ -123,12 +125,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--ratios", type=shares, default=RATIOS, metavar="A,B", help="keep ratios, default %(default)s"
     )
-    parser.add_argument(
-        "--batch", type=lambda text: [int(word) for word in words(text)], default=[1], metavar="1,4,8"
-    )
+    parser.add_argument("--batch", type=batch_sizes, default=[1], metavar="1,4,8")
     parser.add_argument("--peers", type=words, default=["all"], metavar="A,B",
                         help=f"of {', '.join(PEERS)}; default all; \"\" for none")  # fmt: skip
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: a GPU if there is one")
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument(
         "--rounds", type=int, help="passes of each contender; default 30 on a GPU, 3 on a CPU"

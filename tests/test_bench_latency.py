@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 import torch
 
+import bench.latency
+import bench.sweep
 from ats_detr.batch import ImageBatch
 from bench.latency import forced_budgets, generated_images
 from bench.measure import Stopwatch, take_turns
@@ -145,3 +147,22 @@ def test_a_missing_library_is_a_word_not_an_error(monkeypatch: pytest.MonkeyPatc
 def run_latency(*arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "bench.latency", *arguments]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--batch", "1,0"], "--batch: '1,0': give numbers of images above 0"),
+        (["--ratios", "a tenth"], "--ratios: 'a tenth': give shares above 0"),
+        (["--image-size", "800"], "--image-size: '800': give height and width"),
+    ],
+)
+@pytest.mark.parametrize("command", [bench.latency, bench.sweep])
+def test_mistakes_say_what_to_give(
+    command: Any, arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["bench", *arguments])
+    with pytest.raises(SystemExit) as end:
+        command.parse_arguments()
+    assert end.value.code == 2
+    assert message in capsys.readouterr().err

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -46,6 +48,7 @@ def odd(tmp_path: Path) -> Path:
     (folder / "broken.jpg").write_bytes((folder / "plain.jpg").read_bytes()[:700])
     (folder / "lying.png").write_text("this is no image")
     (folder / "notes.txt").write_text("nor is this")
+    (folder / "._plain.jpg").write_text("what a Mac leaves beside plain.jpg")
     return folder
 
 
@@ -108,18 +111,41 @@ def test_files_of_one_name_do_not_overwrite_each_other(model: Path, odd: Path, t
     assert {path.name for path in (tmp_path / "out/pictures").iterdir()} == {"plain.jpg", "plain_2.jpg"}
 
 
+def test_a_name_that_ends_like_a_picture_of_tokens_overwrites_none(model: Path, tmp_path: Path) -> None:
+    for name in ("a.png", "a_tokens.png"):
+        noise(50, 40).save(tmp_path / name)
+    out = tmp_path / "out"
+    main(["predict", str(tmp_path), "--checkpoint", str(model), "--out", str(out)])
+    written = json.loads((out / "predictions.json").read_text())["images"]
+    pictures = [picture for image in written for picture in image["pictures"]]
+    assert len({*pictures}) == 4
+    assert {str(path.relative_to(out)) for path in (out / "pictures").iterdir()} == {*pictures}
+
+
+def test_a_format_is_known_to_every_thread_from_the_start() -> None:
+    """Pillow's late loading of formats is not made for threads: one may miss what another is loading."""
+    code = "import ats_detr.data.images\nfrom PIL import Image\nassert {'WEBP', 'TIFF'} <= {*Image.OPEN}"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["gone.jpg"], "gone.jpg: there is no such file or folder"),
         (["."], "there are no images or videos in it"),
         (["http://localhost:1/a.jpg"], "allow_urls=True"),
+        (["plain.png", "--threshold", "40"], r"threshold 40\.0: scores are probabilities, give 0\.\.1"),
+        (["plain.png", "--threshold", "nan"], "threshold nan"),
+        (["plain.png", "--batch-size", "0"], "batch size 0: give at least 1"),
+        (["plain.png", "--max-detections", "0"], "max detections 0: give at least 1"),
     ],
 )
 def test_mistakes_are_one_line(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], message: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    if "plain.png" in arguments:
+        noise(20, 20).save("plain.png")
     with pytest.raises(UserError, match=message):
         main(["predict", *arguments, "--checkpoint", str(model)])
     with pytest.raises(SystemExit):

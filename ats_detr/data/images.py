@@ -12,6 +12,10 @@ from PIL import Image, ImageOps
 
 from ats_detr.errors import UserError
 
+# All formats are loaded now. Pillow would load them at the first file that needs one, and a thread that reads a WebP
+# meanwhile may be told that there is no such format.
+Image.init()
+
 IMAGE_SUFFIXES = frozenset(
     (".jpg", ".jpeg", ".jpe", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".avif")
 )

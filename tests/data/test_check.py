@@ -203,6 +203,8 @@ def test_the_command_tells_by_its_exit_code(
         main(["datasets", "check", str(broken), "--picture", str(picture)])
     assert end.value.code == 1
     assert "10 kinds of errors" in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"--picture .*sizes\.foo: .*not supported"):
+        main(["datasets", "check", str(clean), "--picture", str(tmp_path / "sizes.foo")])
 
 
 def test_real_annotations_have_no_errors(coco_tiny: Path) -> None:
