@@ -7,8 +7,6 @@ been measured on a GPU yet (docs/kernels.md).
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
@@ -95,8 +93,7 @@ def packed_linear_norm(
     if residual_KN.shape != (x_KC.shape[0], weight.shape[0]):
         raise ValueError(f"residual {tuple(residual_KN.shape)}: want [{x_KC.shape[0]}, {weight.shape[0]}]")
     arguments = (x_KC, _autocast(weight), bias, residual_KN, norm_weight, norm_bias, eps, num_rows)
-    operator = torch.ops.ats_detr.packed_linear_norm
-    return _with_norm(operator, reference.packed_linear_norm, arguments, memory_BSN, plan, backend)
+    return _with_norm("packed_linear_norm", arguments, memory_BSN, plan, backend)
 
 
 def packed_feedforward(
@@ -134,13 +131,11 @@ def packed_feedforward(
         eps,
         num_rows,
     )
-    operator = torch.ops.ats_detr.packed_feedforward
-    return _with_norm(operator, reference.packed_feedforward, arguments, memory_BSC, plan, backend)
+    return _with_norm("packed_feedforward", arguments, memory_BSC, plan, backend)
 
 
 def _with_norm(
-    operator: Callable[..., Tensor],
-    definition: Callable[..., Tensor],
+    operator: str,
     arguments: tuple,
     memory_BSN: Tensor | None,
     plan: TokenPlan | None,
@@ -156,11 +151,12 @@ def _with_norm(
         raise ValueError(f"backend 'triton': rows of {norm_bias.shape[0]} channels, at most {MAX_WIDTH}")
     by_kernel = chosen == "triton" and memory_BSN is not None and _is_evenly_spaced(memory_BSN)
     if chosen == "reference" and not runs_inside_graph():
-        rows = definition(*arguments)
+        rows = getattr(reference, operator)(*arguments)
     elif by_kernel:
-        rows = operator(*arguments, memory_BSN, plan.token_index_K, plan.image_index_K, chosen)
+        into_memory = getattr(torch.ops.ats_detr, f"{operator}_")
+        rows = into_memory(memory_BSN, *arguments, plan.token_index_K, plan.image_index_K, chosen)
     else:
-        rows = operator(*arguments, None, None, None, chosen)
+        rows = getattr(torch.ops.ats_detr, operator)(*arguments, chosen)
     if memory_BSN is not None and not by_kernel:
         scatter_tokens(plan, memory_BSN, rows, in_place=True, backend=backend)
     return rows
@@ -246,24 +242,44 @@ def _(memory, x, weight, bias, num_rows, add, relu, token_index, image_index, ba
     return None
 
 
-@torch.library.custom_op("ats_detr::packed_linear_norm", mutates_args=("memory",))
+# An operator that writes to the memory is another one than that which does not: Inductor cannot lower an argument that
+# is mutated if it is there.
+@torch.library.custom_op("ats_detr::packed_linear_norm", mutates_args=())
 def _packed_linear_norm(
     x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor, norm_weight: Tensor, norm_bias: Tensor, eps: float,
-    num_rows: Tensor | None, memory: Tensor | None, token_index: Tensor | None, image_index: Tensor | None,
-    backend: str,
+    num_rows: Tensor | None, backend: str,
 ) -> Tensor:  # fmt: skip
-    """With an evenly spaced memory (Triton only) the rows are written there as well."""
     arguments = (x, weight, bias, residual, norm_weight, norm_bias, eps, num_rows)
     if backend == "triton":
         from ats_detr.kernels.gpu import linear
 
         with torch.cuda.device_of(x):
-            return linear.linear_norm(*arguments, memory, token_index, image_index)
+            return linear.linear_norm(*arguments, None, None, None)
     return reference.packed_linear_norm(*arguments)
 
 
 @_packed_linear_norm.register_fake
+def _(x, weight, bias, residual, norm_weight, norm_bias, eps, num_rows, backend):
+    return residual.new_empty(residual.shape)
+
+
+@torch.library.custom_op("ats_detr::packed_linear_norm_", mutates_args=("memory",))
+def _packed_linear_norm_into(
+    memory: Tensor, x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor, norm_weight: Tensor, norm_bias: Tensor,
+    eps: float, num_rows: Tensor | None, token_index: Tensor, image_index: Tensor, backend: str,
+) -> Tensor:  # fmt: skip
+    """Triton only: `memory` evenly spaced."""
+    from ats_detr.kernels.gpu import linear
+
+    with torch.cuda.device_of(x):
+        return linear.linear_norm(
+            x, weight, bias, residual, norm_weight, norm_bias, eps, num_rows, memory, token_index, image_index
+        )
+
+
+@_packed_linear_norm_into.register_fake
 def _(
+    memory,
     x,
     weight,
     bias,
@@ -272,7 +288,6 @@ def _(
     norm_bias,
     eps,
     num_rows,
-    memory,
     token_index,
     image_index,
     backend,
@@ -280,24 +295,40 @@ def _(
     return residual.new_empty(residual.shape)
 
 
-@torch.library.custom_op("ats_detr::packed_feedforward", mutates_args=("memory",))
+@torch.library.custom_op("ats_detr::packed_feedforward", mutates_args=())
 def _packed_feedforward(
     x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor, norm_weight: Tensor, norm_bias: Tensor,
-    eps: float, num_rows: Tensor | None, memory: Tensor | None, token_index: Tensor | None,
-    image_index: Tensor | None, backend: str,
+    eps: float, num_rows: Tensor | None, backend: str,
 ) -> Tensor:  # fmt: skip
-    """With an evenly spaced memory (Triton only) the rows are written there as well."""
     arguments = (x, weight1, bias1, weight2, bias2, norm_weight, norm_bias, eps, num_rows)
     if backend == "triton":
         from ats_detr.kernels.gpu import linear
 
         with torch.cuda.device_of(x):
-            return linear.feedforward(*arguments, memory, token_index, image_index)
+            return linear.feedforward(*arguments, None, None, None)
     return reference.packed_feedforward(*arguments)
 
 
 @_packed_feedforward.register_fake
-def _(x, weight1, bias1, weight2, bias2, norm_weight, norm_bias, eps, num_rows, memory, token_index, image_index,
+def _(x, weight1, bias1, weight2, bias2, norm_weight, norm_bias, eps, num_rows, backend):
+    return x.new_empty(x.shape)
+
+
+@torch.library.custom_op("ats_detr::packed_feedforward_", mutates_args=("memory",))
+def _packed_feedforward_into(
+    memory: Tensor, x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor, norm_weight: Tensor,
+    norm_bias: Tensor, eps: float, num_rows: Tensor | None, token_index: Tensor, image_index: Tensor, backend: str,
+) -> Tensor:  # fmt: skip
+    """Triton only: `memory` evenly spaced."""
+    from ats_detr.kernels.gpu import linear
+
+    arguments = (x, weight1, bias1, weight2, bias2, norm_weight, norm_bias, eps, num_rows)
+    with torch.cuda.device_of(x):
+        return linear.feedforward(*arguments, memory, token_index, image_index)
+
+
+@_packed_feedforward_into.register_fake
+def _(memory, x, weight1, bias1, weight2, bias2, norm_weight, norm_bias, eps, num_rows, token_index, image_index,
       backend):  # fmt: skip
     return x.new_empty(x.shape)
 
@@ -318,6 +349,16 @@ def _linear_norm_flops(x_shape, weight_shape, *args, out_shape=None, **kwargs) -
     return _linear_flops(x_shape, weight_shape)
 
 
+@register_flop_formula(torch.ops.ats_detr.packed_linear_norm_)
+def _linear_norm_into_flops(memory_shape, x_shape, weight_shape, *args, out_shape=None, **kwargs) -> int:
+    return _linear_flops(x_shape, weight_shape)
+
+
 @register_flop_formula(torch.ops.ats_detr.packed_feedforward)
 def _feedforward_flops(x_shape, weight_shape, *args, out_shape=None, **kwargs) -> int:
+    return 2 * _linear_flops(x_shape, weight_shape)
+
+
+@register_flop_formula(torch.ops.ats_detr.packed_feedforward_)
+def _feedforward_into_flops(memory_shape, x_shape, weight_shape, *args, out_shape=None, **kwargs) -> int:
     return 2 * _linear_flops(x_shape, weight_shape)

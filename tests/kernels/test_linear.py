@@ -265,14 +265,19 @@ def test_opcheck(backend: str) -> None:
     operators = torch.ops.ats_detr
     layer = (t["x"], t["weight1"], t["bias1"], count, t["add"], True)
     torch.library.opcheck(operators.packed_linear.default, (*layer, SINGLE, backend))
-    to_memory = (t["memory"], plan.token_index_K, plan.image_index_K) if backend == "triton" else (None,) * 3
     layer2 = (t["wide"], t["weight2"], t["bias2"], t["x"], *norm)
-    torch.library.opcheck(operators.packed_linear_norm.default, (*layer2, *to_memory, backend))
+    torch.library.opcheck(operators.packed_linear_norm.default, (*layer2, backend))
     layers = (t["x"], t["weight1"], t["bias1"], t["weight2"], t["bias2"], *norm)
-    torch.library.opcheck(operators.packed_feedforward.default, (*layers, *to_memory, backend))
+    torch.library.opcheck(operators.packed_feedforward.default, (*layers, backend))
     if backend == "triton":
         indices = (plan.token_index_K, plan.image_index_K)
         torch.library.opcheck(operators.packed_linear_.default, (t["values"], *layer, *indices, backend))
+        torch.library.opcheck(
+            operators.packed_linear_norm_.default, (t["memory"], *layer2, *indices, backend)
+        )
+        torch.library.opcheck(
+            operators.packed_feedforward_.default, (t["memory"], *layers, *indices, backend)
+        )
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -301,7 +306,7 @@ def test_compiles_into_one_graph(backend: str) -> None:
 def test_flops_of_the_capacity() -> None:
     case = Case(capacity=20, count=None, width=32, hidden=48)
     t = case.tensors()
-    norm = (t["norm_weight"], t["norm_bias"], 1e-5, None, None, None, None, "reference")
+    norm = (t["norm_weight"], t["norm_bias"], 1e-5, None, "reference")
     layers = (t["x"], t["weight1"], t["bias1"], t["weight2"], t["bias2"])
     with FlopCounterMode(display=False) as counter:
         torch.ops.ats_detr.packed_linear(*layers[:3], None, None, False, SINGLE, "reference")
