@@ -48,7 +48,9 @@ from bench.measure import (
     environment,
     peak_memory,
     percentile,
+    positive,
     progress_bar,
+    row_file,
     take_turns,
 )
 from bench.padded import encode_padded
@@ -155,11 +157,11 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument(
-        "--rounds", type=int, help="passes of each contender; default 30 on a GPU, 5 on a CPU"
+        "--rounds", type=positive, help="passes of each contender; default 30 on a GPU, 5 on a CPU"
     )
     parser.add_argument("--clock", choices=tuple(CLOCKS), default="wall", help=CLOCK_HELP)
     parser.add_argument("--quick", action="store_true", help="tiny images, two rounds")
-    parser.add_argument("--json", type=Path, help="append the rows here, one JSON object a line")
+    parser.add_argument("--json", type=row_file, help="append the rows here, one JSON object a line")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as model.num_queries=100")
     arguments = parser.parse_args()
     if arguments.ratios and arguments.budgets:

@@ -12,7 +12,6 @@ in proportion to the weight that fell inside the map and on unpadded tokens, whi
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 import torch
 from rich.console import Console
@@ -32,7 +31,9 @@ from bench.measure import (
     append_rows,
     environment,
     percentile,
+    positive,
     progress_bar,
+    row_file,
     take_turns,
 )
 
@@ -118,10 +119,10 @@ def main() -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=positive, default=7)
     parser.add_argument("--clock", choices=tuple(CLOCKS), default="wall", help=CLOCK_HELP)
     parser.add_argument("--small", action="store_true", help="a tiny pyramid, to check this script")
-    parser.add_argument("--json", type=Path, help="append the rows here, one JSON object a line")
+    parser.add_argument("--json", type=row_file, help="append the rows here, one JSON object a line")
     arguments = parser.parse_args()
     device = choose_device(arguments.device)
     console = Console(highlight=False)

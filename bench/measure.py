@@ -6,6 +6,7 @@ medians stay comparable.
 
 from __future__ import annotations
 
+import argparse
 import ctypes
 import datetime
 import functools
@@ -25,6 +26,8 @@ import numpy as np
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from ats_detr.errors import UserError
 
 RESULTS = Path(__file__).parent / "results"
 Row = dict[str, Any]
@@ -195,9 +198,35 @@ def commit() -> str:
     return (git("rev-parse", "--short", "HEAD") or "unknown") + changed
 
 
+def row_file(text: str) -> Path:
+    """An argument: a file for rows, tried before anything is measured for it."""
+    path = Path(text)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.open("a").close()
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"{text}: cannot write it ({error.strerror})") from None
+    return path
+
+
+def row_folder(path: Path) -> Path:
+    """The folder, made before anything is measured for it. Raises UserError where it cannot be."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {path}: cannot make this folder ({error.strerror})") from None
+    return path
+
+
+def positive(text: str) -> int:
+    """An argument: a number of passes."""
+    if not text.isdigit() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r}: give a whole number above 0")
+    return int(text)
+
+
 def append_rows(rows: Iterable[Row], path: Path) -> None:
     """One JSON object a line, after what is there already."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:
         file.writelines(json.dumps(row) + "\n" for row in rows)
 

@@ -44,7 +44,16 @@ from bench.latency import (
     show,
     words,
 )
-from bench.measure import CLOCK_HELP, CLOCKS, Row, append_rows, environment, progress_bar
+from bench.measure import (
+    CLOCK_HELP,
+    CLOCKS,
+    Row,
+    append_rows,
+    environment,
+    positive,
+    progress_bar,
+    row_folder,
+)
 from bench.page import write_page
 from bench.peers import PEERS
 
@@ -63,6 +72,7 @@ def main() -> None:
     model = given_subject(config, arguments.checkpoint).model.eval()
     if model.selector is None:
         raise UserError(f"{arguments.config}: this model selects no tokens, there is nothing to sweep")
+    out = row_folder(arguments.out or Path("runs") / "sweep" / f"{config.name}-{device.type}")
     adaptive = model.selector.budget is not None
     choices: list[Budgets] = [*([None] if adaptive else []), *((ratio,) for ratio in arguments.ratios)]
     peers = [f"peer:{name}" for name in (PEERS if arguments.peers == ["all"] else arguments.peers)]
@@ -98,8 +108,6 @@ def main() -> None:
     if arguments.ap:
         rows += precision_rows(setting, config, arguments.checkpoint, choices, console)
 
-    out = arguments.out or Path("runs") / "sweep" / f"{config.name}-{device.type}"
-    out.mkdir(parents=True, exist_ok=True)
     (out / "rows.jsonl").unlink(missing_ok=True)
     append_rows(rows, out / "rows.jsonl")
     page = write_page(rows, out)
@@ -131,7 +139,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument(
-        "--rounds", type=int, help="passes of each contender; default 30 on a GPU, 3 on a CPU"
+        "--rounds", type=positive, help="passes of each contender; default 30 on a GPU, 3 on a CPU"
     )
     parser.add_argument("--clock", choices=tuple(CLOCKS), default="wall", help=CLOCK_HELP)
     parser.add_argument("--quick", action="store_true", help="tiny images, two rounds")

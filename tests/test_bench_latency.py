@@ -14,8 +14,9 @@ import torch
 import bench.latency
 import bench.sweep
 from ats_detr.batch import ImageBatch
+from ats_detr.errors import UserError
 from bench.latency import forced_budgets, generated_images
-from bench.measure import Stopwatch, take_turns
+from bench.measure import Stopwatch, row_folder, take_turns
 from bench.padded import encode_padded
 from bench.peers import Peer, load_peer
 from tests.small_detector import small_detector
@@ -154,6 +155,7 @@ def run_latency(*arguments: str) -> subprocess.CompletedProcess[str]:
     [
         (["--batch", "1,0"], "--batch: '1,0': give numbers of images above 0"),
         (["--ratios", "a tenth"], "--ratios: 'a tenth': give shares above 0"),
+        (["--rounds", "-1"], "--rounds: '-1': give a whole number above 0"),
         (["--image-size", "800"], "--image-size: '800': give height and width"),
     ],
 )
@@ -166,3 +168,15 @@ def test_mistakes_say_what_to_give(
         command.parse_arguments()
     assert end.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_where_rows_cannot_be_written_is_said_before_measuring(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(sys, "argv", ["bench", "--json", str(tmp_path / "file" / "rows.jsonl")])
+    with pytest.raises(SystemExit):
+        bench.latency.parse_arguments()
+    assert "rows.jsonl: cannot write it" in capsys.readouterr().err
+    with pytest.raises(UserError, match="--out .*file: cannot make this folder"):
+        row_folder(tmp_path / "file")

@@ -120,14 +120,17 @@ def test_a_browser_shows_sorts_and_filters_without_an_error(
 
 @needs_browser
 def test_a_screenshot_has_the_boxes_and_dimmed_tokens(page: Path, tmp_path: Path) -> None:
-    shot = tmp_path / "shot.png"
-    _, console = browse(page, tmp_path, "#level=0", f"--screenshot={shot}")
-    assert console == ""
-    pixels = np.asarray(Image.open(shot).convert("RGB")).astype(int)
+    shot, dimmed = tmp_path / "shot.png", (62, 63, 66)
 
     def share(colour: tuple[int, int, int]) -> float:
+        pixels = np.asarray(Image.open(shot).convert("RGB")).astype(int)
         return (abs(pixels - colour) <= 10).all(-1).mean()
 
+    for _ in range(3):  # on a busy machine the shot may be taken before the images are decoded
+        _, console = browse(page, tmp_path, "#level=0", f"--screenshot={shot}")
+        assert console == ""
+        if share(dimmed) > 0.02:
+            break
     assert share(class_colour(0)) > 0.0005
     assert share(class_colour(1)) > 0.0005
-    assert share((62, 63, 66)) > 0.02, "white under the dimming: 255 - 0.78 * (255 - 8)"
+    assert share(dimmed) > 0.02, "white under the dimming: 255 - 0.78 * (255 - 8)"
