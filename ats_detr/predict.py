@@ -115,8 +115,12 @@ def predict_files(
     )
     for result in _track(results, "images", len(inputs.images), show_progress):
         stem = _unused(Path(result.name).stem, stems)
-        written = _write_pictures(result, pictures / stem, show)
-        gallery.add(result)
+        try:
+            written = _write_pictures(result, pictures / stem, show)
+            gallery.add(result)
+        except ImageFileError as error:  # drawing reads the file again, and it may be gone by now
+            done.failures.append(str(error))
+            continue
         images.append({**result.to_dict(), "pictures": [str(path.relative_to(out)) for path in written]})
         done.num_kept_tokens += result.budget.num_kept_tokens
         done.num_valid_tokens += result.budget.num_valid_tokens

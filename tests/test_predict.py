@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from ats_detr.__main__ import main
-from ats_detr.detector import Detector
+from ats_detr.detector import Detector, Result
 from ats_detr.errors import UserError
 from tests.small_detector import save_small_detector
 
@@ -158,6 +158,34 @@ def test_a_url_that_does_not_answer_is_named(model: Path, tmp_path: Path, capsys
         main(["predict", url, "--checkpoint", str(model), "--out", str(tmp_path), "--allow-urls"])
     assert end.value.code == 1
     assert f"image {url} cannot be fetched" in capsys.readouterr().err
+
+
+def test_what_cannot_be_read_any_more_does_not_end_the_run(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file that is gone when its picture is drawn, and a video on a machine without PyAV."""
+    folder, out = tmp_path / "in", tmp_path / "out"
+    folder.mkdir()
+    for name in ("a.png", "b.png"):
+        Image.new("RGB", (96, 64), "red").save(folder / name)
+    (folder / "clip.mp4").write_bytes(b"")
+    monkeypatch.setitem(sys.modules, "av", None)
+    read = Result.image
+
+    def read_unless_gone(result: Result) -> Image.Image:
+        if result.name.endswith("a.png"):
+            Path(result.name).unlink(missing_ok=True)
+        return read(result)
+
+    monkeypatch.setattr(Result, "image", read_unless_gone)
+    arguments = ["predict", str(folder), "--checkpoint", str(model), "--out", str(out)]
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    assert ended.value.code == 1
+    written = json.loads((out / "predictions.json").read_text())
+    assert [Path(image["image"]).name for image in written["images"]] == ["b.png"]
+    assert "a.png" in written["failed"][0] and "needs PyAV" in written["failed"][1]
+    assert (out / "gallery.html").is_file()
 
 
 def test_a_video_gets_boxes_and_a_list_of_frames(model: Path, tmp_path: Path, capsys) -> None:

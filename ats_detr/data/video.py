@@ -12,17 +12,16 @@ import numpy as np
 from PIL import Image
 
 from ats_detr.data.images import ImageFileError
-from ats_detr.errors import UserError
 
 VIDEO_SUFFIXES = frozenset((".mp4", ".mov", ".m4v", ".avi", ".mkv", ".webm", ".mpg", ".mpeg"))
 _FALLBACK_RATE = 25.0
 
 
-def _av() -> Any:
+def _av(path: Path) -> Any:
     try:
         import av
     except ImportError:
-        raise UserError("videos need PyAV: pip install 'ats_detr[video]'") from None
+        raise ImageFileError(f"video {path} needs PyAV: pip install 'ats_detr[video]'") from None
     return av
 
 
@@ -33,7 +32,7 @@ class read_video:
     """
 
     def __init__(self, path: Path) -> None:
-        self._av, self.path = _av(), path
+        self._av, self.path = _av(path), path
         try:
             self._container = self._av.open(str(path))
         except (self._av.FFmpegError, OSError) as error:
@@ -70,7 +69,7 @@ class VideoWriter:
     """An MP4 file made of pictures of one size. It appears whole or not at all; a context manager."""
 
     def __init__(self, path: Path, frames_per_second: float) -> None:
-        self._av, self._path = _av(), path
+        self._av, self._path = _av(path), path
         self._temporary = path.with_name(f".{path.name}.tmp")
         self._container = self._av.open(str(self._temporary), "w", format="mp4")
         self._rate = Fraction(frames_per_second).limit_denominator(1001)
