@@ -10,6 +10,7 @@ import argparse
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from rich.console import Console
@@ -124,11 +125,9 @@ def _predict(arguments: argparse.Namespace) -> None:
     )
     for failure in done.failures:
         print(f"error: {failure}", file=sys.stderr)
-    kept = done.num_kept_tokens / max(1, done.num_valid_tokens)
+    kept = f"; on average {fmean(done.keep_ratios):.1%} of the tokens kept" if done.keep_ratios else ""
     videos = f" and {done.num_videos} videos" if inputs.videos else ""
-    console.print(
-        f"{done.num_images} images{videos}, {len(done.failures)} failed; {kept:.1%} of the tokens kept"
-    )
+    console.print(f"{done.num_images} images{videos}, {len(done.failures)} failed{kept}")
     console.print(
         f"written to {arguments.out}: predictions.json, pictures" + (", gallery.html" * bool(done.gallery))
     )

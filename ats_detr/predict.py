@@ -40,8 +40,8 @@ class Done:
     num_videos: int = 0
     failures: list[str] = field(default_factory=list)
     """One line for each file that could not be read."""
-    num_kept_tokens: int = 0
-    num_valid_tokens: int = 0
+    keep_ratios: list[float] = field(default_factory=list)
+    """Share of the tokens kept of each image; their mean is the evaluation's mean keep ratio."""
     gallery: Path | None = None
 
 
@@ -122,8 +122,7 @@ def predict_files(
             done.failures.append(str(error))
             continue
         images.append({**result.to_dict(), "pictures": [str(path.relative_to(out)) for path in written]})
-        done.num_kept_tokens += result.budget.num_kept_tokens
-        done.num_valid_tokens += result.budget.num_valid_tokens
+        done.keep_ratios.append(result.budget.keep_ratio)
     done.num_images = len(images)
     videos: list[dict[str, Any]] = []
     for video in inputs.videos:
