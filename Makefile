@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 
 .PHONY: demo test check lint format typecheck clean
 
-demo: $(VENV)/.installed  ## train and evaluate the quickstart: about nine minutes on two idle CPU cores, after the install
+demo: $(VENV)/.installed  ## train and evaluate the quickstart: about eleven minutes on two CPU cores, after the install
 	$(BIN)/python train.py --config configs/quickstart.yaml
 
 test: $(VENV)/.installed-dev  ## the default tests: no GPU, no network

@@ -275,15 +275,16 @@ def greedy_match(iou_BDN: Tensor, num_rounds: int | None = None) -> Tensor:
     batch, num_detections, num_objects = iou_BDN.shape
     rank_BD = torch.arange(num_detections, device=iou_BDN.device, dtype=torch.int32).expand(batch, -1)
     rank_BD1 = rank_BD.unsqueeze(2)
-    nobody, no_match = rank_BD.new_full((), num_detections), iou_BDN.new_full((), -1.0)
-    holder_BN = nobody.expand(batch, num_objects)
+    # One more object, worth more than no match and never taken, for those who find nothing: M = N + 1.
+    iou_BDM = F.pad(iou_BDN, (0, 1), value=-1e-9)
+    taken_M = F.pad(iou_BDN.new_full((num_objects,), -1.0), (0, 1), value=-1e-9)
+    holder_BM = rank_BD.new_full((batch, num_objects + 1), num_detections)
     for _ in range(min(num_detections, num_objects, num_rounds or num_objects)):
-        is_open_BDN = holder_BN.unsqueeze(1) >= rank_BD1
-        best_BD, object_BD = torch.where(is_open_BDN, iou_BDN, no_match).max(2)
-        bid_BD = torch.where(best_BD >= 0, rank_BD, nobody)
-        holder_BN = holder_BN.scatter_reduce(1, object_BD, bid_BD, "amin")
+        is_open_BDM = holder_BM.unsqueeze(1) >= rank_BD1
+        bid_BD = torch.where(is_open_BDM, iou_BDM, taken_M).argmax(2)
+        holder_BM = holder_BM.scatter_reduce(1, bid_BD, rank_BD, "amin")
     holds_BD = torch.zeros(batch, num_detections + 1, dtype=torch.bool, device=iou_BDN.device)
-    return holds_BD.scatter(1, holder_BN.long(), True)[:, :num_detections]
+    return holds_BD.scatter(1, holder_BM[:, :num_objects].long(), True)[:, :num_detections]
 
 
 # ------------------------------------------------------------------------------- what the strong teacher sees
