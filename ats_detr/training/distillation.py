@@ -279,10 +279,13 @@ def greedy_match(iou_BDN: Tensor, num_rounds: int | None = None) -> Tensor:
     iou_BMD = F.pad(iou_BDN.transpose(1, 2), (0, 0, 0, 1), value=-1e-9)
     taken_M1 = F.pad(iou_BDN.new_full((num_objects, 1), -1.0), (0, 0, 0, 1), value=-1e-9)
     holder_BM = rank_BD.new_full((batch, num_objects + 1), num_detections)
+    may_look = iou_BDN.device.type == "cpu"  # elsewhere the host would wait for the answer
     for _ in range(min(num_detections, num_objects, num_rounds or num_objects)):
         is_open_BMD = holder_BM.unsqueeze(2) >= rank_B1D
         bid_BD = torch.where(is_open_BMD, iou_BMD, taken_M1).max(1).indices  # faster than argmax on a CPU
-        holder_BM = holder_BM.scatter_reduce(1, bid_BD, rank_BD, "amin")
+        holder_before_BM, holder_BM = holder_BM, holder_BM.scatter_reduce(1, bid_BD, rank_BD, "amin")
+        if may_look and torch.equal(holder_before_BM, holder_BM):
+            break
     holds_BD = torch.zeros(batch, num_detections + 1, dtype=torch.bool, device=iou_BDN.device)
     return holds_BD.scatter(1, holder_BM[:, :num_objects].long(), True)[:, :num_detections]
 
