@@ -13,7 +13,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from ats_detr.kernels import reference
 from ats_detr.kernels.backend import choose_backend, runs_inside_graph
-from ats_detr.kernels.packing import scatter_tokens
+from ats_detr.kernels.packing import is_evenly_spaced, scatter_tokens
 from ats_detr.kernels.plan import TokenPlan
 
 MAX_WIDTH = 256
@@ -54,7 +54,7 @@ def packed_linear(
     backend = choose_backend(x_KC, backend, kernel_pays=num_rows is not None)
     weight, relu = _autocast(weight), activation == "relu"
     arguments = (x_KC, weight, bias, num_rows, add_KC, relu)
-    if memory_BSN is not None and backend == "triton" and _is_evenly_spaced(memory_BSN):
+    if memory_BSN is not None and backend == "triton" and is_evenly_spaced(memory_BSN):
         torch.ops.ats_detr.packed_linear_(
             memory_BSN, *arguments, plan.token_index_K, plan.image_index_K, backend
         )
@@ -149,7 +149,7 @@ def _with_norm(
     chosen = choose_backend(x_KC, backend, kernel_pays=pays)
     if chosen == "triton" and norm_bias.shape[0] > MAX_WIDTH:
         raise ValueError(f"backend 'triton': rows of {norm_bias.shape[0]} channels, at most {MAX_WIDTH}")
-    by_kernel = chosen == "triton" and memory_BSN is not None and _is_evenly_spaced(memory_BSN)
+    by_kernel = chosen == "triton" and memory_BSN is not None and is_evenly_spaced(memory_BSN)
     if chosen == "reference" and not runs_inside_graph():
         rows = getattr(reference, operator)(*arguments)
     elif by_kernel:
@@ -194,14 +194,6 @@ def _autocast(weight: Tensor) -> Tensor:
     if torch.is_autocast_enabled(device) and weight.dtype != torch.float64:
         return weight.to(torch.get_autocast_dtype(device))
     return weight
-
-
-def _is_evenly_spaced(memory_BSN: Tensor) -> bool:
-    """Whether tokens lie at one distance from each other, across images too, as the kernels address them."""
-    batch, num_tokens, width = memory_BSN.shape
-    pitch = memory_BSN.stride(1)
-    across = batch < 2 or memory_BSN.stride(0) == num_tokens * pitch
-    return across and memory_BSN.stride(2) == 1 and pitch >= width
 
 
 # ------------------------------------------------------------------------------------------------ the custom operators

@@ -56,6 +56,15 @@ def scatter_tokens(
     )
 
 
+def is_evenly_spaced(memory: Tensor) -> bool:
+    """Whether the rows of [B, S, ...] are contiguous each and lie at one distance from each other, across images too,
+    as the kernels address them: true of slices of one wide projection."""
+    batch, num_tokens = memory.shape[:2]
+    pitch, width = memory.stride(1), memory.shape[2:].numel()
+    across = batch < 2 or memory.stride(0) == num_tokens * pitch
+    return across and pitch >= width and (memory.numel() == 0 or memory[0, 0].is_contiguous())
+
+
 def _check(plan: TokenPlan, *dense: Tensor) -> None:
     for tensor in dense:
         if tensor.shape[:2] != plan.slot_BS.shape:
@@ -139,7 +148,7 @@ def _scatter_in_place(
         from ats_detr.kernels.gpu import pack
 
         with torch.cuda.device_of(memory):
-            if pack.has_even_rows(memory):
+            if is_evenly_spaced(memory):
                 pack.scatter_in_place(token_index, image_index, num_rows, memory, rows)
                 return
     if num_rows is not None:

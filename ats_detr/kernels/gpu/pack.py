@@ -107,11 +107,6 @@ def _launch_moves(token_index, image_index, count, dense, packed, into_dense: bo
         )  # fmt: skip
 
 
-def has_even_rows(memory: Tensor) -> bool:
-    """Whether the rows [B, S] are contiguous each and equally far apart, as in a slice of one wide projection."""
-    return memory[0, 0].is_contiguous() and memory.stride(0) == memory.shape[1] * memory.stride(1)
-
-
 def pack(
     token_index: Tensor, image_index: Tensor, count: Tensor | None, dense: Sequence[Tensor]
 ) -> list[Tensor]:
@@ -127,7 +122,7 @@ def pack(
 def scatter_in_place(
     token_index: Tensor, image_index: Tensor, count: Tensor | None, memory: Tensor, rows: Tensor
 ) -> None:
-    """Overwrites the kept tokens of `memory`, whose rows may lie apart (`has_even_rows`), with the packed rows."""
+    """Overwrites the kept tokens of `memory`, whose rows may lie evenly apart, with the packed rows."""
     if rows.numel():
         _launch_moves(token_index, image_index, count, [memory], [rows.contiguous()], into_dense=True)
 
