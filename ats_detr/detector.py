@@ -194,11 +194,11 @@ class Detector:
     def compile(
         self, *, dtype: torch.dtype = torch.float32, fuse: bool | None = None, max_graphs: int = 32
     ) -> Detector:
-        """Make prediction faster, at the price of a warm-up for every padded size of images; returns itself.
+        """Prepare the model for many predictions, with a warm-up for every padded size of images; returns itself.
 
         Batch norms are folded, and on CUDA the whole pass is fused and captured as a CUDA graph per size: the
         sizes are those of the evaluation, and so are the detections. See `ats_detr.model.CompiledDetr` for the
-        arguments; with `dtype=torch.bfloat16` features are half as wide and scores move in the third digit.
+        arguments, and docs/inference.md for what bfloat16 did to the AP of the quickstart.
         """
         self.compiled = CompiledDetr(self.model, dtype=dtype, fuse=fuse, max_graphs=max_graphs)
         return self

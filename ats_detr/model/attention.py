@@ -103,7 +103,8 @@ def project_values(
     """The values [B, S, C] that each of several attentions reads from one memory, zero at padding.
 
     On the GPU they are slices of the result of one GEMM; the kernels read slices in place. The CPU projects
-    for one after another, which takes as long, and samples rows that lie close together 2.5 times faster.
+    for one after another, which takes as long, and samples rows that lie close together faster (1,782 queries of
+    R50: 2.3 ms against 6.4 ms, two CPU threads, 2026-11-23).
     """
     if memory_BSC.is_cuda:
         projections = [attention.value_proj for attention in attentions]
