@@ -16,7 +16,7 @@ from ats_detr.kernels.gpu.common import INTERPRETING
 MAX_LEVELS = 8
 TILE = binned.TILE.value
 PIECE = 64  # samples per step of reduce_tiles
-PIECES_PER_PROGRAM = 4
+PROGRAM = 16 * PIECE  # samples per program of reduce_tiles
 
 
 class Problem(NamedTuple):
@@ -245,10 +245,7 @@ def value_gradient_tiled(problem: Problem, grad_out: Tensor, scale: Tensor | Non
         ends = counts.cumsum(0, dtype=torch.int32)
         sort(ends - counts, place=True)
         grad_value.zero_()
-        for level in range(num_levels):
-            pieces = weights.numel() / num_levels / (tiles.groups * tiles.of_level(level)) / PIECE
-            splits = max(1, round(pieces / PIECES_PER_PROGRAM))
-            _reduce_tiles(problem, tiles, level, samples, ends, grad_out, grad_value, reduce_warps, splits)
+        _reduce_tiles(problem, tiles, samples, ends, grad_out, grad_value, reduce_warps)
 
     tuning.run("value_tiles", problem.key(), num_queries, value.device, launch)
     return grad_value
@@ -271,33 +268,28 @@ class Tiles(NamedTuple):
     def total(self) -> int:
         return sum(rows * columns for rows, columns in self.sides)
 
-    def of_level(self, level: int) -> int:
-        return self.sides[level][0] * self.sides[level][1]
 
-
-def _reduce_tiles(
-    problem, tiles, level, samples, ends, grad_out, grad_value, num_warps, splits=1, color=-1
-) -> None:
-    rows, columns = tiles.sides[level]
-    num_tiles = rows * columns
-    if color >= 0:
-        num_tiles = (rows + 1 - color // 2) // 2 * ((columns + 1 - color % 2) // 2)
-    if num_tiles == 0:
-        return
+def _reduce_tiles(problem, tiles, samples, ends, grad_out, grad_value, num_warps, color=-1) -> None:
     num_tokens, num_heads, head_dim = problem.value.shape[1:]
-    height, level_width = problem.sizes[level]
-    first_token = sum(h * w for h, w in problem.sizes[:level])
-    first_tile = sum(tiles.of_level(finer) for finer in range(level))
+    num_samples = problem.queries_per_image * problem.weights.shape[3]
+    programs = 0
+    for rows, columns in tiles.sides:
+        if color < 0:  # as binned._splits
+            splits = max(1, (num_samples + rows * columns * (PROGRAM // 2)) // (rows * columns * PROGRAM))
+            programs += tiles.groups * rows * columns * splits
+        else:
+            programs += tiles.groups * ((rows + 1 - color // 2) // 2) * ((columns + 1 - color % 2) // 2)
+    if programs == 0:
+        return
     width, operand = max(16, triton.next_power_of_2(head_dim)), _operand(problem.value)
     if width > 128:
         num_warps = 8
     elif width > 32 or operand == tl.float32:  # three products for one: two warps would spill
         num_warps = 4
-    binned.reduce_tiles[(tiles.groups * num_tiles * splits,)](
-        samples, ends, grad_out, grad_value, num_tokens, tiles.total, columns, rows, first_token, first_tile,
-        height, level_width, splits, HEADS=num_heads, HEAD_DIM=head_dim, WIDTH=width, COLOR=color,
-        OPERAND=operand, PIECE=PIECE, num_warps=num_warps,
-        num_stages=1, enable_fp_fusion=True,
+    binned.reduce_tiles[(programs,)](
+        samples, ends, grad_out, grad_value, num_tokens, tiles.total, tiles.groups, num_samples, *problem.levels,
+        HEADS=num_heads, HEAD_DIM=head_dim, LEVELS=len(tiles.sides), WIDTH=width, COLOR=color, OPERAND=operand,
+        PIECE=PIECE, PROGRAM=PROGRAM, num_warps=num_warps, num_stages=1, enable_fp_fusion=True,
     )  # fmt: skip
 
 
@@ -336,7 +328,6 @@ def value_gradient_sorted(problem: Problem, grad_out: Tensor) -> Tensor:
         SAMPLES_PADDED=triton.next_power_of_2(num_levels * num_points), BLOCK=block, num_warps=4,
     )  # fmt: skip
     grad_value = torch.zeros(value.shape, dtype=torch.float32, device=value.device)
-    for level in range(num_levels):
-        for color in range(4):
-            _reduce_tiles(problem, tiles, level, samples, ends, grad_out, grad_value, 2, color=color)
+    for color in range(4):
+        _reduce_tiles(problem, tiles, samples, ends, grad_out, grad_value, 2, color)
     return grad_value

@@ -248,49 +248,76 @@ def place_samples(
         tl.store(place, tl.reshape(sample, (BLOCK, POINTS_PADDED, 4)), mask=mask[:, :, None])
 
 
-@triton.jit(
-    do_not_specialize=[
-        "num_tokens",
-        "num_tiles",
-        "tiles_x",
-        "tiles_y",
-        "first_token",
-        "first_tile",
-        "height",
-        "width",
-    ]
-)
+@triton.jit
+def _splits(samples, tiles, PROGRAM: tl.constexpr):
+    """Programs per tile, each for about PROGRAM samples, where `samples` fall into `tiles`."""
+    return tl.maximum((samples + tiles * (PROGRAM // 2)) // (tiles * PROGRAM), 1)
+
+
+@triton.jit(do_not_specialize=["num_tokens", "num_tiles", "num_groups", "num_samples", *SIZES])
 def reduce_tiles(
     sample_ptr,  # as place_samples left it
     end_ptr,  # [bins] int32 one past the last position of each tile
     grad_out_ptr,  # [N, HEADS, HEAD_DIM]
     grad_value_ptr,  # [B, S, HEADS, HEAD_DIM] float32, zeros before the first launch
-    num_tokens, num_tiles,
-    tiles_x, tiles_y,  # of this level
-    first_token, first_tile,  # of this level, within an image
-    height, width,  # of this level
-    splits,  # programs per tile, each takes every splits-th piece of the tile's samples
-    HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, COLOR: tl.constexpr, OPERAND: tl.constexpr,
-    PIECE: tl.constexpr,
+    num_tokens, num_tiles,  # of an image
+    num_groups,  # images * heads
+    num_samples,  # of a group on a level, on average
+    shape0, shape1, shape2, shape3, shape4, shape5, shape6, shape7,
+    HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, LEVELS: tl.constexpr, WIDTH: tl.constexpr, COLOR: tl.constexpr,
+    OPERAND: tl.constexpr, PIECE: tl.constexpr, PROGRAM: tl.constexpr,
 ):  # fmt: skip
     """grad_value[pixel] += sum over samples of weight * hat(pixel) * grad_out[row], for the 8x8 pixels of one tile.
 
-    COLOR 0..3 takes the tiles of one parity of column and row only: their windows do not overlap, so that
-    with one program per tile nothing is summed out of order. -1: all tiles.
+    A tile with more than about PROGRAM samples is shared between programs, which take its pieces in turns. The coarse
+    levels come first: their programs are the long ones. Programs of one tile are far apart, so that their sums meet
+    seldom.
+    COLOR 0..3 takes the tiles of one parity of column and row only, one program each: their windows do not overlap, so
+    that nothing is summed out of order. -1: all tiles.
     """
-    split = tl.program_id(0) % splits
-    tile = tl.program_id(0) // splits
+    program = tl.program_id(0)
+    tile = 0
+    split = 0
+    splits = 1
+    height = 1
+    width = 1
+    rows = 1
+    columns = 1
+    first_token = num_tokens
+    first_tile = num_tiles
+    for level in tl.static_range(LEVELS - 1, -1, -1):
+        level_height, level_width = level_size(
+            level, shape0, shape1, shape2, shape3, shape4, shape5, shape6, shape7
+        )
+        level_rows = _tiles(level_height)
+        level_columns = _tiles(level_width)
+        level_tiles = level_rows * level_columns
+        level_splits = 1
+        if COLOR < 0:
+            level_splits = _splits(num_samples, level_tiles, PROGRAM)
+        else:
+            level_rows = (level_rows + 1 - COLOR // 2) // 2
+            level_columns = (level_columns + 1 - COLOR % 2) // 2
+        programs = num_groups * level_rows * level_columns
+        mine = (program >= 0) & (program < programs * level_splits)
+        first_token -= tl.where(program >= 0, level_height * level_width, 0)
+        first_tile -= tl.where(program >= 0, level_tiles, 0)
+        height = tl.where(mine, level_height, height)
+        width = tl.where(mine, level_width, width)
+        rows = tl.where(mine, level_rows, rows)
+        columns = tl.where(mine, level_columns, columns)
+        splits = tl.where(mine, level_splits, splits)
+        # A colour may have no tile here, and is then nobody's.
+        tile = tl.where(mine, program % tl.maximum(programs, 1), tile)
+        split = tl.where(mine, program // tl.maximum(programs, 1), split)
+        program -= programs * level_splits
+    tile_x = tile % columns
+    tile_y = tile // columns % rows
+    group = tile // (columns * rows)  # image * HEADS + head
     if COLOR >= 0:
-        columns = (tiles_x + 1 - COLOR % 2) // 2
-        rows = (tiles_y + 1 - COLOR // 2) // 2
-        tile_x = tile % columns * 2 + COLOR % 2
-        tile_y = tile // columns % rows * 2 + COLOR // 2
-        group = tile // (columns * rows)
-    else:
-        tile_x = tile % tiles_x
-        tile_y = tile // tiles_x % tiles_y
-        group = tile // (tiles_x * tiles_y)  # image * HEADS + head
-    bin = group * num_tiles + first_tile + tile_y * tiles_x + tile_x
+        tile_x = tile_x * 2 + COLOR % 2
+        tile_y = tile_y * 2 + COLOR // 2
+    bin = group * num_tiles + first_tile + tile_y * _tiles(width) + tile_x
     position = tl.load(end_ptr + bin - 1, mask=bin > 0, other=0) + split * PIECE
     end = tl.load(end_ptr + bin)
     if position >= end:
