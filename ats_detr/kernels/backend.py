@@ -43,3 +43,8 @@ def choose_backend(tensor: Tensor, backend: str | None = None, kernel_pays: bool
 def runs_inside_graph() -> bool:
     """Whether a compiler is tracing: operators then go through their opaque custom op whatever the backend."""
     return torch.compiler.is_compiling()
+
+
+def is_exporting() -> bool:
+    """Whether torch.export is tracing. Up to 2.11 `torch.compiler.is_exporting` says so under torch.compile too."""
+    return torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ats_detr.kernels import reference
-from ats_detr.kernels.backend import choose_backend, runs_inside_graph
+from ats_detr.kernels.backend import choose_backend, is_exporting, runs_inside_graph
 from ats_detr.kernels.plan import TokenPlan
 
 
@@ -44,7 +44,7 @@ def scatter_tokens(
     _check(plan, memory_BSC)
     rows_KC = rows_KC.to(memory_BSC.dtype)
     backend = choose_backend(memory_BSC, backend)
-    if in_place and not torch.compiler.is_exporting():  # an exported graph changes none of its tensors
+    if in_place and not is_exporting():  # an exported graph changes none of its tensors
         torch.ops.ats_detr.scatter_(
             memory_BSC, rows_KC, plan.token_index_K, plan.image_index_K, plan.num_rows, backend
         )

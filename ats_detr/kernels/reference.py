@@ -224,6 +224,8 @@ def select_tokens(
     when no valid one is left (padded tokens: lower index first). Asking for more than S tokens keeps all S.
     With a capacity nothing waits for the device.
     """
+    # CUDA sorts 16-bit NaNs by their sign, and a cast from float32 may give a negative one.
+    scores_BS = scores_BS.masked_fill(scores_BS.isnan(), torch.nan)
     if padding_mask_BS is not None:
         scores_BS = scores_BS.masked_fill(padding_mask_BS, 0.0)  # padded tokens are all alike
     order = scores_BS.sort(dim=1, descending=True, stable=True).indices

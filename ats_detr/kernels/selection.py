@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ats_detr.kernels import reference
-from ats_detr.kernels.backend import choose_backend, runs_inside_graph
+from ats_detr.kernels.backend import choose_backend, is_exporting, runs_inside_graph
 from ats_detr.kernels.plan import TokenPlan
 
 MAX_TOKENS = 32768
@@ -58,7 +58,7 @@ def select_tokens(
         capacity = row_starts[-1]
     capacity = min(capacity, batch * num_tokens)
     # An exported graph computes all rows of its capacity with ordinary operators; those without a slot go nowhere.
-    exact = exact or torch.compiler.is_exporting()
+    exact = exact or is_exporting()
     tensors = torch.ops.ats_detr.select(scores_BS, num_keep_B, padding_mask_BS, capacity, backend)
     return TokenPlan(*tensors, exact=exact, row_starts=row_starts)
 
