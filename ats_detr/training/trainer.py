@@ -475,7 +475,7 @@ def global_batch(config: Config) -> int:
 
 @contextmanager
 def determinism(wanted: bool, device: torch.device) -> Iterator[None]:
-    """Between entry and exit only algorithms that give the same bits in every run; a warning where a GPU has none."""
+    """Between entry and exit only algorithms that give the same bits in every run; PyTorch raises where it has none."""
     if not wanted:
         yield
         return
@@ -485,7 +485,7 @@ def determinism(wanted: bool, device: torch.device) -> Iterator[None]:
         torch.is_deterministic_algorithms_warn_only_enabled(),
     )
     benchmark, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, False
-    torch.use_deterministic_algorithms(True, warn_only=device.type == "cuda")
+    torch.use_deterministic_algorithms(True)
     try:
         yield
     finally:

@@ -133,6 +133,23 @@ def test_attention_map(case: AttentionCase) -> None:
     assert again is result and relative_error(result, 2 * expected) < 1e-5
 
 
+def test_deterministic_attention_map_does_not_depend_on_the_order_of_its_sums() -> None:
+    case = AttentionCase(counts=(60,), heads=8, spread=1.0)
+    tensors = case.tensors()
+    raw = [tensors[name] for name in ("reference", "offsets", "logits")]
+    order = torch.randperm(60, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    torch.use_deterministic_algorithms(True)
+    try:
+        maps = [
+            deformable_attention_map(*(t[index] for t in raw), case.levels, 1, backend="triton")
+            for index in (torch.arange(60, device=DEVICE), order)
+        ]
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert torch.equal(*maps)
+    assert relative_error(maps[0], deformable_attention_map(*raw, case.levels, 1, backend="reference")) < 1e-5
+
+
 def test_attention_map_of_locations_and_weights() -> None:
     generator = torch.Generator().manual_seed(0)
     levels = ((6, 7), (3, 4))

@@ -43,9 +43,9 @@ def test_training_steps_through_the_kernels(path: Path, monkeypatch: pytest.Monk
     with torch.backends.cudnn.flags(deterministic=True, allow_tf32=False):
         for backend in ("reference", "triton"):
             monkeypatch.setenv("ATS_DETR_BACKEND", backend)
-            first[backend] = loss_of(
-                copy.deepcopy(model)
-            ).item()  # statistics of batches move on with every pass
+            torch.manual_seed(1)  # which blocks of a Swin are left out
+            # A copy: statistics of batches move on with every pass.
+            first[backend] = loss_of(copy.deepcopy(model)).item()
     # Differences of 1e-6 may change which of two equal proposals is taken.
     assert first["triton"] == pytest.approx(first["reference"], rel=1e-2)
     for _ in range(2):

@@ -131,5 +131,5 @@ def test_a_step_waits_for_the_gpu_only_where_it_is_allowed_to(tmp_path: Path) ->
             trainer.train_step(run, 0, [batch], metrics=False)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    waits = [str(w.message) for w in caught if "synchroniz" in str(w.message)]
+    waits = [f"{w.filename}:{w.lineno}" for w in caught if "synchroniz" in str(w.message)]
     assert len(waits) <= 2, waits

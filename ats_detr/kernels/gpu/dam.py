@@ -3,6 +3,7 @@ raw projections."""
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -11,10 +12,17 @@ from ats_detr.kernels.gpu.attention import Problem
 from ats_detr.kernels.gpu.common import LOG2E, SIZES, level_size, samples_of_level, softmax_scale
 
 
+@triton.jit
+def _add(ptr, share, mask):
+    if ptr.dtype.element_ty == tl.int64:
+        share = (share * 4294967296.0).to(tl.int64)
+    tl.atomic_add(ptr, share, mask=mask, sem="relaxed")
+
+
 @triton.jit(do_not_specialize=["num_queries", "queries_per_image", "num_tokens", *SIZES])
 def add_attention(
     reference_ptr, offset_ptr, weight_ptr,  # as in msda_forward
-    map_ptr,  # [B, S] float32, added to
+    map_ptr,  # [B, S], added to: float32, or int64 counting 2^-32, whose sums do not depend on their order
     num_queries, queries_per_image, num_tokens,
     shape0, shape1, shape2, shape3, shape4, shape5, shape6, shape7,
     HEADS: tl.constexpr, LEVELS: tl.constexpr, POINTS: tl.constexpr, OFFSET_PITCH: tl.constexpr,
@@ -65,15 +73,25 @@ def add_attention(
         target = map_ptr + first + line * width + column
         top_weight = weight * (1.0 - low)
         low_weight = weight * low
-        tl.atomic_add(target, top_weight * (1.0 - right), mask=left_in & top_in, sem="relaxed")
-        tl.atomic_add(target + 1, top_weight * right, mask=right_in & top_in, sem="relaxed")
-        tl.atomic_add(target + width, low_weight * (1.0 - right), mask=left_in & low_in, sem="relaxed")
-        tl.atomic_add(target + width + 1, low_weight * right, mask=right_in & low_in, sem="relaxed")
+        _add(target, top_weight * (1.0 - right), left_in & top_in)
+        _add(target + 1, top_weight * right, right_in & top_in)
+        _add(target + width, low_weight * (1.0 - right), left_in & low_in)
+        _add(target + width + 1, low_weight * right, right_in & low_in)
         first += height * width
 
 
 def add_attention_map(problem: Problem, map_BS: Tensor) -> None:
-    """Adds the attention of N = B*Q queries to `map_BS` in place."""
+    """Adds the attention of N = B*Q queries to `map_BS` in place; with deterministic algorithms, the same bits each
+    time."""
+    if torch.are_deterministic_algorithms_enabled():
+        counts_BS = torch.zeros_like(map_BS, dtype=torch.int64)
+        _add_attention_map(problem, counts_BS)
+        map_BS.add_(counts_BS.double().mul_(2.0**-32))
+    else:
+        _add_attention_map(problem, map_BS)
+
+
+def _add_attention_map(problem: Problem, map_BS: Tensor) -> None:
     num_rows = problem.num_queries * problem.weights.shape[1]
     if num_rows == 0 or map_BS.numel() == 0:
         return
