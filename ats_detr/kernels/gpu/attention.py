@@ -289,7 +289,8 @@ def _reduce_tiles(problem, tiles, samples, ends, grad_out, grad_value, num_warps
     binned.reduce_tiles[(programs,)](
         samples, ends, grad_out, grad_value, num_tokens, tiles.total, tiles.groups, num_samples, *problem.levels,
         HEADS=num_heads, HEAD_DIM=head_dim, LEVELS=len(tiles.sides), WIDTH=width, COLOR=color, OPERAND=operand,
-        PIECE=PIECE, PROGRAM=PROGRAM, num_warps=num_warps, num_stages=1, enable_fp_fusion=True,
+        SPLIT=operand == tl.float32 and not INTERPRETING,
+        PIECE=PIECE, PROGRAM=PROGRAM, STAGES=3, num_warps=num_warps, num_stages=3, enable_fp_fusion=True,
     )  # fmt: skip
 
 

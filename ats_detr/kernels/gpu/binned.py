@@ -64,7 +64,8 @@ def sort_samples(
     scale_ptr,  # [N, HEADS] float32 log2 of the softmax denominators, where REFERENCE is not 0
     tile_ptr,  # [B, HEADS, num_tiles] int32: zeros, counted up; where PLACE: first place of each tile
     rank_ptr,  # [LEVELS, HEADS, N, POINTS_PADDED] int32, N in order: place of each sample within its tile; PLACE: in
-    sample_ptr,  # [places, 4] int32 out, where PLACE: x and y in pixels and weight as float32 bits, row
+    # [places, 4] int32 out, where PLACE: x and y in pixels of its tile and weight as float32 bits, row
+    sample_ptr,
     num_queries, queries_per_image, num_tiles,
     shape0, shape1, shape2, shape3, shape4, shape5, shape6, shape7,
     HEADS: tl.constexpr, LEVELS: tl.constexpr, POINTS: tl.constexpr, POINTS_PADDED: tl.constexpr,
@@ -118,6 +119,8 @@ def sort_samples(
         ).to(tl.float32)  # fmt: skip
         if REFERENCE != 0:
             weight = tl.exp2(weight * LOG2E - tl.load(scale_ptr + query * HEADS + head)[:, None])
+        x -= (tile_x * TILE).to(tl.float32)  # exact
+        y -= (tile_y * TILE).to(tl.float32)
         row = (query * HEADS + head)[:, None] + tl.zeros_like(position)
         sample = tl.join(
             tl.join(x.to(tl.int32, bitcast=True), weight.to(tl.int32, bitcast=True)),
@@ -209,7 +212,7 @@ def bin_samples(
 def place_samples(
     reference_ptr, offset_ptr, weight_ptr,  # as in msda_forward
     position_ptr,  # [N, HEADS, LEVELS, POINTS] int32 sorted place of each sample
-    sample_ptr,  # [positions, 4] int32: x and y in pixels and weight as float32 bits, row
+    sample_ptr,  # [positions, 4] int32: x and y in pixels of its tile and weight as float32 bits, row
     num_queries,
     shape0, shape1, shape2, shape3, shape4, shape5, shape6, shape7,
     HEADS: tl.constexpr, LEVELS: tl.constexpr, POINTS: tl.constexpr, OFFSET_PITCH: tl.constexpr,
@@ -240,12 +243,22 @@ def place_samples(
         at = (row * (LEVELS * POINTS))[:, None] + j
         mask = live[:, None] & (point < POINTS)
         position = tl.load(position_ptr + at, mask=mask, other=0)
+        inside_x = tl.clamp(tl.where(x == x, x, 0.0), 0.0, width.to(tl.float32))
+        inside_y = tl.clamp(tl.where(y == y, y, 0.0), 0.0, height.to(tl.float32))
+        x -= (inside_x.to(tl.int32) // TILE * TILE).to(tl.float32)
+        y -= (inside_y.to(tl.int32) // TILE * TILE).to(tl.float32)
         sample = tl.join(
             tl.join(x.to(tl.int32, bitcast=True), weight.to(tl.int32, bitcast=True)),
             tl.join(y.to(tl.int32, bitcast=True), row[:, None] + tl.zeros_like(position)),
         )  # [rows, points, 2, 2]: x, y, weight, row
         place = sample_ptr + position.to(tl.int64)[:, :, None] * 4 + tl.arange(0, 4)[None, None, :]
         tl.store(place, tl.reshape(sample, (BLOCK, POINTS_PADDED, 4)), mask=mask[:, :, None])
+
+
+@triton.jit
+def _high_part(x):
+    """float32 rounded to the eight bits of a bfloat16."""
+    return ((x.to(tl.int32, bitcast=True) + 0x8000) & -65536).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -265,7 +278,7 @@ def reduce_tiles(
     num_samples,  # of a group on a level, on average
     shape0, shape1, shape2, shape3, shape4, shape5, shape6, shape7,
     HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, LEVELS: tl.constexpr, WIDTH: tl.constexpr, COLOR: tl.constexpr,
-    OPERAND: tl.constexpr, PIECE: tl.constexpr, PROGRAM: tl.constexpr,
+    OPERAND: tl.constexpr, SPLIT: tl.constexpr, PIECE: tl.constexpr, PROGRAM: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """grad_value[pixel] += sum over samples of weight * hat(pixel) * grad_out[row], for the 8x8 pixels of one tile.
 
@@ -324,16 +337,17 @@ def reduce_tiles(
         return
     column = tl.arange(0, WIDTH)
     piece = tl.arange(0, PIECE)
+    # 0 .. 7, "loaded": the compiler computes what is made from loaded values where the matrix product wants it, in its
+    # registers, and would else pass the whole hat matrix through shared memory (measured: NNN us instead of NNN).
     pixel = tl.arange(0, 8)
-    left = (tile_x * TILE + pixel).to(tl.float32)
-    top = (tile_y * TILE + pixel).to(tl.float32)
+    pixel = tl.load(grad_value_ptr + pixel, mask=pixel < -num_tokens, other=pixel.to(tl.float32))
     total = tl.zeros((64, WIDTH), tl.float32)
     samples = view_as(sample_ptr, tl.float32)
-    while position < end:
-        at = (position + piece) * 4
-        inside = position + piece < end
-        x = tl.load(samples + at, mask=inside, other=-9.0)
-        y = tl.load(samples + at + 1, mask=inside, other=-9.0)
+    for start in tl.range(position, end, splits * PIECE, num_stages=STAGES):
+        at = (start + piece) * 4
+        inside = start + piece < end
+        x = tl.load(samples + at, mask=inside, other=0.0)
+        y = tl.load(samples + at + 1, mask=inside, other=0.0)
         weight = tl.load(samples + at + 2, mask=inside, other=0.0)
         row = tl.load(sample_ptr + at + 3, mask=inside, other=0)
         grad = tl.load(
@@ -341,14 +355,21 @@ def reduce_tiles(
             mask=(column < HEAD_DIM)[None, :] & inside[:, None],
             other=0.0,
         )
-        hat_x = tl.clamp(1.0 - tl.abs(x[None, :] - left[:, None]), 0.0, 1.0)
-        hat_y = tl.clamp(1.0 - tl.abs(y[None, :] - top[:, None]), 0.0, 1.0) * weight[None, :]
+        hat_x = tl.clamp(1.0 - tl.abs(x[None, :] - pixel[:, None]), 0.0, 1.0) * weight[None, :]
+        hat_y = tl.clamp(1.0 - tl.abs(y[None, :] - pixel[:, None]), 0.0, 1.0)
         share = tl.reshape(hat_y[:, None, :] * hat_x[None, :, :], (64, PIECE))
-        if OPERAND == tl.float32:
-            total = tl.dot(share, grad.to(tl.float32), total, input_precision="tf32x3")
+        if SPLIT:  # float32 factors as sums of two of 8 bits each: three products, 16 bits
+            share_high = _high_part(share)
+            grad_high = _high_part(grad)
+            share_low = (share - share_high).to(tl.bfloat16)
+            grad_low = (grad - grad_high).to(tl.bfloat16)
+            share_high = share_high.to(tl.bfloat16)
+            grad_high = grad_high.to(tl.bfloat16)
+            total = tl.dot(share_low, grad_high, total)
+            total = tl.dot(share_high, grad_low, total)
+            total = tl.dot(share_high, grad_high, total)
         else:
             total = tl.dot(share.to(OPERAND), grad.to(OPERAND), total)
-        position += splits * PIECE
     window = tl.arange(0, 64)
     pixel_x = tile_x * TILE + window % 8
     pixel_y = tile_y * TILE + window // 8
