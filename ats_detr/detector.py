@@ -192,7 +192,7 @@ class Detector:
         )
 
     def compile(
-        self, *, dtype: torch.dtype = torch.float32, fuse: bool | None = None, max_graphs: int = 32
+        self, *, dtype: torch.dtype = torch.float32, fuse: bool = False, max_graphs: int = 32
     ) -> Detector:
         """Prepare the model for many predictions, with a warm-up for every padded size of images; returns itself.
 

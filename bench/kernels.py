@@ -3,12 +3,16 @@
     python -m bench.kernels                       on a GPU: times everything, appends to bench/results/kernels.jsonl
     python -m bench.kernels --part attention      one part (or tokens, linear), each a few minutes; the first compiles
     python -m bench.kernels --peer package.module:function      one more rival for the classical operator
+    python -m bench.kernels --rivals deformops                  those rivals only whose names begin so
     python -m bench.kernels --offline --json out.json           no GPU: registers, spills, instructions
     python -m bench.kernels --small               tiny shapes on any device, to check this script
 
 `device_ms` sums the durations of the kernels, `wall_ms` is what an eager caller waits for. Rivals of the classical
 operator take (value [B,S,H,D], shapes int64 [L,2], level starts [L], locations [B,Q,H,L,P,2], weights [B,Q,H,L,P]).
-Where a rival has no fused softmax and locations, `+ torch` adds the PyTorch operators a module needs around it.
+Where a rival has no fused softmax and locations, `+ torch` adds the PyTorch operators a module needs around it, with
+float32 locations. The classical operator is timed with locations in the value's dtype, which every rival takes.
+`error` and `error_of_value_gradient` are relative to our kernels in float32 on the same inputs.
+Rows are written as they are measured.
 """
 
 from __future__ import annotations
@@ -42,7 +46,9 @@ Rival = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 class Bench:
-    def __init__(self, small: bool) -> None:
+    def __init__(self, small: bool, path: Path | None = None) -> None:
+        """path: rows are appended there as they are measured."""
+        self.path = path
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.levels = SMALL_LEVELS if small else LEVELS
         self.num_tokens = sum(height * width for height, width in self.levels)
@@ -83,6 +89,9 @@ class Bench:
         except Exception as error:  # a rival may not support a case, and says so in its own way
             row["failed"] = f"{type(error).__name__}: {error}"[:200]
         self.rows.append({**row, **self.environment})
+        if self.path is not None:
+            with self.path.open("a") as file:
+                file.write(json.dumps(self.rows[-1]) + "\n")
         figures = row.get("failed") or f"device {row['device_ms']:9.4f} ms   wall {row['wall_ms']:9.4f} ms"
         notes = "  ".join(f"{name}={value}" for name, value in facts.items())
         print(f"{operator:22} {case:10} {who:26} {figures}  {notes}", flush=True)
@@ -148,7 +157,6 @@ class Bench:
         with torch.no_grad():
             locations = reference.sampling_locations(reference_points, offsets, self.levels).to(dtype)
             weights = reference.attention_weights(logits).to(dtype)
-            expected = fused(value, offsets, logits)
         locations, weights = locations.unflatten(0, batched), weights.unflatten(0, batched)
         locations, weights = locations.contiguous().requires_grad_(), weights.contiguous().requires_grad_()
 
@@ -157,13 +165,23 @@ class Bench:
 
         def with_torch(peer: Rival) -> Callable:
             def run(value, offsets, logits) -> Tensor:
-                where = reference.sampling_locations(reference_points, offsets, self.levels).to(dtype)
+                where = reference.sampling_locations(reference_points, offsets, self.levels)
                 weights = reference.attention_weights(logits).to(dtype)
                 return peer(value, shapes, starts, where.unflatten(0, batched), weights.unflatten(0, batched))
 
             return run
 
+        def both(function, inputs) -> tuple[Tensor, Tensor]:
+            """Output and the value's gradient."""
+            out = function(*inputs)
+            gradient = tensors["gradient"].to(out.dtype).reshape(out.shape)
+            return out, torch.autograd.grad(out, inputs, gradient)[0]
+
         raw, placed = (value, offsets, logits), (value, locations, weights)
+        expected = {
+            inputs: both(function, [tensor.detach().float().requires_grad_() for tensor in inputs])
+            for function, inputs in ((fused, raw), (classical, placed))
+        }
         contenders = [("ours, fused", fused, raw), ("ours, classical", classical, placed)]
         for name, peer in peers.items():
             if name.startswith("grid_sample") and images * self.num_tokens * (share or 0) > 30000:
@@ -171,17 +189,17 @@ class Bench:
             contenders += [(name, rival(peer), placed), (f"{name} + torch", with_torch(peer), raw)]
         for name, function, inputs in contenders:
             facts = {"dtype": str(dtype).removeprefix("torch.")}
-            with contextlib.suppress(Exception), torch.no_grad():  # `add` says what is wrong
-                result = function(*inputs).reshape(expected.shape)
-                facts["error"] = float(f"{_relative_error(result, expected):.1e}")
+            errors = []
+            with contextlib.suppress(Exception):  # `add` says what is wrong
+                errors = [
+                    float(f"{_relative_error(result.reshape(want.shape), want):.1e}")
+                    for result, want in zip(both(function, inputs), expected[inputs], strict=True)
+                ]
+            error, gradient_error = errors or (None, None)
             with torch.no_grad():
-                self.add("msda forward", case, name, lambda f=function, i=inputs: f(*i), **facts)
-
-            def both(function=function, inputs=inputs) -> None:
-                out = function(*inputs)
-                torch.autograd.grad(out, inputs, tensors["gradient"].reshape(out.shape))
-
-            self.add("msda both", case, name, both, dtype=facts["dtype"])
+                self.add("msda forward", case, name, lambda f=function, i=inputs: f(*i), **facts, error=error)
+            facts["error_of_value_gradient"] = gradient_error
+            self.add("msda both", case, name, lambda f=function, i=inputs: both(f, i), **facts)
 
     # ------------------------------------------------------------------------------------------------------- tokens
     def tokens(self) -> None:
@@ -293,11 +311,6 @@ class Bench:
                 for who, rows in (("torch, the capacity", capacity), ("torch, the rows in use", used)):
                     self.add(operator, f"{share:.0%}", who, lambda f=library, n=rows: f(n), **facts)
 
-    def save(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a") as file:
-            file.writelines(json.dumps(row) + "\n" for row in self.rows)
-
 
 def summary(rows: list[dict]) -> list[str]:
     """How many times as long as ours every other way takes on the device, case by case; and what share of the tokens
@@ -337,9 +350,6 @@ def _rivals(levels: tuple, extra: list[str], compiled: bool) -> Iterator[tuple[s
     def grid_sample(value, shapes, starts, locations, weights) -> Tensor:
         return reference.multi_scale_deformable_attention(value, levels, locations, weights)
 
-    yield "grid_sample", grid_sample
-    if compiled:
-        yield "grid_sample compiled", torch.compile(grid_sample)
     with contextlib.suppress(ImportError):
         from deformops.registry import msda
 
@@ -349,6 +359,17 @@ def _rivals(levels: tuple, extra: list[str], compiled: bool) -> Iterator[tuple[s
                 value, shapes, starts, where, weights.flatten(3)
             ),
         )
+        from deformops.backends.triton import msda_query_tiled_fp32acc
+
+        yield (  # sums the value's gradient in float32, as ours does
+            "deformops, float32 sums",
+            lambda value, shapes, starts, where, weights: msda_query_tiled_fp32acc.forward(
+                value, shapes, starts, where, weights.flatten(3)
+            ),
+        )
+    yield "grid_sample", grid_sample
+    if compiled:
+        yield "grid_sample compiled", torch.compile(grid_sample)
     for name in extra:
         module, _, function = name.partition(":")
         yield name, getattr(importlib.import_module(module), function)
@@ -363,6 +384,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="where rows go (GPU runs append)")
     parser.add_argument("--part", choices=["attention", "tokens", "linear"])
     parser.add_argument("--peer", action="append", default=[], help="module:function of one more rival")
+    parser.add_argument("--rivals", default="", metavar="NAME", help="only those whose names begin so")
     parser.add_argument("--small", action="store_true")
     arguments = parser.parse_args()
     if arguments.offline:
@@ -374,17 +396,20 @@ def main() -> None:
         return
     if not torch.cuda.is_available() and not arguments.small:
         raise SystemExit("no GPU here: use --offline, or --small to check the script")
-    bench = Bench(arguments.small)
+    path = arguments.json or (None if arguments.small else RESULTS)
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    bench = Bench(arguments.small, path)
     if arguments.part in (None, "attention"):
-        bench.attention(dict(_rivals(bench.levels, arguments.peer, compiled=bench.device == "cuda")))
+        rivals = dict(_rivals(bench.levels, arguments.peer, compiled=bench.device == "cuda"))
+        chosen = {name: rival for name, rival in rivals.items() if name.startswith(arguments.rivals)}
+        bench.attention(chosen)
     if arguments.part in (None, "tokens"):
         bench.tokens()
     if arguments.part in (None, "linear"):
         bench.linear()
     print("\nDevice time, others against ours")
     print("\n".join(summary(bench.rows)))
-    if not arguments.small or arguments.json:
-        bench.save(arguments.json or RESULTS)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,8 @@
     python -m bench.latency --quick               tiny images and few rounds, to check this script
 
 Modes: `packed` is what this package does; `padded` is the encoder as published (bench/padded.py); `dense` is the same
-model without token selection; `captured` is the whole model in one piece (`Detector.compile`), on a GPU as CUDA graphs;
+model without token selection; `captured` is the whole model in one piece (`Detector.compile`), on a GPU as CUDA graphs,
+and `fused` is that with torch.compile (`Detector.compile(fuse=True)`);
 `peer:NAME` is another detector (bench/peers).
 Weights are random without a checkpoint, and random weights choose budgets at random: `--ratios` gives every image the
 same budget, `--budgets` one to each image of a batch. All modes run in one process and take turns.
@@ -57,7 +58,7 @@ from bench.padded import encode_padded
 from bench.peers import PEERS, Peer, load_peer
 
 STAGES = ("backbone", "select", "encoder", "decoder", "total")
-OWN_MODES = ("packed", "padded", "dense", "captured")
+OWN_MODES = ("packed", "padded", "dense", "captured", "fused")
 IMAGE_SIZE = (800, 1066)
 """(height, width): a 640x480 photograph as evaluation resizes it."""
 QUICK_SIZE = (128, 160)
@@ -302,14 +303,15 @@ def measure(
     for mode in modes:
         if mode.startswith("peer:") and mode not in setting.peers:
             continue  # load_peers has said so
-        sparse = mode in ("packed", "padded", "captured")
+        sparse = mode in ("packed", "padded", "captured", "fused")
         for choice in budgets if sparse else [None]:
             name = f"{mode} {_spelled(choice)}" if sparse else mode
             described[name] = mode, choice
             if mode in setting.peers:
                 contenders[name] = peer_contender(setting.peers[mode], batch)
-            elif mode == "captured":
-                contenders[name] = captured_contender(setting, batch, choice, selections, name)
+            elif mode in ("captured", "fused"):
+                fuse = mode == "fused"
+                contenders[name] = captured_contender(setting, batch, choice, selections, name, fuse=fuse)
             else:
                 contenders[name] = own_contender(setting.model, mode, batch, choice, selections, name)
 
@@ -389,12 +391,18 @@ def own_contender(
 
 
 def captured_contender(
-    setting: Setting, batch: ImageBatch, budgets: Budgets, selections: dict[str, TokenScores], name: str
+    setting: Setting,
+    batch: ImageBatch,
+    budgets: Budgets,
+    selections: dict[str, TokenScores],
+    name: str,
+    *,
+    fuse: bool,
 ) -> Contender:
     """The whole model in one piece, as `Detector.compile` makes it."""
     with forced_budgets(setting.model, budgets):
         # Of a copy, which keeps the budgets.
-        compiled = CompiledDetr(setting.model, dtype=getattr(torch, setting.dtype))
+        compiled = CompiledDetr(setting.model, dtype=getattr(torch, setting.dtype), fuse=fuse)
 
     def run(watch: Stopwatch) -> None:
         output = compiled(batch)

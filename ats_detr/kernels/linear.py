@@ -51,22 +51,22 @@ def packed_linear(
     _check_target(x_KC.shape[0], weight.shape[0], memory_BSN, plan)
     _refuse_gradients(x_KC, weight, bias, add_KC, memory_BSN)
     weight, relu = _autocast(weight), activation == "relu"
-    backend = choose_backend(x_KC, backend, kernel_pays=_kernel_pays("packed_linear", weight, num_rows))
+    chosen = choose_backend(x_KC, backend, kernel_pays=_kernel_pays("packed_linear", weight, num_rows))
     arguments = (x_KC, weight, bias, num_rows, add_KC, relu)
-    if memory_BSN is not None and backend == "triton" and is_evenly_spaced(memory_BSN):
+    if memory_BSN is not None and chosen == "triton" and is_evenly_spaced(memory_BSN):
         torch.ops.ats_detr.packed_linear_(
-            memory_BSN, *arguments, plan.token_index_K, plan.image_index_K, backend
+            memory_BSN, *arguments, plan.token_index_K, plan.image_index_K, chosen
         )
         return memory_BSN
     if dtype is None:
         dtype = weight.dtype if memory_BSN is None else memory_BSN.dtype
-    if backend == "reference" and not runs_inside_graph():
+    if chosen == "reference" and not runs_inside_graph():
         rows = reference.packed_linear(*arguments).to(dtype)
     else:
-        rows = torch.ops.ats_detr.packed_linear(*arguments, dtype, backend)
+        rows = torch.ops.ats_detr.packed_linear(*arguments, dtype, chosen)
     if memory_BSN is None:
         return rows
-    return scatter_tokens(plan, memory_BSN, rows, in_place=True, backend=backend)
+    return scatter_tokens(plan, memory_BSN, rows, in_place=True, backend=backend)  # by its own choice
 
 
 def packed_linear_norm(

@@ -33,7 +33,7 @@ class CompiledDetr:
     """`Detr.forward` of a frozen copy of a model, for inference.
 
     Done once: batch norms are folded into the convolutions before them, weights are cast, convolutions get
-    channels-last weights, and torch.compile fuses what lies between library calls. On CUDA the launches of a whole
+    channels-last weights. On CUDA the launches of a whole
     pass are then captured as a CUDA graph for every (batch, height, width) met, and replayed: the host does a copy and
     one launch per batch. Give it batches padded as the evaluation pads them (`data.size_multiple`), and there are few
     sizes; the tokens that images keep may differ from pass to pass.
@@ -43,8 +43,8 @@ class CompiledDetr:
     Args:
         model: left as it is.
         dtype: of weights and features. Geometry, ranking scores, softmax and norms are computed in float32.
-        fuse: run torch.compile, which takes a minute or more at the first batch and again at a few others: one trace
-            serves many sizes, single images have their own. None: on CUDA.
+        fuse: run torch.compile too, which takes minutes at the first batch and again at a few others: one trace serves
+            many sizes, single images have their own.
         max_graphs: sizes whose graphs are kept, the most recently used ones. They share the memory of their
             activations; each has its own inputs and outputs.
     """
@@ -54,7 +54,7 @@ class CompiledDetr:
         model: Detr,
         *,
         dtype: torch.dtype = torch.float32,
-        fuse: bool | None = None,
+        fuse: bool = False,
         max_graphs: int = 32,
     ) -> None:
         if max_graphs < 1:
@@ -68,7 +68,6 @@ class CompiledDetr:
         self.device = model.level_embed.device
         self.warm_up_seconds: dict[tuple[int, int, int], float] = {}
         """Time until the first result of each (batch, height, width)."""
-        fuse = self.device.type == "cuda" if fuse is None else fuse
         self._fused = torch.compile(self._pass, fullgraph=True, dynamic=True) if fuse else None
         self._graphs: OrderedDict[tuple[int, int, int], _Graph] = OrderedDict()
         self._pool: Any = None

@@ -202,7 +202,7 @@ def gpu_model() -> Detr:
 @torch.no_grad()
 def test_captured_graphs_replay_the_same_detections_without_host_waits() -> None:
     model = gpu_model()
-    captured = CompiledDetr(model, fuse=False, max_graphs=2)
+    captured = CompiledDetr(model, max_graphs=2)
     with torch.backends.cudnn.flags(allow_tf32=False):
         for sizes in (SIZES, ((96, 160), (160, 96)), ((64, 64),), SIZES, SIZES):
             batch = ImageBatch.collate(images(*sizes)).to("cuda")
@@ -222,7 +222,7 @@ def test_captured_graphs_replay_the_same_detections_without_host_waits() -> None
 @torch.no_grad()
 def test_fused_and_captured() -> None:
     model = gpu_model()
-    compiled = CompiledDetr(model)
+    compiled = CompiledDetr(model, fuse=True)
     with torch.backends.cudnn.flags(allow_tf32=False):
         for _ in range(2):
             batch = ImageBatch.collate(images(*SIZES)).to("cuda")

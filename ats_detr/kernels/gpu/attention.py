@@ -16,7 +16,6 @@ from ats_detr.kernels.gpu.common import INTERPRETING
 MAX_LEVELS = 8
 TILE = binned.TILE.value
 PIECE = 64  # samples per step of reduce_tiles
-PROGRAM = 16 * PIECE  # samples per program of reduce_tiles
 
 
 class Problem(NamedTuple):
@@ -206,10 +205,11 @@ def spatial_order(problem: Problem) -> Tensor:
     """int32 [N] queries image by image, neighbours on the image close to each other (by reference, or first sample)."""
     position = problem.offsets if problem.reference is None else problem.reference
     num_queries = problem.num_queries
-    keys = torch.empty(num_queries, dtype=torch.int32, device=position.device)
+    keys = torch.empty(num_queries, dtype=torch.int16, device=position.device)
+    bits = max(0, 16 - (problem.value.shape[0] - 1).bit_length()) // 2
     binned.spatial_keys[(triton.cdiv(num_queries, 256),)](
         position, problem.image_index, keys, num_queries, problem.queries_per_image, PITCH=position.stride(0),
-        PACKED=problem.image_index is not None, BLOCK=256, num_warps=4,
+        PACKED=problem.image_index is not None, BITS=bits, BLOCK=256, num_warps=4,
     )  # fmt: skip
     return keys.argsort().int()
 
@@ -272,25 +272,30 @@ class Tiles(NamedTuple):
 def _reduce_tiles(problem, tiles, samples, ends, grad_out, grad_value, num_warps, color=-1) -> None:
     num_tokens, num_heads, head_dim = problem.value.shape[1:]
     num_samples = problem.queries_per_image * problem.weights.shape[3]
+    # Few long programs sum to memory less often, but are too few to fill the GPU where there is little to do.
+    per_program = (16 if len(samples) >= 4 << 20 else 8) * PIECE
     programs = 0
     for rows, columns in tiles.sides:
         if color < 0:  # as binned._splits
-            splits = max(1, (num_samples + rows * columns * (PROGRAM // 2)) // (rows * columns * PROGRAM))
-            programs += tiles.groups * rows * columns * splits
+            num_tiles = rows * columns
+            splits = max(1, (num_samples + num_tiles * (per_program // 2)) // (num_tiles * per_program))
+            programs += tiles.groups * num_tiles * splits
         else:
             programs += tiles.groups * ((rows + 1 - color // 2) // 2) * ((columns + 1 - color % 2) // 2)
     if programs == 0:
         return
-    width, operand = max(16, triton.next_power_of_2(head_dim)), _operand(problem.value)
-    if width > 128:
-        num_warps = 8
-    elif width > 32 or operand == tl.float32:  # three products for one: two warps would spill
+    operand = _operand(problem.value)
+    widest, stages = (
+        (32, 2) if operand == tl.float32 else (128, 3)
+    )  # three products for one: more would spill
+    width = min(widest, max(16, triton.next_power_of_2(head_dim)))
+    if width > 32 or operand == tl.float32:
         num_warps = 4
-    binned.reduce_tiles[(programs,)](
-        samples, ends, grad_out, grad_value, num_tokens, tiles.total, tiles.groups, num_samples, *problem.levels,
-        HEADS=num_heads, HEAD_DIM=head_dim, LEVELS=len(tiles.sides), WIDTH=width, COLOR=color, OPERAND=operand,
-        SPLIT=operand == tl.float32 and not INTERPRETING,
-        PIECE=PIECE, PROGRAM=PROGRAM, STAGES=3, num_warps=num_warps, num_stages=3, enable_fp_fusion=True,
+    binned.reduce_tiles[(programs, triton.cdiv(head_dim, width))](
+        samples, ends, grad_out, grad_value, num_tokens, tiles.total, tiles.groups, num_samples, per_program,
+        *problem.levels, HEADS=num_heads, HEAD_DIM=head_dim, LEVELS=len(tiles.sides), WIDTH=width, COLOR=color,
+        OPERAND=operand, SPLIT=operand == tl.float32 and not INTERPRETING, PIECE=PIECE, STAGES=stages,
+        num_warps=num_warps, num_stages=stages, enable_fp_fusion=True,
     )  # fmt: skip
 
 

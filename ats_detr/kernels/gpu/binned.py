@@ -36,10 +36,11 @@ def _tiles(size):
 def spatial_keys(
     position_ptr,  # [N, PITCH] normalised x and y first
     image_ptr,  # [N], where PACKED
-    key_ptr,  # [N] int32 out: image, then the position along a Z-shaped curve over a grid of 256 x 256
+    key_ptr,  # [N] int16 out: image, then the position along a Z-shaped curve over a grid of 2^BITS x 2^BITS
     num_queries, queries_per_image,
-    PITCH: tl.constexpr, PACKED: tl.constexpr, BLOCK: tl.constexpr,
+    PITCH: tl.constexpr, PACKED: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    """Sixteen bits, because sorting takes a pass for every eight. Which image comes first does not matter."""
     query = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = query < num_queries
     if PACKED:
@@ -48,13 +49,14 @@ def spatial_keys(
         image = query // queries_per_image
     x = tl.load(position_ptr + query.to(tl.int64) * PITCH, mask=mask, other=0.0).to(tl.float32)
     y = tl.load(position_ptr + query.to(tl.int64) * PITCH + 1, mask=mask, other=0.0).to(tl.float32)
-    x = (tl.clamp(tl.where(x == x, x, 0.0), 0.0, 1.0) * 255.0).to(tl.int32)
-    y = (tl.clamp(tl.where(y == y, y, 0.0), 0.0, 1.0) * 255.0).to(tl.int32)
-    key = image << 16
-    for bit in tl.static_range(8):
+    LAST: tl.constexpr = (1 << BITS) - 1
+    x = (tl.clamp(tl.where(x == x, x, 0.0), 0.0, 1.0) * LAST).to(tl.int32)
+    y = (tl.clamp(tl.where(y == y, y, 0.0), 0.0, 1.0) * LAST).to(tl.int32)
+    key = image << (2 * BITS)
+    for bit in tl.static_range(BITS):
         key |= ((x >> bit) & 1) << (2 * bit)
         key |= ((y >> bit) & 1) << (2 * bit + 1)
-    tl.store(key_ptr + query, key, mask=mask)
+    tl.store(key_ptr + query, key.to(tl.int16), mask=mask)
 
 
 @triton.jit(do_not_specialize=["num_queries", "queries_per_image", "num_tiles", *SIZES])
@@ -262,12 +264,12 @@ def _high_part(x):
 
 
 @triton.jit
-def _splits(samples, tiles, PROGRAM: tl.constexpr):
-    """Programs per tile, each for about PROGRAM samples, where `samples` fall into `tiles`."""
-    return tl.maximum((samples + tiles * (PROGRAM // 2)) // (tiles * PROGRAM), 1)
+def _splits(samples, tiles, program):
+    """Programs per tile, each for about `program` samples, where `samples` fall into `tiles`."""
+    return tl.maximum((samples + tiles * (program // 2)) // (tiles * program), 1)
 
 
-@triton.jit(do_not_specialize=["num_tokens", "num_tiles", "num_groups", "num_samples", *SIZES])
+@triton.jit(do_not_specialize=["num_tokens", "num_tiles", "num_groups", "num_samples", "per_program", *SIZES])
 def reduce_tiles(
     sample_ptr,  # as place_samples left it
     end_ptr,  # [bins] int32 one past the last position of each tile
@@ -276,15 +278,17 @@ def reduce_tiles(
     num_tokens, num_tiles,  # of an image
     num_groups,  # images * heads
     num_samples,  # of a group on a level, on average
+    per_program,  # samples
     shape0, shape1, shape2, shape3, shape4, shape5, shape6, shape7,
     HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, LEVELS: tl.constexpr, WIDTH: tl.constexpr, COLOR: tl.constexpr,
-    OPERAND: tl.constexpr, SPLIT: tl.constexpr, PIECE: tl.constexpr, PROGRAM: tl.constexpr, STAGES: tl.constexpr,
+    OPERAND: tl.constexpr, SPLIT: tl.constexpr, PIECE: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """grad_value[pixel] += sum over samples of weight * hat(pixel) * grad_out[row], for the 8x8 pixels of one tile.
+    """grad_value[pixel] += sum over samples of weight * hat(pixel) * grad_out[row], for the 8x8 pixels of one tile and
+    WIDTH channels.
 
-    A tile with more than about PROGRAM samples is shared between programs, which take its pieces in turns. The coarse
-    levels come first: their programs are the long ones. Programs of one tile are far apart, so that their sums meet
-    seldom.
+    A tile with many more than `per_program` samples is shared between programs, which take its pieces in turns. The
+    coarse levels come first: their programs are the long ones. Programs of one tile are far apart, so that their sums
+    meet seldom.
     COLOR 0..3 takes the tiles of one parity of column and row only, one program each: their windows do not overlap, so
     that nothing is summed out of order. -1: all tiles.
     """
@@ -307,7 +311,7 @@ def reduce_tiles(
         level_tiles = level_rows * level_columns
         level_splits = 1
         if COLOR < 0:
-            level_splits = _splits(num_samples, level_tiles, PROGRAM)
+            level_splits = _splits(num_samples, level_tiles, per_program)
         else:
             level_rows = (level_rows + 1 - COLOR // 2) // 2
             level_columns = (level_columns + 1 - COLOR % 2) // 2
@@ -335,7 +339,7 @@ def reduce_tiles(
     end = tl.load(end_ptr + bin)
     if position >= end:
         return
-    column = tl.arange(0, WIDTH)
+    column = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
     piece = tl.arange(0, PIECE)
     # 0 .. 7, "loaded": the compiler computes what is made from loaded values where the matrix product wants it, in its
     # registers, and would else pass the whole hat matrix through shared memory (measured: NNN us instead of NNN).
