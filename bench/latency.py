@@ -323,7 +323,9 @@ def measure(
         take_turns(contenders, device, warmup, after_pass=advance)
         peaks = {}
         for name, run in contenders.items():
-            peaks[name] = peak_memory(run, device)
+            # A graph's activations were allocated when it was captured: a replay shows nothing of them.
+            replayed = device.type == "cuda" and described[name][0] in ("captured", "fused")
+            peaks[name] = None if replayed else peak_memory(run, device)
             advance(name)
         samples = take_turns(contenders, device, setting.rounds, setting.clock, advance)
 
@@ -503,7 +505,7 @@ def cpu_targets(rounds: int, size: tuple[int, int], clock: str, console: Console
 
 
 def targets_of(rows: Sequence[Row]) -> list[Target]:
-    """The promises that these rows can be held to; ratios of medians of contenders that took turns."""
+    """The promises for a CPU that these rows can be held to; ratios of medians of contenders that took turns."""
 
     def median(mode: str, stage: str, budgets: Budgets = None) -> float | None:
         wanted = (mode, stage, None if budgets is None else list(budgets))
@@ -532,6 +534,8 @@ def targets_of(rows: Sequence[Row]) -> list[Target]:
             False,
         ),
     )
+    if any(row["device"] != "cpu" for row in rows):
+        return []
     return [
         Target(what, over / under, bound, most) for what, over, under, bound, most in ratios if over and under
     ]

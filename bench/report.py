@@ -82,6 +82,7 @@ def section(name: str, rows: Sequence[Row]) -> str:
         lazy_part,
         trial_part,
         parity_part,
+        contests_part,
         operators_part,
     ):
         lines += part(measured)
@@ -286,8 +287,33 @@ def parity_part(rows: Sequence[Row]) -> list[str]:
     return [*table(headings, lines), "", source(mine), ""] if mine else []
 
 
+def contests_part(rows: Sequence[Row]) -> list[str]:
+    """Rows of bench.kernels: for every operator a table of the device's milliseconds, a column for each contender."""
+    mine = [row for row in rows if is_contest(row)]
+    lines = []
+    for operator in distinct(mine, "operator"):
+        contest = [row for row in mine if row["operator"] == operator]
+        contenders = distinct(contest, "who")
+        times: dict[tuple[str, str], Row] = {}
+        for row in contest:
+            times.setdefault((row["case"], row.get("dtype", "")), {})[row["who"]] = f"{row['device_ms']:.4f}"
+        lines += table(
+            [operator, "dtype", *contenders],
+            [[*case, *(row.get(who, "") for who in contenders)] for case, row in times.items()],
+            numbers_from=2,
+        )
+        lines.append("")
+    return [*lines, source(mine), ""] if mine else []
+
+
+def is_contest(row: Row) -> bool:
+    """Whether bench.kernels wrote it."""
+    return row.get("device_ms") is not None and row.get("wall_ms") is not None and "operator" in row
+
+
 def operators_part(rows: Sequence[Row]) -> list[str]:
-    """Rows of single operators: of several configurations of a kernel the fastest."""
+    """Other rows of single operators: of several configurations of a kernel the fastest."""
+    rows = [row for row in rows if not is_contest(row)]
     keys = ("device_ms", "wall_ms", "fwd_ms", "bwd_ms")
     fastest: dict[tuple[str, ...], Row] = {}
     mine = [row for row in rows if "operator" in row and any(row.get(key) is not None for key in keys)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.metadata
 
 import pytest
 import torch
@@ -13,6 +14,10 @@ from ats_detr.kernels.reference import sampling_locations
 from .cases import DEVICE, TOLERANCE, AttentionCase, relative_error
 
 tuning = pytest.importorskip("ats_detr.kernels.gpu.tuning", reason="triton is not installed")
+pytestmark = pytest.mark.skipif(
+    DEVICE == "cpu" and importlib.metadata.version("triton") < "3.8",
+    reason="triton 3.6's interpreter lets NaN through minimum, unlike a GPU, and cannot loop beside NumPy 2.4",
+)
 
 HALF, BRAIN = torch.float16, torch.bfloat16
 WIDE = ((30, 44), (15, 22), (8, 11))  # samples of a few queries spread over many 7x7 tiles

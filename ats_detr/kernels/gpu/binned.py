@@ -341,8 +341,8 @@ def reduce_tiles(
         return
     column = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
     piece = tl.arange(0, PIECE)
-    # 0 .. 7, "loaded": the compiler computes what is made from loaded values where the matrix product wants it, in its
-    # registers, and would else pass the whole hat matrix through shared memory (measured: NNN us instead of NNN).
+    # 0 .. 7, "loaded": the compiler computes what is made from loaded values where the matrix product wants it, in
+    # registers, and would else pass the hat matrix through shared memory (docs/kernels.md says what that costs).
     pixel = tl.arange(0, 8)
     pixel = tl.load(grad_value_ptr + pixel, mask=pixel < -num_tokens, other=pixel.to(tl.float32))
     total = tl.zeros((64, WIDTH), tl.float32)
