@@ -395,7 +395,8 @@ class Config:
     seed: int = 42
     """Each process adds its rank."""
     deterministic: bool = False
-    """Only algorithms that give the same bits in every run, slower on a GPU. On the CPU they do in any case."""
+    """Only algorithms that give the same bits in every run, slower on a GPU, where PyTorch raises if it has none. On
+    the CPU they do in any case."""
     device: str = "auto"
     """`auto`: CUDA if there is any, else the CPU; or a torch device."""
 

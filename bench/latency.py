@@ -506,6 +506,7 @@ def cpu_targets(rounds: int, size: tuple[int, int], clock: str, console: Console
 
 def targets_of(rows: Sequence[Row]) -> list[Target]:
     """The promises for a CPU that these rows can be held to; ratios of medians of contenders that took turns."""
+    rows = [row for row in rows if row["device"] == "cpu"]
 
     def median(mode: str, stage: str, budgets: Budgets = None) -> float | None:
         wanted = (mode, stage, None if budgets is None else list(budgets))
@@ -534,8 +535,6 @@ def targets_of(rows: Sequence[Row]) -> list[Target]:
             False,
         ),
     )
-    if any(row["device"] != "cpu" for row in rows):
-        return []
     return [
         Target(what, over / under, bound, most) for what, over, under, bound, most in ratios if over and under
     ]

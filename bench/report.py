@@ -77,6 +77,7 @@ def section(name: str, rows: Sequence[Row]) -> str:
         lines += sweep_part(name, measured)
     for part in (
         latency_part,
+        profile_part,
         targets_part,
         precision_part,
         lazy_part,
@@ -185,6 +186,13 @@ def latency_part(rows: Sequence[Row]) -> list[str]:
         )
     headings = ["detector", "kept", "images", "size", "dtype", *STAGES, "total p95", "images/s", "peak MB"]
     return [*table(headings, lines), "", source(mine), ""]
+
+
+def profile_part(rows: Sequence[Row]) -> list[str]:
+    """The kernels that take the most time of a captured pass."""
+    mine = [row for row in rows if row.get("kind") == "profile"]
+    lines = [[f"`{row['kernel']}`", row["batch"], row["launches"] or "", f"{row['us']:.0f}"] for row in mine]
+    return [*table(["kernel", "images", "launches", "us"], lines), "", source(mine), ""] if mine else []
 
 
 def targets_part(rows: Sequence[Row]) -> list[str]:

@@ -33,6 +33,7 @@ def test_every_committed_row_is_in_some_part() -> None:
         "budgets",
         "precision",
         "lazy values",
+        "profile",
         "model latency",
         "model parity on the GPU",
     }
@@ -65,7 +66,7 @@ def test_of_several_configurations_of_a_kernel_the_fastest_is_shown(tmp_path: Pa
 
 def test_targets_are_ratios_of_medians() -> None:
     def row(mode: str, stage: str, milliseconds: float, budgets: list[float] | None = None) -> Row:
-        return {"mode": mode, "stage": stage, "budgets": budgets, "p50_ms": milliseconds}
+        return {"device": "cpu", "mode": mode, "stage": stage, "budgets": budgets, "p50_ms": milliseconds}
 
     rows = [
         row("packed", "encoder", 20, [0.1]),
@@ -74,7 +75,26 @@ def test_targets_are_ratios_of_medians() -> None:
     ]
     encoder, *others = targets_of(rows)
     assert encoder.measured == pytest.approx(0.2) and encoder.met and not others
+    assert not targets_of([row | {"device": "cuda"} for row in rows])
     slower = targets_of([*rows, row("peer:deformable-detr", "total", 120)])[1]
     assert slower.measured == pytest.approx(1.2) and not slower.met
     assert "1.20 (at least 1.25: NOT MET)" in slower.sentence
     assert Target("x", 1.25, 1.25, at_most=False).met
+
+
+def test_contests_have_a_column_for_each_contender() -> None:
+    def row(who: str, milliseconds: float) -> Row:
+        times = {
+            "device_ms": milliseconds,
+            "wall_ms": 9.0,
+            "dtype": "float32",
+            "gpu": "X",
+            "commit": "a",
+            "date": "b",
+        }
+        return {"operator": "scatter", "case": "10%", "who": who, **times}
+
+    lines = report.contests_part([row("ours", 0.5), row("theirs", 2)])
+    assert lines[0] == "| scatter | dtype | ours | theirs |"
+    assert lines[2] == "| 10% | float32 | 0.5000 | 2.0000 |"
+    assert not report.operators_part([row("ours", 0.5)])

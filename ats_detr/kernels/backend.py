@@ -10,6 +10,8 @@ from torch import Tensor
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 BACKENDS = ("reference", "triton")
+_KNOWS_EXPORT = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 14)
+"""Whether `torch.compiler.is_exporting` is False under torch.compile: not in 2.11, and so in 2.14."""
 
 
 def choose_backend(tensor: Tensor, backend: str | None = None, kernel_pays: bool = True) -> str:
@@ -46,5 +48,6 @@ def runs_inside_graph() -> bool:
 
 
 def is_exporting() -> bool:
-    """Whether torch.export is tracing. Up to 2.11 `torch.compiler.is_exporting` says so under torch.compile too."""
-    return torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()
+    """Whether torch.export is tracing. PyTorch 2.11 says so under torch.compile too: there strict export is taken for
+    that."""
+    return torch.compiler.is_exporting() and (_KNOWS_EXPORT or not torch.compiler.is_dynamo_compiling())

@@ -43,7 +43,8 @@ def packed_linear(
         dtype: of the result. None: the weight's. Sampling offsets want float32.
         memory_BSN, plan: write the rows to their tokens of `memory_BSN` instead, in its dtype, and return it;
             the memory may be a slice of wider rows.
-        backend: 'triton' or 'reference', see `choose_backend`. None: the kernel where CUDA is given `num_rows`.
+        backend: 'triton' or 'reference', see `choose_backend`. None: the kernel where it is faster, that is, on CUDA
+            with 16-bit weights and `num_rows`.
     """
     if activation not in (None, "relu"):
         raise ValueError(f"activation {activation!r}: None or 'relu'")
@@ -86,7 +87,7 @@ def packed_linear_norm(
     """LayerNorm(residual + x W^T + b) of the rows in use, [K, N] in the residual's dtype; sums and norm in float32.
 
     With `memory_BSN` and `plan` the rows are also written to their tokens of the memory. The rest as in
-    `packed_linear`.
+    `packed_linear`, but that the kernel is taken without `num_rows` too.
     """
     _check_layer(x_KC.shape[1], weight, bias)
     if residual_KN.shape != (x_KC.shape[0], weight.shape[0]):

@@ -33,10 +33,10 @@ class CompiledDetr:
     """`Detr.forward` of a frozen copy of a model, for inference.
 
     Done once: batch norms are folded into the convolutions before them, weights are cast, convolutions get
-    channels-last weights. On CUDA the launches of a whole
-    pass are then captured as a CUDA graph for every (batch, height, width) met, and replayed: the host does a copy and
-    one launch per batch. Give it batches padded as the evaluation pads them (`data.size_multiple`), and there are few
-    sizes; the tokens that images keep may differ from pass to pass.
+    channels-last weights. On CUDA the launches of a whole pass are then captured as a CUDA graph for every (batch,
+    height, width) met, and replayed: the host does a copy and one launch per batch. Give it batches padded as the
+    evaluation pads them (`data.size_multiple`), and there are few sizes; the tokens that images keep may differ from
+    pass to pass.
 
     Calls from several threads run one after another, on whatever streams. Autocast around a call changes nothing.
 

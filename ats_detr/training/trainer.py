@@ -129,7 +129,7 @@ def train(
     Raises:
         Stopped: SIGTERM or SIGUSR1 came; the checkpoint is written.
     """
-    with determinism(config.deterministic, device), StopSignals() as signals:
+    with determinism(config.deterministic), StopSignals() as signals:
         run = prepare(config, folder, name, device, teachers, init_from, signals)
         progress = run.state.progress
         say(describe_run(run))
@@ -474,7 +474,7 @@ def global_batch(config: Config) -> int:
 
 
 @contextmanager
-def determinism(wanted: bool, device: torch.device) -> Iterator[None]:
+def determinism(wanted: bool) -> Iterator[None]:
     """Between entry and exit only algorithms that give the same bits in every run; PyTorch raises where it has none."""
     if not wanted:
         yield

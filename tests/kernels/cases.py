@@ -12,9 +12,10 @@ from ats_detr.kernels.reference import attention_weights, sampling_locations
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
-# Relative L2 error. float32: summation order and the order in which coordinates are computed. 16-bit: the result's own
-# rounding, 2^-9 and 2^-12 on a GPU; Triton's interpreter truncates bfloat16 instead, hence twice that.
-TOLERANCE = {torch.float32: 5e-6, torch.float16: 6e-4, torch.bfloat16: 6e-3}
+# Relative L2 error. float32: on a GPU the factors of a sorted value gradient have 16 bits (4e-6); else summation order
+# and the order in which coordinates are computed. 16-bit: the result's own rounding, 2^-9 and 2^-12 on a GPU; Triton's
+# interpreter truncates bfloat16 instead, hence twice that.
+TOLERANCE = {torch.float32: 8e-6 if DEVICE == "cuda" else 5e-6, torch.float16: 6e-4, torch.bfloat16: 6e-3}
 
 
 def relative_error(result: Tensor, expected: Tensor) -> float:

@@ -14,8 +14,9 @@ from ats_detr.kernels.reference import sampling_locations
 from .cases import DEVICE, TOLERANCE, AttentionCase, relative_error
 
 tuning = pytest.importorskip("ats_detr.kernels.gpu.tuning", reason="triton is not installed")
+attention = pytest.importorskip("ats_detr.kernels.gpu.attention", reason="triton is not installed")
 TRITON = tuple(map(int, importlib.metadata.version("triton").split(".")[:2]))
-pytestmark = pytest.mark.skipif(
+by_kernel = pytest.mark.skipif(
     DEVICE == "cpu" and TRITON < (3, 8),
     reason="triton 3.6's interpreter lets NaN through minimum, unlike a GPU, and cannot loop beside NumPy 2.4",
 )
@@ -29,6 +30,10 @@ CASES = {
     "equal counts, no image index": AttentionCase(counts=(4, 4)),
     "an image without queries": AttentionCase(counts=(0, 5, 0, 2)),
     "one query": AttentionCase(counts=(1,)),
+    "tiles of many samples": AttentionCase(levels=((5, 6),), counts=(330,), heads=1, head_dim=8, spread=0.3),
+    "many samples, few, and none": AttentionCase(
+        levels=((20, 20), (3, 3), (1, 1)), counts=(500, 0, 3), heads=1, head_dim=8
+    ),
     "bfloat16": AttentionCase(dtype=BRAIN, coordinates=BRAIN),
     "bfloat16 with float32 coordinates": AttentionCase(dtype=BRAIN, reference=4),
     "float16": AttentionCase(dtype=HALF, coordinates=HALF),
@@ -67,6 +72,7 @@ def check(result: dict, expected: dict, case: AttentionCase) -> None:
         assert error < tolerance, f"{name}: relative error {error:.1e}, allowed {tolerance:.1e}"
 
 
+@by_kernel
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("name", CASES)
 def test_fused_attention_and_gradients(name: str, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -77,6 +83,7 @@ def test_fused_attention_and_gradients(name: str, method: str, monkeypatch: pyte
     check(result, case.run(exact=True), case)
 
 
+@by_kernel
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("dtype", [torch.float32, BRAIN, HALF])
 def test_classical_operator_and_gradients(dtype, method, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -87,6 +94,30 @@ def test_classical_operator_and_gradients(dtype, method, monkeypatch: pytest.Mon
     check(result, case.run(fused=False, exact=True), case)
 
 
+def test_queries_are_ordered_image_by_image_and_along_the_map() -> None:
+    """Sums do not show it: a wrong order only makes more of them."""
+    for counts in ((50,), (20, 0, 30), (1,) * 300):
+        case = AttentionCase(levels=((4, 5),), counts=counts, heads=1, head_dim=8)
+        tensors = case.tensors()
+        sizes = [side for level in case.levels for side in level]
+        problem = attention.prepare(
+            tensors["value"],
+            sizes,
+            tensors["reference"],
+            tensors["offsets"],
+            tensors["logits"],
+            tensors["image"],
+        )
+        order = attention.spatial_order(problem).long()
+        assert torch.equal(order.sort().values, torch.arange(sum(counts), device=DEVICE))
+        image = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts)).to(DEVICE)[order]
+        assert len(image.unique_consecutive()) == len(image.unique())
+        if len(counts) < 50:  # neighbours in the order are nearer to each other than others are
+            place = tensors["reference"][order, 0]
+            step, jump = (place[1:] - place[:-1]).norm(dim=1), (place[10:] - place[:-10]).norm(dim=1)
+            assert step.mean() < 0.7 * jump.mean()
+
+
 def test_no_queries_and_no_images() -> None:
     for counts in ((0, 0), ()):
         case = AttentionCase(counts=counts)
@@ -95,6 +126,7 @@ def test_no_queries_and_no_images() -> None:
         assert not result["value"].any()
 
 
+@by_kernel
 @pytest.mark.parametrize("backend", ["triton", "reference"])
 @pytest.mark.parametrize("fused", [True, False])
 def test_bad_coordinates_poison_their_row_only(backend: str, fused: bool) -> None:
@@ -124,6 +156,7 @@ def test_bad_coordinates_poison_their_row_only(backend: str, fused: bool) -> Non
     assert torch.equal(outs[0][~expected], outs[1][~expected])
 
 
+@by_kernel
 @pytest.mark.parametrize("method", METHODS)
 def test_bad_coordinates_leave_the_other_gradients_alone(method, monkeypatch: pytest.MonkeyPatch) -> None:
     tiles_from, deterministic = METHODS[method]
@@ -217,6 +250,7 @@ def test_capacity_plans_refuse_gradients() -> None:
         out.sum().backward()
 
 
+@by_kernel
 def test_deterministic_mode_follows_torch_and_repeats_bit_for_bit() -> None:
     case = AttentionCase(levels=WIDE, counts=(40, 23), head_dim=16, spread=3.0)
     torch.use_deterministic_algorithms(True)
@@ -250,6 +284,7 @@ def test_bfloat16_value_does_not_round_the_references_coordinates() -> None:
     ("change", "message"),
     [
         (dict(level_shapes=((2, 2),)), "tokens"),
+        (dict(level_shapes=((0, 5), (279, 1), (0, 1), (0, 2))), "at least 1"),
         (dict(reference_points=torch.zeros(3, 4, 2)), "reference_points"),
         (dict(logits_NHLP=torch.zeros(10, 2, 4, 3)), "weights"),
         (dict(image_index_N=None, value_BSHD=torch.zeros(3, 279, 2, 32)), "image_index_N"),

@@ -252,6 +252,16 @@ def test_the_library_computes_exact_plans_and_the_kernels_capacities(monkeypatch
     assert choose_backend(OnCuda(), "triton", kernel_pays=False) == "triton"
 
 
+def test_kernels_compute_where_they_were_measured_faster() -> None:
+    from ats_detr.kernels.linear import _kernel_pays
+
+    count = torch.zeros(1, dtype=torch.int32)
+    for operator in ("packed_linear", "packed_linear_norm", "packed_feedforward"):
+        assert _kernel_pays(operator, torch.zeros(1, dtype=BRAIN), count)
+        assert not _kernel_pays(operator, torch.zeros(1), count)
+        assert _kernel_pays(operator, torch.zeros(1, dtype=HALF), None) == (operator == "packed_linear_norm")
+
+
 # ------------------------------------------------------------------------------------------------------------ operators
 BACKENDS = ["reference", "triton"]
 

@@ -136,18 +136,23 @@ def test_attention_map(case: AttentionCase) -> None:
 def test_deterministic_attention_map_does_not_depend_on_the_order_of_its_sums() -> None:
     case = AttentionCase(counts=(60,), heads=8, spread=1.0)
     tensors = case.tensors()
-    raw = [tensors[name] for name in ("reference", "offsets", "logits")]
+    raw = [tensors[name].detach() for name in ("reference", "offsets", "logits")]
     order = torch.randperm(60, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+
+    def map_of(*inputs: torch.Tensor, backend: str = "triton") -> torch.Tensor:
+        return deformable_attention_map(*inputs, case.levels, 1, backend=backend)
+
+    expected = map_of(*raw, backend="reference")
     torch.use_deterministic_algorithms(True)
     try:
-        maps = [
-            deformable_attention_map(*(t[index] for t in raw), case.levels, 1, backend="triton")
-            for index in (torch.arange(60, device=DEVICE), order)
-        ]
+        straight, shuffled = map_of(*raw), map_of(*(tensor[order] for tensor in raw))
+        raw[2][:2, 0] = torch.nan
+        poisoned = map_of(*raw)
     finally:
         torch.use_deterministic_algorithms(False)
-    assert torch.equal(*maps)
-    assert relative_error(maps[0], deformable_attention_map(*raw, case.levels, 1, backend="reference")) < 1e-5
+    assert torch.equal(straight, shuffled) and relative_error(straight, expected) < 1e-5
+    expected = map_of(*raw, backend="reference")
+    assert expected.isnan().any() and torch.equal(poisoned.isnan(), expected.isnan())
 
 
 def test_attention_map_of_locations_and_weights() -> None:
@@ -157,3 +162,17 @@ def test_attention_map_of_locations_and_weights() -> None:
     weights = torch.rand(2, 5, 3, 2, 4, generator=generator).to(DEVICE)
     expected = attention_map(locations, weights, levels, backend="reference")
     assert relative_error(attention_map(locations, weights, levels, backend="triton"), expected) < 1e-5
+
+
+@pytest.mark.skipif(tuple(map(int, torch.__version__.split(".")[:2])) < (2, 14), reason="see is_exporting")
+@pytest.mark.parametrize("strict", [False, True])
+def test_an_exported_scatter_writes_to_a_new_tensor(strict: bool) -> None:
+    class Scatter(torch.nn.Module):
+        def forward(self, memory: torch.Tensor, rows: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
+            plan = TokenPlan.from_mask(keep, 3)
+            return scatter_tokens(plan, memory, rows, in_place=True)
+
+    inputs = (torch.zeros(2, 4, 5), torch.ones(3, 5), torch.eye(4)[:2].bool())
+    program = torch.export.export(Scatter(), inputs, strict=strict)
+    assert "ats_detr.scatter.default" in str(program.graph)
+    assert "ats_detr.scatter_.default" not in str(program.graph)

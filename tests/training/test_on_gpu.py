@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from ats_detr.config import load_config
+from ats_detr.config import Config, load_config
 from ats_detr.model.detr import build_model
 from ats_detr.training.distillation import DualTeacher
 from ats_detr.training.optim import build_optimizer
-from ats_detr.training.trainer import build_criterion, compute_losses
+from ats_detr.training.trainer import build_criterion, compute_losses, determinism
 from tests.training.small import random_batch
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
@@ -22,10 +22,18 @@ DEVICE = "cuda"
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("deterministic", [False, True])
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_training_steps_through_the_kernels(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first loss is the reference's; two steps have finite losses and gradients, the sampling's among them."""
-    config = load_config(path, OVERRIDES)
+def test_training_steps_through_the_kernels(
+    path: Path, deterministic: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first loss is the reference's; two steps have finite losses and gradients, the sampling's among them. With
+    deterministic algorithms PyTorch would raise at an operator that has none."""
+    with determinism(deterministic):
+        take_steps(load_config(path, OVERRIDES), monkeypatch)
+
+
+def take_steps(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     model = build_model(config.model, 7).to(DEVICE).train()
     teachers = None

@@ -285,12 +285,12 @@ def _reduce_tiles(problem, tiles, samples, ends, grad_out, grad_value, num_warps
     if programs == 0:
         return
     operand = _operand(problem.value)
-    widest, stages = (
-        (32, 2) if operand == tl.float32 else (128, 3)
-    )  # three products for one: more would spill
-    width = min(widest, max(16, triton.next_power_of_2(head_dim)))
-    if width > 32 or operand == tl.float32:
-        num_warps = 4
+    width = max(16, triton.next_power_of_2(head_dim))
+    if operand == tl.float32:  # three products for one: wider or more would spill
+        width, num_warps, stages = min(width, 32), 4, 2
+    else:
+        width, stages = min(width, 128), 3
+        num_warps = num_warps if width <= 32 else 4
     binned.reduce_tiles[(programs, triton.cdiv(head_dim, width))](
         samples, ends, grad_out, grad_value, num_tokens, tiles.total, tiles.groups, num_samples, per_program,
         *problem.levels, HEADS=num_heads, HEAD_DIM=head_dim, LEVELS=len(tiles.sides), WIDTH=width, COLOR=color,

@@ -66,8 +66,7 @@ def sort_samples(
     scale_ptr,  # [N, HEADS] float32 log2 of the softmax denominators, where REFERENCE is not 0
     tile_ptr,  # [B, HEADS, num_tiles] int32: zeros, counted up; where PLACE: first place of each tile
     rank_ptr,  # [LEVELS, HEADS, N, POINTS_PADDED] int32, N in order: place of each sample within its tile; PLACE: in
-    # [places, 4] int32 out, where PLACE: x and y in pixels of its tile and weight as float32 bits, row
-    sample_ptr,
+    sample_ptr,  # [places, 4] int32 out, where PLACE: x, y in pixels of its tile and weight as float32 bits, row
     num_queries, queries_per_image, num_tiles,
     shape0, shape1, shape2, shape3, shape4, shape5, shape6, shape7,
     HEADS: tl.constexpr, LEVELS: tl.constexpr, POINTS: tl.constexpr, POINTS_PADDED: tl.constexpr,
@@ -264,9 +263,9 @@ def _high_part(x):
 
 
 @triton.jit
-def _splits(samples, tiles, program):
-    """Programs per tile, each for about `program` samples, where `samples` fall into `tiles`."""
-    return tl.maximum((samples + tiles * (program // 2)) // (tiles * program), 1)
+def _splits(samples, tiles, per_program):
+    """Programs per tile, each for about `per_program` samples, where `samples` fall into `tiles`."""
+    return tl.maximum((samples + tiles * (per_program // 2)) // (tiles * per_program), 1)
 
 
 @triton.jit(do_not_specialize=["num_tokens", "num_tiles", "num_groups", "num_samples", "per_program", *SIZES])
@@ -348,7 +347,7 @@ def reduce_tiles(
     total = tl.zeros((64, WIDTH), tl.float32)
     samples = view_as(sample_ptr, tl.float32)
     for start in tl.range(position, end, splits * PIECE, num_stages=STAGES):
-        at = (start + piece) * 4
+        at = (start + piece).to(tl.int64) * 4
         inside = start + piece < end
         x = tl.load(samples + at, mask=inside, other=0.0)
         y = tl.load(samples + at + 1, mask=inside, other=0.0)

@@ -13,16 +13,19 @@ from ats_detr.kernels.gpu.common import LOG2E, SIZES, level_size, samples_of_lev
 
 
 @triton.jit
-def _add(ptr, share, mask):
-    if ptr.dtype.element_ty == tl.int64:
-        share = (share * 4294967296.0).to(tl.int64)
-    tl.atomic_add(ptr, share, mask=mask, sem="relaxed")
+def _add(map_ptr, count_ptr, at, share, mask):
+    if count_ptr is not None:
+        count = (tl.where(share == share, share, 0.0) * 4294967296.0).to(tl.int64)
+        tl.atomic_add(count_ptr + at, count, mask=mask, sem="relaxed")
+        share *= 0.0
+    tl.atomic_add(map_ptr + at, share, mask=mask, sem="relaxed")
 
 
 @triton.jit(do_not_specialize=["num_queries", "queries_per_image", "num_tokens", *SIZES])
 def add_attention(
     reference_ptr, offset_ptr, weight_ptr,  # as in msda_forward
-    map_ptr,  # [B, S], added to: float32, or int64 counting 2^-32, whose sums do not depend on their order
+    map_ptr,  # [B, S] float32, added to
+    count_ptr,  # [B, S] int64 or None: gets the sums instead, in units of 2^-32; the map then gets NaN where one is
     num_queries, queries_per_image, num_tokens,
     shape0, shape1, shape2, shape3, shape4, shape5, shape6, shape7,
     HEADS: tl.constexpr, LEVELS: tl.constexpr, POINTS: tl.constexpr, OFFSET_PITCH: tl.constexpr,
@@ -70,37 +73,33 @@ def add_attention(
         right_in = near & (column >= -1) & (column < width - 1)
         top_in = (line >= 0) & (line < height)
         low_in = (line >= -1) & (line < height - 1)
-        target = map_ptr + first + line * width + column
+        at = first + line * width + column
         top_weight = weight * (1.0 - low)
         low_weight = weight * low
-        _add(target, top_weight * (1.0 - right), left_in & top_in)
-        _add(target + 1, top_weight * right, right_in & top_in)
-        _add(target + width, low_weight * (1.0 - right), left_in & low_in)
-        _add(target + width + 1, low_weight * right, right_in & low_in)
+        _add(map_ptr, count_ptr, at, top_weight * (1.0 - right), left_in & top_in)
+        _add(map_ptr, count_ptr, at + 1, top_weight * right, right_in & top_in)
+        _add(map_ptr, count_ptr, at + width, low_weight * (1.0 - right), left_in & low_in)
+        _add(map_ptr, count_ptr, at + width + 1, low_weight * right, right_in & low_in)
         first += height * width
 
 
 def add_attention_map(problem: Problem, map_BS: Tensor) -> None:
     """Adds the attention of N = B*Q queries to `map_BS` in place; with deterministic algorithms, the same bits each
-    time."""
-    if torch.are_deterministic_algorithms_enabled():
-        counts_BS = torch.zeros_like(map_BS, dtype=torch.int64)
-        _add_attention_map(problem, counts_BS)
-        map_BS.add_(counts_BS.double().mul_(2.0**-32))
-    else:
-        _add_attention_map(problem, map_BS)
-
-
-def _add_attention_map(problem: Problem, map_BS: Tensor) -> None:
+    time: sums of integers do not depend on their order."""
     num_rows = problem.num_queries * problem.weights.shape[1]
     if num_rows == 0 or map_BS.numel() == 0:
         return
     num_levels, num_points = problem.weights.shape[2:]
     points = triton.next_power_of_2(num_points)
     block = max(1, 128 // points)
+    counts_BS = None
+    if torch.are_deterministic_algorithms_enabled():
+        counts_BS = torch.zeros_like(map_BS, dtype=torch.int64)
     add_attention[(triton.cdiv(num_rows, block),)](
-        problem.reference, problem.offsets, problem.weights, map_BS,
+        problem.reference, problem.offsets, problem.weights, map_BS, counts_BS,
         problem.num_queries, problem.num_queries // map_BS.shape[0], map_BS.shape[1], *problem.levels,
         **problem.constants(), WEIGHT_PITCH=problem.weights.stride(0), POINTS_PADDED=points,
         SAMPLES_PADDED=triton.next_power_of_2(num_levels * num_points), BLOCK=block, num_warps=4,
     )  # fmt: skip
+    if counts_BS is not None:
+        map_BS.add_(counts_BS.double().mul_(2.0**-32))
