@@ -67,7 +67,8 @@ def packed_linear(
         rows = torch.ops.ats_detr.packed_linear(*arguments, dtype, chosen)
     if memory_BSN is None:
         return rows
-    return scatter_tokens(plan, memory_BSN, rows, in_place=True, backend=backend)  # by its own choice
+    # As asked, not as chosen for the product: to scatter pays on CUDA always, and the definition would wait there.
+    return scatter_tokens(plan, memory_BSN, rows, in_place=True, backend=backend)
 
 
 def packed_linear_norm(

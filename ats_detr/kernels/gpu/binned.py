@@ -32,6 +32,18 @@ def _tiles(size):
     return (size + TILE - 1) // TILE
 
 
+@triton.jit
+def _touches(x, y, width, height):
+    """Whether a sample touches a pixel of the map; False for NaN too."""
+    return (x > -1.0) & (x < width.to(tl.float32)) & (y > -1.0) & (y < height.to(tl.float32))
+
+
+@triton.jit
+def _tile_of(coordinate, touches):
+    """Column or row of the tile that a sample falls into, 0 for one that touches nothing."""
+    return tl.maximum(tl.where(touches, coordinate, 0.0), 0.0).to(tl.int32) // TILE
+
+
 @triton.jit(do_not_specialize=["num_queries", "queries_per_image"])
 def spatial_keys(
     position_ptr,  # [N, PITCH] normalised x and y first
@@ -102,10 +114,9 @@ def sort_samples(
         reference_ptr, offset_ptr, query[:, None], (query * (OFFSET_PITCH // 2) + head * (LEVELS * POINTS))[:, None],
         tl.minimum(point, POINTS - 1), height, width, level, LEVELS, POINTS, REFERENCE,
     )  # fmt: skip
-    touches = (x > -1.0) & (x < width.to(tl.float32)) & (y > -1.0) & (y < height.to(tl.float32))
-    touches = touches & live[:, None] & (point < POINTS)
-    tile_x = tl.maximum(tl.where(touches, x, 0.0), 0.0).to(tl.int32) // TILE
-    tile_y = tl.maximum(tl.where(touches, y, 0.0), 0.0).to(tl.int32) // TILE
+    touches = _touches(x, y, width, height) & live[:, None] & (point < POINTS)
+    tile_x = _tile_of(x, touches)
+    tile_y = _tile_of(y, touches)
     own_tile = (image * (HEADS * num_tiles))[:, None] + first_tile + tile_y * tiles_x + tile_x
     ranks = (
         rank_ptr
@@ -200,10 +211,9 @@ def bin_samples(
             reference_ptr, offset_ptr, query, offset_at, tl.minimum(point, POINTS - 1), height, width,
             level, LEVELS, POINTS, REFERENCE,
         )  # fmt: skip
-        touches = (x > -1.0) & (x < width.to(tl.float32)) & (y > -1.0) & (y < height.to(tl.float32))
-        cell_x = tl.maximum(tl.where(touches, x, 0.0), 0.0).to(tl.int32)
-        cell_y = tl.maximum(tl.where(touches, y, 0.0), 0.0).to(tl.int32)
-        bin = tl.where(touches, first_tile + (cell_y // TILE) * _tiles(width) + cell_x // TILE, num_bins)
+        touches = _touches(x, y, width, height)
+        own_tile = first_tile + _tile_of(y, touches) * _tiles(width) + _tile_of(x, touches)
+        bin = tl.where(touches, own_tile, num_bins)
         at = row * (LEVELS * POINTS) + level * POINTS + point
         tl.store(bin_ptr + at, bin, mask=mask)
         first_tile += _tiles(width) * _tiles(height)
@@ -244,10 +254,9 @@ def place_samples(
         at = (row * (LEVELS * POINTS))[:, None] + j
         mask = live[:, None] & (point < POINTS)
         position = tl.load(position_ptr + at, mask=mask, other=0)
-        inside_x = tl.clamp(tl.where(x == x, x, 0.0), 0.0, width.to(tl.float32))
-        inside_y = tl.clamp(tl.where(y == y, y, 0.0), 0.0, height.to(tl.float32))
-        x -= (inside_x.to(tl.int32) // TILE * TILE).to(tl.float32)
-        y -= (inside_y.to(tl.int32) // TILE * TILE).to(tl.float32)
+        touches = _touches(x, y, width, height)
+        x -= (_tile_of(x, touches) * TILE).to(tl.float32)  # exact
+        y -= (_tile_of(y, touches) * TILE).to(tl.float32)
         sample = tl.join(
             tl.join(x.to(tl.int32, bitcast=True), weight.to(tl.int32, bitcast=True)),
             tl.join(y.to(tl.int32, bitcast=True), row[:, None] + tl.zeros_like(position)),
@@ -270,7 +279,7 @@ def _splits(samples, tiles, per_program):
 
 @triton.jit(do_not_specialize=["num_tokens", "num_tiles", "num_groups", "num_samples", "per_program", *SIZES])
 def reduce_tiles(
-    sample_ptr,  # as place_samples left it
+    sample_ptr,  # as sort_samples or place_samples left it
     end_ptr,  # [bins] int32 one past the last position of each tile
     grad_out_ptr,  # [N, HEADS, HEAD_DIM]
     grad_value_ptr,  # [B, S, HEADS, HEAD_DIM] float32, zeros before the first launch
