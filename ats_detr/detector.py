@@ -197,8 +197,8 @@ class Detector:
         """Prepare the model for many predictions, with a warm-up for every padded size of images; returns itself.
 
         Batch norms are folded, and on CUDA the whole pass is captured as a CUDA graph per size: the sizes are those
-        of the evaluation, and so are the detections. See `ats_detr.model.CompiledDetr` for the
-        arguments, and docs/inference.md for what bfloat16 did to the AP of the quickstart.
+        of the evaluation, and so are the detections. See `ats_detr.model.CompiledDetr` for the arguments, and
+        docs/inference.md for what bfloat16 did to the AP of the quickstart.
         """
         self.compiled = CompiledDetr(self.model, dtype=dtype, fuse=fuse, max_graphs=max_graphs)
         return self
