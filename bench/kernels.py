@@ -21,6 +21,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import datetime
+import functools
 import importlib
 import json
 import math
@@ -150,8 +151,10 @@ class Bench:
         batched = (images, -1)
         torch.compiler.reset()  # a compiled rival gives up after a few shapes and would silently run as it is
 
-        def fused(value, offsets, logits) -> Tensor:
-            return kernels.deformable_attention(value, self.levels, reference_points, offsets, logits, image)
+        def fused(value, offsets, logits, deterministic=None) -> Tensor:
+            return kernels.deformable_attention(
+                value, self.levels, reference_points, offsets, logits, image, deterministic=deterministic
+            )
 
         def classical(value, locations, weights) -> Tensor:
             return kernels.multi_scale_deformable_attention(value, self.levels, locations, weights)
@@ -188,7 +191,11 @@ class Bench:
             }
         finally:
             tuning.TILES_FROM = tiles_from
-        contenders = [("ours, fused", fused, raw), ("ours, classical", classical, placed)]
+        contenders = [
+            ("ours, fused", fused, raw),
+            ("ours, classical", classical, placed),
+            ("ours, deterministic", functools.partial(fused, deterministic=True), raw),
+        ]
         for name, peer in peers.items():
             if name.startswith("grid_sample") and images * self.num_tokens * (share or 0) > 30000:
                 continue  # gigabytes of samples

@@ -57,9 +57,22 @@ CASES = {
     "every sample in one tile": AttentionCase(
         levels=((5, 6),), counts=(70,), heads=1, head_dim=8, spread=0.3
     ),
+    "sides of whole tiles": AttentionCase(
+        levels=((16, 24), (14, 7), (8, 8)), counts=(40, 25), heads=1, head_dim=8
+    ),
     "wide": AttentionCase(levels=WIDE, spread=6.0, counts=(20, 13), head_dim=16),
 }
-METHODS = {"atomic": (10**9, False), "tiles": (0, False), "deterministic": (0, True)}
+METHODS = ("atomic", "shared pixels", "owned pixels", "deterministic")
+
+
+def choose(method: str, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Makes the value's gradient be summed this way; whether the call shall be deterministic."""
+    monkeypatch.setattr(tuning, "TILES_FROM", 10**9 if method == "atomic" else 0)
+    monkeypatch.setattr(tuning, "_chosen", {})
+    config = dict(tuning.CONFIGS["value_tiles"][0], owned=method == "owned pixels")
+    monkeypatch.setitem(tuning.CONFIGS, "value_tiles", [config])
+    monkeypatch.setitem(tuning.INTERPRETED, "value_tiles", config)
+    return method == "deterministic"
 
 
 def check(result: dict, expected: dict, case: AttentionCase) -> None:
@@ -76,8 +89,7 @@ def check(result: dict, expected: dict, case: AttentionCase) -> None:
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("name", CASES)
 def test_fused_attention_and_gradients(name: str, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    tiles_from, deterministic = METHODS[method]
-    monkeypatch.setattr(tuning, "TILES_FROM", tiles_from)
+    deterministic = choose(method, monkeypatch)
     case = CASES[name]
     result = case.run(backend="triton", deterministic=deterministic)
     check(result, case.run(exact=True), case)
@@ -87,11 +99,27 @@ def test_fused_attention_and_gradients(name: str, method: str, monkeypatch: pyte
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("dtype", [torch.float32, BRAIN, HALF])
 def test_classical_operator_and_gradients(dtype, method, monkeypatch: pytest.MonkeyPatch) -> None:
-    tiles_from, deterministic = METHODS[method]
-    monkeypatch.setattr(tuning, "TILES_FROM", tiles_from)
+    deterministic = choose(method, monkeypatch)
     case = AttentionCase(counts=(6, 6), dtype=dtype)
     result = case.run(fused=False, backend="triton", deterministic=deterministic)
     check(result, case.run(fused=False, exact=True), case)
+
+
+@by_kernel
+@pytest.mark.parametrize(("num_queries", "few"), [(200, True), (4000, False)])
+def test_tiles_own_their_pixels_where_samples_are_few(num_queries, few, monkeypatch) -> None:
+    """Each sample in up to four tiles: of a dense encoder's, that would be a gigabyte."""
+    asked = []
+    monkeypatch.setattr(tuning, "TILES_FROM", 0)
+    monkeypatch.setattr(tuning, "_chosen", {})
+    choose = tuning._choose
+    monkeypatch.setattr(
+        tuning, "_choose", lambda *arguments: asked.append(arguments[:2]) or choose(*arguments)
+    )
+    case = AttentionCase(levels=((20, 30), (10, 15)), counts=(num_queries,), heads=1, head_dim=8)
+    case.run(backend="triton")
+    (key,) = (key for operator, key in asked if operator == "value_tiles")
+    assert any(config["owned"] for config in tuning.configurations("value_tiles", key)) == few
 
 
 def test_queries_are_ordered_image_by_image_and_along_the_map() -> None:
@@ -159,8 +187,7 @@ def test_bad_coordinates_poison_their_row_only(backend: str, fused: bool) -> Non
 @by_kernel
 @pytest.mark.parametrize("method", METHODS)
 def test_bad_coordinates_leave_the_other_gradients_alone(method, monkeypatch: pytest.MonkeyPatch) -> None:
-    tiles_from, deterministic = METHODS[method]
-    monkeypatch.setattr(tuning, "TILES_FROM", tiles_from)
+    deterministic = choose(method, monkeypatch)
     case = AttentionCase(counts=(8,))
     tensors = case.tensors()
     inputs = [tensors[name].clone().requires_grad_() for name in ("value", "offsets", "logits")]
@@ -313,9 +340,8 @@ def test_large_packed_attention_on_the_gpu(monkeypatch: pytest.MonkeyPatch) -> N
     for dtype in (torch.float32, BRAIN):
         case = AttentionCase(levels=levels, counts=(3000, 1100), heads=8, dtype=dtype)
         expected = case.run(exact=True)
-        for method in METHODS.values():
-            monkeypatch.setattr(tuning, "TILES_FROM", method[0])
-            check(case.run(deterministic=method[1]), expected, case)
+        for method in METHODS:
+            check(case.run(deterministic=choose(method, monkeypatch)), expected, case)
 
 
 @pytest.mark.gpu

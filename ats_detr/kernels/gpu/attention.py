@@ -14,7 +14,6 @@ from ats_detr.kernels.gpu import binned, msda, tuning
 from ats_detr.kernels.gpu.common import INTERPRETING
 
 MAX_LEVELS = 8
-TILE = binned.TILE.value
 PIECE = 64  # samples per step of reduce_tiles
 
 
@@ -154,21 +153,18 @@ def backward(
     method = "none"
     if need_value:
         method = "sorted" if deterministic else tuning.value_gradient(problem.key(), num_queries)
-    grad_value = scale = None
+    grad_value = None
     if method == "atomic":
         grad_value = torch.zeros(value.shape, dtype=torch.float32, device=value.device)
-    elif method == "tiles" and problem.reference is not None:
-        scale = torch.empty(problem.weights.shape[:2], dtype=torch.float32, device=value.device)
 
     def launch(num_warps: int, unroll: int, multiple: int = 1) -> None:
         constants = problem.value_constants(row_kind(value))
         block = _block(constants, num_warps, multiple)
         msda.msda_backward[(triton.cdiv(num_queries * value.shape[2], block),)](
             value, problem.reference, problem.offsets, problem.weights, problem.image_index, out, grad_out,
-            grad_value, grad_offsets, grad_weights, scale,
+            grad_value, grad_offsets, grad_weights,
             num_queries, problem.queries_per_image, value.shape[1], *problem.levels,
-            **constants, SCATTER=method == "atomic", KEEP_SCALE=scale is not None, BLOCK=block, UNROLL=unroll,
-            num_warps=num_warps,
+            **constants, SCATTER=method == "atomic", BLOCK=block, UNROLL=unroll, num_warps=num_warps,
         )  # fmt: skip
 
     def reset() -> None:
@@ -181,9 +177,9 @@ def backward(
     if method == "atomic":
         grad_value = _value_gradient_in_order(grad_value, value)
     elif method == "tiles":
-        grad_value = value_gradient_tiled(problem, grad_out, scale).to(value.dtype)
+        grad_value = value_gradient_tiled(problem, grad_out)
     elif method == "sorted":
-        grad_value = value_gradient_sorted(problem, grad_out).to(value.dtype)
+        grad_value = value_gradient_sorted(problem, grad_out)
     return grad_value, grad_offsets, grad_weights
 
 
@@ -214,41 +210,54 @@ def spatial_order(problem: Problem) -> Tensor:
     return keys.argsort().int()
 
 
-def value_gradient_tiled(problem: Problem, grad_out: Tensor, scale: Tensor | None) -> Tensor:
-    """float32 gradient by the value from samples sorted by tile, see `binned`; `scale` as msda_backward left it."""
+def value_gradient_tiled(problem: Problem, grad_out: Tensor) -> Tensor:
+    """Gradient by the value from samples sorted by tile, see `binned`."""
     value, weights, num_queries = problem.value, problem.weights, problem.num_queries
-    tiles = Tiles.of(problem)
-    integers = dict(dtype=torch.int32, device=value.device)
-    samples = torch.empty(weights.numel(), 4, **integers)
-    grad_value = torch.empty(value.shape, dtype=torch.float32, device=value.device)
     order = spatial_order(problem)
-    _, num_heads, num_levels, num_points = weights.shape
-    points = triton.next_power_of_2(num_points)
-    ranks = torch.empty(num_levels * num_heads * num_queries * points, **integers)
+    integers = dict(dtype=torch.int32, device=value.device)
+    grad_value = None
 
-    def launch(samples_per_program: int, num_warps: int, reduce_warps: int) -> None:
+    def launch(samples_per_program: int, num_warps: int, reduce_warps: int, owned: bool) -> None:
+        nonlocal grad_value
+        tiles = Tiles.of(problem, owned)
+        copies = 4 if owned else 1
+        counts = torch.zeros(1 + tiles.groups * tiles.total, **integers)
+        ranks = torch.empty(copies, weights.numel(), **integers)
+        points = triton.next_power_of_2(weights.shape[3])
         block = max(1, samples_per_program // points)
-        constants = dict(
-            problem.constants(), WEIGHT_PITCH=weights.stride(0), POINTS_PADDED=points,
-            PACKED=problem.image_index is not None, BLOCK=block, num_warps=num_warps,
+        num_programs = triton.cdiv(num_queries, block) * weights.shape[1] * weights.shape[2]
+        binned.count_samples[(num_programs,)](
+            problem.reference, problem.offsets, problem.image_index, order, counts, ranks,
+            num_queries, problem.queries_per_image, tiles.total, *problem.levels, **problem.constants(),
+            PACKED=problem.image_index is not None, OWNED=owned, POINTS_PADDED=points, BLOCK=block, num_warps=num_warps,
         )  # fmt: skip
-        grid = (triton.cdiv(num_queries, block) * num_heads * num_levels,)
+        starts = counts.cumsum(0, dtype=torch.int32)
+        # as many as there can be: how many samples are in several tiles, or in none, only the device knows
+        samples = torch.empty(copies * weights.numel(), 4, **integers)
+        _place_samples(problem, tiles, starts, ranks, samples)
+        if owned:
+            grad_value = torch.empty(value.shape, dtype=value.dtype, device=value.device)
+        else:
+            grad_value = torch.zeros(value.shape, dtype=torch.float32, device=value.device)
+        _reduce_tiles(problem, tiles, samples, starts, grad_out, grad_value, reduce_warps)
 
-        def sort(tile: Tensor, place: bool) -> None:
-            binned.sort_samples[grid](
-                problem.reference, problem.offsets, weights, problem.image_index, order, scale, tile, ranks, samples,
-                num_queries, problem.queries_per_image, tiles.total, *problem.levels, **constants, PLACE=place,
-            )  # fmt: skip
+    # Which way is faster depends on the number of samples of a pixel: none stands in for another.
+    samples_per_pixel = weights[0, 0].numel() * num_queries // max(1, value.shape[0] * value.shape[1])
+    key = (*problem.key(), samples_per_pixel.bit_length())
+    tuning.run("value_tiles", key, num_queries, value.device, launch)
+    return grad_value.to(value.dtype)
 
-        counts = torch.zeros(tiles.groups * tiles.total, **integers)
-        sort(counts, place=False)
-        ends = counts.cumsum(0, dtype=torch.int32)
-        sort(ends - counts, place=True)
-        grad_value.zero_()
-        _reduce_tiles(problem, tiles, samples, ends, grad_out, grad_value, reduce_warps)
 
-    tuning.run("value_tiles", problem.key(), num_queries, value.device, launch)
-    return grad_value
+def _place_samples(problem, tiles, starts, ranks, samples) -> None:
+    num_heads, num_levels, num_points = problem.weights.shape[1:]
+    levels, points = triton.next_power_of_2(num_levels), triton.next_power_of_2(num_points)
+    block = max(1, (8192 if INTERPRETING else 512) // (levels * points))
+    binned.place_samples[(triton.cdiv(problem.num_queries * num_heads, block),)](
+        problem.reference, problem.offsets, problem.weights, problem.image_index, starts, ranks, samples,
+        problem.num_queries, problem.queries_per_image, tiles.total, *problem.levels, **problem.constants(),
+        WEIGHT_PITCH=problem.weights.stride(0), PACKED=problem.image_index is not None, OWNED=tiles.owned,
+        LEVELS_PADDED=levels, POINTS_PADDED=points, BLOCK=block, num_warps=2,
+    )  # fmt: skip
 
 
 class Tiles(NamedTuple):
@@ -258,30 +267,35 @@ class Tiles(NamedTuple):
     """(rows, columns) of tiles of each level."""
     groups: int
     """Images x heads."""
+    owned: bool
+    """Whether tiles own their pixels, see `binned`."""
 
     @staticmethod
-    def of(problem: Problem) -> Tiles:
-        sides = [(triton.cdiv(height, TILE), triton.cdiv(width, TILE)) for height, width in problem.sizes]
-        return Tiles(sides, problem.value.shape[0] * problem.value.shape[2])
+    def of(problem: Problem, owned: bool) -> Tiles:
+        cells = 8 if owned else 7
+        sides = [(triton.cdiv(height, cells), triton.cdiv(width, cells)) for height, width in problem.sizes]
+        return Tiles(sides, problem.value.shape[0] * problem.value.shape[2], owned)
 
     @property
     def total(self) -> int:
         return sum(rows * columns for rows, columns in self.sides)
 
 
-def _reduce_tiles(problem, tiles, samples, ends, grad_out, grad_value, num_warps, color=-1) -> None:
+def _reduce_tiles(problem, tiles, samples, starts, grad_out, grad_value, num_warps, color=-1) -> None:
     num_tokens, num_heads, head_dim = problem.value.shape[1:]
     num_samples = problem.queries_per_image * problem.weights.shape[3]
     # Few long programs sum to memory less often, but are too few to fill the GPU where there is little to do.
-    per_program = (16 if len(samples) >= 4 << 20 else 8) * PIECE
+    per_program = (16 if problem.weights.numel() >= 4 << 20 else 8) * PIECE
     programs = 0
     for rows, columns in tiles.sides:
-        if color < 0:  # as binned._splits
+        if color >= 0:
+            programs += tiles.groups * ((rows + 1 - color // 2) // 2) * ((columns + 1 - color % 2) // 2)
+        elif tiles.owned:
+            programs += tiles.groups * rows * columns
+        else:  # as binned._splits
             num_tiles = rows * columns
             splits = max(1, (num_samples + num_tiles * (per_program // 2)) // (num_tiles * per_program))
             programs += tiles.groups * num_tiles * splits
-        else:
-            programs += tiles.groups * ((rows + 1 - color // 2) // 2) * ((columns + 1 - color % 2) // 2)
     if programs == 0:
         return
     operand = _operand(problem.value)
@@ -292,9 +306,9 @@ def _reduce_tiles(problem, tiles, samples, ends, grad_out, grad_value, num_warps
         width, stages = min(width, 128), 3
         num_warps = num_warps if width <= 32 else 4
     binned.reduce_tiles[(programs, triton.cdiv(head_dim, width))](
-        samples, ends, grad_out, grad_value, num_tokens, tiles.total, tiles.groups, num_samples, per_program,
-        *problem.levels, HEADS=num_heads, HEAD_DIM=head_dim, LEVELS=len(tiles.sides), WIDTH=width, COLOR=color,
-        OPERAND=operand, SPLIT=operand == tl.float32 and not INTERPRETING, PIECE=PIECE, STAGES=stages,
+        samples, starts, grad_out, grad_value, num_tokens, tiles.total, tiles.groups, num_samples, per_program,
+        *problem.levels, HEADS=num_heads, HEAD_DIM=head_dim, LEVELS=len(tiles.sides), WIDTH=width, OWNED=tiles.owned,
+        COLOR=color, OPERAND=operand, SPLIT=operand == tl.float32 and not INTERPRETING, PIECE=PIECE, STAGES=stages,
         num_warps=num_warps, num_stages=stages, enable_fp_fusion=True,
     )  # fmt: skip
 
@@ -306,34 +320,28 @@ def _operand(value: Tensor) -> tl.dtype:
 
 
 def value_gradient_sorted(problem: Problem, grad_out: Tensor) -> Tensor:
-    """float32 gradient by the value, bit-equal from run to run, see `binned`."""
+    """Gradient by the value, bit-equal from run to run, see `binned`."""
     value, weights, num_queries = problem.value, problem.weights, problem.num_queries
-    num_heads, num_levels, num_points = weights.shape[1:]
-    constants = problem.constants()
-    tiles = Tiles.of(problem)
+    num_heads, _, num_points = weights.shape[1:]
+    tiles = Tiles.of(problem, owned=False)
     num_bins = tiles.groups * tiles.total
     num_samples = weights.numel()
     integers = dict(dtype=torch.int32, device=value.device)
     points_padded = triton.next_power_of_2(num_points)
     block = max(1, 512 // points_padded)
-    grid = (triton.cdiv(num_queries * num_heads, block),)
     bins = torch.empty(num_samples, **integers)
-    binned.bin_samples[grid](
+    binned.bin_samples[(triton.cdiv(num_queries * num_heads, block),)](
         problem.reference, problem.offsets, problem.image_index, bins,
-        num_queries, problem.queries_per_image, tiles.total, num_bins, *problem.levels,
-        **constants, PACKED=problem.image_index is not None, POINTS_PADDED=points_padded, BLOCK=block, num_warps=4,
+        num_queries, problem.queries_per_image, tiles.total, num_bins, *problem.levels, **problem.constants(),
+        PACKED=problem.image_index is not None, POINTS_PADDED=points_padded, BLOCK=block, num_warps=4,
     )  # fmt: skip
     sorted_bins, order = bins.sort(stable=True)
-    ends = torch.searchsorted(sorted_bins, torch.arange(num_bins, **integers), right=True, out_int32=True)
+    starts = torch.searchsorted(sorted_bins, torch.arange(num_bins + 1, **integers), out_int32=True)
     positions = torch.empty(num_samples, **integers)
     binned.invert_permutation[(triton.cdiv(num_samples, 1024),)](order, positions, num_samples, BLOCK=1024)
     samples = torch.empty(num_samples, 4, **integers)
-    binned.place_samples[grid](
-        problem.reference, problem.offsets, weights, positions, samples, num_queries, *problem.levels,
-        **constants, WEIGHT_PITCH=weights.stride(0), POINTS_PADDED=points_padded,
-        SAMPLES_PADDED=triton.next_power_of_2(num_levels * num_points), BLOCK=block, num_warps=4,
-    )  # fmt: skip
+    _place_samples(problem, tiles, None, positions, samples)
     grad_value = torch.zeros(value.shape, dtype=torch.float32, device=value.device)
     for color in range(4):
-        _reduce_tiles(problem, tiles, samples, ends, grad_out, grad_value, 2, color)
-    return grad_value
+        _reduce_tiles(problem, tiles, samples, starts, grad_out, grad_value, 2, color)
+    return grad_value.to(value.dtype)

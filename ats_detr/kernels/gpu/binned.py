@@ -1,19 +1,26 @@
 """The value's gradient of deformable attention without a stream of atomic sums: samples sorted by pixel tile.
 
 Summing 4 corners x HEAD_DIM floats per sample into memory costs 512 bytes of reductions at 32 channels; at
-encoder scale those are most of the backward pass. Here the samples of each (image, head) are first sorted
-into tiles of 7x7 cells (a cell is the square between four pixel centres), which touch 8x8 pixels.
-`reduce_tiles` then forms, for 64 samples at a time, the matrix of their hat weights [64 pixels, 64 samples],
-multiplies it with their gradient rows on the tensor cores, and adds the sum to
-memory: each pixel once per program instead of once per sample.
+encoder scale those are most of the backward pass. Here the samples of each (image, head) are first sorted into
+tiles of 8x8 pixels. `reduce_tiles` then forms, for 64 samples at a time, the matrix of their hat weights
+[64 pixels, 64 samples], multiplies it with their gradient rows on the tensor cores, and adds or writes the sum: each
+pixel once per program instead of once per sample.
+
+A sample touches up to four pixels, which may lie in two or four tiles. There are two ways:
+
+    shared pixels   tiles of 7x7 cells (a cell is the square between four pixel centres): each sample is in one tile,
+                    the outermost pixels are in several, and their sums are added in float32 memory
+    OWNED pixels    tiles share no pixel: a sample is in each tile that it touches (1.27 on average), a tile's only
+                    program writes its pixels in the value's dtype. Nothing is zeroed, added or cast, which
+                    pays where samples are few.
 
     spatial_keys    queries along a Z-shaped curve, so that a program's samples fall into few tiles (then torch.sort)
-    sort_samples    counts the samples of each tile and ranks each within its tile, one counter increment per program
-                    and tile (then a cumulative sum), and again: writes (x, y, weight, row) of every sample at
-                    its sorted place, 16 bytes
+    count_samples   counts the samples of each tile and ranks each within its tile, one counter increment per program
+                    and tile; a cumulative sum then makes the counts first places
+    place_samples   writes (x, y, weight, row) of every sample at its sorted place, 16 bytes
     reduce_tiles    hat matrix x gradient rows
 
-The deterministic mode fixes every order: tiles from `bin_samples`, a stable torch.sort, `place_samples`, and
+The deterministic mode fixes every order: tiles from `bin_samples`, a stable torch.sort, and
 `reduce_tiles` with one program per tile in four launches over tiles that do not touch.
 """
 
@@ -22,14 +29,18 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ats_detr.kernels.gpu.common import LOG2E, SIZES, level_size, samples_of_level, softmax_scale, view_as
-
-TILE = tl.constexpr(7)  # cells per side of a tile; its window is 8x8 pixels
+from ats_detr.kernels.gpu.common import LOG2E, SIZES, level_size, samples_of_level, view_as
 
 
 @triton.jit
-def _tiles(size):
-    return (size + TILE - 1) // TILE
+def _side(OWNED: tl.constexpr):
+    """Cells from tile to tile; the window of a tile is 8x8 pixels."""
+    return 8 if OWNED else 7
+
+
+@triton.jit
+def _tiles(size, OWNED: tl.constexpr):
+    return (size + _side(OWNED) - 1) // _side(OWNED)
 
 
 @triton.jit
@@ -39,9 +50,33 @@ def _touches(x, y, width, height):
 
 
 @triton.jit
-def _tile_of(coordinate, touches):
+def _tile_of(coordinate, touches, OWNED: tl.constexpr):
     """Column or row of the tile that a sample falls into, 0 for one that touches nothing."""
-    return tl.maximum(tl.where(touches, coordinate, 0.0), 0.0).to(tl.int32) // TILE
+    return tl.maximum(tl.where(touches, coordinate, 0.0), 0.0).to(tl.int32) // _side(OWNED)
+
+
+@triton.jit
+def _crosses(coordinate, touches, tile, size):
+    """Whether a sample also touches the tile (of those that own their pixels) to the right of, or below, its own."""
+    next_pixel = tl.where(touches, tl.floor(coordinate), -1.0).to(tl.int32) + 1
+    return (next_pixel == (tile + 1) * 8) & (next_pixel < size)
+
+
+@triton.jit
+def _sizes_of(level, LEVELS: tl.constexpr, OWNED: tl.constexpr,
+              shape0, shape1, shape2, shape3, shape4, shape5, shape6, shape7):  # fmt: skip
+    """Height, width and first tile (of an image and head) of each of a tensor of levels."""
+    height = level * 0
+    width = level * 0
+    first_tile = level * 0
+    for other in tl.static_range(LEVELS):
+        other_height, other_width = level_size(
+            other, shape0, shape1, shape2, shape3, shape4, shape5, shape6, shape7
+        )
+        height = tl.where(level == other, other_height, height)
+        width = tl.where(level == other, other_width, width)
+        first_tile += tl.where(other < level, _tiles(other_height, OWNED) * _tiles(other_width, OWNED), 0)
+    return height, width, first_tile
 
 
 @triton.jit(do_not_specialize=["num_queries", "queries_per_image"])
@@ -72,22 +107,20 @@ def spatial_keys(
 
 
 @triton.jit(do_not_specialize=["num_queries", "queries_per_image", "num_tiles", *SIZES])
-def sort_samples(
-    reference_ptr, offset_ptr, weight_ptr, image_ptr,  # as in msda_forward
+def count_samples(
+    reference_ptr, offset_ptr, image_ptr,  # as in msda_forward
     order_ptr,  # [N] int32 queries, neighbours close to each other
-    scale_ptr,  # [N, HEADS] float32 log2 of the softmax denominators, where REFERENCE is not 0
-    tile_ptr,  # [B, HEADS, num_tiles] int32: zeros, counted up; where PLACE: first place of each tile
-    rank_ptr,  # [LEVELS, HEADS, N, POINTS_PADDED] int32, N in order: place of each sample within its tile; PLACE: in
-    sample_ptr,  # [places, 4] int32 out, where PLACE: x, y in pixels of its tile and weight as float32 bits, row
+    count_ptr,  # [1 + B * HEADS * num_tiles] int32: zeros, counted up from the second on
+    rank_ptr,  # [1 or, where OWNED, 4, N, HEADS, LEVELS, POINTS] int32 out: place of each sample within its tile(s)
     num_queries, queries_per_image, num_tiles,
     shape0, shape1, shape2, shape3, shape4, shape5, shape6, shape7,
-    HEADS: tl.constexpr, LEVELS: tl.constexpr, POINTS: tl.constexpr, POINTS_PADDED: tl.constexpr,
-    OFFSET_PITCH: tl.constexpr, WEIGHT_PITCH: tl.constexpr, REFERENCE: tl.constexpr, PACKED: tl.constexpr,
-    PLACE: tl.constexpr, BLOCK: tl.constexpr,
+    HEADS: tl.constexpr, LEVELS: tl.constexpr, POINTS: tl.constexpr, OFFSET_PITCH: tl.constexpr,
+    REFERENCE: tl.constexpr, PACKED: tl.constexpr, OWNED: tl.constexpr, POINTS_PADDED: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One program: BLOCK neighbouring queries of one head, one level. Counts the samples of each tile and ranks them:
-    those within 4x4 tiles of one image by cumulative sums and one increment per tile, the few elsewhere one by one.
-    With PLACE, once the counts have become first places, writes the samples there.
+    """One program: BLOCK neighbouring queries of one head, one level. Those of their samples that fall within 4x4 tiles
+    of one image are ranked by cumulative sums and one increment per tile, the few elsewhere one by one, and so
+    are the further tiles of samples that touch several.
     """
     head = tl.program_id(0) % HEADS
     level = tl.program_id(0) // HEADS % LEVELS
@@ -98,89 +131,72 @@ def sort_samples(
         image = tl.load(image_ptr + query)
     else:
         image = query // queries_per_image
-    height = 0
-    width = 0
-    first_tile = head * num_tiles
-    for other in tl.static_range(LEVELS):
-        other_height, other_width = level_size(
-            other, shape0, shape1, shape2, shape3, shape4, shape5, shape6, shape7
-        )
-        height = tl.where(level == other, other_height, height)
-        width = tl.where(level == other, other_width, width)
-        first_tile += tl.where(other < level, _tiles(other_height) * _tiles(other_width), 0)
-    tiles_x = _tiles(width)
+    height, width, first_tile = _sizes_of(
+        level, LEVELS, OWNED, shape0, shape1, shape2, shape3, shape4, shape5, shape6, shape7
+    )
+    first_tile += head * num_tiles + 1
+    tiles_x = _tiles(width, OWNED)
     point = tl.arange(0, POINTS_PADDED)[None, :]
     x, y = samples_of_level(
         reference_ptr, offset_ptr, query[:, None], (query * (OFFSET_PITCH // 2) + head * (LEVELS * POINTS))[:, None],
         tl.minimum(point, POINTS - 1), height, width, level, LEVELS, POINTS, REFERENCE,
     )  # fmt: skip
     touches = _touches(x, y, width, height) & live[:, None] & (point < POINTS)
-    tile_x = _tile_of(x, touches)
-    tile_y = _tile_of(y, touches)
+    tile_x = _tile_of(x, touches, OWNED)
+    tile_y = _tile_of(y, touches, OWNED)
     own_tile = (image * (HEADS * num_tiles))[:, None] + first_tile + tile_y * tiles_x + tile_x
-    ranks = (
-        rank_ptr
-        + ((level * HEADS + head).to(tl.int64) * num_queries + place)[:, None] * POINTS_PADDED
-        + point
-    )
-    if PLACE:
-        position = tl.load(ranks, mask=touches, other=0) + tl.load(tile_ptr + own_tile, mask=touches, other=0)
-        weight = tl.load(
-            weight_ptr + (query * WEIGHT_PITCH + head * (LEVELS * POINTS))[:, None] + level * POINTS
-            + tl.minimum(point, POINTS - 1)
-        ).to(tl.float32)  # fmt: skip
-        if REFERENCE != 0:
-            weight = tl.exp2(weight * LOG2E - tl.load(scale_ptr + query * HEADS + head)[:, None])
-        x -= (tile_x * TILE).to(tl.float32)  # exact
-        y -= (tile_y * TILE).to(tl.float32)
-        row = (query * HEADS + head)[:, None] + tl.zeros_like(position)
-        sample = tl.join(
-            tl.join(x.to(tl.int32, bitcast=True), weight.to(tl.int32, bitcast=True)),
-            tl.join(y.to(tl.int32, bitcast=True), row),
-        )  # [BLOCK, points, 2, 2]: x, y, weight, row
-        target = sample_ptr + position.to(tl.int64)[:, :, None] * 4 + tl.arange(0, 4)[None, None, :]
-        tl.store(target, tl.reshape(sample, (BLOCK, POINTS_PADDED, 4)), mask=touches[:, :, None])
-    else:
-        # Anchor of the 4x4 tiles: the first tile met, or one before the mean where the samples spread over more.
-        SAMPLES: tl.constexpr = BLOCK * POINTS_PADDED
-        tl.static_assert(SAMPLES < 256)
-        home = tl.max(tl.where(live, image, 0))
-        at_home = touches & (image == home)[:, None]
-        # One axis: a reduction is then one instruction of the whole warp instead of a shuffle per step.
-        at_home = tl.reshape(at_home, (SAMPLES,))
-        x = tl.reshape(tile_x, (SAMPLES,))
-        y = tl.reshape(tile_y, (SAMPLES,))
-        number = tl.maximum(tl.sum(at_home.to(tl.int32)), 1)
-        left = tl.min(tl.where(at_home, x, 1 << 20))
-        right = tl.max(tl.where(at_home, x, 0))
-        top = tl.min(tl.where(at_home, y, 1 << 20))
-        low = tl.max(tl.where(at_home, y, 0))
-        mean_x = tl.sum(tl.where(at_home, x, 0)) // number
-        mean_y = tl.sum(tl.where(at_home, y, 0)) // number
-        left = tl.where(right - left < 4, left, tl.maximum(mean_x - 1, 0))
-        top = tl.where(low - top < 4, top, tl.maximum(mean_y - 1, 0))
-        near = at_home & (x >= left) & (x < left + 4) & (y >= top) & (y < top + 4)
+    ranks = rank_ptr + ((query * HEADS + head) * LEVELS + level).to(tl.int64)[:, None] * POINTS + point
+    if OWNED:
+        right = _crosses(x, touches, tile_x, width)
+        below = _crosses(y, touches, tile_y, height)
+        plane = num_queries.to(tl.int64) * (HEADS * LEVELS * POINTS)
+        rank = tl.atomic_add(count_ptr + own_tile + 1, 1, mask=right, sem="relaxed")
+        tl.store(ranks + plane, rank, mask=right)
+        rank = tl.atomic_add(count_ptr + own_tile + tiles_x, 1, mask=below, sem="relaxed")
+        tl.store(ranks + 2 * plane, rank, mask=below)
+        rank = tl.atomic_add(count_ptr + own_tile + tiles_x + 1, 1, mask=right & below, sem="relaxed")
+        tl.store(ranks + 3 * plane, rank, mask=right & below)
 
-        # The four counters of a row of tiles are bytes of one word: one cumulative sum ranks the samples of all four.
-        byte = tl.where(near, (x - left) * 8, 0)
-        slots = tl.arange(0, 16)
-        rank = tl.zeros((SAMPLES,), tl.int32)
-        count = tl.zeros((16,), tl.int32)
-        for line in tl.static_range(4):
-            hit = tl.where(near & (y - top == line), 1 << byte, 0)
-            rank = tl.where(hit != 0, tl.cumsum(hit) - hit, rank)
-            count = tl.where(slots // 4 == line, tl.sum(hit), count)
-        rank = (rank >> byte) & 255
-        count = (count >> (slots % 4 * 8)) & 255
-        slot_tile = home * (HEADS * num_tiles) + first_tile + (top + slots // 4) * tiles_x + left + slots % 4
-        base = tl.atomic_add(tile_ptr + slot_tile, count, mask=count > 0, sem="relaxed")
-        rank += tl.gather(base, tl.where(near, (y - top) * 4 + x - left, 0), 0)
-        rank = tl.reshape(rank, (BLOCK, POINTS_PADDED))
-        stray = touches & ~tl.reshape(near, (BLOCK, POINTS_PADDED))
-        if tl.max(tl.max(stray.to(tl.int32), axis=1)) > 0:
-            single = tl.atomic_add(tile_ptr + own_tile, 1, mask=stray, sem="relaxed")
-            rank = tl.where(stray, single, rank)
-        tl.store(ranks, rank, mask=touches)
+    # Anchor of the 4x4 tiles: the first tile met, or one before the mean where the samples spread over more.
+    SAMPLES: tl.constexpr = BLOCK * POINTS_PADDED
+    tl.static_assert(SAMPLES < 256)
+    home = tl.max(tl.where(live, image, 0))
+    at_home = touches & (image == home)[:, None]
+    # One axis: a reduction is then one instruction of the whole warp instead of a shuffle per step.
+    at_home = tl.reshape(at_home, (SAMPLES,))
+    x = tl.reshape(tile_x, (SAMPLES,))
+    y = tl.reshape(tile_y, (SAMPLES,))
+    number = tl.maximum(tl.sum(at_home.to(tl.int32)), 1)
+    left = tl.min(tl.where(at_home, x, 1 << 20))
+    right = tl.max(tl.where(at_home, x, 0))
+    top = tl.min(tl.where(at_home, y, 1 << 20))
+    low = tl.max(tl.where(at_home, y, 0))
+    mean_x = tl.sum(tl.where(at_home, x, 0)) // number
+    mean_y = tl.sum(tl.where(at_home, y, 0)) // number
+    left = tl.where(right - left < 4, left, tl.maximum(mean_x - 1, 0))
+    top = tl.where(low - top < 4, top, tl.maximum(mean_y - 1, 0))
+    near = at_home & (x >= left) & (x < left + 4) & (y >= top) & (y < top + 4)
+
+    # The four counters of a row of tiles are bytes of one word: one cumulative sum ranks the samples of all four.
+    byte = tl.where(near, (x - left) * 8, 0)
+    slots = tl.arange(0, 16)
+    rank = tl.zeros((SAMPLES,), tl.int32)
+    count = tl.zeros((16,), tl.int32)
+    for line in tl.static_range(4):
+        hit = tl.where(near & (y - top == line), 1 << byte, 0)
+        rank = tl.where(hit != 0, tl.cumsum(hit) - hit, rank)
+        count = tl.where(slots // 4 == line, tl.sum(hit), count)
+    rank = (rank >> byte) & 255
+    count = (count >> (slots % 4 * 8)) & 255
+    slot_tile = home * (HEADS * num_tiles) + first_tile + (top + slots // 4) * tiles_x + left + slots % 4
+    base = tl.atomic_add(count_ptr + slot_tile, count, mask=count > 0, sem="relaxed")
+    rank += tl.gather(base, tl.where(near, (y - top) * 4 + x - left, 0), 0)
+    rank = tl.reshape(rank, (BLOCK, POINTS_PADDED))
+    stray = touches & ~tl.reshape(near, (BLOCK, POINTS_PADDED))
+    if tl.max(tl.max(stray.to(tl.int32), axis=1)) > 0:
+        single = tl.atomic_add(count_ptr + own_tile, 1, mask=stray, sem="relaxed")
+        rank = tl.where(stray, single, rank)
+    tl.store(ranks, rank, mask=touches)
 
 
 @triton.jit(do_not_specialize=["num_queries", "queries_per_image", "num_tiles", "num_bins", *SIZES])
@@ -212,57 +228,91 @@ def bin_samples(
             level, LEVELS, POINTS, REFERENCE,
         )  # fmt: skip
         touches = _touches(x, y, width, height)
-        own_tile = first_tile + _tile_of(y, touches) * _tiles(width) + _tile_of(x, touches)
+        own_tile = (
+            first_tile + _tile_of(y, touches, False) * _tiles(width, False) + _tile_of(x, touches, False)
+        )
         bin = tl.where(touches, own_tile, num_bins)
         at = row * (LEVELS * POINTS) + level * POINTS + point
         tl.store(bin_ptr + at, bin, mask=mask)
-        first_tile += _tiles(width) * _tiles(height)
+        first_tile += _tiles(width, False) * _tiles(height, False)
 
 
-@triton.jit(do_not_specialize=["num_queries", *SIZES])
+@triton.jit(do_not_specialize=["num_queries", "queries_per_image", "num_tiles", *SIZES])
 def place_samples(
-    reference_ptr, offset_ptr, weight_ptr,  # as in msda_forward
-    position_ptr,  # [N, HEADS, LEVELS, POINTS] int32 sorted place of each sample
-    sample_ptr,  # [positions, 4] int32: x and y in pixels of its tile and weight as float32 bits, row
-    num_queries,
+    reference_ptr, offset_ptr, weight_ptr, image_ptr,  # as in msda_forward
+    start_ptr,  # [B * HEADS * num_tiles] int32 first place of each tile; None: ranks are places
+    rank_ptr,  # [1 or, where OWNED, 4, N, HEADS, LEVELS, POINTS] int32 place of each sample within its tile(s)
+    sample_ptr,  # [places, 4] int32 out: x and y in pixels of its tile and weight as float32 bits, row
+    num_queries, queries_per_image, num_tiles,
     shape0, shape1, shape2, shape3, shape4, shape5, shape6, shape7,
     HEADS: tl.constexpr, LEVELS: tl.constexpr, POINTS: tl.constexpr, OFFSET_PITCH: tl.constexpr,
-    WEIGHT_PITCH: tl.constexpr, REFERENCE: tl.constexpr, POINTS_PADDED: tl.constexpr, SAMPLES_PADDED: tl.constexpr,
-    BLOCK: tl.constexpr,
+    WEIGHT_PITCH: tl.constexpr, REFERENCE: tl.constexpr, PACKED: tl.constexpr, OWNED: tl.constexpr,
+    LEVELS_PADDED: tl.constexpr, POINTS_PADDED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Writes every sample's coordinates, weight and row to its sorted place, one 16-byte store each."""
+    """Writes every sample's coordinates, weight and row to its sorted place(s), one 16-byte store each.
+
+    In the order of the rows and all levels at once, so that parameters are read as they lie.
+    """
+    COLUMNS: tl.constexpr = LEVELS_PADDED * POINTS_PADDED
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     live = row < num_queries * HEADS
-    row = tl.minimum(row, num_queries * HEADS - 1)
+    row = tl.minimum(row, num_queries * HEADS - 1)[:, None]
     query = row // HEADS
     head = row % HEADS
-    weight_at = query * WEIGHT_PITCH + head * (LEVELS * POINTS)
-    offset_at = query * (OFFSET_PITCH // 2) + head * (LEVELS * POINTS)
+    column = tl.arange(0, COLUMNS)[None, :]
+    level = tl.minimum(column // POINTS_PADDED, LEVELS - 1)
+    point = tl.minimum(column % POINTS_PADDED, POINTS - 1)
+    exists = (column // POINTS_PADDED < LEVELS) & (column % POINTS_PADDED < POINTS)
+    height, width, first_tile = _sizes_of(
+        level, LEVELS, OWNED, shape0, shape1, shape2, shape3, shape4, shape5, shape6, shape7
+    )
+    x, y = samples_of_level(
+        reference_ptr, offset_ptr, query, query * (OFFSET_PITCH // 2) + head * (LEVELS * POINTS),
+        point, height, width, level, LEVELS, POINTS, REFERENCE,
+    )  # fmt: skip
+    j = level * POINTS + point
+    weight = tl.load(weight_ptr + (query * WEIGHT_PITCH + head * (LEVELS * POINTS)) + j).to(tl.float32)
     if REFERENCE != 0:
-        scale = softmax_scale(weight_ptr, weight_at, LEVELS * POINTS, SAMPLES_PADDED)
-    point = tl.arange(0, POINTS_PADDED)[None, :]
-    for level in tl.static_range(LEVELS):
-        height, width = level_size(level, shape0, shape1, shape2, shape3, shape4, shape5, shape6, shape7)
-        x, y = samples_of_level(
-            reference_ptr, offset_ptr, query[:, None], offset_at[:, None], tl.minimum(point, POINTS - 1), height, width,
-            level, LEVELS, POINTS, REFERENCE,
-        )  # fmt: skip
-        j = level * POINTS + tl.minimum(point, POINTS - 1)
-        weight = tl.load(weight_ptr + weight_at[:, None] + j).to(tl.float32)
-        if REFERENCE != 0:
-            weight = tl.exp2(weight * LOG2E - scale[:, None])
-        at = (row * (LEVELS * POINTS))[:, None] + j
-        mask = live[:, None] & (point < POINTS)
-        position = tl.load(position_ptr + at, mask=mask, other=0)
-        touches = _touches(x, y, width, height)
-        x -= (_tile_of(x, touches) * TILE).to(tl.float32)  # exact
-        y -= (_tile_of(y, touches) * TILE).to(tl.float32)
-        sample = tl.join(
-            tl.join(x.to(tl.int32, bitcast=True), weight.to(tl.int32, bitcast=True)),
-            tl.join(y.to(tl.int32, bitcast=True), row[:, None] + tl.zeros_like(position)),
-        )  # [rows, points, 2, 2]: x, y, weight, row
-        place = sample_ptr + position.to(tl.int64)[:, :, None] * 4 + tl.arange(0, 4)[None, None, :]
-        tl.store(place, tl.reshape(sample, (BLOCK, POINTS_PADDED, 4)), mask=mask[:, :, None])
+        logit = tl.where(exists, weight * LOG2E, float("-inf"))
+        weight = tl.exp2(logit - tl.max(logit, axis=1)[:, None])
+        weight /= tl.sum(weight, axis=1)[:, None]
+    touches = _touches(x, y, width, height) & live[:, None] & exists
+    tile_x = _tile_of(x, touches, OWNED)
+    tile_y = _tile_of(y, touches, OWNED)
+    ranks = rank_ptr + row.to(tl.int64) * (LEVELS * POINTS) + j
+    plane = num_queries.to(tl.int64) * (HEADS * LEVELS * POINTS)
+    starts = start_ptr
+    if start_ptr is not None:
+        if PACKED:
+            image = tl.load(image_ptr + query)
+        else:
+            image = query // queries_per_image
+        starts += (image * HEADS + head) * num_tiles + first_tile + tile_y * _tiles(width, OWNED) + tile_x
+    right = _crosses(x, touches, tile_x, width)
+    below = _crosses(y, touches, tile_y, height)
+    x -= (tile_x * _side(OWNED)).to(tl.float32)  # exact
+    y -= (tile_y * _side(OWNED)).to(tl.float32)
+    _write_sample(sample_ptr, starts, ranks, x, y, weight, row, touches)
+    if OWNED:
+        low_starts = starts + _tiles(width, OWNED)
+        _write_sample(sample_ptr, starts + 1, ranks + plane, x - 8.0, y, weight, row, right)
+        _write_sample(sample_ptr, low_starts, ranks + 2 * plane, x, y - 8.0, weight, row, below)
+        _write_sample(
+            sample_ptr, low_starts + 1, ranks + 3 * plane, x - 8.0, y - 8.0, weight, row, right & below
+        )
+
+
+@triton.jit
+def _write_sample(sample_ptr, starts, ranks, x, y, weight, row, mask):
+    position = tl.load(ranks, mask=mask, other=0)
+    if starts is not None:
+        position += tl.load(starts, mask=mask, other=0)
+    sample = tl.join(
+        tl.join(x.to(tl.int32, bitcast=True), weight.to(tl.int32, bitcast=True)),
+        tl.join(y.to(tl.int32, bitcast=True), row + tl.zeros_like(position)),
+    )  # [rows, columns, 2, 2]: x, y, weight, row
+    target = sample_ptr + position.to(tl.int64)[:, :, None] * 4 + tl.arange(0, 4)[None, None, :]
+    tl.store(target, tl.reshape(sample, (x.shape[0], x.shape[1], 4)), mask=mask[:, :, None])
 
 
 @triton.jit
@@ -279,17 +329,17 @@ def _splits(samples, tiles, per_program):
 
 @triton.jit(do_not_specialize=["num_tokens", "num_tiles", "num_groups", "num_samples", "per_program", *SIZES])
 def reduce_tiles(
-    sample_ptr,  # as sort_samples or place_samples left it
-    end_ptr,  # [bins] int32 one past the last position of each tile
+    sample_ptr,  # as place_samples left it
+    start_ptr,  # [bins + 1] int32 first position of each tile, and one past the last of the last
     grad_out_ptr,  # [N, HEADS, HEAD_DIM]
-    grad_value_ptr,  # [B, S, HEADS, HEAD_DIM] float32, zeros before the first launch
+    grad_value_ptr,  # [B, S, HEADS, HEAD_DIM] float32, zeros before the first launch; OWNED: of any dtype, out
     num_tokens, num_tiles,  # of an image
     num_groups,  # images * heads
     num_samples,  # of a group on a level, on average
     per_program,  # samples
     shape0, shape1, shape2, shape3, shape4, shape5, shape6, shape7,
-    HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, LEVELS: tl.constexpr, WIDTH: tl.constexpr, COLOR: tl.constexpr,
-    OPERAND: tl.constexpr, SPLIT: tl.constexpr, PIECE: tl.constexpr, STAGES: tl.constexpr,
+    HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, LEVELS: tl.constexpr, WIDTH: tl.constexpr, OWNED: tl.constexpr,
+    COLOR: tl.constexpr, OPERAND: tl.constexpr, SPLIT: tl.constexpr, PIECE: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """grad_value[pixel] += sum over samples of weight * hat(pixel) * grad_out[row], for the 8x8 pixels of one tile and
     WIDTH channels.
@@ -297,6 +347,7 @@ def reduce_tiles(
     A tile with many more than `per_program` samples is shared between programs, which take its pieces in turns. The
     coarse levels come first: their programs are the long ones. Programs of one tile are far apart, so that their sums
     meet seldom.
+    OWNED: one program per tile, = instead of +=.
     COLOR 0..3 takes the tiles of one parity of column and row only, one program each: their windows do not overlap, so
     that nothing is summed out of order. -1: all tiles.
     """
@@ -314,12 +365,13 @@ def reduce_tiles(
         level_height, level_width = level_size(
             level, shape0, shape1, shape2, shape3, shape4, shape5, shape6, shape7
         )
-        level_rows = _tiles(level_height)
-        level_columns = _tiles(level_width)
+        level_rows = _tiles(level_height, OWNED)
+        level_columns = _tiles(level_width, OWNED)
         level_tiles = level_rows * level_columns
         level_splits = 1
         if COLOR < 0:
-            level_splits = _splits(num_samples, level_tiles, per_program)
+            if not OWNED:
+                level_splits = _splits(num_samples, level_tiles, per_program)
         else:
             level_rows = (level_rows + 1 - COLOR // 2) // 2
             level_columns = (level_columns + 1 - COLOR % 2) // 2
@@ -342,19 +394,20 @@ def reduce_tiles(
     if COLOR >= 0:
         tile_x = tile_x * 2 + COLOR % 2
         tile_y = tile_y * 2 + COLOR // 2
-    bin = group * num_tiles + first_tile + tile_y * _tiles(width) + tile_x
-    position = tl.load(end_ptr + bin - 1, mask=bin > 0, other=0) + split * PIECE
-    end = tl.load(end_ptr + bin)
-    if position >= end:
-        return
+    bin = group * num_tiles + first_tile + tile_y * _tiles(width, OWNED) + tile_x
+    position = tl.load(start_ptr + bin) + split * PIECE
+    end = tl.load(start_ptr + bin + 1)
+    if not OWNED:  # noqa: SIM102 - what follows asks the GPU, this the compiler
+        if position >= end:
+            return
     column = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
     piece = tl.arange(0, PIECE)
     # 0 .. 7, "loaded": the compiler computes what is made from loaded values where the matrix product wants it, in
     # registers, and would else pass the hat matrix through shared memory (docs/kernels.md says what that costs).
-    pixel = tl.arange(0, 8)
-    pixel = tl.load(grad_value_ptr + pixel, mask=pixel < -num_tokens, other=pixel.to(tl.float32))
-    total = tl.zeros((64, WIDTH), tl.float32)
     samples = view_as(sample_ptr, tl.float32)
+    pixel = tl.arange(0, 8)
+    pixel = tl.load(samples + pixel, mask=pixel < -num_tokens, other=pixel.to(tl.float32))
+    total = tl.zeros((64, WIDTH), tl.float32)
     for start in tl.range(position, end, splits * PIECE, num_stages=STAGES):
         at = (start + piece).to(tl.int64) * 4
         inside = start + piece < end
@@ -383,14 +436,17 @@ def reduce_tiles(
         else:
             total = tl.dot(share.to(OPERAND), grad.to(OPERAND), total)
     window = tl.arange(0, 64)
-    pixel_x = tile_x * TILE + window % 8
-    pixel_y = tile_y * TILE + window // 8
+    pixel_x = tile_x * _side(OWNED) + window % 8
+    pixel_y = tile_y * _side(OWNED) + window // 8
     token = (group // HEADS) * num_tokens + first_token + pixel_y * width + pixel_x
     place = (
         grad_value_ptr + ((token * HEADS + group % HEADS).to(tl.int64) * HEAD_DIM)[:, None] + column[None, :]
     )
     mask = ((pixel_x < width) & (pixel_y < height))[:, None] & (column < HEAD_DIM)[None, :]
-    tl.atomic_add(place, total, mask=mask, sem="relaxed")
+    if OWNED:
+        tl.store(place, total.to(grad_value_ptr.dtype.element_ty), mask=mask)
+    else:
+        tl.atomic_add(place, total, mask=mask, sem="relaxed")
 
 
 @triton.jit(do_not_specialize=["num"])

@@ -164,8 +164,8 @@ def reference_on_level(reference_ptr, query, width, height, level, LEVELS: tl.co
     y_unit = height
     if REFERENCE != 0:
         at = (query * LEVELS + level) * REFERENCE
-        x = tl.load(reference_ptr + at).to(tl.float32) * width - 0.5
-        y = tl.load(reference_ptr + at + 1).to(tl.float32) * height - 0.5
+        x = tl.fma(tl.load(reference_ptr + at).to(tl.float32), width, -0.5)
+        y = tl.fma(tl.load(reference_ptr + at + 1).to(tl.float32), height, -0.5)
         x_unit = 1.0
         y_unit = 1.0
     if REFERENCE == 4:
@@ -191,9 +191,15 @@ def samples_of_level(
     reference_ptr, offset_ptr, query, offset_at, point, height, width,
     level, LEVELS: tl.constexpr, POINTS: tl.constexpr, REFERENCE: tl.constexpr,
 ):  # fmt: skip
-    """Pixel coordinates of samples of a level; `query`, `offset_at` and `point` broadcast against each other."""
+    """Pixel coordinates of samples; `query`, `offset_at`, `point`, `level` and its sides broadcast against each other.
+
+    The same to the last bit in every kernel: multiplications that are added are asked for as such.
+    """
     x0, y0, x_unit, y_unit = reference_on_level(
         reference_ptr, query, width.to(tl.float32), height.to(tl.float32), level, LEVELS, POINTS, REFERENCE
     )
     x, y = load_pair(offset_ptr, offset_at + level * POINTS + point)
-    return x * x_unit + x0, y * y_unit + y0
+    if REFERENCE == 2:
+        return x + x0, y + y0
+    else:
+        return tl.fma(x, x_unit, x0), tl.fma(y, y_unit, y0)

@@ -155,14 +155,13 @@ def msda_backward(
     grad_out_ptr,  # [N, HEADS, HEAD_DIM]
     grad_value_ptr,  # [B, S, HEADS, HEAD_DIM] float32, zeros; 16-bit kinds: even channels of a head, then odd ones
     grad_offset_ptr, grad_weight_ptr,  # contiguous
-    scale_ptr,  # [N, HEADS] float32 out, where KEEP_SCALE: log2 of the softmax denominators
     num_queries, queries_per_image, num_tokens,
     shape0, shape1, shape2, shape3, shape4, shape5, shape6, shape7,
     HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, LEVELS: tl.constexpr, POINTS: tl.constexpr,
     VALUE_PITCH: tl.constexpr, OFFSET_PITCH: tl.constexpr, WEIGHT_PITCH: tl.constexpr,
     REFERENCE: tl.constexpr, PACKED: tl.constexpr, THIN: tl.constexpr, KIND: tl.constexpr,
     COLUMNS: tl.constexpr, WIDTH: tl.constexpr, SAMPLES_PADDED: tl.constexpr,
-    SCATTER: tl.constexpr, KEEP_SCALE: tl.constexpr, BLOCK: tl.constexpr, UNROLL: tl.constexpr,
+    SCATTER: tl.constexpr, BLOCK: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
     """Gradients by offsets and logits (or locations and weights) and, where SCATTER, by the value.
 
@@ -201,8 +200,6 @@ def msda_backward(
     g_second = tl.where(live[:, None], g_second, 0.0)
     if REFERENCE != 0:
         scale = softmax_scale(weight_ptr, weight_at, SAMPLES, SAMPLES_PADDED)
-        if KEEP_SCALE:
-            tl.store(scale_ptr + row, scale, mask=live)
         mean = _product(out_ptr + out_at, g_first, g_second, column, COLUMNS, WIDTH, KIND)
     for level in tl.static_range(LEVELS):
         height, width = level_size(level, shape0, shape1, shape2, shape3, shape4, shape5, shape6, shape7)

@@ -40,7 +40,10 @@ CONFIGS: dict[str, list[Config]] = {
     # Unrolled by 4 it runs no faster (1.946 against 1.949 ms, dense, 4 images, H200) and compiles ten times as long.
     "msda_backward": [{"num_warps": 1, "unroll": 1}],
     # At most 128 samples: counters of eight bits. 64 would need more instructions and 1.6 times the increments.
-    "value_tiles": [{"samples_per_program": 128, "num_warps": 1, "reduce_warps": 2}],
+    "value_tiles": [
+        {"samples_per_program": 128, "num_warps": 1, "reduce_warps": 2, "owned": False},
+        {"samples_per_program": 128, "num_warps": 1, "reduce_warps": 2, "owned": True},
+    ],
     # The first of each needs less than 99 KB of shared memory, what consumer GPUs have. Rows of a tile: 64 for a full
     # GPU, fewer where 64 would leave most of it idle. Tiles of 128 whole rows spill.
     "linear": [
@@ -75,7 +78,7 @@ WHOLE_ROWS: Config = {"num_warps": 4, "unroll": 4, "whole_rows": True}
 INTERPRETED: dict[str, Config] = {  # few large programs
     "msda_forward": {"num_warps": 1, "unroll": 1, "multiple": 8},
     "msda_backward": {"num_warps": 1, "unroll": 1, "multiple": 8},
-    "value_tiles": {"samples_per_program": 128, "num_warps": 1, "reduce_warps": 2},
+    "value_tiles": {"samples_per_program": 128, "num_warps": 1, "reduce_warps": 2, "owned": False},
     "linear": {"rows": 64, "columns": 64, "depth": 64, "num_warps": 1, "num_stages": 1},
     "linear_norm": {"rows": 64, "depth": 64, "num_warps": 1, "num_stages": 1},
     "feedforward": {"rows": 64, "chunk": 256, "num_warps": 1, "num_stages": 1},
@@ -83,6 +86,8 @@ INTERPRETED: dict[str, Config] = {  # few large programs
 TILES_FROM = 4096
 """Queries from which the value's gradient is summed tile by tile rather than sample by sample; of float32, twice as
 many: three products for one."""
+OWNED_UP_TO = 7
+"""Samples per pixel (of a head) up to which tiles that own their pixels are tried; dense encoders have 16."""
 
 _chosen: dict[tuple, Config] = {}
 
@@ -97,6 +102,10 @@ def value_gradient(key: Key, num_queries: int) -> str:
 def configurations(operator: str, key: Key) -> list[Config]:
     """The candidates of one operator, the default first."""
     candidates = CONFIGS[operator]
+    if (
+        operator == "value_tiles"
+    ):  # of many samples the further tiles cost more, time and memory, than sums do
+        return candidates if key[-1] <= OWNED_UP_TO.bit_length() else candidates[:1]
     if key[0] != "float32":
         return candidates
     if operator == "msda_forward":
