@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ats_detr.kernels.gpu import binned, msda, tuning
 from ats_detr.kernels.gpu.common import INTERPRETING
+from ats_detr.kernels.gpu.host import cdiv, next_power_of_2
 
 MAX_LEVELS = 8
 PIECE = 64  # samples per step of reduce_tiles
@@ -61,8 +62,8 @@ class Problem(NamedTuple):
             THIN=any(min(size) == 1 for size in self.sizes),
             KIND=kind,
             COLUMNS=columns,
-            WIDTH=triton.next_power_of_2(columns),
-            SAMPLES_PADDED=triton.next_power_of_2(self.weights.shape[2] * self.weights.shape[3]),
+            WIDTH=next_power_of_2(columns),
+            SAMPLES_PADDED=next_power_of_2(self.weights.shape[2] * self.weights.shape[3]),
         )
 
     def key(self) -> tuning.Key:
@@ -130,7 +131,7 @@ def forward(problem: Problem, num_rows: Tensor | None, out: Tensor | None = None
     def launch(num_warps: int, unroll: int, multiple: int = 1, whole_rows: bool = False) -> None:
         constants = problem.value_constants(row_kind(value, whole_rows))
         block = _block(constants, num_warps, multiple)
-        msda.msda_forward[(triton.cdiv(num_queries * num_heads, block),)](
+        msda.msda_forward[(cdiv(num_queries * num_heads, block),)](
             value, problem.reference, problem.offsets, problem.weights, problem.image_index, num_rows, out,
             num_queries, problem.queries_per_image, value.shape[1], *problem.levels,
             **constants, COUNTED=num_rows is not None, BLOCK=block, UNROLL=unroll, num_warps=num_warps,
@@ -160,7 +161,7 @@ def backward(
     def launch(num_warps: int, unroll: int, multiple: int = 1) -> None:
         constants = problem.value_constants(row_kind(value))
         block = _block(constants, num_warps, multiple)
-        msda.msda_backward[(triton.cdiv(num_queries * value.shape[2], block),)](
+        msda.msda_backward[(cdiv(num_queries * value.shape[2], block),)](
             value, problem.reference, problem.offsets, problem.weights, problem.image_index, out, grad_out,
             grad_value, grad_offsets, grad_weights,
             num_queries, problem.queries_per_image, value.shape[1], *problem.levels,
@@ -189,9 +190,9 @@ def _value_gradient_in_order(summed: Tensor, value: Tensor) -> Tensor:
         return summed.to(value.dtype)
     out = torch.empty(value.shape, dtype=value.dtype, device=value.device)
     columns, num_rows = value.shape[-1] // 2, summed.numel() // value.shape[-1]
-    width = triton.next_power_of_2(columns)
+    width = next_power_of_2(columns)
     block = max(1, 2048 // width)
-    msda.interleave_halves[(triton.cdiv(num_rows, block),)](
+    msda.interleave_halves[(cdiv(num_rows, block),)](
         summed, out, num_rows, COLUMNS=columns, WIDTH=width, KIND=kind, BLOCK=block, num_warps=4
     )
     return out

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ats_detr.kernels.gpu.attention import Problem
 from ats_detr.kernels.gpu.common import LOG2E, SIZES, level_size, samples_of_level, softmax_scale
+from ats_detr.kernels.gpu.host import cdiv, next_power_of_2
 
 
 @triton.jit
@@ -90,16 +91,16 @@ def add_attention_map(problem: Problem, map_BS: Tensor) -> None:
     if num_rows == 0 or map_BS.numel() == 0:
         return
     num_levels, num_points = problem.weights.shape[2:]
-    points = triton.next_power_of_2(num_points)
+    points = next_power_of_2(num_points)
     block = max(1, 128 // points)
     counts_BS = None
     if torch.are_deterministic_algorithms_enabled():
         counts_BS = torch.zeros_like(map_BS, dtype=torch.int64)
-    add_attention[(triton.cdiv(num_rows, block),)](
+    add_attention[(cdiv(num_rows, block),)](
         problem.reference, problem.offsets, problem.weights, map_BS, counts_BS,
         problem.num_queries, problem.num_queries // map_BS.shape[0], map_BS.shape[1], *problem.levels,
         **problem.constants(), WEIGHT_PITCH=problem.weights.stride(0), POINTS_PADDED=points,
-        SAMPLES_PADDED=triton.next_power_of_2(num_levels * num_points), BLOCK=block, num_warps=4,
+        SAMPLES_PADDED=next_power_of_2(num_levels * num_points), BLOCK=block, num_warps=4,
     )  # fmt: skip
     if counts_BS is not None:
         map_BS.add_(counts_BS.double().mul_(2.0**-32))

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ats_detr.kernels.gpu import tuning
 from ats_detr.kernels.gpu.common import INTERPRETING
+from ats_detr.kernels.gpu.host import cdiv, next_power_of_2
 
 
 @triton.jit
@@ -242,7 +243,7 @@ def linear(
     num_columns, depth_in = weight.shape
 
     def launch(rows: int, columns: int, depth: int, num_warps: int, num_stages: int) -> None:
-        linear_rows[(triton.cdiv(num_rows, rows) * triton.cdiv(num_columns, columns),)](
+        linear_rows[(cdiv(num_rows, rows) * cdiv(num_columns, columns),)](
             x, add, weight, bias, count, out, token_index, image_index, num_rows, out.shape[-2],
             IN=depth_in, OUT=num_columns, X_PITCH=x.stride(0), ADD_PITCH=0 if add is None else add.stride(0),
             OUT_PITCH=out.stride(-2), ADD=add is not None, RELU=relu, COUNTED=count is not None,
@@ -265,7 +266,7 @@ def linear_norm(
     num_columns, depth_in = weight.shape
 
     def launch(rows: int, depth: int, num_warps: int, num_stages: int) -> None:
-        linear_norm_rows[(triton.cdiv(x.shape[0], rows),)](
+        linear_norm_rows[(cdiv(x.shape[0], rows),)](
             x, weight, bias, residual, norm_weight, norm_bias, count, out, memory, token_index, image_index,
             x.shape[0], 0 if memory is None else memory.shape[1],
             IN=depth_in, OUT=num_columns, X_PITCH=x.stride(0), RESIDUAL_PITCH=residual.stride(0),
@@ -320,7 +321,7 @@ def fused_feedforward(
     operand = _products(x, weight1)["OPERAND"]
 
     def launch(rows: int, chunk: int, num_warps: int, num_stages: int) -> None:
-        feedforward_rows[(triton.cdiv(x.shape[0], rows),)](
+        feedforward_rows[(cdiv(x.shape[0], rows),)](
             x, weight1, bias1, weight2, bias2, norm_weight, norm_bias, count, out, memory, token_index, image_index,
             x.shape[0], 0 if memory is None else memory.shape[1],
             WIDTH=width, HIDDEN=num_hidden, X_PITCH=x.stride(0), MEMORY_PITCH=0 if memory is None else memory.stride(1),
@@ -333,4 +334,4 @@ def fused_feedforward(
 
 
 def _padded(width: int) -> int:
-    return max(16, triton.next_power_of_2(width))  # the least that a product takes
+    return max(16, next_power_of_2(width))  # the least that a product takes

@@ -9,6 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ats_detr.kernels.gpu.host import cdiv, next_power_of_2
+
 GROUP = 4  # tensors per launch
 ELEMENTS = 1024  # about so many per tensor and program
 
@@ -96,10 +98,10 @@ def _launch_moves(token_index, image_index, count, dense, packed, into_dense: bo
     for first in range(0, len(dense), GROUP):
         some_dense, some_packed = dense[first : first + GROUP], packed[first : first + GROUP]
         lengths = [_row_length(tensor, 2) for tensor in some_dense]
-        widths = [triton.next_power_of_2(length) for length in lengths]
+        widths = [next_power_of_2(length) for length in lengths]
         block = _block(max(widths))
         absent = GROUP - len(some_dense)
-        move_rows[(triton.cdiv(num_rows, block),)](
+        move_rows[(cdiv(num_rows, block),)](
             token_index, image_index, count,
             *some_dense, *[None] * absent, *some_packed, *[None] * absent, num_rows, num_tokens,
             dense[0].stride(1), *lengths, *[0] * absent, *widths, *[1] * absent,
@@ -136,9 +138,9 @@ def merge(slots: Tensor, packed: Tensor | None, dense: Tensor | None) -> Tensor:
     if out.numel() == 0:
         return out
     length = shape.numel()
-    width = triton.next_power_of_2(length)
+    width = next_power_of_2(length)
     block = _block(width)
-    merge_rows[(triton.cdiv(slots.numel(), block),)](
+    merge_rows[(cdiv(slots.numel(), block),)](
         slots,
         None if packed is None else packed.contiguous(),
         None if dense is None else dense.contiguous(),

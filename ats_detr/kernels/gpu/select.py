@@ -8,6 +8,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ats_detr.kernels.gpu.host import cdiv, next_power_of_2
+
 CHUNK = 1024  # tokens per program of the compaction
 
 
@@ -156,7 +158,7 @@ def select(
     integers = dict(dtype=torch.int32, device=scores.device)
     token_index, image_index = torch.empty(capacity, **integers), torch.empty(capacity, **integers)
     offsets, slots = torch.empty(batch + 1, **integers), torch.empty(batch, num_tokens, **integers)
-    chunks = triton.next_power_of_2(triton.cdiv(num_tokens, CHUNK))
+    chunks = next_power_of_2(cdiv(num_tokens, CHUNK))
     scratch = torch.empty(batch * (2 * chunks + 2), **integers)
     above, equal, rest = scratch.split([batch * chunks, batch * chunks, 2 * batch])
     threshold, ties = rest.split(batch)
@@ -166,8 +168,8 @@ def select(
     keys = (scores, padding_mask, num_keep, threshold, ties, above, equal)
     constants = dict(PADDED=padding_mask is not None, CHUNKS=chunks, CHUNK=CHUNK)
     find_thresholds[(batch,)](*keys, num_tokens, **constants, num_warps=max(4, min(16, chunks)))
-    compact_tokens[(batch, triton.cdiv(num_tokens, CHUNK))](
+    compact_tokens[(batch, cdiv(num_tokens, CHUNK))](
         *keys, token_index, image_index, offsets, slots, batch, num_tokens, capacity,
-        **constants, IMAGES_PADDED=triton.next_power_of_2(batch), num_warps=4,
+        **constants, IMAGES_PADDED=next_power_of_2(batch), num_warps=4,
     )  # fmt: skip
     return token_index, image_index, offsets, slots
