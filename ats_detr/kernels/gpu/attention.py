@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -28,9 +29,11 @@ class Problem(NamedTuple):
     weights: Tensor
     image_index: Tensor | None
     sizes: tuple[tuple[int, int], ...]
-    num_queries: int
     levels: tuple[int, ...]
     """(height << 16 | width) of eight levels, 0 for those that are not there."""
+    thin: bool
+    """Whether some level is one pixel wide or high."""
+    num_queries: int
 
     @property
     def queries_per_image(self) -> int:
@@ -53,17 +56,18 @@ class Problem(NamedTuple):
         """Compile-time constants of the kernels that read value rows as `kind`."""
         head_dim = self.value.shape[-1]
         columns = head_dim if kind == "plain" else head_dim // 2
+        constants = self.constants()
         return dict(
-            self.constants(),
+            constants,
             HEAD_DIM=head_dim,
             VALUE_PITCH=self.value.stride(1),
             WEIGHT_PITCH=self.weights.stride(0),
             PACKED=self.image_index is not None,
-            THIN=any(min(size) == 1 for size in self.sizes),
+            THIN=self.thin,
             KIND=kind,
             COLUMNS=columns,
             WIDTH=next_power_of_2(columns),
-            SAMPLES_PADDED=next_power_of_2(self.weights.shape[2] * self.weights.shape[3]),
+            SAMPLES_PADDED=next_power_of_2(constants["LEVELS"] * constants["POINTS"]),
         )
 
     def key(self) -> tuning.Key:
@@ -88,18 +92,29 @@ def prepare(
         in_place = value.stride(3) == 1 and value.stride(2) == head_dim and value.data_ptr() % 16 == 0
         if not in_place or (batch > 1 and value.stride(0) != num_tokens * value.stride(1)):
             value = value.clone(memory_format=torch.contiguous_format)
-    if not offsets[:1].is_contiguous() or offsets.stride(0) % 2 or offsets.data_ptr() % 16:
+    if not _rows_are_contiguous(offsets) or offsets.stride(0) % 2 or offsets.data_ptr() % 16:
         offsets = offsets.clone(memory_format=torch.contiguous_format)
-    if not weights[:1].is_contiguous():
+    if not _rows_are_contiguous(weights):
         weights = weights.contiguous()
     if reference is not None:
         reference = reference.contiguous()
     if image_index is not None:
         image_index = image_index.to(torch.int32).contiguous()
+    return Problem(
+        value, reference, offsets, weights, image_index, *_level_sizes(tuple(sizes)), offsets.shape[0]
+    )
+
+
+def _rows_are_contiguous(tensor: Tensor) -> bool:
+    return tensor.is_contiguous() or tensor[:1].is_contiguous()
+
+
+@functools.lru_cache(maxsize=256)
+def _level_sizes(sizes: tuple[int, ...]) -> tuple[tuple[tuple[int, int], ...], tuple[int, ...], bool]:
+    """`sizes`, `levels` and `thin` of a problem."""
     pairs = tuple(zip(sizes[::2], sizes[1::2], strict=True))
     levels = tuple(height << 16 | width for height, width in pairs)
-    levels += (0,) * (MAX_LEVELS - len(levels))
-    return Problem(value, reference, offsets, weights, image_index, pairs, offsets.shape[0], levels)
+    return pairs, levels + (0,) * (MAX_LEVELS - len(levels)), min(sizes) == 1
 
 
 def row_kind(value: Tensor, whole_rows: bool = False) -> str:
@@ -146,8 +161,8 @@ def backward(
 ) -> tuple[Tensor | None, Tensor, Tensor]:
     """Gradients by value (None unless needed), offsets and weights."""
     value, num_queries = problem.value, problem.num_queries
-    grad_offsets = torch.empty(problem.offsets.shape, dtype=problem.offsets.dtype, device=value.device)
-    grad_weights = torch.empty(problem.weights.shape, dtype=problem.weights.dtype, device=value.device)
+    grad_offsets = torch.empty_like(problem.offsets, memory_format=torch.contiguous_format)
+    grad_weights = torch.empty_like(problem.weights, memory_format=torch.contiguous_format)
     if num_queries == 0 or value.numel() == 0:
         return torch.zeros_like(value) if need_value else None, grad_offsets.zero_(), grad_weights.zero_()
     grad_out, out = grad_out.contiguous(), out.contiguous()
