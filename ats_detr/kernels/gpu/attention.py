@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
@@ -219,7 +218,7 @@ def spatial_order(problem: Problem) -> Tensor:
     num_queries = problem.num_queries
     keys = torch.empty(num_queries, dtype=torch.int16, device=position.device)
     bits = max(0, 16 - (problem.value.shape[0] - 1).bit_length()) // 2
-    binned.spatial_keys[(triton.cdiv(num_queries, 256),)](
+    binned.spatial_keys[(cdiv(num_queries, 256),)](
         position, problem.image_index, keys, num_queries, problem.queries_per_image, PITCH=position.stride(0),
         PACKED=problem.image_index is not None, BITS=bits, BLOCK=256, num_warps=4,
     )  # fmt: skip
@@ -239,9 +238,9 @@ def value_gradient_tiled(problem: Problem, grad_out: Tensor) -> Tensor:
         copies = 4 if owned else 1
         counts = torch.zeros(1 + tiles.groups * tiles.total, **integers)
         ranks = torch.empty(copies, weights.numel(), **integers)
-        points = triton.next_power_of_2(weights.shape[3])
+        points = next_power_of_2(weights.shape[3])
         block = max(1, samples_per_program // points)
-        num_programs = triton.cdiv(num_queries, block) * weights.shape[1] * weights.shape[2]
+        num_programs = cdiv(num_queries, block) * weights.shape[1] * weights.shape[2]
         binned.count_samples[(num_programs,)](
             problem.reference, problem.offsets, problem.image_index, order, counts, ranks,
             num_queries, problem.queries_per_image, tiles.total, *problem.levels, **problem.constants(),
@@ -266,9 +265,9 @@ def value_gradient_tiled(problem: Problem, grad_out: Tensor) -> Tensor:
 
 def _place_samples(problem, tiles, starts, ranks, samples) -> None:
     num_heads, num_levels, num_points = problem.weights.shape[1:]
-    levels, points = triton.next_power_of_2(num_levels), triton.next_power_of_2(num_points)
+    levels, points = next_power_of_2(num_levels), next_power_of_2(num_points)
     block = max(1, (8192 if INTERPRETING else 512) // (levels * points))
-    binned.place_samples[(triton.cdiv(problem.num_queries * num_heads, block),)](
+    binned.place_samples[(cdiv(problem.num_queries * num_heads, block),)](
         problem.reference, problem.offsets, problem.weights, problem.image_index, starts, ranks, samples,
         problem.num_queries, problem.queries_per_image, tiles.total, *problem.levels, **problem.constants(),
         WEIGHT_PITCH=problem.weights.stride(0), PACKED=problem.image_index is not None, OWNED=tiles.owned,
@@ -289,7 +288,7 @@ class Tiles(NamedTuple):
     @staticmethod
     def of(problem: Problem, owned: bool) -> Tiles:
         cells = 8 if owned else 7
-        sides = [(triton.cdiv(height, cells), triton.cdiv(width, cells)) for height, width in problem.sizes]
+        sides = [(cdiv(height, cells), cdiv(width, cells)) for height, width in problem.sizes]
         return Tiles(sides, problem.value.shape[0] * problem.value.shape[2], owned)
 
     @property
@@ -315,13 +314,13 @@ def _reduce_tiles(problem, tiles, samples, starts, grad_out, grad_value, num_war
     if programs == 0:
         return
     operand = _operand(problem.value)
-    width = max(16, triton.next_power_of_2(head_dim))
+    width = max(16, next_power_of_2(head_dim))
     if operand == tl.float32:  # three products for one: wider or more would spill
         width, num_warps, stages = min(width, 32), 4, 2
     else:
         width, stages = min(width, 128), 3
         num_warps = num_warps if width <= 32 else 4
-    binned.reduce_tiles[(programs, triton.cdiv(head_dim, width))](
+    binned.reduce_tiles[(programs, cdiv(head_dim, width))](
         samples, starts, grad_out, grad_value, num_tokens, tiles.total, tiles.groups, num_samples, per_program,
         *problem.levels, HEADS=num_heads, HEAD_DIM=head_dim, LEVELS=len(tiles.sides), WIDTH=width, OWNED=tiles.owned,
         COLOR=color, OPERAND=operand, SPLIT=operand == tl.float32 and not INTERPRETING, PIECE=PIECE, STAGES=stages,
@@ -343,10 +342,10 @@ def value_gradient_sorted(problem: Problem, grad_out: Tensor) -> Tensor:
     num_bins = tiles.groups * tiles.total
     num_samples = weights.numel()
     integers = dict(dtype=torch.int32, device=value.device)
-    points_padded = triton.next_power_of_2(num_points)
+    points_padded = next_power_of_2(num_points)
     block = max(1, 512 // points_padded)
     bins = torch.empty(num_samples, **integers)
-    binned.bin_samples[(triton.cdiv(num_queries * num_heads, block),)](
+    binned.bin_samples[(cdiv(num_queries * num_heads, block),)](
         problem.reference, problem.offsets, problem.image_index, bins,
         num_queries, problem.queries_per_image, tiles.total, num_bins, *problem.levels, **problem.constants(),
         PACKED=problem.image_index is not None, POINTS_PADDED=points_padded, BLOCK=block, num_warps=4,
@@ -354,7 +353,7 @@ def value_gradient_sorted(problem: Problem, grad_out: Tensor) -> Tensor:
     sorted_bins, order = bins.sort(stable=True)
     starts = torch.searchsorted(sorted_bins, torch.arange(num_bins + 1, **integers), out_int32=True)
     positions = torch.empty(num_samples, **integers)
-    binned.invert_permutation[(triton.cdiv(num_samples, 1024),)](order, positions, num_samples, BLOCK=1024)
+    binned.invert_permutation[(cdiv(num_samples, 1024),)](order, positions, num_samples, BLOCK=1024)
     samples = torch.empty(num_samples, 4, **integers)
     _place_samples(problem, tiles, None, positions, samples)
     grad_value = torch.zeros(value.shape, dtype=torch.float32, device=value.device)
