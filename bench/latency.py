@@ -8,7 +8,7 @@
 
 Modes: `packed` is what this package does; `padded` is the encoder as published (bench/padded.py); `dense` is the same
 model without token selection; `captured` is the whole model in one piece (`Detector.compile`), on a GPU as CUDA graphs,
-and `fused` is that with torch.compile (`Detector.compile(fuse=True)`);
+and `fused` is that with a compiled backbone (`Detector.compile(fuse=True)`);
 `peer:NAME` is another detector (bench/peers).
 Weights are random without a checkpoint, and random weights choose budgets at random: `--ratios` gives every image the
 same budget, `--budgets` one to each image of a batch. All modes run in one process and take turns.

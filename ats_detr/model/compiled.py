@@ -1,4 +1,4 @@
-"""A detector made ready to run: folded, cast, compiled, and on CUDA replayed as one graph per size of batch."""
+"""A detector made ready to run: folded, cast, and on CUDA replayed as one graph per size of batch."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 import torch._dynamo
-import torch.fx.experimental._config as shape_config
 from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
@@ -26,7 +25,7 @@ logger = logging.getLogger(__name__)
 _WARM_UP_PASSES = 3
 """Before a capture: the first tunes the kernels, and libraries choose their algorithms."""
 _MOST_TRACES = 128
-"""All models of a process share torch.compile's limit, whose default of 8 a third model would reach, and raise."""
+"""All models of a process share torch.compile's limit, whose default of 8 a ninth size would reach, and raise."""
 
 
 class CompiledDetr:
@@ -43,8 +42,8 @@ class CompiledDetr:
     Args:
         model: left as it is.
         dtype: of weights and features. Geometry, ranking scores, softmax and norms are computed in float32.
-        fuse: run torch.compile too, which takes minutes at the first batch and again at a few others: one trace serves
-            many sizes, single images have their own.
+        fuse: have torch.compile make one kernel of what follows a convolution of the backbone (bias, residual sum,
+            activation), which takes some seconds for every size.
         max_graphs: sizes whose graphs are kept, the most recently used ones. They share the memory of their
             activations; each has its own inputs and outputs.
     """
@@ -68,7 +67,8 @@ class CompiledDetr:
         self.device = model.level_embed.device
         self.warm_up_seconds: dict[tuple[int, int, int], float] = {}
         """Time until the first result of each (batch, height, width)."""
-        self._fused = torch.compile(self._pass, fullgraph=True, dynamic=True) if fuse else None
+        if fuse:
+            self.model.backbone.compile(fullgraph=True, dynamic=False)
         self._graphs: OrderedDict[tuple[int, int, int], _Graph] = OrderedDict()
         self._pool: Any = None
         if self.device.type == "cuda":
@@ -91,19 +91,10 @@ class CompiledDetr:
                 logger.info("first batch of %d x %dx%d: %.1f s", *size, self.warm_up_seconds[size])
         return output
 
-    def _detect(self, *inputs: Tensor) -> DetectorOutput:
-        if self._fused is None:
-            return self._pass(*inputs)
-        # Without duck shapes: otherwise sides that happen to be equal, and those that are not, are traced apart.
-        with (
-            torch._dynamo.config.patch(recompile_limit=_MOST_TRACES),
-            shape_config.patch(use_duck_shape=False),  # type: ignore[attr-defined]
-        ):
-            return self._fused(*inputs)
-
-    def _pass(self, images_B3HW: Tensor, padding_mask_BHW: Tensor) -> DetectorOutput:
+    def _detect(self, images_B3HW: Tensor, padding_mask_BHW: Tensor) -> DetectorOutput:
         images_B3HW = images_B3HW.to(self.dtype, memory_format=torch.channels_last)
-        return self.model.detect(images_B3HW, padding_mask_BHW, supervision=False)
+        with torch._dynamo.config.patch(recompile_limit=_MOST_TRACES):
+            return self.model.detect(images_B3HW, padding_mask_BHW, supervision=False)
 
     def _replay(self, size: tuple[int, int, int], *inputs: Tensor) -> DetectorOutput:
         stream = torch.cuda.current_stream()
