@@ -218,6 +218,7 @@ def other_launches(dtype: torch.dtype) -> list[Launch]:
         *caught(lambda: pack.pack(index, index, index[:1], [memory, memory, references])),
         *caught(lambda: pack.merge(slots, rows, memory)),
         *caught(lambda: pack.scatter_in_place(index, index, None, memory, rows)),
+        *caught(lambda: pack.zero_padding(memory, mask[:, :64])),
         *caught(lambda: dam.add_attention_map(problem, torch.zeros(4, 84))),
     ]
 

@@ -7,7 +7,7 @@ choose between the two (`backend.choose_backend`) and register the operators wit
 from ats_detr.kernels.attention import deformable_attention, multi_scale_deformable_attention
 from ats_detr.kernels.attention_map import attention_map, deformable_attention_map
 from ats_detr.kernels.linear import packed_feedforward, packed_linear, packed_linear_norm
-from ats_detr.kernels.packing import pack_tokens, scatter_tokens
+from ats_detr.kernels.packing import pack_tokens, scatter_tokens, zero_padding
 from ats_detr.kernels.plan import TokenPlan
 from ats_detr.kernels.selection import select_tokens
 
@@ -23,4 +23,5 @@ __all__ = [
     "packed_linear_norm",
     "scatter_tokens",
     "select_tokens",
+    "zero_padding",
 ]

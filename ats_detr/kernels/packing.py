@@ -56,6 +56,18 @@ def scatter_tokens(
     )
 
 
+def zero_padding(dense_BSN: Tensor, padding_mask_BS: Tensor, *, backend: str | None = None) -> Tensor:
+    """Zeroes the padded tokens of `dense_BSN` in place, and returns it.
+
+    The kernel touches nothing else. Where gradients or a graph are recorded, PyTorch reads and writes all.
+    """
+    recorded = runs_inside_graph() or (dense_BSN.requires_grad and torch.is_grad_enabled())
+    if choose_backend(dense_BSN, backend) == "reference" or recorded:
+        return dense_BSN.masked_fill_(padding_mask_BS[..., None], 0.0)
+    torch.ops.ats_detr.zero_padding_(dense_BSN, padding_mask_BS)
+    return dense_BSN
+
+
 def is_evenly_spaced(memory: Tensor) -> bool:
     """Whether the rows of [B, S, ...] are contiguous each and lie at one distance from each other, across images too,
     as the kernels address them: true of slices of one wide projection."""
@@ -158,6 +170,22 @@ def _scatter_in_place(
 
 @_scatter_in_place.register_fake
 def _(memory, rows, token_index, image_index, num_rows, backend):
+    return None
+
+
+@torch.library.custom_op("ats_detr::zero_padding_", mutates_args=("dense",))
+def _zero_padding(dense: Tensor, padding_mask: Tensor) -> None:
+    from ats_detr.kernels.gpu import pack
+
+    with torch.cuda.device_of(dense):
+        if is_evenly_spaced(dense):
+            pack.zero_padding(dense, padding_mask)
+        else:
+            dense.masked_fill_(padding_mask[..., None], 0.0)
+
+
+@_zero_padding.register_fake
+def _(dense, padding_mask):
     return None
 
 

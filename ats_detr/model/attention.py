@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ats_detr.kernels import TokenPlan, deformable_attention, packed_linear, scatter_tokens
+from ats_detr.kernels import TokenPlan, deformable_attention, packed_linear, scatter_tokens, zero_padding
 from ats_detr.kernels.reference import LevelShapes
 
 
@@ -110,9 +110,6 @@ def project_values(
         projections = [attention.value_proj for attention in attentions]
         weight = torch.cat([projection.weight for projection in projections])
         bias = torch.cat([projection.bias for projection in projections])
-        values = F.linear(memory_BSC, weight, bias).masked_fill_(padding_mask_BS[..., None], 0.0)
+        values = zero_padding(F.linear(memory_BSC, weight, bias), padding_mask_BS)
         return list(values.chunk(len(attentions), dim=-1))
-    return [
-        attention.value_proj(memory_BSC).masked_fill_(padding_mask_BS[..., None], 0.0)
-        for attention in attentions
-    ]
+    return [zero_padding(attention.value_proj(memory_BSC), padding_mask_BS) for attention in attentions]

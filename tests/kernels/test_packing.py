@@ -7,7 +7,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ats_detr.kernels import TokenPlan, attention_map, deformable_attention_map, pack_tokens, scatter_tokens
+from ats_detr.kernels import (
+    TokenPlan,
+    attention_map,
+    deformable_attention_map,
+    pack_tokens,
+    scatter_tokens,
+    zero_padding,
+)
 from ats_detr.kernels.backend import _KNOWS_EXPORT
 
 from .cases import DEVICE, AttentionCase, relative_error
@@ -90,6 +97,33 @@ def test_rows_past_the_count_are_neither_read_nor_written(count: int) -> None:
         target = memory.clone()
         result = scatter_tokens(plan, target, poisoned, in_place=in_place, backend="triton")
         assert torch.equal(result, memory)  # no NaN of an unused row arrives anywhere
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize(("width", "dtype"), [(8, torch.float32), (45, torch.bfloat16)])
+def test_zeroed_padding(share: float, width: int, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    mask = (torch.rand(2, 37, generator=generator) < share).to(DEVICE)
+    wide = torch.randn(2, 37, 3, width, generator=generator).to(DEVICE, dtype)
+    wide[0, 0, 1] = torch.nan
+    mask[0, 0] = share > 0
+    for dense in (
+        wide[:, :, 1],
+        wide.transpose(2, 3)[..., 1],
+        wide[:, :0, 0],
+        wide[:, 0],
+    ):  # the last: far apart
+        masked = mask[:, : dense.shape[1]]
+        expected = dense.masked_fill(masked[..., None], 0.0)
+        assert zero_padding(dense, masked, backend="triton") is dense
+        torch.testing.assert_close(dense, expected, rtol=0, atol=0, equal_nan=True)
+
+
+def test_zeroed_padding_gets_no_gradient() -> None:
+    mask = torch.tensor([[False, True]], device=DEVICE)
+    leaf = torch.ones(1, 2, 3, device=DEVICE, requires_grad=True)
+    zero_padding(leaf * 2, mask, backend="triton").sum().backward()
+    assert leaf.grad[0].tolist() == [[2.0] * 3, [0.0] * 3]
 
 
 def test_capacity_plans_refuse_gradients() -> None:

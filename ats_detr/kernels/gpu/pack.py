@@ -89,6 +89,23 @@ def _row_length(tensor: Tensor, leading: int) -> int:
     return tensor.shape[leading:].numel()
 
 
+@triton.jit(do_not_specialize=["num_rows"])
+def clear_rows(
+    mask_ptr,  # [rows] bool as uint8
+    dense_ptr,  # [rows, ROW], PITCH elements from row to row
+    num_rows, PITCH: tl.constexpr, ROW: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """dense[row] = 0 where mask[row]; other rows are not touched."""
+    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    masked = tl.load(mask_ptr + row, mask=row < num_rows, other=0) != 0
+    if tl.max(masked.to(tl.int32)) > 0:
+        column = tl.arange(0, WIDTH)[None, :]
+        place = dense_ptr + (row.to(tl.int64) * PITCH)[:, None] + column
+        tl.store(
+            place, tl.zeros((BLOCK, WIDTH), dense_ptr.dtype.element_ty), mask=masked[:, None] & (column < ROW)
+        )
+
+
 def _block(width: int) -> int:
     return max(1, ELEMENTS // width)
 
@@ -148,3 +165,13 @@ def merge(slots: Tensor, packed: Tensor | None, dense: Tensor | None) -> Tensor:
         BLOCK=block, num_warps=4,
     )  # fmt: skip
     return out
+
+
+def zero_padding(dense: Tensor, padding_mask: Tensor) -> None:
+    """Zeroes the padded tokens of [B, S, N], whose rows lie evenly apart."""
+    num_rows, length = padding_mask.numel(), dense.shape[2]
+    if num_rows and length:
+        clear_rows[(cdiv(num_rows, 16),)](
+            padding_mask.contiguous().view(torch.uint8), dense, num_rows, PITCH=dense.stride(1), ROW=length,
+            WIDTH=next_power_of_2(length), BLOCK=16, num_warps=4,
+        )  # fmt: skip
