@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import io
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,11 +20,14 @@ from scipy.stats import spearmanr
 
 from ats_detr import distributed
 from ats_detr.batch import Target
+from ats_detr.config import SelectorConfig
 from ats_detr.data.coco import ClassMap, CocoAnnotations, ImageFileError
 from ats_detr.data.loader import EvaluationLoader
 from ats_detr.errors import UserError
 from ats_detr.model import CompiledDetr, Detr
 from ats_detr.model.output import Detections, DetectorOutput, top_detections
+
+logger = logging.getLogger(__name__)
 
 Evaluator = Literal["auto", "pycocotools", "hotcoco"]
 
@@ -172,6 +176,21 @@ def evaluate(
     metrics = distributed.broadcast(_summarise(shares, loader, evaluator) if distributed.is_main() else None)
     assert metrics is not None
     return metrics
+
+
+def warn_of_minimum(metrics: Metrics, selector: SelectorConfig | None) -> None:
+    """Say so where the budgets are without effect because images keep `min_tokens` whatever they choose."""
+    if selector is None or not selector.adaptive:
+        return
+    at_minimum = sum(record.num_kept_tokens <= selector.min_tokens for record in metrics.images)
+    if 2 * at_minimum > len(metrics.images):
+        logger.warning(
+            "%d of %d images keep model.selector.min_tokens = %d tokens, or all they have, whatever their budget is:"
+            " lower it, or give larger images",
+            at_minimum,
+            len(metrics.images),
+            selector.min_tokens,
+        )
 
 
 class _Found:

@@ -14,14 +14,13 @@ from ats_detr import distributed
 from ats_detr.config import Config
 from ats_detr.data.coco import ClassMap
 from ats_detr.data.loader import EvaluationLoader
-from ats_detr.evaluation import Metrics, evaluate
+from ats_detr.evaluation import Metrics, evaluate, warn_of_minimum
 from ats_detr.flops import count_flops
 from ats_detr.model import CompiledDetr, Detr
 from ats_detr.training import checkpoint as checkpoints
 from ats_detr.training.datasets import build_evaluation_loader
 from ats_detr.training.logging import console, say
 from ats_detr.training.stages import Stage
-from ats_detr.training.trainer import make_folder, warn_of_minimum
 from ats_detr.visualize import plot_budgets, save_pictures
 
 _AP_NAMES = {
@@ -45,10 +44,10 @@ def evaluate_checkpoint(
     """
     model, class_map = load_detector(config, path, device)
     loader = build_evaluation_loader(config.data, class_map)
-    make_folder(folder)
+    checkpoints.make_folder(folder)
     evaluated = model if compiled is None else CompiledDetr(model, dtype=compiled)
     metrics = evaluate(evaluated, loader, device, show_progress=console.is_terminal)
-    warn_of_minimum(config, metrics)
+    warn_of_minimum(metrics, config.model.selector)
     if distributed.is_main():
         print_metrics(metrics)
         checkpoints.write_json(metrics.to_dict(), folder / "metrics.json")

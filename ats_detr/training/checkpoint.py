@@ -116,6 +116,16 @@ def save_folder(checkpoint: Mapping[str, Any], folder: Path) -> None:
         raise UserError(f"{folder}: cannot write {MODEL_CONFIG} ({error.strerror})") from error
 
 
+def make_folder(folder: Path) -> None:
+    """Make a folder for results, with those above it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"{folder}: cannot make this folder ({error.strerror}); choose another one"
+        ) from error
+
+
 def write_json(content: Mapping[str, Any], path: Path) -> None:
     """Write whole or not at all."""
     temporary = path.with_name(path.name + ".tmp")

@@ -25,12 +25,12 @@ from ats_detr.config import Config, save_config
 from ats_detr.data.coco import ClassMap
 from ats_detr.data.loader import Batch
 from ats_detr.errors import Stopped, UserError
-from ats_detr.evaluation import Metrics, evaluate
+from ats_detr.evaluation import evaluate, warn_of_minimum
 from ats_detr.model import Detr, build_model
 from ats_detr.model.backbone import load_weights as load_backbone_weights
 from ats_detr.model.output import DetectorOutput
 from ats_detr.training.average import MovingAverage
-from ats_detr.training.checkpoint import build_without_fetching, read_file
+from ats_detr.training.checkpoint import build_without_fetching, make_folder, read_file
 from ats_detr.training.criterion import SetCriterion
 from ats_detr.training.datasets import Loaders, build_loaders
 from ats_detr.training.distillation import DualTeacher
@@ -454,7 +454,7 @@ def evaluate_run(run: Run, is_last: bool) -> dict[str, Any]:
     """Measure the model on the validation images, and keep it if it is the best so far but not the last."""
     state, progress = run.state, run.state.progress
     found = evaluate(state.evaluated, run.loaders.val, run.device)
-    warn_of_minimum(run.config, found)
+    warn_of_minimum(found, run.config.model.selector)
     metrics = found.to_dict()
     run.log.write(progress.step, progress.epoch, metrics, kind="evaluation")
     say(f"{run.name} epoch {progress.epoch}: {describe_metrics(metrics)}")
@@ -503,32 +503,6 @@ def uncompile_layers(model: Detr) -> None:
     """Let them run as they are again."""
     for layer in (*model.encoder.layers, *model.decoder.layers):
         layer._compiled_call_impl = None
-
-
-def warn_of_minimum(config: Config, metrics: Metrics) -> None:
-    """Say so where the budgets are without effect because images keep `min_tokens` whatever they choose."""
-    selector = config.model.selector
-    if selector is None or not selector.adaptive:
-        return
-    at_minimum = sum(record.num_kept_tokens <= selector.min_tokens for record in metrics.images)
-    if 2 * at_minimum > len(metrics.images):
-        logger.warning(
-            "%d of %d images keep model.selector.min_tokens = %d tokens, or all they have, whatever their budget is:"
-            " lower it, or give larger images",
-            at_minimum,
-            len(metrics.images),
-            selector.min_tokens,
-        )
-
-
-def make_folder(folder: Path) -> None:
-    """Make a folder for results, with those above it."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(
-            f"{folder}: cannot make this folder ({error.strerror}); choose another one"
-        ) from error
 
 
 def prepare_model(config: Config, class_map: ClassMap, init_from: Path | None = None) -> Detr:
