@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ats_detr.batch import Target
 from ats_detr.boxes import cxcywh_to_xyxy, generalized_iou
+from ats_detr.config import Config
 from ats_detr.model.output import DetectorOutput, Prediction
 from ats_detr.training.focal import FocalLoss, background_loss
 from ats_detr.training.matcher import HungarianMatcher, Match, PendingMatches, PredictionRows
@@ -114,6 +115,16 @@ class SetCriterion(nn.Module):
         if metrics:
             losses |= attention_coverage(attention, selection.plan.slot_BS >= 0, output.level_shapes)
         return losses
+
+
+def build_criterion(config: Config, num_classes: int) -> SetCriterion:
+    """The criterion for the model of a config."""
+    return SetCriterion(
+        num_classes,
+        class_specific_proposals=config.model.class_specific_proposals,
+        num_decoder_layers=config.model.num_decoder_layers,
+        num_encoder_layers=config.model.num_encoder_layers,
+    )
 
 
 @dataclass
