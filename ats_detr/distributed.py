@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from ats_detr.batch import Target
 from ats_detr.errors import UserError
@@ -116,6 +118,24 @@ def broadcast(value: T) -> T:
     if world_size() > 1:
         dist.broadcast_object_list(values)
     return values[0]
+
+
+def parallel(model: nn.Module, device: torch.device) -> nn.Module:
+    """The model as the processes train it together: its backward pass averages the gradients over them."""
+    if world_size() == 1:
+        return model
+    return DistributedDataParallel(
+        model,
+        device_ids=[device] if device.type == "cuda" else None,
+        gradient_as_bucket_view=True,
+    )
+
+
+def gradients_averaged(model: nn.Module, wanted: bool) -> AbstractContextManager[None]:
+    """Whether passes of what `parallel` returned average gradients now; without, they add up in each process."""
+    if wanted or not isinstance(model, DistributedDataParallel):
+        return nullcontext()
+    return model.no_sync()
 
 
 def sum_over_processes(tensor: torch.Tensor) -> torch.Tensor:

@@ -8,7 +8,7 @@ import math
 import os
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.exc import TorchDynamoException
 from torch._inductor.exc import InductorError
-from torch.nn.parallel import DistributedDataParallel
 
 from ats_detr import distributed
 from ats_detr.config import Config, save_config
@@ -218,7 +217,7 @@ def prepare(
         criterion=build_criterion(config, model.num_classes),
         teachers=supervision,
         state=state,
-        trained=parallel(model, device),
+        trained=distributed.parallel(model, device),
         statistics=KeptStatistics(model),
         watch=StepWatch(config.train.max_skipped_steps),
         signals=signals,
@@ -329,9 +328,7 @@ def accumulate_gradients(
     for index, (host_batch, targets) in enumerate(micro_batches):
         batch = host_batch.to(run.device)
         is_last = index + 1 == len(micro_batches)
-        trained: Any = run.trained
-        is_alone = is_last or not isinstance(trained, DistributedDataParallel)
-        with nullcontext() if is_alone else trained.no_sync(), naming_the_batch(batch, targets):
+        with distributed.gradients_averaged(run.trained, is_last), naming_the_batch(batch, targets):
             output, losses, found = compute_losses(
                 run.trained,
                 run.criterion,
@@ -487,17 +484,6 @@ def check_classes(teachers: Teachers, student: Detr, class_map: ClassMap) -> Non
                     raise UserError(
                         f"the {name} teacher {other}: row {row} is {taught!r} there, here {own!r}"
                     )
-
-
-def parallel(model: Detr, device: torch.device) -> nn.Module:
-    """The model as the processes of a distributed run train it together."""
-    if distributed.world_size() == 1:
-        return model
-    return DistributedDataParallel(
-        model,
-        device_ids=[device] if device.type == "cuda" else None,
-        gradient_as_bucket_view=True,
-    )
 
 
 def describe_run(run: Run) -> str:

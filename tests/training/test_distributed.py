@@ -11,6 +11,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor, nn
 
+from ats_detr import distributed
 from ats_detr.batch import ImageBatch, Target
 from ats_detr.config import config_from_dict
 from ats_detr.model import build_model
@@ -18,7 +19,6 @@ from ats_detr.training.criterion import build_criterion
 from ats_detr.training.distillation import DualTeacher
 from ats_detr.training.losses import compute_losses
 from ats_detr.training.optim import build_optimizer
-from ats_detr.training.trainer import parallel
 from tests.training.small import ADAPTIVE, merged, random_batch, small_tree
 
 ROOT = Path(__file__).parents[2]
@@ -33,7 +33,7 @@ def train_three_steps(tree: dict[str, Any], rank: int, world_size: int) -> dict[
     torch.manual_seed(0)
     model = build_model(config.model, num_classes=3).train()
     teachers = two_teachers(tree) if config.model.adaptive else None
-    trained = parallel(model, torch.device("cpu"))
+    trained = distributed.parallel(model, torch.device("cpu"))
     optimizer = build_optimizer(model, config.train, global_batch=4)
     criterion = build_criterion(config, 3)
     result: dict[str, dict[str, Tensor]] = {}
