@@ -5,18 +5,14 @@ from __future__ import annotations
 import itertools
 import logging
 import math
-import os
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._dynamo.exc import TorchDynamoException
-from torch._inductor.exc import InductorError
 
 from ats_detr import distributed
 from ats_detr.config import Config, save_config
@@ -29,8 +25,10 @@ from ats_detr.model.backbone import load_weights as load_backbone_weights
 from ats_detr.model.output import DetectorOutput
 from ats_detr.training.average import MovingAverage
 from ats_detr.training.checkpoint import build_without_fetching, make_folder, read_file
+from ats_detr.training.compilation import CANNOT_COMPILE, compile_layers, uncompile_layers
 from ats_detr.training.criterion import SetCriterion, build_criterion
 from ats_detr.training.datasets import Loaders, build_loaders
+from ats_detr.training.determinism import determinism
 from ats_detr.training.distillation import DualTeacher
 from ats_detr.training.guards import (
     KeptStatistics,
@@ -388,7 +386,7 @@ def rehearse(run: Run) -> None:
     run.trained.train()
     try:
         accumulate_gradients(run, [(batch, targets)], metrics=False)
-    except (TorchDynamoException, InductorError) as error:
+    except CANNOT_COMPILE as error:
         reason = str(error).strip().splitlines()[0]
         logger.warning("train.compile is OFF, this model cannot be compiled here: %s", reason)
         uncompile_layers(run.state.model)
@@ -419,38 +417,6 @@ def evaluate_run(run: Run, is_last: bool) -> dict[str, Any]:
 def global_batch(config: Config) -> int:
     """Images of one step."""
     return config.data.batch_size * distributed.world_size() * config.train.accumulate
-
-
-@contextmanager
-def determinism(wanted: bool) -> Iterator[None]:
-    """Between entry and exit only algorithms that give the same bits in every run; PyTorch raises where it has none."""
-    if not wanted:
-        yield
-        return
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
-    before = (
-        torch.are_deterministic_algorithms_enabled(),
-        torch.is_deterministic_algorithms_warn_only_enabled(),
-    )
-    benchmark, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, False
-    torch.use_deterministic_algorithms(True)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
-        torch.backends.cudnn.benchmark = benchmark
-
-
-def compile_layers(model: Detr) -> None:
-    """Compile the layers of encoder and decoder for any sizes, when they run first."""
-    for layer in (*model.encoder.layers, *model.decoder.layers):
-        layer.compile(dynamic=True)
-
-
-def uncompile_layers(model: Detr) -> None:
-    """Let them run as they are again."""
-    for layer in (*model.encoder.layers, *model.decoder.layers):
-        layer._compiled_call_impl = None
 
 
 def prepare_model(config: Config, class_map: ClassMap, init_from: Path | None = None) -> Detr:
