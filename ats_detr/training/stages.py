@@ -17,8 +17,9 @@ from ats_detr.model import Detr
 from ats_detr.training.checkpoint import config_of, load_checkpoint, load_detector
 from ats_detr.training.distillation import DualTeacher
 from ats_detr.training.origin import WITHOUT_INFLUENCE, check_same_origin, digest
+from ats_detr.training.run import Teachers
 from ats_detr.training.state import FINISHED, discard_results, is_resuming
-from ats_detr.training.trainer import Teachers, train
+from ats_detr.training.trainer import train
 
 logger = logging.getLogger(__name__)
 

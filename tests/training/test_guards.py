@@ -16,14 +16,15 @@ from ats_detr.errors import UserError
 from ats_detr.training import trainer
 from ats_detr.training.datasets import data_root
 from ats_detr.training.guards import check_targets, largest_batch
+from ats_detr.training.run import Run, prepare
 from ats_detr.training.signals import StopSignals
 from ats_detr.training.stages import plan_stages, train_stages
 from tests.training.small import random_batch, small_config, small_tree
 
 
-def prepared(folder: Path, **changes: Any) -> trainer.Run:
+def prepared(folder: Path, **changes: Any) -> Run:
     config = small_config(folder, **changes)
-    return trainer.prepare(config, folder / "run", "small", torch.device("cpu"), None, None, StopSignals())
+    return prepare(config, folder / "run", "small", torch.device("cpu"), None, None, StopSignals())
 
 
 def train(folder: Path, **changes: Any) -> None:
@@ -37,7 +38,7 @@ def logged(folder: Path, kind: str) -> list[dict[str, Any]]:
     return [entry for entry in map(json.loads, lines) if entry["kind"] == kind]
 
 
-def state_of(run: trainer.Run) -> dict[str, torch.Tensor]:
+def state_of(run: Run) -> dict[str, torch.Tensor]:
     tensors = {name: tensor.clone() for name, tensor in run.state.model.state_dict().items()}
     for i, moments in enumerate(run.state.optimizer.state.values()):
         tensors |= {f"{i} {key}": value.clone() for key, value in moments.items()}
@@ -85,7 +86,7 @@ def spoil_steps(patch: pytest.MonkeyPatch, steps: set[int]) -> None:
     """The images of these steps (1 is the first) get a NaN."""
     step = trainer.train_step
 
-    def spoiled_step(run: trainer.Run, epoch: int, micro_batches: Any, *, metrics: bool) -> Any:
+    def spoiled_step(run: Run, epoch: int, micro_batches: Any, *, metrics: bool) -> Any:
         if run.state.progress.step + 1 in steps:
             spoil_image(micro_batches[0])
         return step(run, epoch, micro_batches, metrics=metrics)

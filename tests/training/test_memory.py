@@ -12,6 +12,7 @@ import yaml
 
 from ats_detr.config import load_config
 from ats_detr.training import trainer
+from ats_detr.training.run import Run
 from ats_detr.training.stages import plan_stages, train_stages
 from tests.training.small import small_tree
 
@@ -33,7 +34,7 @@ def test_three_epochs_of_2000_images_with_two_workers_grow_under_5_percent(
     used = []
     evaluate_run = trainer.evaluate_run
 
-    def measured(run: trainer.Run, is_last: bool) -> Any:
+    def measured(run: Run, is_last: bool) -> Any:
         metrics = evaluate_run(
             run, is_last
         )  # belongs to an epoch: the first one starts the loader's other workers

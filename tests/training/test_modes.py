@@ -19,6 +19,7 @@ from ats_detr.training.average import MovingAverage
 from ats_detr.training.criterion import build_criterion
 from ats_detr.training.distillation import DualTeacher
 from ats_detr.training.losses import compute_losses
+from ats_detr.training.run import Run, prepare
 from ats_detr.training.signals import StopSignals
 from ats_detr.training.stages import plan_stages, train_stages
 from tests.training.small import ADAPTIVE, merged, random_batch, small_config, small_tree
@@ -26,12 +27,12 @@ from tests.training.small import ADAPTIVE, merged, random_batch, small_config, s
 ROOT = Path(__file__).parents[2]
 
 
-def prepared(folder: Path, **changes: Any) -> trainer.Run:
+def prepared(folder: Path, **changes: Any) -> Run:
     config = small_config(folder, **changes)
-    return trainer.prepare(config, folder / "run", "small", torch.device("cpu"), None, None, StopSignals())
+    return prepare(config, folder / "run", "small", torch.device("cpu"), None, None, StopSignals())
 
 
-def gradients(run: trainer.Run, batches: list[Any]) -> dict[str, Tensor]:
+def gradients(run: Run, batches: list[Any]) -> dict[str, Tensor]:
     run.trained.train()
     run.state.optimizer.zero_grad()
     trainer.accumulate_gradients(run, batches, metrics=True)
@@ -187,7 +188,7 @@ def quickstart_losses(folder: Path, precision: str, num_steps: int) -> list[floa
     ]
     config = load_config(ROOT / "configs" / "quickstart_weak.yaml", overrides)
     device = torch.device("cpu")
-    run = trainer.prepare(config, folder / precision, precision, device, None, None, StopSignals())
+    run = prepare(config, folder / precision, precision, device, None, None, StopSignals())
     losses = []
     for batch, _ in zip(run.loaders.train.epoch(0), range(num_steps), strict=False):
         values = trainer.train_step(run, 0, [batch], metrics=False)

@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ats_detr.config import Config
 from ats_detr.training import trainer
+from ats_detr.training.run import Run, prepare
 from ats_detr.training.signals import StopSignals
 from tests.training.small import random_batch, small_config
 
@@ -82,8 +83,8 @@ class Transfers:
             mode.__exit__(*error)
 
 
-def prepared(folder: Path, config: Config) -> trainer.Run:
-    return trainer.prepare(config, folder / "run", "small", torch.device("cpu"), None, None, StopSignals())
+def prepared(folder: Path, config: Config) -> Run:
+    return prepare(config, folder / "run", "small", torch.device("cpu"), None, None, StopSignals())
 
 
 @pytest.mark.parametrize("recompute", [False, True])
@@ -121,7 +122,7 @@ def test_the_counter_counts() -> None:
 def test_a_step_waits_for_the_gpu_only_where_it_is_allowed_to(tmp_path: Path) -> None:
     config = small_config(tmp_path, device="cuda")
     device = torch.device("cuda")
-    run = trainer.prepare(config, tmp_path / "run", "small", device, None, None, StopSignals())
+    run = prepare(config, tmp_path / "run", "small", device, None, None, StopSignals())
     batch = random_batch(0, [3, 0, 2, 1], size=64)
     for _ in range(3):
         trainer.train_step(run, 0, [batch], metrics=False)
