@@ -18,7 +18,6 @@ from ats_detr.config import Config
 from ats_detr.data.loader import Batch
 from ats_detr.errors import Stopped
 from ats_detr.evaluation import evaluate, warn_of_minimum
-from ats_detr.model.output import DetectorOutput
 from ats_detr.training.compilation import CANNOT_COMPILE, uncompile_layers
 from ats_detr.training.determinism import determinism
 from ats_detr.training.guards import check_targets, largest_batch, naming_the_batch
@@ -58,19 +57,15 @@ def train(
         say(describe_run(run))
         rehearse(run)
         for epoch in range(progress.epoch, config.train.epochs):
-            started = time.monotonic()
             train_epoch(run, epoch)
-            progress.train_seconds += time.monotonic() - started
             progress.epoch, progress.epoch_step = epoch + 1, 0
-            is_last = progress.epoch == config.train.epochs
-            every = config.train.evaluate_every
-            metrics = (
-                evaluate_run(run, is_last) if is_last or (every and progress.epoch % every == 0) else None
-            )
-            if is_last:
-                assert metrics is not None
+            if progress.epoch == config.train.epochs:
+                metrics = evaluate_run(run, is_last=True)
                 save_result(config, run.facts, folder, run.state, metrics, FINISHED)
                 break
+            every = config.train.evaluate_every
+            if every and progress.epoch % every == 0:
+                evaluate_run(run, is_last=False)
             is_stopping = any(distributed.gather(signals.received is not None))
             if is_stopping or progress.epoch % config.train.checkpoint_every == 0:
                 save(config, run.facts, folder, run.state, device)
@@ -100,14 +95,7 @@ def train_epoch(run: Run, epoch: int) -> None:
         every = config.checkpoint_every_steps
         is_saving = not is_last and every > 0 and progress.epoch_step % every == 0
         if is_logged or is_saving or is_stopping:
-            values = {
-                **values,
-                "skipped": run.watch.num_skipped(),
-                "stopping": _flag(run.signals, run.device),
-            }
-            numbers = mean_on_host(values)
-            is_stopping = numbers.pop("stopping") > 0
-            report_skipped(run, numbers.pop("skipped") > 0)
+            numbers, is_stopping = read_values(run, values)
         if is_logged:
             seconds, last_time = time.monotonic() - last_time, time.monotonic()
             num_images = (progress.step - last_logged) * global_batch(run.config)
@@ -121,27 +109,7 @@ def train_epoch(run: Run, epoch: int) -> None:
             save(run.config, run.facts, run.folder, run.state, run.device)
             if is_stopping:
                 raise stopped(run)
-    progress.train_seconds = seconds_before
-
-
-def _in_groups(batches: Iterable[Batch], size: int) -> Iterator[list[Batch]]:
-    iterator = iter(batches)
-    while group := list(itertools.islice(iterator, size)):
-        yield group
-
-
-def _flag(signals: StopSignals, device: torch.device) -> Tensor:
-    """1 where this process was asked to stop; filled on the device, so nothing waits."""
-    return torch.full((), float(signals.received is not None), device=device)
-
-
-def stopped(run: Run) -> Stopped:
-    """The end of a run that was asked to stop, its checkpoint written."""
-    run.log.close()
-    signal = next((name for name in distributed.gather(run.signals.received) if name), "a signal")
-    return Stopped(
-        f"{run.name}: stopped by {signal} after step {run.state.progress.step}; the same command goes on from there"
-    )
+    progress.train_seconds = seconds_before + time.monotonic() - started
 
 
 def train_step(run: Run, epoch: int, micro_batches: Sequence[Batch], *, metrics: bool) -> dict[str, Tensor]:
@@ -154,13 +122,12 @@ def train_step(run: Run, epoch: int, micro_batches: Sequence[Batch], *, metrics:
     run.statistics.keep()
     values, problem = accumulate_gradients(run, micro_batches, metrics=metrics)
 
-    named = [(name, p) for name, p in model.named_parameters() if p.grad is not None]
-    norms = torch._foreach_norm([parameter.grad for _, parameter in named if parameter.grad is not None])
+    trained = {name: p for name, p in model.named_parameters() if p.grad is not None}
+    norms = torch._foreach_norm([p.grad for p in trained.values() if p.grad is not None])
     total_norm = torch.linalg.vector_norm(torch.stack(norms))
-    nn.utils.clip_grads_with_norm_([parameter for _, parameter in named], settings.clip_norm, total_norm)
+    nn.utils.clip_grads_with_norm_(trained.values(), settings.clip_norm, total_norm)
     image_ids = [target.image_id for _, targets in micro_batches for target in targets]
-    names = [name for name, _ in named]
-    evidence = dict(zip(names, norms, strict=True))
+    evidence = dict(zip(trained, norms, strict=True))
     skip = run.watch.judge(progress.step + 1, epoch, image_ids, values, evidence, total_norm, problem)
     state.optimizer.found_inf = skip  # type: ignore[attr-defined]
     state.optimizer.step()
@@ -178,6 +145,7 @@ def accumulate_gradients(
     targets_of_step = [target for _, targets in micro_batches for target in targets]
     check_targets(targets_of_step, run.state.model.num_classes)
     num_boxes = distributed.global_num_boxes(targets_of_step, run.device)
+    share = 1 / len(micro_batches)
     values: dict[str, Tensor] = {}
     problem: str | None = None
     for index, (host_batch, targets) in enumerate(micro_batches):
@@ -191,23 +159,33 @@ def accumulate_gradients(
                 batch,
                 targets,
                 num_boxes=num_boxes,
-                share=1 / len(micro_batches),
+                share=share,
                 precision=run.precision,
                 metrics=metrics,
             )
             losses["loss"].backward()
         problem = problem or found
-        losses |= selection_values(output, 1 / len(micro_batches))
+        if output.selection is not None:
+            losses["keep_ratio"] = output.selection.keep_ratio_B.mean() * share
         for key, value in losses.items():
             values[key] = values[key] + value.detach() if key in values else value.detach()
     return values, problem
 
 
-def selection_values(output: DetectorOutput, share: float) -> dict[str, Tensor]:
-    """What to log of the token selection."""
-    if output.selection is None:
-        return {}
-    return {"keep_ratio": output.selection.keep_ratio_B.mean() * share}
+def _in_groups(batches: Iterable[Batch], size: int) -> Iterator[list[Batch]]:
+    iterator = iter(batches)
+    while group := list(itertools.islice(iterator, size)):
+        yield group
+
+
+def read_values(run: Run, values: Mapping[str, Tensor]) -> tuple[dict[str, float], bool]:
+    """Numbers to log, and whether any process was asked to stop, in one transfer. Tells of skipped steps, too."""
+    # Filled on the device, so nothing waits.
+    stopping = torch.full((), float(run.signals.received is not None), device=run.device)
+    numbers = mean_on_host({**values, "skipped": run.watch.num_skipped(), "stopping": stopping})
+    is_stopping = numbers.pop("stopping") > 0
+    report_skipped(run, numbers.pop("skipped") > 0)
+    return numbers, is_stopping
 
 
 def mean_on_host(values: Mapping[str, Tensor]) -> dict[str, float]:
@@ -232,6 +210,15 @@ def report_skipped(run: Run, any_skipped: bool) -> None:
         step, epoch = record.pop("step"), record.pop("epoch")
         run.log.write(step, epoch, record, kind="skipped")
     run.watch.stop_if_diverged()
+
+
+def stopped(run: Run) -> Stopped:
+    """The end of a run that was asked to stop, its checkpoint written."""
+    run.log.close()
+    signal = next((name for name in distributed.gather(run.signals.received) if name), "a signal")
+    return Stopped(
+        f"{run.name}: stopped by {signal} after step {run.state.progress.step}; the same command goes on from there"
+    )
 
 
 def rehearse(run: Run) -> None:
