@@ -241,8 +241,8 @@ def jobs(architecture: int, everything: bool = True) -> Iterator[tuple[dict, Lau
         for kernel_pass, operator, fused in passes:
             if not fused and not everything:
                 continue
-            few_samples = (*key, 1) if operator == "value_tiles" else key
-            candidates = tuning.configurations(operator, few_samples)
+            density = [tuning.density(1, 1)] if operator == "value_tiles" else []
+            candidates = tuning.configurations(operator, (*key, *density))
             for config in candidates if everything and fused else candidates[:1]:
                 for launch in attention_launches(kernel_pass, dtype, config, fused):
                     labels = {"pass": kernel_pass, "dtype": name, "fused": fused, "config": config}

@@ -17,7 +17,7 @@ from ats_detr.kernels import reference
 from ats_detr.kernels.backend import choose_backend, runs_inside_graph
 from ats_detr.kernels.reference import LevelShapes
 
-MAX_LEVELS, MAX_POINTS, MAX_HEAD_DIM = 8, 16, 256
+MAX_LEVELS, MAX_POINTS, MAX_HEAD_DIM, MAX_SIDE = 8, 16, 256, 32767
 
 
 def deformable_attention(
@@ -116,8 +116,8 @@ def _check(
     num_tokens, num_heads, head_dim = value_BSHD.shape[1:]
     if sum(height * width for height, width in level_shapes) != num_tokens:
         raise ValueError(f"levels {list(level_shapes)} do not make up the value's {num_tokens} tokens")
-    if any(min(shape) < 1 for shape in level_shapes):
-        raise ValueError(f"levels {list(level_shapes)}: every side is at least 1")
+    if any(not 1 <= side <= MAX_SIDE for shape in level_shapes for side in shape):
+        raise ValueError(f"levels {list(level_shapes)}: every side is at least 1 and at most {MAX_SIDE}")
     want = (num_heads, len(level_shapes))
     if weights_NHLP.shape[1:3] != want or offsets_NHLP2.shape != (*weights_NHLP.shape, 2):
         raise ValueError(

@@ -22,7 +22,7 @@ by_kernel = pytest.mark.skipif(
 )
 
 HALF, BRAIN = torch.float16, torch.bfloat16
-WIDE = ((30, 44), (15, 22), (8, 11))  # samples of a few queries spread over many 7x7 tiles
+WIDE = ((30, 44), (15, 22), (8, 11))  # samples of a few queries spread over many tiles
 
 CASES = {
     "packed": AttentionCase(),
@@ -106,20 +106,46 @@ def test_classical_operator_and_gradients(dtype, method, monkeypatch: pytest.Mon
 
 
 @by_kernel
-@pytest.mark.parametrize(("num_queries", "few"), [(200, True), (4000, False)])
-def test_tiles_own_their_pixels_where_samples_are_few(num_queries, few, monkeypatch) -> None:
-    """Each sample in up to four tiles: of a dense encoder's, that would be a gigabyte."""
-    asked = []
-    monkeypatch.setattr(tuning, "TILES_FROM", 0)
-    monkeypatch.setattr(tuning, "_chosen", {})
-    choose = tuning._choose
-    monkeypatch.setattr(
-        tuning, "_choose", lambda *arguments: asked.append(arguments[:2]) or choose(*arguments)
-    )
-    case = AttentionCase(levels=((20, 30), (10, 15)), counts=(num_queries,), heads=1, head_dim=8)
-    case.run(backend="triton")
-    (key,) = (key for operator, key in asked if operator == "value_tiles")
-    assert any(config["owned"] for config in tuning.configurations("value_tiles", key)) == few
+@pytest.mark.parametrize("method", METHODS)
+def test_samples_on_the_borders_of_tiles_and_maps(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On whole pixels and one rounding step beside them: where a wrong tile is another row, level or image."""
+    deterministic = choose(method, monkeypatch)
+    levels, counts = ((8, 16), (7, 14)), (50, 30)
+    generator = torch.Generator().manual_seed(0)
+    borders = torch.tensor([-1.0, 0.0, 6.0, 7.0, 8.0, 13.0, 14.0, 15.0, 16.0])
+    near = torch.cat([borders, *(borders.nextafter(torch.tensor(way)) for way in (-99.0, 99.0))]).to(DEVICE)
+    sides = torch.tensor([[width, height] for height, width in levels]).float()
+    reference = (
+        (0.5 / sides).expand(sum(counts), 2, 2).to(DEVICE)
+    )  # offsets are pixels then, to a rounding step
+    offsets = near[torch.randint(len(near), (sum(counts), 1, 2, 3, 2), generator=generator)]
+    case = AttentionCase(levels=levels, counts=counts, heads=1, head_dim=8, points=3)
+    tensors = {**case.tensors(), "reference": reference, "offsets": offsets}
+    monkeypatch.setattr(AttentionCase, "tensors", lambda self: dict(tensors))
+    result, expected = case.run(backend="triton", deterministic=deterministic), case.run(exact=True)
+    for name in ("out", "value"):  # others jump at whole pixels
+        assert relative_error(result[name], expected[name]) < TOLERANCE[torch.float32]
+
+
+@by_kernel
+@pytest.mark.parametrize("method", ["shared pixels", "owned pixels"])
+def test_tiles_of_many_samples_are_shared_between_programs(method, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On every level, on the coarse one, on none (of those that own their pixels)."""
+    choose(method, monkeypatch)
+    for counts in ((600, 500), (200, 180), (30, 30)):
+        case = AttentionCase(
+            levels=((16, 16), (3, 4)), counts=counts, heads=1, head_dim=8, points=6, spread=4.0
+        )
+        check(case.run(backend="triton"), case.run(exact=True), case)
+
+
+def test_tiles_own_their_pixels_where_samples_are_few() -> None:
+    """Each sample may be in four tiles: of a dense encoder's, that would be a gigabyte."""
+    key = ("bfloat16", 8, 32, 4, 4, True)
+    for num_samples, num_pixels, few in ((799, 100, True), (800, 100, False), (5 << 20, 9 << 20, False)):
+        candidates = tuning.configurations("value_tiles", (*key, tuning.density(num_samples, num_pixels)))
+        assert any(config["owned"] for config in candidates) == few
+        assert not candidates[0]["owned"]
 
 
 def test_queries_are_ordered_image_by_image_and_along_the_map() -> None:
@@ -312,6 +338,7 @@ def test_bfloat16_value_does_not_round_the_references_coordinates() -> None:
     [
         (dict(level_shapes=((2, 2),)), "tokens"),
         (dict(level_shapes=((0, 5), (279, 1), (0, 1), (0, 2))), "at least 1"),
+        (dict(level_shapes=((1, 40000),), value_BSHD=torch.zeros(2, 40000, 2, 1)), "at most 32767"),
         (dict(reference_points=torch.zeros(3, 4, 2)), "reference_points"),
         (dict(logits_NHLP=torch.zeros(10, 2, 4, 3)), "weights"),
         (dict(image_index_N=None, value_BSHD=torch.zeros(3, 279, 2, 32)), "image_index_N"),
@@ -346,14 +373,22 @@ def test_large_packed_attention_on_the_gpu(monkeypatch: pytest.MonkeyPatch) -> N
 
 @pytest.mark.gpu
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
-def test_forward_and_backward_in_a_cuda_graph() -> None:
+@pytest.mark.parametrize("method", METHODS)
+def test_forward_and_backward_in_a_cuda_graph(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    deterministic = choose(method, monkeypatch)
     case = AttentionCase()
     tensors = case.tensors()
     value = tensors["value"].requires_grad_()
 
     def step() -> tuple[torch.Tensor, torch.Tensor]:
         out = deformable_attention(
-            value, case.levels, tensors["reference"], tensors["offsets"], tensors["logits"], tensors["image"]
+            value,
+            case.levels,
+            tensors["reference"],
+            tensors["offsets"],
+            tensors["logits"],
+            tensors["image"],
+            deterministic=deterministic,
         )
         return out, torch.autograd.grad(out, value, tensors["gradient"])[0]
 

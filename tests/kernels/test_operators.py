@@ -215,6 +215,38 @@ def test_tuning_takes_the_nearest_bucket_and_remembers_on_disk(
     tuning._table.cache_clear()
 
 
+@pytest.mark.parametrize("error", ["OutOfMemoryError", "OutOfResources"])
+def test_a_configuration_that_does_not_fit_is_left_out(
+    error: str, tmp_path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tuning = pytest.importorskip("ats_detr.kernels.gpu.tuning")
+    errors = {
+        "OutOfMemoryError": torch.OutOfMemoryError(),
+        "OutOfResources": tuning.OutOfResources(2, 1, "shared memory"),
+    }
+    monkeypatch.setenv("ATS_DETR_CACHE", str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Some GPU 9000")
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(tuning.triton.testing, "do_bench", lambda function, **_: function() or 1.0)
+    monkeypatch.setattr(tuning, "_chosen", {})
+    tuning._table.cache_clear()
+    others = tuning.CONFIGS["msda_forward"][1:]
+    device, key, launched = torch.device("cuda", 0), ("bfloat16", 8, 32, 4, 4, True), []
+
+    def launch(**config) -> None:
+        if config not in fitting:
+            raise errors[error]
+        launched.append(config)
+
+    fitting = others[-1:]
+    tuning.run("msda_forward", key, 7000, device, launch)
+    assert launched[-1] == others[-1]
+    fitting = []
+    with pytest.raises(type(errors[error])):
+        tuning.run("msda_forward", (*key[:-1], False), 7000, device, launch)
+    tuning._table.cache_clear()
+
+
 def test_shipped_winners_are_configurations_that_are_compiled_in_tests() -> None:
     tuning = pytest.importorskip("ats_detr.kernels.gpu.tuning")
     from pathlib import Path

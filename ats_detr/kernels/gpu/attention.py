@@ -99,9 +99,11 @@ def prepare(
         reference = reference.contiguous()
     if image_index is not None:
         image_index = image_index.to(torch.int32).contiguous()
+    pairs, levels, thin = _level_sizes(tuple(sizes))
     return Problem(
-        value, reference, offsets, weights, image_index, *_level_sizes(tuple(sizes)), offsets.shape[0]
-    )
+        value, reference, offsets, weights, image_index, sizes=pairs, levels=levels, thin=thin,
+        num_queries=offsets.shape[0],
+    )  # fmt: skip
 
 
 def _rows_are_contiguous(tensor: Tensor) -> bool:
@@ -113,7 +115,7 @@ def _level_sizes(sizes: tuple[int, ...]) -> tuple[tuple[tuple[int, int], ...], t
     """`sizes`, `levels` and `thin` of a problem."""
     pairs = tuple(zip(sizes[::2], sizes[1::2], strict=True))
     levels = tuple(height << 16 | width for height, width in pairs)
-    return pairs, levels + (0,) * (MAX_LEVELS - len(levels)), min(sizes) == 1
+    return pairs, levels + (0,) * (MAX_LEVELS - len(levels)), 1 in sizes
 
 
 def row_kind(value: Tensor, whole_rows: bool = False) -> str:
@@ -250,29 +252,11 @@ def value_gradient_tiled(problem: Problem, grad_out: Tensor) -> Tensor:
         # as many as there can be: how many samples are in several tiles, or in none, only the device knows
         samples = torch.empty(copies * weights.numel(), 4, **integers)
         _place_samples(problem, tiles, starts, ranks, samples)
-        if owned:
-            grad_value = torch.empty(value.shape, dtype=value.dtype, device=value.device)
-        else:
-            grad_value = torch.zeros(value.shape, dtype=torch.float32, device=value.device)
-        _reduce_tiles(problem, tiles, samples, starts, grad_out, grad_value, reduce_warps)
+        grad_value = _reduce_tiles(problem, tiles, samples, starts, grad_out, reduce_warps)
 
-    # Which way is faster depends on the number of samples of a pixel: none stands in for another.
-    samples_per_pixel = weights[0, 0].numel() * num_queries // max(1, value.shape[0] * value.shape[1])
-    key = (*problem.key(), samples_per_pixel.bit_length())
-    tuning.run("value_tiles", key, num_queries, value.device, launch)
-    return grad_value.to(value.dtype)
-
-
-def _place_samples(problem, tiles, starts, ranks, samples) -> None:
-    num_heads, num_levels, num_points = problem.weights.shape[1:]
-    levels, points = next_power_of_2(num_levels), next_power_of_2(num_points)
-    block = max(1, (8192 if INTERPRETING else 512) // (levels * points))
-    binned.place_samples[(cdiv(problem.num_queries * num_heads, block),)](
-        problem.reference, problem.offsets, problem.weights, problem.image_index, starts, ranks, samples,
-        problem.num_queries, problem.queries_per_image, tiles.total, *problem.levels, **problem.constants(),
-        WEIGHT_PITCH=problem.weights.stride(0), PACKED=problem.image_index is not None, OWNED=tiles.owned,
-        LEVELS_PADDED=levels, POINTS_PADDED=points, BLOCK=block, num_warps=2,
-    )  # fmt: skip
+    density = tuning.density(weights.numel(), value.shape[:3].numel())
+    tuning.run("value_tiles", (*problem.key(), density), num_queries, value.device, launch)
+    return grad_value
 
 
 class Tiles(NamedTuple):
@@ -287,8 +271,8 @@ class Tiles(NamedTuple):
 
     @staticmethod
     def of(problem: Problem, owned: bool) -> Tiles:
-        cells = 8 if owned else 7
-        sides = [(cdiv(height, cells), cdiv(width, cells)) for height, width in problem.sizes]
+        step = binned.WINDOW.value if owned else binned.CELLS.value
+        sides = [(cdiv(height, step), cdiv(width, step)) for height, width in problem.sizes]
         return Tiles(sides, problem.value.shape[0] * problem.value.shape[2], owned)
 
     @property
@@ -296,36 +280,74 @@ class Tiles(NamedTuple):
         return sum(rows * columns for rows, columns in self.sides)
 
 
-def _reduce_tiles(problem, tiles, samples, starts, grad_out, grad_value, num_warps, color=-1) -> None:
-    num_tokens, num_heads, head_dim = problem.value.shape[1:]
+def _place_samples(
+    problem: Problem, tiles: Tiles, starts: Tensor | None, ranks: Tensor, samples: Tensor
+) -> None:
+    num_heads, num_levels, num_points = problem.weights.shape[1:]
+    levels, points = next_power_of_2(num_levels), next_power_of_2(num_points)
+    # 512 samples need 130 registers where tiles own their pixels, 256 half of that and 6 % more instructions (sm_90).
+    block = max(1, (8192 if INTERPRETING else 256) // (levels * points))
+    binned.place_samples[(cdiv(problem.num_queries * num_heads, block),)](
+        problem.reference, problem.offsets, problem.weights, problem.image_index, starts, ranks, samples,
+        problem.num_queries, problem.queries_per_image, tiles.total, *problem.levels, **problem.constants(),
+        WEIGHT_PITCH=problem.weights.stride(0), PACKED=problem.image_index is not None, OWNED=tiles.owned,
+        LEVELS_PADDED=levels, POINTS_PADDED=points, BLOCK=block, num_warps=2,
+    )  # fmt: skip
+
+
+def _reduce_tiles(
+    problem: Problem,
+    tiles: Tiles,
+    samples: Tensor,
+    starts: Tensor,
+    grad_out: Tensor,
+    num_warps: int,
+    colors: Sequence[int] = (-1,),
+) -> Tensor:
+    """The value's gradient, in its dtype; a launch for each of `colors` (see `binned.reduce_tiles`)."""
+    value = problem.value
+    batch, num_tokens, num_heads, head_dim = value.shape
     num_samples = problem.queries_per_image * problem.weights.shape[3]
     # Few long programs sum to memory less often, but are too few to fill the GPU where there is little to do.
     per_program = (16 if problem.weights.numel() >= 4 << 20 else 8) * PIECE
-    programs = 0
-    for rows, columns in tiles.sides:
-        if color >= 0:
-            programs += tiles.groups * ((rows + 1 - color // 2) // 2) * ((columns + 1 - color % 2) // 2)
-        elif tiles.owned:
-            programs += tiles.groups * rows * columns
-        else:  # as binned._splits
-            num_tiles = rows * columns
-            splits = max(1, (num_samples + num_tiles * (per_program // 2)) // (num_tiles * per_program))
-            programs += tiles.groups * num_tiles * splits
-    if programs == 0:
-        return
-    operand = _operand(problem.value)
+    num_tiles = [rows * columns for rows, columns in tiles.sides]
+    splits = [  # as binned._splits
+        max(1, (num_samples + number * (per_program // 2)) // (number * per_program)) for number in num_tiles
+    ]
+    own_levels = next((i for i, n in enumerate(splits) if n > 1), len(splits)) if tiles.owned else 0
+    first_summed = sum(height * width for height, width in problem.sizes[:own_levels])
+    summed_shape = (batch, num_tokens - first_summed, num_heads, head_dim)
+    summed = torch.zeros(summed_shape, dtype=torch.float32, device=value.device)
+    owned = torch.empty(value.shape, dtype=value.dtype, device=value.device) if tiles.owned else None
+
+    operand = _operand(value)
     width = max(16, next_power_of_2(head_dim))
     if operand == tl.float32:  # three products for one: wider or more would spill
         width, num_warps, stages = min(width, 32), 4, 2
     else:
         width, stages = min(width, 128), 3
         num_warps = num_warps if width <= 32 else 4
-    binned.reduce_tiles[(programs, cdiv(head_dim, width))](
-        samples, starts, grad_out, grad_value, num_tokens, tiles.total, tiles.groups, num_samples, per_program,
-        *problem.levels, HEADS=num_heads, HEAD_DIM=head_dim, LEVELS=len(tiles.sides), WIDTH=width, OWNED=tiles.owned,
-        COLOR=color, OPERAND=operand, SPLIT=operand == tl.float32 and not INTERPRETING, PIECE=PIECE, STAGES=stages,
-        num_warps=num_warps, num_stages=stages, enable_fp_fusion=True,
-    )  # fmt: skip
+    for color in colors:
+        if color < 0:
+            programs = sum(number * split for number, split in zip(num_tiles, splits, strict=True))
+        else:
+            programs = sum(
+                ((rows + 1 - color // 2) // 2) * ((columns + 1 - color % 2) // 2)
+                for rows, columns in tiles.sides
+            )
+        if programs == 0:
+            continue
+        binned.reduce_tiles[(tiles.groups * programs, cdiv(head_dim, width))](
+            samples, starts, grad_out, owned, summed, num_tokens, first_summed, tiles.total, tiles.groups, num_samples,
+            per_program, *problem.levels, HEADS=num_heads, HEAD_DIM=head_dim, LEVELS=len(tiles.sides), WIDTH=width,
+            OWNED=tiles.owned, COLOR=color, OPERAND=operand, SPLIT=operand == tl.float32 and not INTERPRETING,
+            PIECE=PIECE, STAGES=stages, num_warps=num_warps, num_stages=stages, enable_fp_fusion=True,
+        )  # fmt: skip
+    if owned is None:
+        return summed.to(value.dtype)
+    if summed.numel():
+        owned[:, first_summed:] = summed
+    return owned
 
 
 def _operand(value: Tensor) -> tl.dtype:
@@ -356,7 +378,4 @@ def value_gradient_sorted(problem: Problem, grad_out: Tensor) -> Tensor:
     binned.invert_permutation[(cdiv(num_samples, 1024),)](order, positions, num_samples, BLOCK=1024)
     samples = torch.empty(num_samples, 4, **integers)
     _place_samples(problem, tiles, None, positions, samples)
-    grad_value = torch.zeros(value.shape, dtype=torch.float32, device=value.device)
-    for color in range(4):
-        _reduce_tiles(problem, tiles, samples, starts, grad_out, grad_value, 2, color)
-    return grad_value.to(value.dtype)
+    return _reduce_tiles(problem, tiles, samples, starts, grad_out, num_warps=2, colors=range(4))

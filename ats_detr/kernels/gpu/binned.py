@@ -2,17 +2,18 @@
 
 Summing 4 corners x HEAD_DIM floats per sample into memory costs 512 bytes of reductions at 32 channels; at
 encoder scale those are most of the backward pass. Here the samples of each (image, head) are first sorted into
-tiles of 8x8 pixels. `reduce_tiles` then forms, for 64 samples at a time, the matrix of their hat weights
+tiles with windows of 8x8 pixels. `reduce_tiles` then forms, for 64 samples at a time, the matrix of their hat weights
 [64 pixels, 64 samples], multiplies it with their gradient rows on the tensor cores, and adds or writes the sum: each
 pixel once per program instead of once per sample.
 
-A sample touches up to four pixels, which may lie in two or four tiles. There are two ways:
+A sample touches up to four pixels, which may lie in the windows of several tiles. There are two ways:
 
     shared pixels   tiles of 7x7 cells (a cell is the square between four pixel centres): each sample is in one tile,
                     the outermost pixels are in several, and their sums are added in float32 memory
-    OWNED pixels    tiles share no pixel: a sample is in each tile that it touches (1.27 on average), a tile's only
-                    program writes its pixels in the value's dtype. Nothing is zeroed, added or cast, which
-                    pays where samples are few.
+    OWNED pixels    tiles of 8x8 pixels: each sample is in every tile that it touches (1.27 on average), and the one
+                    program of a tile writes its pixels in the value's dtype: nothing is zeroed, added or cast. The few
+                    tiles of coarse levels, whose samples are many, are still shared between programs that add.
+                    Expected to pay where samples are few
 
     spatial_keys    queries along a Z-shaped curve, so that a program's samples fall into few tiles (then torch.sort)
     count_samples   counts the samples of each tile and ranks each within its tile, one counter increment per program
@@ -31,11 +32,14 @@ import triton.language as tl
 
 from ats_detr.kernels.gpu.common import LOG2E, SIZES, level_size, samples_of_level, view_as
 
+WINDOW = tl.constexpr(8)  # pixels per side of a tile's window
+CELLS = tl.constexpr(7)  # cells per side of a tile whose outermost pixels are shared
+
 
 @triton.jit
 def _side(OWNED: tl.constexpr):
-    """Cells from tile to tile; the window of a tile is 8x8 pixels."""
-    return 8 if OWNED else 7
+    """Pixels from one tile to the next."""
+    return WINDOW if OWNED else CELLS
 
 
 @triton.jit
@@ -50,16 +54,15 @@ def _touches(x, y, width, height):
 
 
 @triton.jit
-def _tile_of(coordinate, touches, OWNED: tl.constexpr):
-    """Column or row of the tile that a sample falls into, 0 for one that touches nothing."""
-    return tl.maximum(tl.where(touches, coordinate, 0.0), 0.0).to(tl.int32) // _side(OWNED)
+def _first_pixel(coordinate, touches):
+    """First column or row of pixels that a sample touches, 0 for one that touches none."""
+    return tl.maximum(tl.where(touches, coordinate, 0.0), 0.0).to(tl.int32)
 
 
 @triton.jit
-def _crosses(coordinate, touches, tile, size):
-    """Whether a sample also touches the tile (of those that own their pixels) to the right of, or below, its own."""
-    next_pixel = tl.where(touches, tl.floor(coordinate), -1.0).to(tl.int32) + 1
-    return (next_pixel == (tile + 1) * 8) & (next_pixel < size)
+def _crosses(first_pixel, size):
+    """Whether the sample also touches the next column or row of tiles, where tiles own their pixels."""
+    return (first_pixel % WINDOW == WINDOW - 1) & (first_pixel + 1 < size)
 
 
 @triton.jit
@@ -142,20 +145,22 @@ def count_samples(
         tl.minimum(point, POINTS - 1), height, width, level, LEVELS, POINTS, REFERENCE,
     )  # fmt: skip
     touches = _touches(x, y, width, height) & live[:, None] & (point < POINTS)
-    tile_x = _tile_of(x, touches, OWNED)
-    tile_y = _tile_of(y, touches, OWNED)
+    pixel_x = _first_pixel(x, touches)
+    pixel_y = _first_pixel(y, touches)
+    tile_x = pixel_x // _side(OWNED)
+    tile_y = pixel_y // _side(OWNED)
     own_tile = (image * (HEADS * num_tiles))[:, None] + first_tile + tile_y * tiles_x + tile_x
     ranks = rank_ptr + ((query * HEADS + head) * LEVELS + level).to(tl.int64)[:, None] * POINTS + point
     if OWNED:
-        right = _crosses(x, touches, tile_x, width)
-        below = _crosses(y, touches, tile_y, height)
         plane = num_queries.to(tl.int64) * (HEADS * LEVELS * POINTS)
-        rank = tl.atomic_add(count_ptr + own_tile + 1, 1, mask=right, sem="relaxed")
-        tl.store(ranks + plane, rank, mask=right)
+        into_next = _crosses(pixel_x, width)
+        below = _crosses(pixel_y, height)
+        rank = tl.atomic_add(count_ptr + own_tile + 1, 1, mask=into_next, sem="relaxed")
+        tl.store(ranks + plane, rank, mask=into_next)
         rank = tl.atomic_add(count_ptr + own_tile + tiles_x, 1, mask=below, sem="relaxed")
         tl.store(ranks + 2 * plane, rank, mask=below)
-        rank = tl.atomic_add(count_ptr + own_tile + tiles_x + 1, 1, mask=right & below, sem="relaxed")
-        tl.store(ranks + 3 * plane, rank, mask=right & below)
+        rank = tl.atomic_add(count_ptr + own_tile + tiles_x + 1, 1, mask=into_next & below, sem="relaxed")
+        tl.store(ranks + 3 * plane, rank, mask=into_next & below)
 
     # Anchor of the 4x4 tiles: the first tile met, or one before the mean where the samples spread over more.
     SAMPLES: tl.constexpr = BLOCK * POINTS_PADDED
@@ -164,33 +169,33 @@ def count_samples(
     at_home = touches & (image == home)[:, None]
     # One axis: a reduction is then one instruction of the whole warp instead of a shuffle per step.
     at_home = tl.reshape(at_home, (SAMPLES,))
-    x = tl.reshape(tile_x, (SAMPLES,))
-    y = tl.reshape(tile_y, (SAMPLES,))
+    column = tl.reshape(tile_x, (SAMPLES,))
+    line = tl.reshape(tile_y, (SAMPLES,))
     number = tl.maximum(tl.sum(at_home.to(tl.int32)), 1)
-    left = tl.min(tl.where(at_home, x, 1 << 20))
-    right = tl.max(tl.where(at_home, x, 0))
-    top = tl.min(tl.where(at_home, y, 1 << 20))
-    low = tl.max(tl.where(at_home, y, 0))
-    mean_x = tl.sum(tl.where(at_home, x, 0)) // number
-    mean_y = tl.sum(tl.where(at_home, y, 0)) // number
+    left = tl.min(tl.where(at_home, column, 1 << 20))
+    right = tl.max(tl.where(at_home, column, 0))
+    top = tl.min(tl.where(at_home, line, 1 << 20))
+    low = tl.max(tl.where(at_home, line, 0))
+    mean_x = tl.sum(tl.where(at_home, column, 0)) // number
+    mean_y = tl.sum(tl.where(at_home, line, 0)) // number
     left = tl.where(right - left < 4, left, tl.maximum(mean_x - 1, 0))
     top = tl.where(low - top < 4, top, tl.maximum(mean_y - 1, 0))
-    near = at_home & (x >= left) & (x < left + 4) & (y >= top) & (y < top + 4)
+    near = at_home & (column >= left) & (column < left + 4) & (line >= top) & (line < top + 4)
 
     # The four counters of a row of tiles are bytes of one word: one cumulative sum ranks the samples of all four.
-    byte = tl.where(near, (x - left) * 8, 0)
+    byte = tl.where(near, (column - left) * 8, 0)
     slots = tl.arange(0, 16)
     rank = tl.zeros((SAMPLES,), tl.int32)
     count = tl.zeros((16,), tl.int32)
-    for line in tl.static_range(4):
-        hit = tl.where(near & (y - top == line), 1 << byte, 0)
+    for step in tl.static_range(4):
+        hit = tl.where(near & (line - top == step), 1 << byte, 0)
         rank = tl.where(hit != 0, tl.cumsum(hit) - hit, rank)
-        count = tl.where(slots // 4 == line, tl.sum(hit), count)
+        count = tl.where(slots // 4 == step, tl.sum(hit), count)
     rank = (rank >> byte) & 255
     count = (count >> (slots % 4 * 8)) & 255
     slot_tile = home * (HEADS * num_tiles) + first_tile + (top + slots // 4) * tiles_x + left + slots % 4
     base = tl.atomic_add(count_ptr + slot_tile, count, mask=count > 0, sem="relaxed")
-    rank += tl.gather(base, tl.where(near, (y - top) * 4 + x - left, 0), 0)
+    rank += tl.gather(base, tl.where(near, (line - top) * 4 + column - left, 0), 0)
     rank = tl.reshape(rank, (BLOCK, POINTS_PADDED))
     stray = touches & ~tl.reshape(near, (BLOCK, POINTS_PADDED))
     if tl.max(tl.max(stray.to(tl.int32), axis=1)) > 0:
@@ -228,9 +233,8 @@ def bin_samples(
             level, LEVELS, POINTS, REFERENCE,
         )  # fmt: skip
         touches = _touches(x, y, width, height)
-        own_tile = (
-            first_tile + _tile_of(y, touches, False) * _tiles(width, False) + _tile_of(x, touches, False)
-        )
+        own_tile = first_tile + _first_pixel(y, touches) // CELLS * _tiles(width, False)
+        own_tile += _first_pixel(x, touches) // CELLS
         bin = tl.where(touches, own_tile, num_bins)
         at = row * (LEVELS * POINTS) + level * POINTS + point
         tl.store(bin_ptr + at, bin, mask=mask)
@@ -277,8 +281,10 @@ def place_samples(
         weight = tl.exp2(logit - tl.max(logit, axis=1)[:, None])
         weight /= tl.sum(weight, axis=1)[:, None]
     touches = _touches(x, y, width, height) & live[:, None] & exists
-    tile_x = _tile_of(x, touches, OWNED)
-    tile_y = _tile_of(y, touches, OWNED)
+    pixel_x = _first_pixel(x, touches)
+    pixel_y = _first_pixel(y, touches)
+    tile_x = pixel_x // _side(OWNED)
+    tile_y = pixel_y // _side(OWNED)
     ranks = rank_ptr + row.to(tl.int64) * (LEVELS * POINTS) + j
     plane = num_queries.to(tl.int64) * (HEADS * LEVELS * POINTS)
     starts = start_ptr
@@ -288,17 +294,17 @@ def place_samples(
         else:
             image = query // queries_per_image
         starts += (image * HEADS + head) * num_tiles + first_tile + tile_y * _tiles(width, OWNED) + tile_x
-    right = _crosses(x, touches, tile_x, width)
-    below = _crosses(y, touches, tile_y, height)
     x -= (tile_x * _side(OWNED)).to(tl.float32)  # exact
     y -= (tile_y * _side(OWNED)).to(tl.float32)
     _write_sample(sample_ptr, starts, ranks, x, y, weight, row, touches)
     if OWNED:
-        low_starts = starts + _tiles(width, OWNED)
-        _write_sample(sample_ptr, starts + 1, ranks + plane, x - 8.0, y, weight, row, right)
-        _write_sample(sample_ptr, low_starts, ranks + 2 * plane, x, y - 8.0, weight, row, below)
+        into_next = _crosses(pixel_x, width)
+        below = _crosses(pixel_y, height)
+        low = starts + _tiles(width, OWNED)
+        _write_sample(sample_ptr, starts + 1, ranks + plane, x - WINDOW, y, weight, row, into_next)
+        _write_sample(sample_ptr, low, ranks + 2 * plane, x, y - WINDOW, weight, row, below)
         _write_sample(
-            sample_ptr, low_starts + 1, ranks + 3 * plane, x - 8.0, y - 8.0, weight, row, right & below
+            sample_ptr, low + 1, ranks + 3 * plane, x - WINDOW, y - WINDOW, weight, row, into_next & below
         )
 
 
@@ -327,13 +333,26 @@ def _splits(samples, tiles, per_program):
     return tl.maximum((samples + tiles * (per_program // 2)) // (tiles * per_program), 1)
 
 
-@triton.jit(do_not_specialize=["num_tokens", "num_tiles", "num_groups", "num_samples", "per_program", *SIZES])
+@triton.jit(
+    do_not_specialize=[
+        "num_tokens",
+        "first_summed",
+        "num_tiles",
+        "num_groups",
+        "num_samples",
+        "per_program",
+        *SIZES,
+    ]
+)
 def reduce_tiles(
     sample_ptr,  # as place_samples left it
     start_ptr,  # [bins + 1] int32 first position of each tile, and one past the last of the last
     grad_out_ptr,  # [N, HEADS, HEAD_DIM]
-    grad_value_ptr,  # [B, S, HEADS, HEAD_DIM] float32, zeros before the first launch; OWNED: of any dtype, out
-    num_tokens, num_tiles,  # of an image
+    grad_value_ptr,  # [B, S, HEADS, HEAD_DIM] out, where OWNED: tokens before `first_summed`
+    sum_ptr,  # [B, S - first_summed, HEADS, HEAD_DIM] float32, added to: the other tokens
+    num_tokens,  # of an image
+    first_summed,  # token; the first of a level
+    num_tiles,  # of an image and head
     num_groups,  # images * heads
     num_samples,  # of a group on a level, on average
     per_program,  # samples
@@ -341,13 +360,12 @@ def reduce_tiles(
     HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, LEVELS: tl.constexpr, WIDTH: tl.constexpr, OWNED: tl.constexpr,
     COLOR: tl.constexpr, OPERAND: tl.constexpr, SPLIT: tl.constexpr, PIECE: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """grad_value[pixel] += sum over samples of weight * hat(pixel) * grad_out[row], for the 8x8 pixels of one tile and
-    WIDTH channels.
+    """grad_value[pixel] (+)= sum over samples of weight * hat(pixel) * grad_out[row], for the 8x8 pixels of one tile
+    and WIDTH channels.
 
-    A tile with many more than `per_program` samples is shared between programs, which take its pieces in turns. The
-    coarse levels come first: their programs are the long ones. Programs of one tile are far apart, so that their sums
-    meet seldom.
-    OWNED: one program per tile, = instead of +=.
+    Levels from `first_summed` on are added up in `sum_ptr`. A tile with many more than `per_program` samples is shared
+    between programs, which take its pieces in turns: only of such levels. The coarse levels come first, their programs
+    are the long ones; programs of one tile are far apart, so that their sums meet seldom.
     COLOR 0..3 takes the tiles of one parity of column and row only, one program each: their windows do not overlap, so
     that nothing is summed out of order. -1: all tiles.
     """
@@ -359,8 +377,9 @@ def reduce_tiles(
     width = 1
     rows = 1
     columns = 1
-    first_token = num_tokens
+    first_token = 0
     first_tile = num_tiles
+    level_start = num_tokens
     for level in tl.static_range(LEVELS - 1, -1, -1):
         level_height, level_width = level_size(
             level, shape0, shape1, shape2, shape3, shape4, shape5, shape6, shape7
@@ -368,16 +387,16 @@ def reduce_tiles(
         level_rows = _tiles(level_height, OWNED)
         level_columns = _tiles(level_width, OWNED)
         level_tiles = level_rows * level_columns
+        level_start -= level_height * level_width
         level_splits = 1
         if COLOR < 0:
-            if not OWNED:
-                level_splits = _splits(num_samples, level_tiles, per_program)
+            level_splits = _splits(num_samples, level_tiles, per_program)
         else:
             level_rows = (level_rows + 1 - COLOR // 2) // 2
             level_columns = (level_columns + 1 - COLOR % 2) // 2
         programs = num_groups * level_rows * level_columns
         mine = (program >= 0) & (program < programs * level_splits)
-        first_token -= tl.where(program >= 0, level_height * level_width, 0)
+        first_token = tl.where(mine, level_start, first_token)
         first_tile -= tl.where(program >= 0, level_tiles, 0)
         height = tl.where(mine, level_height, height)
         width = tl.where(mine, level_width, width)
@@ -397,17 +416,19 @@ def reduce_tiles(
     bin = group * num_tiles + first_tile + tile_y * _tiles(width, OWNED) + tile_x
     position = tl.load(start_ptr + bin) + split * PIECE
     end = tl.load(start_ptr + bin + 1)
-    if not OWNED:  # noqa: SIM102 - what follows asks the GPU, this the compiler
-        if position >= end:
-            return
+    is_summed = True
+    if OWNED:
+        is_summed = first_token >= first_summed
+    if (position >= end) & is_summed:
+        return
     column = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
     piece = tl.arange(0, PIECE)
     # 0 .. 7, "loaded": the compiler computes what is made from loaded values where the matrix product wants it, in
     # registers, and would else pass the hat matrix through shared memory (docs/kernels.md says what that costs).
     samples = view_as(sample_ptr, tl.float32)
-    pixel = tl.arange(0, 8)
+    pixel = tl.arange(0, WINDOW)
     pixel = tl.load(samples + pixel, mask=pixel < -num_tokens, other=pixel.to(tl.float32))
-    total = tl.zeros((64, WIDTH), tl.float32)
+    total = tl.zeros((WINDOW * WINDOW, WIDTH), tl.float32)
     for start in tl.range(position, end, splits * PIECE, num_stages=STAGES):
         at = (start + piece).to(tl.int64) * 4
         inside = start + piece < end
@@ -422,7 +443,7 @@ def reduce_tiles(
         )
         hat_x = tl.clamp(1.0 - tl.abs(x[None, :] - pixel[:, None]), 0.0, 1.0) * weight[None, :]
         hat_y = tl.clamp(1.0 - tl.abs(y[None, :] - pixel[:, None]), 0.0, 1.0)
-        share = tl.reshape(hat_y[:, None, :] * hat_x[None, :, :], (64, PIECE))
+        share = tl.reshape(hat_y[:, None, :] * hat_x[None, :, :], (WINDOW * WINDOW, PIECE))
         if SPLIT:  # float32 factors as sums of two of 8 bits each: three products, 16 bits
             share_high = _high_part(share)
             grad_high = _high_part(grad)
@@ -435,18 +456,21 @@ def reduce_tiles(
             total = tl.dot(share_high, grad_high, total)
         else:
             total = tl.dot(share.to(OPERAND), grad.to(OPERAND), total)
-    window = tl.arange(0, 64)
-    pixel_x = tile_x * _side(OWNED) + window % 8
-    pixel_y = tile_y * _side(OWNED) + window // 8
-    token = (group // HEADS) * num_tokens + first_token + pixel_y * width + pixel_x
-    place = (
-        grad_value_ptr + ((token * HEADS + group % HEADS).to(tl.int64) * HEAD_DIM)[:, None] + column[None, :]
-    )
+    window = tl.arange(0, WINDOW * WINDOW)
+    pixel_x = tile_x * _side(OWNED) + window % WINDOW
+    pixel_y = tile_y * _side(OWNED) + window // WINDOW
     mask = ((pixel_x < width) & (pixel_y < height))[:, None] & (column < HEAD_DIM)[None, :]
-    if OWNED:
-        tl.store(place, total.to(grad_value_ptr.dtype.element_ty), mask=mask)
+    token = first_token + pixel_y * width + pixel_x
+    image = (group // HEADS).to(tl.int64)
+    channel = (group % HEADS * HEAD_DIM + column)[None, :]
+    if is_summed:
+        row = image * (num_tokens - first_summed) + token - first_summed
+        tl.atomic_add(sum_ptr + row[:, None] * (HEADS * HEAD_DIM) + channel, total, mask=mask, sem="relaxed")
     else:
-        tl.atomic_add(place, total, mask=mask, sem="relaxed")
+        if OWNED:
+            row = image * num_tokens + token
+            place = grad_value_ptr + row[:, None] * (HEADS * HEAD_DIM) + channel
+            tl.store(place, total.to(grad_value_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["num"])

@@ -86,8 +86,9 @@ INTERPRETED: dict[str, Config] = {  # few large programs
 TILES_FROM = 4096
 """Queries from which the value's gradient is summed tile by tile rather than sample by sample; of float32, twice as
 many: three products for one."""
-OWNED_UP_TO = 7
-"""Samples per pixel (of a head) up to which tiles that own their pixels are tried; dense encoders have 16."""
+FEW_SAMPLES, MOST_SAMPLES = 8, 4 << 20
+"""Tiles that own their pixels are tried below this many samples per pixel of a head (a dense encoder has 16, 30 % of
+its tokens 5) and in all: they need 80 bytes for each, four times as many as others."""
 
 _chosen: dict[tuple, Config] = {}
 
@@ -99,13 +100,18 @@ def value_gradient(key: Key, num_queries: int) -> str:
     return "tiles" if num_queries >= tiles_from and head_dim <= 128 else "atomic"
 
 
+def density(num_samples: int, num_pixels: int) -> int | str:
+    """Part of the key of 'value_tiles': which way is faster depends on how many samples a pixel has."""
+    if num_samples >= min(MOST_SAMPLES, FEW_SAMPLES * num_pixels):
+        return "many"
+    return (num_samples // num_pixels).bit_length()
+
+
 def configurations(operator: str, key: Key) -> list[Config]:
     """The candidates of one operator, the default first."""
     candidates = CONFIGS[operator]
-    if (
-        operator == "value_tiles"
-    ):  # of many samples the further tiles cost more, time and memory, than sums do
-        return candidates if key[-1] <= OWNED_UP_TO.bit_length() else candidates[:1]
+    if operator == "value_tiles":
+        return candidates[:1] if key[-1] == "many" else candidates
     if key[0] != "float32":
         return candidates
     if operator == "msda_forward":
@@ -152,12 +158,15 @@ def _choose(operator, key, size, device, launch, reset) -> Config:
     logger.info("compiling and timing %d configurations of %s on this GPU, once", len(candidates), row)
     times = {}
     for index, config in enumerate(candidates):
-        with contextlib.suppress(OutOfResources):  # shared memory of a larger GPU of the family
+        # shared memory of a larger GPU of the family; memory that another candidate does not need
+        with contextlib.suppress(OutOfResources, torch.OutOfMemoryError):
             times[index] = triton.testing.do_bench(
                 functools.partial(launch, **config), warmup=5, rep=20, return_mode="median"
             )
     if reset is not None:
         reset()
+    if not times:
+        return candidates[0]  # whose error the caller is about to see
     best = min(times, key=times.get)
     _remember(gpu, row, bucket, {**candidates[best], "ms": round(times[best], 5)})
     return candidates[best]
