@@ -198,7 +198,8 @@ class Detector:
 
         Batch norms are folded, and on CUDA the whole pass is captured as a CUDA graph per size: the sizes are those
         of the evaluation, and so are the detections. See `ats_detr.model.CompiledDetr` for the arguments, and
-        docs/inference.md for what bfloat16 did to the AP of the quickstart.
+        docs/inference.md for what bfloat16 did to the AP of the quickstart. A copy of the detector is compiled too, but
+        warms up again.
         """
         self.compiled = CompiledDetr(self.model, dtype=dtype, fuse=fuse, max_graphs=max_graphs)
         return self

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import gc
+import pickle
 import resource
 import threading
 from pathlib import Path
@@ -118,6 +120,18 @@ def test_a_compiled_detector_detects_the_same(paths: list[Path], results: list[R
     for one, other in zip(compiled.predict(paths, threshold=0.0), results, strict=True):
         assert_same(one, other, tolerance=1e-3)
     assert compiled.compiled is not None and len(compiled.compiled.warm_up_seconds) >= 1
+
+
+def test_a_compiled_detector_can_be_copied_and_sent(paths: list[Path]) -> None:
+    """After use, too. Its lock, and on CUDA its graphs, cannot; a copy has its own."""
+    compiled = small_detector().compile(dtype=torch.bfloat16, max_graphs=3)
+    (expected,) = compiled.predict(paths[0], threshold=0)
+    for other in (copy.deepcopy(compiled), pickle.loads(pickle.dumps(compiled))):
+        assert other.compiled is not None and other.compiled is not compiled.compiled
+        assert (other.compiled.dtype, other.compiled.max_graphs) == (torch.bfloat16, 3)
+        (result,) = other.predict(paths[0], threshold=0)
+        assert_same(result, expected)
+        assert other.compiled.warm_up_seconds
 
 
 def test_four_threads_get_what_one_gets_and_leave_nothing_behind(detector: Detector) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import logging
 import threading
 import time
@@ -38,6 +39,7 @@ class CompiledDetr:
     pass to pass.
 
     Calls from several threads run one after another, on whatever streams. Autocast around a call changes nothing.
+    A copy (`copy.deepcopy`, pickle) has the weights and the settings; it captures graphs of its own.
 
     Args:
         model: left as it is.
@@ -63,7 +65,7 @@ class CompiledDetr:
         self.model = model.to(dtype)
         for part in (model.backbone, model.input_proj):
             part.to(memory_format=torch.channels_last)
-        self.dtype, self.max_graphs = dtype, max_graphs
+        self.dtype, self.fuse, self.max_graphs = dtype, fuse, max_graphs
         self.device = model.level_embed.device
         self.warm_up_seconds: dict[tuple[int, int, int], float] = {}
         """Time until the first result of each (batch, height, width)."""
@@ -74,6 +76,11 @@ class CompiledDetr:
         if self.device.type == "cuda":
             self._pool, self._done = torch.cuda.graph_pool_handle(), torch.cuda.Event()
         self._lock = threading.Lock()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """What a copy is made from: neither locks nor graphs, which belong to their device memory, can be copied."""
+        make = functools.partial(CompiledDetr, dtype=self.dtype, fuse=self.fuse, max_graphs=self.max_graphs)
+        return make, (self.model,)
 
     @torch.inference_mode()
     def __call__(self, batch: ImageBatch) -> DetectorOutput:
