@@ -277,7 +277,10 @@ def _add_datasets(commands: Any) -> None:
     command.add_argument("path", type=Path, help="a folder with annotations/*.json, or one annotation file")
     command.add_argument("--images", type=Path, help="the folder of the images, where it cannot be guessed")
     command.add_argument(
-        "--picture", type=Path, help="sizes and class histograms; default: dataset.png in the current folder"
+        "--picture",
+        type=Path,
+        metavar="FILE",
+        help="draw sizes and class histograms; default: nothing is written",
     )
     command.add_argument(
         "--most", type=int, default=5, help="places that are listed of each kind; default: 5"
@@ -302,17 +305,17 @@ def _check_dataset(arguments: argparse.Namespace) -> None:
             console.print(f"  {line}")
     for line in lines(between, most=arguments.most):
         console.print(line)
-    picture = arguments.picture or Path("dataset.png")
-    try:
-        plot_dataset(splits).savefig(picture)
-    except OSError as error:
-        raise UserError(f"--picture {picture}: cannot write it ({error.strerror})") from None
-    except ValueError as error:  # a suffix that Matplotlib does not know
-        raise UserError(f"--picture {picture}: {error}") from None
+    picture = arguments.picture
+    if picture is not None:
+        try:
+            plot_dataset(splits).savefig(picture)
+        except OSError as error:
+            raise UserError(f"--picture {picture}: cannot write it ({error.strerror})") from None
+        except ValueError as error:  # a suffix that Matplotlib does not know
+            raise UserError(f"--picture {picture}: {error}") from None
     num_errors = sum(f.level == "error" for f in [*between, *(f for split in splits for f in split.findings)])
-    console.print(
-        f"{'no' if num_errors == 0 else num_errors} kinds of errors; {picture} shows sizes and classes"
-    )
+    drawn = "--picture FILE draws sizes and classes" if picture is None else f"sizes and classes: {picture}"
+    console.print(f"{num_errors or 'no'} kinds of errors; {drawn}")
     if num_errors:
         sys.exit(PROBLEMS)
 

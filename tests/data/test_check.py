@@ -198,13 +198,26 @@ def test_the_command_tells_by_its_exit_code(
     picture = tmp_path / "sizes.png"
     main(["datasets", "check", str(clean), "--picture", str(picture)])
     assert Image.open(picture).width > 800
-    assert "no kinds of errors" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"no kinds of errors; sizes and classes: {picture}" in said
     with pytest.raises(SystemExit) as end:
         main(["datasets", "check", str(broken), "--picture", str(picture)])
     assert end.value.code == 1
     assert "10 kinds of errors" in capsys.readouterr().out
     with pytest.raises(UserError, match=r"--picture .*sizes\.foo: .*not supported"):
         main(["datasets", "check", str(clean), "--picture", str(tmp_path / "sizes.foo")])
+
+
+def test_a_check_writes_nothing_unless_asked(
+    clean: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Neither where one happens to be nor into the data, which may not be one's own."""
+    monkeypatch.chdir(tmp_path)
+    before = {*clean.rglob("*")}
+    main(["datasets", "check", str(clean)])
+    assert not [*tmp_path.iterdir()]
+    assert {*clean.rglob("*")} == before
+    assert "--picture FILE draws" in capsys.readouterr().out
 
 
 def test_real_annotations_have_no_errors(coco_tiny: Path) -> None:
