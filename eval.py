@@ -1,6 +1,6 @@
 """Evaluate a checkpoint: COCO AP, the budgets it used, pictures.
 
-python eval.py --config configs/quickstart.yaml --checkpoint runs/quickstart/student/final.pt [key=value ...]
+python eval.py --config configs/quickstart.yaml --checkpoint quickstart [key=value ...]
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import torch
 
 from ats_detr import distributed
 from ats_detr.config import load_config
+from ats_detr.detector import find_checkpoint
 from ats_detr.errors import run_cli
 from ats_detr.summary import evaluate_checkpoint
 from ats_detr.training import logging
@@ -24,7 +25,9 @@ def main() -> None:
     )
     parser.add_argument("--config", help="a YAML file; default: the settings stored in the checkpoint")
     parser.add_argument(
-        "--checkpoint", required=True, type=Path, help="such as runs/quickstart/student/final.pt"
+        "--checkpoint",
+        required=True,
+        help="a file, a model's or a run's folder, or the name of a run under runs/",
     )
     parser.add_argument(
         "--output", type=Path, help="folder for metrics.json and pictures; default: beside the checkpoint"
@@ -36,15 +39,16 @@ def main() -> None:
     )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as data.eval_batch_size=8")
     arguments = parser.parse_intermixed_args()
+    checkpoint = find_checkpoint(arguments.checkpoint)
     if arguments.config:
         config = load_config(arguments.config, arguments.overrides)
     else:
-        config = config_of(load_checkpoint(arguments.checkpoint), arguments.checkpoint, arguments.overrides)
-    output = arguments.output or arguments.checkpoint.parent / "evaluation"
+        config = config_of(load_checkpoint(checkpoint), checkpoint, arguments.overrides)
+    output = arguments.output or checkpoint.parent / "evaluation"
     with distributed.process_group(config.device) as device:
         logging.configure()
         compiled = getattr(torch, arguments.compile) if arguments.compile else None
-        evaluate_checkpoint(config, arguments.checkpoint, output, device, compiled=compiled)
+        evaluate_checkpoint(config, checkpoint, output, device, compiled=compiled)
 
 
 if __name__ == "__main__":

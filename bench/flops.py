@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from ats_detr.batch import ImageBatch
 from ats_detr.config import Config, load_config
 from ats_detr.data.transforms import evaluation_transform
+from ats_detr.detector import find_checkpoint
 from ats_detr.errors import UserError, run_cli
 from ats_detr.flops import Flops, count_flops, count_flops_eager, num_parameters
 from ats_detr.model import Detr
@@ -75,7 +76,8 @@ def main() -> None:
     parser.add_argument("--compare-published", action="store_true", help="every model with a published count")
     parser.add_argument("--config", help="one YAML file instead")
     parser.add_argument(
-        "--checkpoint", type=Path, help="weights, for the budgets they really choose (with --config)"
+        "--checkpoint",
+        help="weights (what predict takes), for the budgets they really choose (with --config)",
     )
     parser.add_argument("--images", type=Path, help="a folder of images instead of one random image")
     parser.add_argument(
@@ -148,10 +150,12 @@ def published_subject(key: str) -> Subject:
     return Subject(" ".join([name, *changes]), model, json.loads(PUBLISHED_COUNTS.read_text())["models"][key])
 
 
-def given_subject(config: Config, path: Path | None) -> Subject:
-    if path is None:
+def given_subject(config: Config, checkpoint: str | None) -> Subject:
+    """The model of a config; its weights from what `--checkpoint` of predict takes, or random."""
+    if checkpoint is None:
         num_classes = config.model.num_classes or NUM_COCO_CLASSES
         return Subject(config.name, build_without_fetching(config, num_classes), {})
+    path = find_checkpoint(checkpoint)
     return Subject(config.name, load_detector(config, load_checkpoint(path), path), {})
 
 

@@ -141,7 +141,9 @@ def parse_arguments() -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--config", default=str(CONFIGS / "ats_r50_0.1_0.2.yaml"), help="one YAML file")
-    parser.add_argument("--checkpoint", type=Path, help="weights, for the budgets they really choose")
+    parser.add_argument(
+        "--checkpoint", help="weights (what predict takes), for the budgets they really choose"
+    )
     parser.add_argument("--cpu-targets", action="store_true", help="print the three ratios promised on a CPU")
     peers = ", ".join(f"peer:{name}" for name in PEERS)
     parser.add_argument("--modes", type=words, default=["packed", "padded", "dense"], metavar="A,B",

@@ -1,7 +1,7 @@
 """What token selection costs and buys: multiply-adds, time, memory and AP per keep ratio, as rows, pictures and a page.
 
     python -m bench.sweep --config configs/ats_r50_0.1_0.2.yaml --ratios 0.05,0.1,0.2,0.3,0.5,1.0
-    python -m bench.sweep --config configs/quickstart.yaml --checkpoint runs/quickstart/student/final.pt --ap
+    python -m bench.sweep --config configs/quickstart.yaml --checkpoint quickstart --ap
 
 Every keep ratio (the same for every image), the adaptive model as it decides, the dense encoder and other detectors run
 in one process and take turns. The folder `--out` gets `rows.jsonl`, a PNG for each chart, and `index.html`, which
@@ -20,6 +20,7 @@ from rich.console import Console
 from ats_detr.batch import ImageBatch
 from ats_detr.config import Config, load_config
 from ats_detr.data.coco import ClassMap
+from ats_detr.detector import find_checkpoint
 from ats_detr.distributed import choose_device
 from ats_detr.errors import UserError, run_cli
 from ats_detr.evaluation import evaluate
@@ -124,7 +125,9 @@ def parse_arguments() -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--config", default=str(CONFIGS / "ats_r50_0.1_0.2.yaml"), help="one YAML file")
-    parser.add_argument("--checkpoint", type=Path, help="weights, for the budgets they really choose")
+    parser.add_argument(
+        "--checkpoint", help="weights (what predict takes), for the budgets they really choose"
+    )
     parser.add_argument("--ap", action="store_true", help="evaluate too, on the config's validation images")
     parser.add_argument("--images", type=Path, metavar="DIR", help="images to use instead of generated ones")
     parser.add_argument(
@@ -233,10 +236,10 @@ def budget_rows(setting: Setting, images: Sequence[ImageBatch], console: Console
 
 
 def precision_rows(
-    setting: Setting, config: Config, checkpoint: Path, choices: Sequence[Budgets], console: Console
+    setting: Setting, config: Config, checkpoint: str, choices: Sequence[Budgets], console: Console
 ) -> list[Row]:
     """COCO AP of each choice on the config's validation images."""
-    class_map = ClassMap.from_dict(load_checkpoint(checkpoint)["classes"])
+    class_map = ClassMap.from_dict(load_checkpoint(find_checkpoint(checkpoint))["classes"])
     rows = []
     for choice in choices:
         loader = build_evaluation_loader(config.data, class_map)

@@ -41,9 +41,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = build_without_fetching(config, classes.num_rows)
     facts = {"config": config_to_dict(config), "num_classes": classes.num_rows, "classes": classes.to_dict()}
     facts |= {"epoch": 1, "finished": True}
-    save_checkpoint({**facts, "model": model.state_dict()}, folder / "student.pt")
+    save_checkpoint({**facts, "model": model.state_dict()}, folder / "run" / "student" / "final.pt")
     command = [sys.executable, "-m", "bench.sweep", "--config", str(config_file), "--quick", "--device", "cpu",
-               "--ratios", "0.1,0.5", "--peers", "", "--checkpoint", str(folder / "student.pt"), "--ap",
+               "--ratios", "0.1,0.5", "--peers", "", "--checkpoint", str(folder / "run"), "--ap",
                "--out", str(folder)]  # fmt: skip
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
