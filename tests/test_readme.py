@@ -6,7 +6,9 @@ to bottom in a folder with the files that the page speaks of; trainings run with
 
 from __future__ import annotations
 
+import functools
 import glob
+import json
 import re
 import runpy
 import shlex
@@ -15,6 +17,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -24,7 +27,9 @@ from PIL import Image
 from ats_detr.__main__ import main, make_parser
 from ats_detr.config import load_config
 from ats_detr.convert import to_official
+from ats_detr.data.images import decode_image
 from ats_detr.data.synthetic import synthetic_dataset
+from ats_detr.data.transforms import evaluation_transform, image_to_tensor
 from ats_detr.training.checkpoint import load_checkpoint
 from tests.small_detector import save_small_detector
 
@@ -211,6 +216,43 @@ def test_the_page_about_export_runs_as_written(
     run_page("docs/export.md", monkeypatch)
     assert (place / "model.pt2").exists()
     assert re.search(r"(cup|cat|kite) 0\.\d+ \[", capsys.readouterr().out), "the example prints detections"
+
+
+def test_the_example_of_onnxruntime_prepares_the_pixels_that_predict_sees(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of images of any size, where the graph is large enough; otherwise it shrinks them. Exported is nothing here."""
+    seen: dict[str, np.ndarray] = {}
+    facts = {"classes": {}, "short_side": 64, "long_side": 128}
+
+    def run_graph(path: str, padded_size: list[int]) -> SimpleNamespace:
+        def run(names: None, inputs: dict[str, np.ndarray]) -> list[np.ndarray]:
+            seen.update(inputs)
+            return [np.zeros((1, 0, 4)), np.zeros((1, 0)), np.zeros((1, 0)), np.zeros(1)]
+
+        metadata = {"ats_detr": json.dumps({**facts, "padded_size": padded_size})}
+        return SimpleNamespace(run=run, get_modelmeta=lambda: SimpleNamespace(custom_metadata_map=metadata))
+
+    (example,) = (block for block in blocks_of("docs/export.md") if block.language == "python")
+    random = np.random.default_rng(0)
+    transform = evaluation_transform(facts["short_side"], facts["long_side"])
+    sizes = [(1, 1), (64, 64), (1, 500), (300, 2), (90, 60), *random.integers(2, 400, (100, 2)).tolist()]
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by a quarter
+    for padded_size in ([128, 128], [32, 64]):
+        session = functools.partial(run_graph, padded_size=padded_size)
+        monkeypatch.setitem(sys.modules, "onnxruntime", SimpleNamespace(InferenceSession=session))
+        for height, width in sizes:
+            pixels = random.integers(0, 256, (height, width, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save("holiday/beach.jpg", exif=exif)
+            exec(compile(example.text, example.page, "exec"), {})
+            image = decode_image(Path("holiday/beach.jpg").read_bytes(), "beach", upright=True)
+            expected, _, _ = transform(image, torch.zeros(0, 4), torch.zeros(0, dtype=torch.long))
+            resized_height, resized_width = seen["sizes"][0]
+            given = seen["images"][0, :, :resized_height, :resized_width]
+            assert given.shape[1] == resized_height and given.shape[2] == resized_width, "it fits"
+            if expected.shape[1] <= padded_size[0] and expected.shape[2] <= padded_size[1]:
+                assert torch.equal(image_to_tensor(Image.fromarray(given.transpose(1, 2, 0))), expected)
 
 
 @pytest.mark.parametrize("page", ["docs/architecture.md", "docs/training.md"])
