@@ -156,6 +156,12 @@ def prepare_model(config: Config, class_map: ClassMap, init_from: Path | None = 
             f"model.num_classes = {num_classes}: the annotations have {class_map.num_rows} class rows;"
             " raise it, or set it to null to have them counted"
         )
+    if init_from is not None:
+        model = build_without_fetching(config, num_classes)
+        transfer = transfer_weights(model, class_map, init_from)
+        if not transfer.lacks_backbone:  # nothing would be left of weights that were fetched for it
+            console.print(transfer.table())
+            return model
     model = build_model(config.model, num_classes)
     if config.model.backbone.weights is not None:
         weights = config.model.backbone.weights

@@ -38,6 +38,12 @@ class Transfer:
     copied_classes: list[str] = field(default_factory=list)
     """Classes of both, whose rows were copied in heads that were re-made."""
 
+    @property
+    def lacks_backbone(self) -> bool:
+        """Whether weights or statistics of the backbone keep their initial values."""
+        own = (name for name in self.remade if not name.endswith("num_batches_tracked"))
+        return any(name.startswith("backbone.body.") for name in own)
+
     def table(self) -> Table:
         """Loaded, re-made and unused tensors of each part of the model."""
         table = Table(title=f"initial weights from {self.source}")

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
 from rich.console import Console
 
@@ -115,6 +116,30 @@ def test_a_checkpoint_of_which_nothing_fits_is_refused(tmp_path: Path) -> None:
     save_checkpoint(checkpoint, path)
     with pytest.raises(UserError, match="no tensor of this checkpoint fits"):
         transfer_weights(build_without_fetching(small_config(tmp_path), 3), PETS, path)
+
+
+@pytest.mark.parametrize("lacking", [None, "backbone.body.layer4.0.conv1.weight"])
+def test_backbone_weights_are_fetched_only_if_the_checkpoint_lacks_some(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lacking: str | None
+) -> None:
+    """A fetch costs half a minute of retries without a network, and ends in a warning."""
+    path, source = saved_model(tmp_path, PETS)
+    if lacking is not None:
+        checkpoint = torch.load(path, weights_only=True)
+        del checkpoint["model"][lacking]
+        save_checkpoint(checkpoint, path)
+    fetched, create = [], timm.create_model
+
+    def create_offline(name: str, pretrained: bool = False, **options: Any) -> torch.nn.Module:
+        if pretrained:
+            fetched.append(name)
+        return create(name, **options)
+
+    monkeypatch.setattr(timm, "create_model", create_offline)
+    config = small_config(tmp_path, model={"backbone": {"pretrained": True}})
+    state = trainer.prepare_model(config, PETS, path).state_dict()
+    assert fetched == ([] if lacking is None else ["resnet10t"])
+    assert all(torch.equal(tensor, source[name]) for name, tensor in state.items() if name != lacking)
 
 
 # --------------------------------------------------------------------------------------------------------- fine-tuning
