@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -116,11 +116,12 @@ def predict_files(
     for result in _track(results, "images", len(inputs.images), show_progress):
         stem = _unused(Path(result.name).stem, stems)
         try:
-            written = _write_pictures(result, pictures / stem, show)
-            gallery.add(result)
-        except ImageFileError as error:  # drawing reads the file again, and it may be gone by now
+            decoded = replace(result, source=result.image())  # read once for all that is drawn
+        except ImageFileError as error:  # the file may be gone by now
             done.failures.append(str(error))
             continue
+        written = _write_pictures(decoded, pictures / stem, show)
+        gallery.add(decoded)
         images.append({**result.to_dict(), "pictures": [str(path.relative_to(out)) for path in written]})
         done.keep_ratios.append(result.budget.keep_ratio)
     done.num_images = len(images)

@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import ats_detr.detector
 from ats_detr.__main__ import main
+from ats_detr.data.images import decode_image
 from ats_detr.detector import Detector, Result
 from ats_detr.errors import UserError
 from tests.small_detector import save_small_detector
@@ -158,6 +160,23 @@ def test_a_url_that_does_not_answer_is_named(model: Path, tmp_path: Path, capsys
         main(["predict", url, "--checkpoint", str(model), "--out", str(tmp_path), "--allow-urls"])
     assert end.value.code == 1
     assert f"image {url} cannot be fetched" in capsys.readouterr().err
+
+
+def test_a_file_is_decoded_once_to_detect_and_once_to_draw(
+    model: Path, odd: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoded = []
+
+    def decode(encoded: bytes, name: str, **options: bool) -> Image.Image:
+        decoded.append(Path(name).name)
+        return decode_image(encoded, name, **options)
+
+    monkeypatch.setattr(ats_detr.detector, "decode_image", decode)
+    paths = [str(odd / name) for name in ("turned.jpg", "grey.jpg")]
+    main(["predict", *paths, "--checkpoint", str(model), "--out", str(tmp_path / "out")])
+    assert sorted(decoded) == ["grey.jpg", "grey.jpg", "turned.jpg", "turned.jpg"]
+    tall = Image.open(tmp_path / "out" / "pictures" / "turned.jpg")
+    assert tall.height > tall.width, "turned upright, and not twice"
 
 
 def test_what_cannot_be_read_any_more_does_not_end_the_run(
