@@ -18,7 +18,7 @@ from ats_detr.data.coco import ClassMap
 from ats_detr.errors import UserError
 from ats_detr.model import Detr, build_model
 from ats_detr.official import official_names
-from ats_detr.training import run
+from ats_detr.training import run, trainer
 from ats_detr.training.checkpoint import build_without_fetching, save_checkpoint
 from ats_detr.training.transfer import Transfer, transfer_weights
 from tests.training.small import small_config
