@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -85,8 +85,10 @@ def prepare(
     teachers: Teachers | None,
     init_from: Path | None,
     signals: StopSignals,
+    outdated: Sequence[Path] = (),
 ) -> Run:
-    """A run at its start, or where its checkpoint left it; refuses what cannot be trained before writing anything."""
+    """A run at its start, or where its checkpoint left it; refuses what cannot be trained before writing or removing
+    anything."""
     loaders = build_loaders(config.data, config.seed, pin_memory=device.type == "cuda")
     facts: dict[str, Any] = {
         "classes": loaders.class_map.to_dict(),
@@ -118,7 +120,8 @@ def prepare(
         make_folder(folder)
         save_config(config, folder / "config.yaml")
     if checkpoint is None:
-        discard_results(folder)
+        for other in (folder, *outdated):
+            discard_results(other)
     if supervision is not None:
         supervision.precision = PRECISIONS[config.train.precision]
         sharing = supervision.share_frozen_stages(model)

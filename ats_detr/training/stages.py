@@ -18,7 +18,7 @@ from ats_detr.training.checkpoint import config_of, load_checkpoint, load_detect
 from ats_detr.training.distillation import DualTeacher
 from ats_detr.training.origin import WITHOUT_INFLUENCE, check_same_origin, digest
 from ats_detr.training.run import Teachers
-from ats_detr.training.state import FINISHED, discard_results, is_resuming
+from ats_detr.training.state import FINISHED, is_resuming
 from ats_detr.training.trainer import train
 
 logger = logging.getLogger(__name__)
@@ -108,17 +108,25 @@ def train_stages(stages: dict[str, Stage], wanted: str, device: torch.device) ->
             raise UserError(
                 f"teachers.{stage.name}.checkpoint = {str(stage.checkpoint)!r}: there is no such file"
             )
-    for stage in stages.values():
-        if wanted in ("all", stage.name) and not stage.is_given and not is_resuming(stage.config):
-            discard_results(stage.folder)
-    for stage in stages.values():
-        if wanted not in ("all", stage.name):
-            continue
+    chosen = [stage for stage in stages.values() if wanted in ("all", stage.name)]
+    for number, stage in enumerate(chosen, start=1):
         if is_finished(stage, stages):
             logger.info("%s: finished already, using %s", stage.name, stage.checkpoint)
             continue
         teachers = load_teachers(stage.config, stages, device) if stage.config.teachers is not None else None
-        train(stage.config, stage.folder, stage.name, device, teachers, init_from=stage.init_from)
+        # Started afresh, the first stage takes the results of the others along: a restart would go on from those.
+        later = [
+            later.folder for later in chosen[number:] if not later.is_given and not is_resuming(later.config)
+        ]
+        train(
+            stage.config,
+            stage.folder,
+            stage.name,
+            device,
+            teachers,
+            init_from=stage.init_from,
+            outdated=later,
+        )
 
 
 def is_finished(stage: Stage, stages: Mapping[str, Stage]) -> bool:

@@ -39,6 +39,7 @@ def train(
     teachers: Teachers | None = None,
     *,
     init_from: Path | None = None,
+    outdated: Sequence[Path] = (),
 ) -> None:
     """Train the model of `config` until `folder` holds its finished checkpoint and metrics.json.
 
@@ -47,12 +48,13 @@ def train(
     Args:
         name: shown to the user.
         init_from: the file that `train.init_from` means.
+        outdated: folders whose results go, with its own, when this training starts afresh.
 
     Raises:
         Stopped: SIGTERM or SIGUSR1 came; the checkpoint is written.
     """
     with determinism(config.deterministic), StopSignals() as signals:
-        run = prepare(config, folder, name, device, teachers, init_from, signals)
+        run = prepare(config, folder, name, device, teachers, init_from, signals, outdated)
         progress = run.state.progress
         say(describe_run(run))
         rehearse(run)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,12 @@ import pytest
 import torch
 import yaml
 
-from ats_detr.config import load_config
+from ats_detr.config import Config, load_config
 from ats_detr.errors import UserError
-from ats_detr.training import state
+from ats_detr.training import stages, state
 from ats_detr.training.origin import digest
 from ats_detr.training.stages import plan_stages, train_stages
-from tests.training.small import small_tree
+from tests.training.small import small_tree, write_small_chain
 
 
 def train(folder: Path, *overrides: str) -> None:
@@ -120,3 +121,30 @@ def test_a_killed_retraining_leaves_nothing_of_the_training_before_it(tmp_path: 
     assert not list((tmp_path / "run").glob("*.pt"))
     train(tmp_path, "seed=1")
     assert digest(torch.load(tmp_path / "run" / "final.pt")["model"]) != digest(first)
+
+
+def test_a_retraining_of_all_stages_leaves_no_later_result_to_go_on_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    overrides = ["train.resume=never"]
+    config = load_config(write_small_chain(tmp_path), overrides)
+    removed: dict[str, list[str]] = {}
+
+    def note(
+        config: Config, folder: Path, name: str, *_: Any, outdated: Sequence[Path], **keywords: Any
+    ) -> None:
+        removed[name] = [path.name for path in outdated]
+
+    monkeypatch.setattr(stages, "train", note)
+    monkeypatch.setattr(stages, "load_teachers", lambda *_: None)
+    train_stages(plan_stages(config, overrides), "all", torch.device("cpu"))
+    assert removed == {"weak": ["strong", "student"], "strong": ["student"], "student": []}
+
+
+def test_a_retraining_that_is_refused_loses_nothing(tmp_path: Path) -> None:
+    write_config(tmp_path, train={"epochs": 1})
+    train(tmp_path)
+    before = (tmp_path / "run" / "final.pt").read_bytes()
+    with pytest.raises(UserError, match=r"train\.accumulate = 50"):
+        train(tmp_path, "train.resume=never", "train.accumulate=50")
+    assert (tmp_path / "run" / "final.pt").read_bytes() == before
