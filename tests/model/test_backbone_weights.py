@@ -73,3 +73,9 @@ def test_weights_that_do_not_fit_are_refused(damage: Any, message: str) -> None:
     with pytest.raises(UserError, match=message):
         load_weights(model, state, "scrl.pth")
     assert torch.equal(model.body.conv1.weight, before)
+
+
+@pytest.mark.parametrize("name", ["dla34", "tresnet_m"])
+def test_architectures_that_leave_out_their_first_stage_by_default(name: str) -> None:
+    backbone = Backbone(name, pretrained=False, frozen_stages=0)
+    assert [tuple(m.shape[2:]) for m in backbone(torch.zeros(1, 3, 64, 96))] == [(8, 12), (4, 6), (2, 3)]
