@@ -116,19 +116,25 @@ def _check(
     num_tokens, num_heads, head_dim = value_BSHD.shape[1:]
     if sum(height * width for height, width in level_shapes) != num_tokens:
         raise ValueError(f"levels {list(level_shapes)} do not make up the value's {num_tokens} tokens")
-    if any(not 1 <= side <= MAX_SIDE for shape in level_shapes for side in shape):
-        raise ValueError(f"levels {list(level_shapes)}: every side is at least 1 and at most {MAX_SIDE}")
+    check_levels(level_shapes)
     want = (num_heads, len(level_shapes))
     if weights_NHLP.shape[1:3] != want or offsets_NHLP2.shape != (*weights_NHLP.shape, 2):
         raise ValueError(
             f"offsets {tuple(offsets_NHLP2.shape)} and weights {tuple(weights_NHLP.shape)}: want [N, {num_heads}, "
             f"{len(level_shapes)}, P, 2] and the same without the last 2"
         )
-    if len(level_shapes) > MAX_LEVELS or weights_NHLP.shape[3] > MAX_POINTS or head_dim > MAX_HEAD_DIM:
+    if weights_NHLP.shape[3] > MAX_POINTS or head_dim > MAX_HEAD_DIM:
         raise ValueError(
-            f"{len(level_shapes)} levels, {weights_NHLP.shape[3]} points, {head_dim} channels a head: "
-            f"at most {MAX_LEVELS}, {MAX_POINTS} and {MAX_HEAD_DIM}"
+            f"{weights_NHLP.shape[3]} points, {head_dim} channels a head: at most {MAX_POINTS} and {MAX_HEAD_DIM}"
         )
+
+
+def check_levels(level_shapes: LevelShapes) -> None:
+    """Raises ValueError where the kernels cannot hold the sizes."""
+    if len(level_shapes) > MAX_LEVELS:
+        raise ValueError(f"{len(level_shapes)} levels: at most {MAX_LEVELS}")
+    if any(not 1 <= side <= MAX_SIDE for shape in level_shapes for side in shape):
+        raise ValueError(f"levels {list(level_shapes)}: every side is at least 1 and at most {MAX_SIDE}")
 
 
 def _autocast(value: Tensor) -> Tensor:

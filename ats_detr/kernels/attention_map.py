@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ats_detr.kernels import reference
+from ats_detr.kernels.attention import check_levels
 from ats_detr.kernels.backend import choose_backend, runs_inside_graph
 from ats_detr.kernels.reference import LevelShapes
 
@@ -60,6 +61,7 @@ def _new_map(reference_points, offsets, weights, level_shapes, num_images, backe
 
 
 def _add(target, reference_points, offsets, weights, level_shapes, backend) -> None:
+    check_levels(level_shapes)
     sizes = [side for shape in level_shapes for side in shape]
     tensors = (
         None if reference_points is None else reference_points.detach(),

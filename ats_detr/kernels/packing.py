@@ -61,6 +61,11 @@ def zero_padding(dense_BSN: Tensor, padding_mask_BS: Tensor, *, backend: str | N
 
     The kernel touches nothing else. Where gradients or a graph are recorded, PyTorch reads and writes all.
     """
+    if padding_mask_BS.shape != dense_BSN.shape[:2] or padding_mask_BS.dtype != torch.bool:
+        raise ValueError(
+            f"padding mask {tuple(padding_mask_BS.shape)} of {padding_mask_BS.dtype} for {tuple(dense_BSN.shape)}:"
+            f" want {tuple(dense_BSN.shape[:2])} of torch.bool"
+        )
     recorded = runs_inside_graph() or (dense_BSN.requires_grad and torch.is_grad_enabled())
     if choose_backend(dense_BSN, backend) == "reference" or recorded:
         return dense_BSN.masked_fill_(padding_mask_BS[..., None], 0.0)

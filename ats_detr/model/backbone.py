@@ -100,9 +100,8 @@ def _create(name: str, pretrained: bool, options: dict[str, Any]) -> nn.Module:
         stages = timm.create_model(name, **arguments).feature_info.info
     except (RuntimeError, TypeError) as error:
         raise UserError(f"timm cannot make backbone {name!r} with options {options}: {error}") from error
-    reductions = [
-        stage["reduction"] for stage in stages
-    ]  # of all stages: some architectures skip the first by default
+    # Of all stages: some architectures leave out the first by default.
+    reductions = [stage["reduction"] for stage in stages]
     missing = [stride for stride in STRIDES if stride not in reductions]
     if missing:
         raise UserError(

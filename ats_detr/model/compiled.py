@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 _WARM_UP_PASSES = 3
 """Before a capture: the first tunes the kernels, and libraries choose their algorithms."""
 _MOST_TRACES = 128
-"""All models of a process share torch.compile's limit, whose default of 8 a ninth size would reach, and raise."""
+"""All models of a process share torch.compile's limit, whose default is 8: past it a new size runs as it is."""
 
 
 class CompiledDetr:
@@ -45,7 +45,7 @@ class CompiledDetr:
         model: left as it is.
         dtype: of weights and features. Geometry, ranking scores, softmax and norms are computed in float32.
         fuse: have torch.compile make one kernel of what follows a convolution of the backbone (bias, residual sum,
-            activation), which takes some seconds for every size.
+            activation), which takes a while for every size; of the first 128 sizes in a process.
         max_graphs: sizes whose graphs are kept, the most recently used ones. They share the memory of their
             activations; each has its own inputs and outputs.
     """
@@ -70,7 +70,7 @@ class CompiledDetr:
         self.warm_up_seconds: dict[tuple[int, int, int], float] = {}
         """Time until the first result of each (batch, height, width)."""
         if fuse:
-            self.model.backbone.compile(fullgraph=True, dynamic=False)
+            self.model.backbone.compile(dynamic=False)
         self._graphs: OrderedDict[tuple[int, int, int], _Graph] = OrderedDict()
         self._pool: Any = None
         if self.device.type == "cuda":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from ats_detr.training.guards import KeptStatistics, StepWatch, check_annotation
 from ats_detr.training.logging import RunLog, console, say
 from ats_detr.training.optim import build_optimizer
 from ats_detr.training.signals import StopSignals
-from ats_detr.training.state import Progress, State, discard_results, find_checkpoint, restore
+from ats_detr.training.state import Progress, State, find_checkpoint, restore
 from ats_detr.training.transfer import transfer_weights
 
 logger = logging.getLogger(__name__)
@@ -56,6 +56,8 @@ class Run:
     device: torch.device
     facts: Mapping[str, Any]
     """What its checkpoints hold beside the settings and must find again."""
+    is_new: bool
+    """It starts now; otherwise it goes on from a checkpoint."""
     loaders: Loaders
     criterion: SetCriterion
     teachers: DualTeacher | None
@@ -85,10 +87,8 @@ def prepare(
     teachers: Teachers | None,
     init_from: Path | None,
     signals: StopSignals,
-    outdated: Sequence[Path] = (),
 ) -> Run:
-    """A run at its start, or where its checkpoint left it; refuses what cannot be trained before writing or removing
-    anything."""
+    """A run at its start, or where its checkpoint left it; refuses what cannot be trained before writing anything."""
     loaders = build_loaders(config.data, config.seed, pin_memory=device.type == "cuda")
     facts: dict[str, Any] = {
         "classes": loaders.class_map.to_dict(),
@@ -119,9 +119,6 @@ def prepare(
     if distributed.is_main():
         make_folder(folder)
         save_config(config, folder / "config.yaml")
-    if checkpoint is None:
-        for other in (folder, *outdated):
-            discard_results(other)
     if supervision is not None:
         supervision.precision = PRECISIONS[config.train.precision]
         sharing = supervision.share_frozen_stages(model)
@@ -139,6 +136,7 @@ def prepare(
         name=name,
         device=device,
         facts=facts,
+        is_new=checkpoint is None,
         loaders=loaders,
         criterion=build_criterion(config, model.num_classes),
         teachers=supervision,
@@ -163,6 +161,8 @@ def prepare_model(config: Config, class_map: ClassMap, init_from: Path | None = 
         model = build_without_fetching(config, num_classes)
         transfer = transfer_weights(model, class_map, init_from)
         if not transfer.lacks_backbone:  # nothing would be left of weights that were fetched for it
+            if config.model.backbone.weights is not None:
+                say(f"model.backbone.weights is not read: {init_from} holds the whole backbone")
             console.print(transfer.table())
             return model
     model = build_model(config.model, num_classes)

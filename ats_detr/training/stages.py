@@ -18,7 +18,7 @@ from ats_detr.training.checkpoint import config_of, load_checkpoint, load_detect
 from ats_detr.training.distillation import DualTeacher
 from ats_detr.training.origin import WITHOUT_INFLUENCE, check_same_origin, digest
 from ats_detr.training.run import Teachers
-from ats_detr.training.state import FINISHED, is_resuming
+from ats_detr.training.state import FINISHED, is_resuming, mark_outdated
 from ats_detr.training.trainer import train
 
 logger = logging.getLogger(__name__)
@@ -109,15 +109,17 @@ def train_stages(stages: dict[str, Stage], wanted: str, device: torch.device) ->
                 f"teachers.{stage.name}.checkpoint = {str(stage.checkpoint)!r}: there is no such file"
             )
     chosen = [stage for stage in stages.values() if wanted in ("all", stage.name)]
+    afresh = [
+        stage.folder for stage in chosen if not stage.is_given and not is_resuming(stage.config, stage.folder)
+    ]
+    for folder in afresh:
+        mark_outdated(folder)
     for number, stage in enumerate(chosen, start=1):
         if is_finished(stage, stages):
             logger.info("%s: finished already, using %s", stage.name, stage.checkpoint)
             continue
         teachers = load_teachers(stage.config, stages, device) if stage.config.teachers is not None else None
-        # Started afresh, the first stage takes the results of the others along: a restart would go on from those.
-        later = [
-            later.folder for later in chosen[number:] if not later.is_given and not is_resuming(later.config)
-        ]
+        later = [other.folder for other in chosen[number:] if other.folder in afresh]
         train(
             stage.config,
             stage.folder,
@@ -133,7 +135,7 @@ def is_finished(stage: Stage, stages: Mapping[str, Stage]) -> bool:
     """Whether the stage's checkpoint can be used. Raises UserError where it came from other settings or teachers."""
     if stage.is_given:
         return True
-    if not stage.checkpoint.exists() or not is_resuming(stage.config):
+    if not stage.checkpoint.exists() or not is_resuming(stage.config, stage.folder):
         return False
     facts = {}
     teachers = [stages[name].checkpoint for name in ("weak", "strong")] if stage.config.teachers else []

@@ -33,6 +33,8 @@ BEST = "best.pt"
 FINISHED = "final.pt"
 """In a stage's folder: the weights at the end. Its existence says that the stage is finished."""
 RESULTS = (FINISHED, BEST, RESUMABLE, PREVIOUS, "metrics.json")
+OUTDATED = "outdated"
+"""Marks a folder whose results a start with `train.resume=never` is going to replace."""
 
 
 @dataclass
@@ -74,7 +76,7 @@ def find_checkpoint(config: Config, facts: Mapping[str, Any], folder: Path) -> d
 
     Raises UserError where it is of another training, or where there are checkpoints of which none can be read.
     """
-    if not is_resuming(config):
+    if not is_resuming(config, folder):
         return None
     damage: UserError | None = None
     for path in (folder / RESUMABLE, folder / PREVIOUS):
@@ -101,9 +103,16 @@ def find_checkpoint(config: Config, facts: Mapping[str, Any], folder: Path) -> d
     return None
 
 
-def is_resuming(config: Config) -> bool:
-    """Whether what is in the run's folder counts. What a launcher starts again after a crash always goes on."""
-    return config.train.resume == "auto" or distributed.is_restarted()
+def is_resuming(config: Config, folder: Path) -> bool:
+    """Whether what is in the run's folder counts. What a launcher starts again after a crash goes on too, but not
+    from what was there before its first start."""
+    return config.train.resume == "auto" or (distributed.is_restarted() and not (folder / OUTDATED).exists())
+
+
+def mark_outdated(folder: Path) -> None:
+    """Results in the folder do not count, but stay until a training is about to replace them."""
+    if distributed.is_main() and folder.exists():
+        (folder / OUTDATED).touch()
 
 
 def restore(checkpoint: Mapping[str, Any], state: State, device: torch.device) -> None:
@@ -168,7 +177,7 @@ def discard_results(folder: Path) -> None:
     """Remove what an earlier training left: nobody may take it for the result of the one that starts now."""
     distributed.barrier()  # every process has read what it needs of it
     if distributed.is_main():
-        for name in RESULTS:
+        for name in (*RESULTS, OUTDATED):
             (folder / name).unlink(missing_ok=True)
 
 

@@ -26,7 +26,7 @@ from ats_detr.training.losses import compute_losses
 from ats_detr.training.optim import learning_rate_factor, set_learning_rates
 from ats_detr.training.run import Run, Teachers, describe_run, global_batch, prepare
 from ats_detr.training.signals import StopSignals
-from ats_detr.training.state import BEST, FINISHED, restore_rng, rng_state, save, save_result
+from ats_detr.training.state import BEST, FINISHED, discard_results, restore_rng, rng_state, save, save_result
 
 logger = logging.getLogger(__name__)
 
@@ -54,10 +54,13 @@ def train(
         Stopped: SIGTERM or SIGUSR1 came; the checkpoint is written.
     """
     with determinism(config.deterministic), StopSignals() as signals:
-        run = prepare(config, folder, name, device, teachers, init_from, signals, outdated)
+        run = prepare(config, folder, name, device, teachers, init_from, signals)
         progress = run.state.progress
         say(describe_run(run))
         rehearse(run)
+        if run.is_new:
+            for replaced in (folder, *outdated):
+                discard_results(replaced)
         for epoch in range(progress.epoch, config.train.epochs):
             train_epoch(run, epoch)
             progress.epoch, progress.epoch_step = epoch + 1, 0

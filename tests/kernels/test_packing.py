@@ -119,6 +119,12 @@ def test_zeroed_padding(share: float, width: int, dtype: torch.dtype) -> None:
         torch.testing.assert_close(dense, expected, rtol=0, atol=0, equal_nan=True)
 
 
+def test_a_padding_mask_of_another_shape_is_refused() -> None:
+    for mask in (torch.zeros(4, 5).bool(), torch.zeros(1, 5).bool(), torch.zeros(2, 5)):
+        with pytest.raises(ValueError, match="want"):
+            zero_padding(torch.zeros(2, 5, 3), mask)
+
+
 def test_zeroed_padding_gets_no_gradient() -> None:
     mask = torch.tensor([[False, True]], device=DEVICE)
     leaf = torch.ones(1, 2, 3, device=DEVICE, requires_grad=True)
@@ -166,6 +172,16 @@ def test_attention_map(case: AttentionCase) -> None:
     assert relative_error(result, expected) < 1e-5
     again = deformable_attention_map(*raw, *arguments, into=result, backend="triton")
     assert again is result and relative_error(result, 2 * expected) < 1e-5
+
+
+@pytest.mark.parametrize("levels", [((1, 40000),), ((2, 2),) * 9])
+def test_levels_that_the_kernel_cannot_hold_are_refused(levels: tuple) -> None:
+    case = AttentionCase(levels=levels, counts=(2,), points=1)
+    tensors = case.tensors()
+    with pytest.raises(ValueError, match="at most"):
+        deformable_attention_map(
+            tensors["reference"], tensors["offsets"], tensors["logits"], levels, 1, backend="triton"
+        )
 
 
 def test_deterministic_attention_map_does_not_depend_on_the_order_of_its_sums() -> None:

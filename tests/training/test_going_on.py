@@ -13,7 +13,7 @@ import yaml
 
 from ats_detr.config import Config, load_config
 from ats_detr.errors import UserError
-from ats_detr.training import stages, state
+from ats_detr.training import run, stages, state, trainer
 from ats_detr.training.origin import digest
 from ats_detr.training.stages import plan_stages, train_stages
 from tests.training.small import small_tree, write_small_chain
@@ -141,10 +141,27 @@ def test_a_retraining_of_all_stages_leaves_no_later_result_to_go_on_from(
     assert removed == {"weak": ["strong", "student"], "strong": ["student"], "student": []}
 
 
-def test_a_retraining_that_is_refused_loses_nothing(tmp_path: Path) -> None:
+@pytest.mark.parametrize("fails", ["loaders", "memory"])
+def test_a_retraining_that_is_refused_loses_nothing_and_is_not_finished(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: str
+) -> None:
+    """Not even when a launcher starts it again: what lies there is the training's before it."""
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise UserError("not today")
+
     write_config(tmp_path, train={"epochs": 1})
     train(tmp_path)
-    before = (tmp_path / "run" / "final.pt").read_bytes()
-    with pytest.raises(UserError, match=r"train\.accumulate = 50"):
-        train(tmp_path, "train.resume=never", "train.accumulate=50")
-    assert (tmp_path / "run" / "final.pt").read_bytes() == before
+    final = tmp_path / "run" / "final.pt"
+    before = final.read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr(*((run, "build_loaders") if fails == "loaders" else (trainer, "rehearse")), fail)
+        with pytest.raises(UserError, match="not today"):
+            train(tmp_path, "seed=1", "train.resume=never")
+    assert final.read_bytes() == before
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    train(tmp_path, "seed=1", "train.resume=never")
+    assert final.read_bytes() != before
+    trained = final.read_bytes()
+    train(tmp_path, "seed=1", "train.resume=never")  # started once more, it has nothing left to do
+    assert final.read_bytes() == trained

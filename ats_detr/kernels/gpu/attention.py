@@ -311,7 +311,7 @@ def _reduce_tiles(
     # Few long programs sum to memory less often, but are too few to fill the GPU where there is little to do.
     per_program = (16 if problem.weights.numel() >= 4 << 20 else 8) * PIECE
     num_tiles = [rows * columns for rows, columns in tiles.sides]
-    splits = [  # as binned._splits
+    splits = [  # as binned._splits: a level that is split there only would have two owners of a pixel
         max(1, (num_samples + number * (per_program // 2)) // (number * per_program)) for number in num_tiles
     ]
     own_levels = next((i for i, n in enumerate(splits) if n > 1), len(splits)) if tiles.owned else 0

@@ -11,9 +11,9 @@ A sample touches up to four pixels, which may lie in the windows of several tile
     shared pixels   tiles of 7x7 cells (a cell is the square between four pixel centres): each sample is in one tile,
                     the outermost pixels are in several, and their sums are added in float32 memory
     OWNED pixels    tiles of 8x8 pixels: each sample is in every tile that it touches (1.27 on average), and the one
-                    program of a tile writes its pixels in the value's dtype: nothing is zeroed, added or cast. The few
-                    tiles of coarse levels, whose samples are many, are still shared between programs that add.
-                    Expected to pay where samples are few
+                    program of a tile writes its pixels in the value's dtype: nothing is zeroed, added or cast. From
+                    the first level on whose tiles have too many samples for one program, levels are still added up: the
+                    coarse ones, where the fine ones come first. Expected to pay where samples are few
 
     spatial_keys    queries along a Z-shaped curve, so that a program's samples fall into few tiles (then torch.sort)
     count_samples   counts the samples of each tile and ranks each within its tile, one counter increment per program
@@ -329,7 +329,10 @@ def _high_part(x):
 
 @triton.jit
 def _splits(samples, tiles, per_program):
-    """Programs per tile, each for about `per_program` samples, where `samples` fall into `tiles`."""
+    """Programs per tile, each for about `per_program` samples, where `samples` fall into `tiles`.
+
+    The launcher computes the same: it counts on it.
+    """
     return tl.maximum((samples + tiles * (per_program // 2)) // (tiles * per_program), 1)
 
 
