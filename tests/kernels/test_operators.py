@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from types import ModuleType
 
 import pytest
 import torch
@@ -176,15 +178,22 @@ def test_without_triton_everything_runs_the_reference(monkeypatch: pytest.Monkey
 
 
 # -------------------------------------------------------------------------------------------------------------- tuning
-def test_tuning_takes_the_nearest_bucket_and_remembers_on_disk(
-    tmp_path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    tuning = pytest.importorskip("ats_detr.kernels.gpu.tuning")
+@pytest.fixture
+def tuning(tmp_path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+    """The module on a GPU of which nothing is known, its cache in `tmp_path`."""
+    module = pytest.importorskip("ats_detr.kernels.gpu.tuning")
     monkeypatch.setenv("ATS_DETR_CACHE", str(tmp_path))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Some GPU 9000")
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    monkeypatch.setattr(tuning, "_chosen", {})
-    tuning._table.cache_clear()
+    monkeypatch.setattr(module, "_chosen", {})
+    module._table.cache_clear()
+    yield module
+    module._table.cache_clear()
+
+
+def test_tuning_takes_the_nearest_bucket_and_remembers_on_disk(
+    tuning: ModuleType, tmp_path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     device, key, launched = torch.device("cuda", 0), ("bfloat16", 8, 32, 4, 4, True), []
     slow = {"num_warps": 2, "unroll": 4}
 
@@ -212,24 +221,17 @@ def test_tuning_takes_the_nearest_bucket_and_remembers_on_disk(
     tuning._table.cache_clear()
     tuning.run("msda_forward", key, 7000, device, launch)
     assert launched == [best] * 3
-    tuning._table.cache_clear()
 
 
 @pytest.mark.parametrize("error", ["OutOfMemoryError", "OutOfResources"])
 def test_a_configuration_that_does_not_fit_is_left_out(
-    error: str, tmp_path, monkeypatch: pytest.MonkeyPatch
+    tuning: ModuleType, error: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tuning = pytest.importorskip("ats_detr.kernels.gpu.tuning")
     errors = {
         "OutOfMemoryError": torch.OutOfMemoryError(),
         "OutOfResources": tuning.OutOfResources(2, 1, "shared memory"),
     }
-    monkeypatch.setenv("ATS_DETR_CACHE", str(tmp_path))
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Some GPU 9000")
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(tuning.triton.testing, "do_bench", lambda function, **_: function() or 1.0)
-    monkeypatch.setattr(tuning, "_chosen", {})
-    tuning._table.cache_clear()
     others = tuning.CONFIGS["msda_forward"][1:]
     device, key, launched = torch.device("cuda", 0), ("bfloat16", 8, 32, 4, 4, True), []
 
@@ -244,7 +246,6 @@ def test_a_configuration_that_does_not_fit_is_left_out(
     fitting = []
     with pytest.raises(type(errors[error])):
         tuning.run("msda_forward", (*key[:-1], False), 7000, device, launch)
-    tuning._table.cache_clear()
 
 
 def test_shipped_winners_are_configurations_that_are_compiled_in_tests() -> None:

@@ -232,10 +232,8 @@ def value_gradient_tiled(problem: Problem, grad_out: Tensor) -> Tensor:
     value, weights, num_queries = problem.value, problem.weights, problem.num_queries
     order = spatial_order(problem)
     integers = dict(dtype=torch.int32, device=value.device)
-    grad_value = None
 
-    def launch(samples_per_program: int, num_warps: int, reduce_warps: int, owned: bool) -> None:
-        nonlocal grad_value
+    def launch(samples_per_program: int, num_warps: int, reduce_warps: int, owned: bool) -> Tensor:
         tiles = Tiles.of(problem, owned)
         copies = 4 if owned else 1
         counts = torch.zeros(1 + tiles.groups * tiles.total, **integers)
@@ -252,11 +250,10 @@ def value_gradient_tiled(problem: Problem, grad_out: Tensor) -> Tensor:
         # as many as there can be: how many samples are in several tiles, or in none, only the device knows
         samples = torch.empty(copies * weights.numel(), 4, **integers)
         _place_samples(problem, tiles, starts, ranks, samples)
-        grad_value = _reduce_tiles(problem, tiles, samples, starts, grad_out, reduce_warps)
+        return _reduce_tiles(problem, tiles, samples, starts, grad_out, reduce_warps)
 
     density = tuning.density(weights.numel(), value.shape[:3].numel())
-    tuning.run("value_tiles", (*problem.key(), density), num_queries, value.device, launch)
-    return grad_value
+    return tuning.run("value_tiles", (*problem.key(), density), num_queries, value.device, launch)
 
 
 class Tiles(NamedTuple):

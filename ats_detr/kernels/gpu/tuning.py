@@ -18,6 +18,7 @@ import pathlib
 import re
 import tempfile
 from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 import triton
@@ -29,6 +30,7 @@ logger = logging.getLogger(__name__)
 
 Key = tuple
 Config = dict[str, int | bool | float]
+Result = TypeVar("Result")
 
 # Every one compiles without spills on sm_80, sm_90 and sm_100 with triton 3.8 (tests/kernels/test_offline.py).
 CONFIGS: dict[str, list[Config]] = {
@@ -124,15 +126,15 @@ def run(
     key: Key,
     size: int,
     device: torch.device,
-    launch: Callable[..., None],
+    launch: Callable[..., Result],
     reset: Callable[[], None] | None = None,
-) -> None:
-    """Calls `launch` with the best known configuration of `operator` for `size`; `reset` undoes trial launches."""
+) -> Result:
+    """What `launch` returns with the best known configuration for `size`; `reset` undoes trial launches."""
     name = (operator, key, size.bit_length(), device.index)
     config = _chosen.get(name)
     if config is None:
         config = _chosen[name] = _choose(operator, key, size, device, launch, reset)
-    launch(**config)
+    return launch(**config)
 
 
 def _choose(operator, key, size, device, launch, reset) -> Config:
