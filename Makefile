@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test check lint format typecheck clean
+.PHONY: demo test check lint format typecheck docs clean
 
 demo: $(VENV)/.installed  ## train and evaluate the quickstart: about eleven minutes on two CPU cores, after the install
 	$(BIN)/python train.py --config configs/quickstart.yaml
@@ -24,6 +24,9 @@ format: $(VENV)/.installed-dev
 typecheck: $(VENV)/.installed-dev
 	$(BIN)/mypy
 
+docs: $(VENV)/.installed-docs  ## the documentation with the API reference, in site/; a warning is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("Python 3.10 or newer is needed: make PYTHON=...")'
 	$(PYTHON) -m venv $(VENV)
@@ -33,10 +36,10 @@ $(VENV)/.installed: pyproject.toml | $(BIN)/python
 	@$(BIN)/python -m pip install --quiet --editable .
 	touch $@
 
-$(VENV)/.installed-dev: pyproject.toml | $(BIN)/python
-	@echo "installing into $(VENV); PyTorch is large, this takes a few minutes"
-	@$(BIN)/python -m pip install --quiet --editable ".[dev]"
+$(VENV)/.installed-%: pyproject.toml | $(BIN)/python
+	@echo "installing into $(VENV) with the extra '$*'; PyTorch is large, this takes a few minutes"
+	@$(BIN)/python -m pip install --quiet --editable ".[$*]"
 	touch $@ $(VENV)/.installed
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist site *.egg-info .mypy_cache .ruff_cache .hypothesis

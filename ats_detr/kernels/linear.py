@@ -35,14 +35,16 @@ def packed_linear(
     """(x + add) W^T + b of the rows in use, [K, N]. For inference: raises where a gradient would be recorded.
 
     Args:
-        x_KC, add_KC: float32 or 16-bit, slices of wider matrices too; their sum is cast to the weight's dtype.
+        x_KC: float32 or 16-bit, a slice of a wider matrix too. The sum with `add_KC` is cast to the weight's dtype.
+        add_KC: as `x_KC`.
         weight: [N, C]. Under autocast it is cast to the autocast dtype.
         num_rows: int32 [1] on the device: rows in use (`TokenPlan.num_rows`); later rows are neither read nor
             written. None: all.
         activation: None or 'relu'.
         dtype: of the result. None: the weight's. Sampling offsets want float32.
-        memory_BSN, plan: write the rows to their tokens of `memory_BSN` instead, in its dtype, and return it;
+        memory_BSN: with `plan`, write the rows to their tokens of this memory instead, in its dtype, and return it;
             the memory may be a slice of wider rows.
+        plan: the tokens of the rows.
         backend: 'triton' or 'reference', see `choose_backend`. None: the kernel where it is faster, that is, on CUDA
             with 16-bit weights and `num_rows`.
     """
