@@ -1,7 +1,7 @@
-"""What README and docs tell people to type is understood, and is run here unless it says that it needs more.
+"""The commands and examples of README and docs work.
 
-A block of commands whose first line is `# needs COCO` or `# needs a GPU` is only parsed. Everything else runs from top
-to bottom in a folder with the files that the page speaks of; trainings run with a small model.
+All commands are parsed. The blocks of the pages that are run here execute from top to bottom, in a folder with the files
+that the page names, except blocks whose first line is `# needs COCO` or `# needs a GPU`. Training uses a small model.
 """
 
 from __future__ import annotations
@@ -36,7 +36,10 @@ from tests.small_detector import save_small_detector
 ROOT = Path(__file__).parents[1]
 PAGES = [
     "README.md",
-    *(f"docs/{name}.md" for name in ("architecture", "detector", "export", "finetuning", "training")),
+    *(
+        f"docs/{name}.md"
+        for name in ("architecture", "configuration", "detector", "export", "finetuning", "results", "training")
+    ),
 ]
 
 
@@ -73,7 +76,7 @@ COMMANDS = [
     if block.language == "sh"
     for c in block.commands
 ]
-NOT_RUN = ("make ", "mkdir ", "cd ", "wget ", "unzip ", "sbatch ")
+NOT_RUN = ("make ", "pip ", "mkdir ", "cd ", "wget ", "unzip ", "sbatch ")
 """`make demo` is the training that runs below; `make test` is this."""
 
 
