@@ -1,7 +1,8 @@
 """The commands and examples of README and docs work.
 
-All commands are parsed. The blocks of the pages that are run here execute from top to bottom, in a folder with the files
-that the page names, except blocks whose first line is `# needs COCO` or `# needs a GPU`. Training uses a small model.
+All commands are parsed. The blocks of the pages that are run here execute from top to bottom, in a folder with the
+files that the page names, except blocks whose first line is `# needs COCO` or `# needs a GPU`. Training uses a small
+model.
 """
 
 from __future__ import annotations
@@ -36,10 +37,8 @@ from tests.small_detector import save_small_detector
 ROOT = Path(__file__).parents[1]
 PAGES = [
     "README.md",
-    *(
-        f"docs/{name}.md"
-        for name in ("architecture", "configuration", "detector", "export", "finetuning", "results", "training")
-    ),
+    *(f"docs/{name}.md" for name in ("architecture", "configuration", "detector")),
+    *(f"docs/{name}.md" for name in ("export", "finetuning", "results", "training")),
 ]
 
 
