@@ -11,12 +11,11 @@ from pathlib import Path
 import torch
 
 from ats_detr import distributed
+from ats_detr.checkpoint import config_of, load_checkpoint, resolve_checkpoint
 from ats_detr.config import load_config
-from ats_detr.detector import find_checkpoint
 from ats_detr.errors import run_cli
 from ats_detr.summary import evaluate_checkpoint
-from ats_detr.training import logging
-from ats_detr.training.checkpoint import config_of, load_checkpoint
+from ats_detr.training import run_log
 
 
 def main() -> None:
@@ -39,14 +38,14 @@ def main() -> None:
     )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as data.eval_batch_size=8")
     arguments = parser.parse_intermixed_args()
-    checkpoint = find_checkpoint(arguments.checkpoint)
+    checkpoint = resolve_checkpoint(arguments.checkpoint)
     if arguments.config:
         config = load_config(arguments.config, arguments.overrides)
     else:
         config = config_of(load_checkpoint(checkpoint), checkpoint, arguments.overrides)
     output = arguments.output or checkpoint.parent / "evaluation"
     with distributed.process_group(config.device) as device:
-        logging.configure()
+        run_log.configure()
         compiled = getattr(torch, arguments.compile) if arguments.compile else None
         evaluate_checkpoint(config, checkpoint, output, device, compiled=compiled)
 

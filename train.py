@@ -8,7 +8,7 @@ from ats_detr import distributed
 from ats_detr.config import load_config
 from ats_detr.errors import run_cli
 from ats_detr.summary import summarise
-from ats_detr.training import logging
+from ats_detr.training import run_log
 from ats_detr.training.stages import plan_stages, train_stages
 
 
@@ -33,7 +33,7 @@ def main() -> None:
     config = load_config(arguments.config, arguments.overrides)
     stages = plan_stages(config, arguments.overrides)
     with distributed.process_group(config.device) as device:
-        logging.configure()
+        run_log.configure()
         train_stages(stages, arguments.stage, device)
         if config.summary and arguments.stage == "all":
             summarise(stages, config.run_dir, device)

@@ -16,6 +16,14 @@ from typing import Any
 from rich.console import Console
 from rich.progress import track
 
+from ats_detr.checkpoint import (
+    CHECKPOINT_SUFFIXES,
+    load_checkpoint,
+    load_model,
+    read_file,
+    save_checkpoint,
+    save_folder,
+)
 from ats_detr.config import ConfigError, apply_override, config_from_dict
 from ats_detr.convert import from_official, is_official, to_official
 from ats_detr.data.check import check_dataset, find_splits, lines, plot_dataset
@@ -25,14 +33,6 @@ from ats_detr.evaluation import MAX_DETECTIONS
 from ats_detr.flops import num_parameters
 from ats_detr.info import describe, name_of_model
 from ats_detr.predict import SHOWN, Shown, find_inputs, predict_files
-from ats_detr.training.checkpoint import (
-    CHECKPOINT_SUFFIXES,
-    load_checkpoint,
-    load_model,
-    read_file,
-    save_checkpoint,
-    save_folder,
-)
 
 console = Console(highlight=False, markup=False, soft_wrap=True)
 PROBLEMS = 1

@@ -16,32 +16,27 @@ from PIL import Image
 from torch import Tensor
 
 from ats_detr.batch import ImageBatch, bucket_size
-from ats_detr.config import Config
-from ats_detr.data.coco import ClassMap
-from ats_detr.data.images import IMAGE_SUFFIXES, ImageFileError, decode_image, fetch_image, to_rgb
-from ats_detr.data.transforms import evaluation_transform
-from ats_detr.distributed import choose_device
-from ats_detr.errors import UserError
-from ats_detr.evaluation import MAX_DETECTIONS, TokenBudget, token_budgets
-from ats_detr.model import CompiledDetr, Detr
-from ats_detr.model.output import Detections, DetectorOutput, top_detections
-from ats_detr.training.checkpoint import (
+from ats_detr.checkpoint import (
     CHECKPOINT_SUFFIXES,
-    MODEL_CONFIG,
     config_of,
     load_model,
+    resolve_checkpoint,
     save_checkpoint,
     save_folder,
 )
-from ats_detr.training.state import FINISHED
+from ats_detr.config import Config
+from ats_detr.data.coco import ClassMap
+from ats_detr.data.images import ImageFileError, ImageSource, image_sources, read_image
+from ats_detr.data.transforms import evaluation_transform
+from ats_detr.distributed import choose_device
+from ats_detr.errors import UserError
+from ats_detr.evaluation import MAX_DETECTIONS
+from ats_detr.model import CompiledDetr, Detr
+from ats_detr.model.output import Detections, DetectorOutput, TokenBudget, token_budgets, top_detections
 from ats_detr.visualize import KeptTokens, draw_boxes
 
 if TYPE_CHECKING:
     import supervision
-
-ImageSource = str | Path | Image.Image | np.ndarray | Tensor
-"""One image: a file, a PIL image, an array [h, w], [h, w, 3] or [h, w, 4], or a tensor [3, h, w]; arrays and tensors
-are RGB, uint8 or floating point in 0..1. A string may be a URL where URLs are allowed."""
 
 THRESHOLD = 0.4
 """Default of the smallest score that is shown; evaluation has none."""
@@ -81,7 +76,7 @@ class Result:
 
     def image(self) -> Image.Image:
         """The image as RGB, read again. Raises ImageFileError where it is gone."""
-        return _read(self.source, self.name, upright=self.upright, allow_urls=True)
+        return read_image(self.source, self.name, upright=self.upright, allow_urls=True)
 
     def draw(self, *, min_score: float = 0.0) -> Image.Image:
         """The image with boxes, names and scores; small images are enlarged by a whole factor."""
@@ -181,7 +176,7 @@ class Detector:
         Raises UserError where there is no such thing or it cannot be read.
         """
         chosen = choose_device(device)
-        path = find_checkpoint(source)
+        path = resolve_checkpoint(source)
         model, checkpoint = load_model(path)
         dropped = ("model", "optimizer", "rng")
         return Detector(
@@ -291,7 +286,7 @@ class Detector:
             number, source = numbered
             name = str(source) if isinstance(source, (str, Path)) else f"image {number}"
             try:
-                image = _read(source, name, upright=upright, allow_urls=allow_urls)
+                image = read_image(source, name, upright=upright, allow_urls=allow_urls)
             except ImageFileError as error:
                 if on_bad_image is None:
                     raise
@@ -300,7 +295,9 @@ class Detector:
             return _Prepared(source, name, pixels, (image.height, image.width))
 
         def readable() -> Iterator[_Prepared]:
-            for prepared in _ahead(prepare, enumerate(_sources(images)), depth=_NUM_READERS + batch_size):
+            for prepared in _ahead(
+                prepare, enumerate(image_sources(images)), depth=_NUM_READERS + batch_size
+            ):
                 if isinstance(prepared, _Prepared):
                     yield prepared
                 elif on_bad_image is not None:
@@ -396,95 +393,3 @@ def _ahead(function: Callable[[Any], Any], items: Iterable[Any], depth: int) -> 
         finally:
             for future in waiting:
                 future.cancel()
-
-
-# ------------------------------------------------------------------------------------------------------ what is given
-def find_checkpoint(source: str | Path) -> Path:
-    """The checkpoint that a file, a model's or run's folder, or the name of a run means. Raises UserError."""
-    path = Path(source)
-    if path.is_file():
-        return path
-    for folder in (path, Path("runs") / path):
-        if (folder / MODEL_CONFIG).is_file():
-            return folder
-        for candidate in (folder / "student" / FINISHED, folder / FINISHED):
-            if candidate.is_file():
-                return candidate
-    raise UserError(
-        f"{source}: no checkpoint; give a file, a folder with config.json and model.safetensors, or a finished run"
-        f" (its folder, or its name under runs/)"
-    )
-
-
-def images_in(folder: Path) -> list[Path]:
-    """The files of a folder that look like images by their suffix, by name; no hidden ones."""
-    return [path for path in visible_files(folder) if path.suffix.lower() in IMAGE_SUFFIXES]
-
-
-def visible_files(folder: Path) -> list[Path]:
-    """The files of a folder by name, without those that a dot hides (thumbnails, `._photo.jpg` of a Mac)."""
-    return sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
-
-
-def _sources(images: ImageSource | Iterable[ImageSource]) -> Iterator[ImageSource]:
-    """Single images: folders become their files, stacks of images their members."""
-    if isinstance(images, (str, Path)):
-        folder = Path(images)
-        if is_url(images) or not folder.is_dir():
-            yield images
-            return
-        found = images_in(folder)
-        if not found:
-            raise UserError(
-                f"folder {folder}: there are no images in it ({', '.join(sorted(IMAGE_SUFFIXES))})"
-            )
-        yield from found
-    elif isinstance(images, Image.Image) or (isinstance(images, (np.ndarray, Tensor)) and images.ndim < 4):
-        yield images
-    elif isinstance(images, Iterable):
-        for image in images:
-            yield from _sources(image)
-    else:
-        yield images  # refused by name where it is read
-
-
-def is_url(source: object) -> bool:
-    return isinstance(source, str) and source.startswith(("http://", "https://"))
-
-
-def _read(source: ImageSource, name: str, *, upright: bool, allow_urls: bool) -> Image.Image:
-    """One image as RGB."""
-    if isinstance(source, Image.Image):
-        return to_rgb(source)
-    if isinstance(source, np.ndarray):
-        return _from_array(source, name)
-    if isinstance(source, Tensor):
-        if source.ndim != 3 or source.shape[0] != 3:
-            raise UserError(f"{name}: a tensor of shape {tuple(source.shape)}; give [3, height, width]")
-        return _from_array(source.detach().cpu().permute(1, 2, 0).numpy(), name)
-    if is_url(source):
-        if not allow_urls:
-            raise UserError(f"{source}: URLs are fetched only where that is asked for (allow_urls=True)")
-        return decode_image(fetch_image(str(source)), name, upright=upright)
-    if not isinstance(source, (str, Path)):
-        raise UserError(f"{name}: a {type(source).__name__}; give a file, a PIL image, an array or a tensor")
-    try:
-        encoded = Path(source).read_bytes()
-    except OSError as error:
-        raise ImageFileError(f"image {name} cannot be read: {error.strerror}") from None
-    return decode_image(encoded, name, upright=upright)
-
-
-def _from_array(array: np.ndarray, name: str) -> Image.Image:
-    is_gray = array.ndim == 2
-    if not (is_gray or (array.ndim == 3 and array.shape[2] in (3, 4))) or array.size == 0:
-        raise UserError(
-            f"{name}: an array of shape {array.shape}; give [height, width] or [height, width, 3]"
-        )
-    if np.issubdtype(array.dtype, np.floating):
-        if not (array.min() >= 0 and array.max() <= 1):  # also where it is not a number
-            raise UserError(f"{name}: floating-point pixels outside 0..1; give 0..1, or uint8")
-        array = (array * 255).round().astype(np.uint8)
-    if array.dtype != np.uint8:
-        raise UserError(f"{name}: pixels of type {array.dtype}; give uint8, or floating point in 0..1")
-    return Image.fromarray(np.ascontiguousarray(array)).convert("RGB")

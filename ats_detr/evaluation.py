@@ -25,7 +25,7 @@ from ats_detr.data.coco import ClassMap, CocoAnnotations, ImageFileError
 from ats_detr.data.loader import EvaluationLoader
 from ats_detr.errors import UserError
 from ats_detr.model import CompiledDetr, Detr
-from ats_detr.model.output import Detections, DetectorOutput, top_detections
+from ats_detr.model.output import Detections, DetectorOutput, TokenBudget, token_budgets, top_detections
 
 logger = logging.getLogger(__name__)
 
@@ -35,20 +35,6 @@ MAX_DETECTIONS = 100
 """Detections per image that COCO's protocol counts."""
 HISTOGRAM_BINS = 20
 """Bins of the keep ratio over 0..1."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class TokenBudget:
-    """What the detector spent on one image."""
-
-    num_valid_tokens: int
-    num_kept_tokens: int
-    budget_class: int | None
-    """Chosen budget, 0 the smallest; None where the budget is fixed or all tokens are kept."""
-
-    @property
-    def keep_ratio(self) -> float:
-        return self.num_kept_tokens / self.num_valid_tokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -213,23 +199,6 @@ class _Found:
             self.records.append(
                 ImageRecord(image_id=target.image_id, num_objects=len(target.labels_N), **vars(budget))
             )
-
-
-def token_budgets(output: DetectorOutput) -> list[TokenBudget]:
-    """What each image of a batch was given, in one transfer to the host."""
-    num_valid_B = (~output.padding_mask_BS).sum(1)
-    num_kept_B, budget_B = num_valid_B, torch.full_like(num_valid_B, -1)
-    if output.selection is not None:
-        num_kept_B = output.selection.num_kept_B
-        if output.selection.budget_logits_BR is not None:
-            budget_B = output.selection.budget_logits_BR.argmax(1)
-    columns = torch.stack([num_valid_B, num_kept_B.to(num_valid_B), budget_B], dim=1).tolist()
-    return [
-        TokenBudget(
-            num_valid_tokens=num_valid, num_kept_tokens=num_kept, budget_class=None if budget < 0 else budget
-        )
-        for num_valid, num_kept, budget in columns
-    ]
 
 
 def detection_rows(

@@ -9,13 +9,18 @@ from typing import Any
 import torch
 
 from ats_detr.batch import ImageBatch, bucket_size
+from ats_detr.checkpoint import (
+    build_without_fetching,
+    config_of,
+    load_checkpoint,
+    load_detector,
+    resolve_checkpoint,
+)
 from ats_detr.config import Config, ModelConfig, load_config
 from ats_detr.data.coco import ClassMap
 from ats_detr.data.transforms import resized_size
-from ats_detr.detector import find_checkpoint
 from ats_detr.flops import count_flops, num_parameters
 from ats_detr.model import Detr
-from ats_detr.training.checkpoint import build_without_fetching, config_of, load_checkpoint, load_detector
 
 _ROWS_OF_A_CONFIG = 91
 """Class rows where no data has been read: COCO's."""
@@ -38,7 +43,7 @@ def describe(source: str, overrides: Sequence[str] = ()) -> list[tuple[str, str]
             ("training", _training(config)),
             ("data", f"{config.data.kind}, {config.data.root}; classes are read from its annotations"),
         ]
-    path = find_checkpoint(source)
+    path = resolve_checkpoint(source)
     checkpoint = load_checkpoint(path)
     config = config_of(checkpoint, path, overrides)
     model = load_detector(config, checkpoint, path)

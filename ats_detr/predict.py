@@ -10,12 +10,12 @@ from typing import Any, Literal
 from PIL import Image
 from rich.progress import track
 
-from ats_detr.data.images import ImageFileError
+from ats_detr.checkpoint import write_json
+from ats_detr.data.images import ImageFileError, images_in, is_url, visible_files
 from ats_detr.data.video import VIDEO_SUFFIXES, VideoWriter, read_video
-from ats_detr.detector import Detector, Result, images_in, is_url, visible_files
+from ats_detr.detector import Detector, Result
 from ats_detr.errors import UserError
 from ats_detr.gallery import Gallery
-from ats_detr.training.checkpoint import write_json
 from ats_detr.visualize import add_caption, draw_kept_tokens
 
 Shown = Literal["boxes", "tokens", "budget"]

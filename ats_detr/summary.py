@@ -11,15 +11,15 @@ import torch
 from rich.table import Table
 
 from ats_detr import distributed
+from ats_detr.checkpoint import load_checkpoint, load_detector, make_folder, write_json
 from ats_detr.config import Config
 from ats_detr.data.coco import ClassMap
 from ats_detr.data.loader import EvaluationLoader
 from ats_detr.evaluation import Metrics, evaluate, warn_of_minimum
 from ats_detr.flops import count_flops
 from ats_detr.model import CompiledDetr, Detr
-from ats_detr.training import checkpoint as checkpoints
 from ats_detr.training.datasets import build_evaluation_loader
-from ats_detr.training.logging import console, say
+from ats_detr.training.run_log import console, say
 from ats_detr.training.stages import Stage
 from ats_detr.visualize import plot_budgets, save_pictures
 
@@ -42,15 +42,17 @@ def evaluate_checkpoint(
     budgets.png. With a dtype for `compiled` the metrics are those of the compiled detector. Every process of a
     distributed run calls it.
     """
-    model, class_map = load_detector(config, path, device)
+    checkpoint = load_checkpoint(path)
+    model = load_detector(config, checkpoint, path).to(device)
+    class_map = ClassMap.from_dict(checkpoint["classes"])
     loader = build_evaluation_loader(config.data, class_map)
-    checkpoints.make_folder(folder)
+    make_folder(folder)
     evaluated = model if compiled is None else CompiledDetr(model, dtype=compiled)
     metrics = evaluate(evaluated, loader, device, show_progress=console.is_terminal)
     warn_of_minimum(metrics, config.model.selector)
     if distributed.is_main():
         print_metrics(metrics)
-        checkpoints.write_json(metrics.to_dict(), folder / "metrics.json")
+        write_json(metrics.to_dict(), folder / "metrics.json")
         write_pictures(config, model, class_map, metrics, folder, device)
         say(f"written to {folder}: metrics.json and pictures")
     distributed.barrier()
@@ -69,9 +71,11 @@ def summarise(stages: Mapping[str, Stage], folder: Path, device: torch.device) -
     student = stages["student"]
     seconds = 0.0
     for name, stage in stages.items():
-        model, class_map = load_detector(stage.config, stage.checkpoint, device)
+        checkpoint = load_checkpoint(stage.checkpoint)
+        model = load_detector(stage.config, checkpoint, stage.checkpoint).to(device)
+        class_map = ClassMap.from_dict(checkpoint["classes"])
         metrics = evaluate(model, build_evaluation_loader(student.config.data, class_map), device)
-        seconds += checkpoints.load_checkpoint(stage.checkpoint).get("train_seconds", 0.0)
+        seconds += checkpoint.get("train_seconds", 0.0)
         if not distributed.is_main():
             continue
         everything = build_evaluation_loader(student.config.data, class_map, shared=False)
@@ -85,17 +89,9 @@ def summarise(stages: Mapping[str, Stage], folder: Path, device: torch.device) -
     if distributed.is_main():
         summary["train_minutes"] = seconds / 60
         print_comparison(summary)
-        checkpoints.write_json(summary, folder / "summary.json")
+        write_json(summary, folder / "summary.json")
         say(f"written to {folder}: budgets.png, pictures and summary.json")
     distributed.barrier()
-
-
-def load_detector(config: Config, path: Path, device: torch.device) -> tuple[Detr, ClassMap]:
-    """The model of `config` with the weights of a checkpoint, and what its class rows mean."""
-    checkpoint = checkpoints.load_checkpoint(path)
-    return checkpoints.load_detector(config, checkpoint, path).to(device), ClassMap.from_dict(
-        checkpoint["classes"]
-    )
 
 
 def mean_encoder_gflops(model: Detr, loader: EvaluationLoader) -> float:

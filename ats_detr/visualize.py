@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from PIL import Image, ImageColor, ImageDraw, ImageFont
 from torch import Tensor
 
-from ats_detr.data.coco import ClassMap, CocoDetection
+from ats_detr.data.coco import ClassMap
 from ats_detr.data.loader import EvaluationLoader
 from ats_detr.evaluation import Metrics
 from ats_detr.model import Detr
@@ -233,16 +233,6 @@ def plot_budgets(metrics: Metrics) -> Figure:
     axis.spines[["top", "right"]].set_visible(False)
     figure.legend(frameon=False, loc="outside lower center", ncols=3)
     return figure
-
-
-def spread_over_difficulty(dataset: CocoDetection, num_images: int) -> list[int]:
-    """Dataset indices of `num_images` images (or all, if there are fewer), from the fewest objects to the
-    most.
-    """
-    num_objects = [len(dataset.objects(index)[1]) for index in range(len(dataset))]
-    order = np.argsort(num_objects, kind="stable")
-    places = np.linspace(0, len(order) - 1, min(num_images, len(order))).round().astype(int)
-    return order[places].tolist()
 
 
 @torch.no_grad()

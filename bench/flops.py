@@ -25,13 +25,12 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from ats_detr.batch import ImageBatch
+from ats_detr.checkpoint import build_without_fetching, load_checkpoint, load_detector, resolve_checkpoint
 from ats_detr.config import Config, load_config
 from ats_detr.data.transforms import evaluation_transform
-from ats_detr.detector import find_checkpoint
 from ats_detr.errors import UserError, run_cli
 from ats_detr.flops import Flops, count_flops, count_flops_eager, num_parameters
 from ats_detr.model import Detr
-from ats_detr.training.checkpoint import build_without_fetching, load_checkpoint, load_detector
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 PUBLISHED_COUNTS = Path(__file__).with_name("published_flops.json")
@@ -155,7 +154,7 @@ def given_subject(config: Config, checkpoint: str | None) -> Subject:
     if checkpoint is None:
         num_classes = config.model.num_classes or NUM_COCO_CLASSES
         return Subject(config.name, build_without_fetching(config, num_classes), {})
-    path = find_checkpoint(checkpoint)
+    path = resolve_checkpoint(checkpoint)
     return Subject(config.name, load_detector(config, load_checkpoint(path), path), {})
 
 

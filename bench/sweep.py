@@ -18,14 +18,13 @@ import torch
 from rich.console import Console
 
 from ats_detr.batch import ImageBatch
+from ats_detr.checkpoint import load_checkpoint, resolve_checkpoint
 from ats_detr.config import Config, load_config
 from ats_detr.data.coco import ClassMap
-from ats_detr.detector import find_checkpoint
 from ats_detr.distributed import choose_device
 from ats_detr.errors import UserError, run_cli
 from ats_detr.evaluation import evaluate
 from ats_detr.flops import Flops, count_flops
-from ats_detr.training.checkpoint import load_checkpoint
 from ats_detr.training.datasets import build_evaluation_loader
 from bench.flops import CONFIGS, given_subject, read_folder
 from bench.latency import (
@@ -239,7 +238,7 @@ def precision_rows(
     setting: Setting, config: Config, checkpoint: str, choices: Sequence[Budgets], console: Console
 ) -> list[Row]:
     """COCO AP of each choice on the config's validation images."""
-    class_map = ClassMap.from_dict(load_checkpoint(find_checkpoint(checkpoint))["classes"])
+    class_map = ClassMap.from_dict(load_checkpoint(resolve_checkpoint(checkpoint))["classes"])
     rows = []
     for choice in choices:
         loader = build_evaluation_loader(config.data, class_map)

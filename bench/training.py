@@ -26,9 +26,9 @@ from ats_detr.boxes import cxcywh_to_xyxy
 from ats_detr.config import SelectorConfig, load_config
 from ats_detr.kernels import TokenPlan
 from ats_detr.model import Detections, DetectorOutput, Prediction, TokenScores, build_model, top_detections
-from ats_detr.training.criterion import SetCriterion, build_criterion
-from ats_detr.training.distillation import DualTeacher, budget_labels, image_average_precision
-from ats_detr.training.losses import compute_losses
+from ats_detr.training.average_precision import image_average_precision
+from ats_detr.training.criterion import SetCriterion, build_criterion, compute_losses
+from ats_detr.training.distillation import DualTeacher, budget_labels
 from tests.training.definitions import nested_loops_ap, set_losses
 
 ROOT = Path(__file__).parents[1]

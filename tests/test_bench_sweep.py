@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from ats_detr.checkpoint import build_without_fetching, save_checkpoint
 from ats_detr.config import config_to_dict, load_config
 from ats_detr.data.coco import ClassMap
 from ats_detr.data.synthetic import CLASSES
-from ats_detr.training.checkpoint import build_without_fetching, save_checkpoint
 from bench.flops import count as count_all
 from bench.flops import given_subject, row_of
 from bench.latency import QUICK_SIZE, generated_images

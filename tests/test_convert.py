@@ -17,13 +17,7 @@ from torch import Tensor
 
 from ats_detr.__main__ import main
 from ats_detr.batch import ImageBatch
-from ats_detr.config import BackboneConfig, ModelConfig, SelectorConfig, config_from_dict
-from ats_detr.convert import COCO_CLASSES, from_official, is_official, to_official
-from ats_detr.data.coco import COCO_2017_IDS, ClassMap
-from ats_detr.errors import UserError
-from ats_detr.model import build_model
-from ats_detr.official import official_names
-from ats_detr.training.checkpoint import (
+from ats_detr.checkpoint import (
     config_of,
     load_checkpoint,
     load_detector,
@@ -31,6 +25,11 @@ from ats_detr.training.checkpoint import (
     read_file,
     save_checkpoint,
 )
+from ats_detr.config import BackboneConfig, ModelConfig, SelectorConfig, config_from_dict
+from ats_detr.convert import COCO_CLASSES, from_official, is_official, official_names, to_official
+from ats_detr.data.coco import COCO_2017_IDS, ClassMap
+from ats_detr.errors import UserError
+from ats_detr.model import build_model
 
 ADAPTIVE = SelectorConfig(min_ratio=0.1, max_ratio=0.2, masked_mean=False)
 

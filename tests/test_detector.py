@@ -15,11 +15,12 @@ import torch
 from PIL import Image
 
 from ats_detr import Detector
+from ats_detr.checkpoint import resolve_checkpoint
 from ats_detr.data.coco import CocoDetection
 from ats_detr.data.images import ImageFileError
 from ats_detr.data.loader import EvaluationLoader
 from ats_detr.data.synthetic import synthetic_dataset
-from ats_detr.detector import Result, find_checkpoint
+from ats_detr.detector import Result
 from ats_detr.errors import UserError
 from ats_detr.evaluation import MAX_DETECTIONS, detection_rows, evaluate
 from ats_detr.model.output import top_detections
@@ -331,12 +332,12 @@ def test_a_run_is_found_by_folder_and_by_name(tmp_path: Path, monkeypatch: pytes
     run = tmp_path / "runs" / "mine"
     save_small_detector(run / "weak" / "final.pt")
     with pytest.raises(UserError, match=r"mine: no checkpoint; give a file"):
-        find_checkpoint(run)
+        resolve_checkpoint(run)
     student = save_small_detector(run / "student" / "final.pt")
-    assert find_checkpoint(run) == student
+    assert resolve_checkpoint(run) == student
     monkeypatch.chdir(tmp_path)
-    assert find_checkpoint("mine") == Path("runs/mine/student/final.pt")
-    assert find_checkpoint("mine/weak") == Path("runs/mine/weak/final.pt")
+    assert resolve_checkpoint("mine") == Path("runs/mine/student/final.pt")
+    assert resolve_checkpoint("mine/weak") == Path("runs/mine/weak/final.pt")
     assert isinstance(Detector.from_checkpoint("mine/weak", device="cpu"), Detector)
 
 

@@ -15,8 +15,8 @@ from PIL import Image
 
 from ats_detr.data.coco import ClassMap
 from ats_detr.detector import Result
-from ats_detr.evaluation import TokenBudget
 from ats_detr.gallery import Gallery
+from ats_detr.model.output import TokenBudget
 from ats_detr.visualize import KeptTokens, class_colour
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")

@@ -26,12 +26,12 @@ import torch
 from PIL import Image
 
 from ats_detr.__main__ import main, make_parser
+from ats_detr.checkpoint import load_checkpoint
 from ats_detr.config import load_config
 from ats_detr.convert import to_official
 from ats_detr.data.images import decode_image
 from ats_detr.data.synthetic import synthetic_dataset
 from ats_detr.data.transforms import evaluation_transform, image_to_tensor
-from ats_detr.training.checkpoint import load_checkpoint
 from tests.small_detector import save_small_detector
 
 ROOT = Path(__file__).parents[1]

@@ -12,7 +12,7 @@ from PIL import Image
 from torch import nn
 
 from ats_detr.batch import ImageBatch
-from ats_detr.data.coco import ClassMap, CocoDetection
+from ats_detr.data.coco import ClassMap, CocoDetection, spread_over_difficulty
 from ats_detr.data.loader import EvaluationLoader
 from ats_detr.data.synthetic import synthetic_dataset
 from ats_detr.evaluation import AveragePrecision, ImageRecord, Metrics
@@ -26,7 +26,6 @@ from ats_detr.visualize import (
     draw_kept_tokens,
     plot_budgets,
     save_pictures,
-    spread_over_difficulty,
 )
 
 CLASSES = ClassMap.from_categories({1: "cat", 2: "dog"})

@@ -438,3 +438,13 @@ def _read_or_none(path: Path) -> bytes | None:
         return path.read_bytes()
     except OSError:
         return None
+
+
+def spread_over_difficulty(dataset: CocoDetection, num_images: int) -> list[int]:
+    """Dataset indices of `num_images` images (or all, if there are fewer), from the fewest objects to the
+    most.
+    """
+    num_objects = [len(dataset.objects(index)[1]) for index in range(len(dataset))]
+    order = np.argsort(num_objects, kind="stable")
+    places = np.linspace(0, len(order) - 1, min(num_images, len(order))).round().astype(int)
+    return order[places].tolist()

@@ -69,6 +69,20 @@ class DetectorOutput:
     """Token each two-stage query started from."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class TokenBudget:
+    """What the detector spent on one image."""
+
+    num_valid_tokens: int
+    num_kept_tokens: int
+    budget_class: int | None
+    """Chosen budget, 0 the smallest; None where the budget is fixed or all tokens are kept."""
+
+    @property
+    def keep_ratio(self) -> float:
+        return self.num_kept_tokens / self.num_valid_tokens
+
+
 @dataclass
 class Detections:
     """The detections of one image, best first."""
@@ -79,6 +93,23 @@ class Detections:
     """int64 class rows."""
     boxes_xyxy_N4: Tensor
     """float32 corners in pixels of the original image, not clipped to it."""
+
+
+def token_budgets(output: DetectorOutput) -> list[TokenBudget]:
+    """What each image of a batch was given, in one transfer to the host."""
+    num_valid_B = (~output.padding_mask_BS).sum(1)
+    num_kept_B, budget_B = num_valid_B, torch.full_like(num_valid_B, -1)
+    if output.selection is not None:
+        num_kept_B = output.selection.num_kept_B
+        if output.selection.budget_logits_BR is not None:
+            budget_B = output.selection.budget_logits_BR.argmax(1)
+    columns = torch.stack([num_valid_B, num_kept_B.to(num_valid_B), budget_B], dim=1).tolist()
+    return [
+        TokenBudget(
+            num_valid_tokens=num_valid, num_kept_tokens=num_kept, budget_class=None if budget < 0 else budget
+        )
+        for num_valid, num_kept, budget in columns
+    ]
 
 
 def top_detections(

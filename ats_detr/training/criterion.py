@@ -5,17 +5,69 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ats_detr.batch import Target
+from ats_detr import distributed
+from ats_detr.batch import ImageBatch, Target, most_of_a_class, targets_to
 from ats_detr.boxes import cxcywh_to_xyxy, generalized_iou
 from ats_detr.config import Config
 from ats_detr.model.output import DetectorOutput, Prediction
-from ats_detr.training.focal import FocalLoss, background_loss
+from ats_detr.training.distillation import DualTeacher
 from ats_detr.training.matcher import HungarianMatcher, Match, PendingMatches, PredictionRows
+
+SUMS_OVER_OBJECTS = ("loss_ce", "loss_bbox", "loss_giou")
+"""Losses that are divided by the number of objects; all others are means over images."""
+
+
+def compute_losses(
+    model: nn.Module,
+    criterion: SetCriterion,
+    teachers: DualTeacher | None,
+    batch: ImageBatch,
+    targets: Sequence[Target],
+    *,
+    num_boxes: Tensor | None = None,
+    share: float = 1.0,
+    precision: torch.dtype = torch.float32,
+    metrics: bool = True,
+) -> tuple[DetectorOutput, dict[str, Tensor], str | None]:
+    """The model's output; its losses by name with `loss`, their weighted sum; and what was not finite, if anything.
+
+    The mean over processes of the gradient of `loss` is the gradient for the batches of all processes taken as one.
+    Where something is not finite the gradient is NaN, on every process.
+
+    Args:
+        batch: on the device.
+        targets: on the host.
+        num_boxes: objects of the step, see `distributed.global_num_boxes`. None: those of `targets` and of the batches
+            that other processes have.
+        share: of this batch in the step, by which means over images (not sums over objects) are multiplied.
+        metrics: add what is only logged.
+    """
+    device = batch.images_B3HW.device
+    if num_boxes is None:
+        num_boxes = distributed.global_num_boxes(targets, device)
+    on_device = targets_to(targets, device)
+    with torch.autocast(device.type, precision, enabled=precision != torch.float32):
+        output = model(batch)
+    pending = criterion.start(output, on_device, metrics=metrics)
+    # Between start and finish: the device has these to do while the host solves the matching.
+    taught = {}
+    if teachers is not None:
+        taught = teachers(batch, on_device, output, most_of_a_class=most_of_a_class(targets))
+    losses = pending.finish(num_boxes) | taught
+    if share != 1.0:
+        losses = {k: v if k.startswith(SUMS_OVER_OBJECTS) else v * share for k, v in losses.items()}
+    weights = criterion.weights | dict.fromkeys(taught, 1.0)
+    total = torch.stack([weight * losses[key] for key, weight in weights.items() if key in losses]).sum()
+    # A loss that is not finite may still have finite gradients, which other processes would take for good.
+    is_good = total.detach().isfinite() & (pending.matches.problem is None)
+    total = total * torch.where(is_good, 1.0, torch.nan)
+    return output, {"loss": total, **losses}, pending.matches.problem
 
 
 class SetCriterion(nn.Module):
@@ -269,3 +321,53 @@ def _cardinality_error(
     counts = [end - start for start, end in pairwise(starts)]
     num_found_B = torch.stack([part.sum() for part in (best_R != num_classes - 1).split(counts)])
     return (num_found_B - num_objects_B).abs().float().mean()
+
+
+# --------------------------------------------------------------------------------------------------------- focal loss
+@torch.no_grad()
+def background_loss(logits_RK: Tensor, alpha: float, gamma: float) -> tuple[Tensor, Tensor]:
+    """The loss summed over all entries, each taken as background, and its derivative [R, K]; dtype of the logits.
+
+    (1 - alpha) p^gamma softplus(x), whose derivative is (1 - alpha) p^gamma (gamma (1 - p) softplus(x) + p).
+    Needs no assignment of objects: the device computes it while the host makes one.
+    """
+    p = logits_RK.sigmoid()
+    cost = F.softplus(logits_RK)
+    weight = p.pow(gamma).mul_(1 - alpha)
+    total = (weight * cost).sum()
+    derivative = cost.mul_(1 - p).mul_(gamma).add_(p).mul_(weight)
+    return total, derivative
+
+
+class FocalLoss(torch.autograd.Function):
+    """The sum of the loss where entries (rows_M[i], labels_M[i]) are objects; none may occur twice.
+
+    Takes what `background_loss` computed of the same logits; the backward pass only scales that derivative and writes
+    those of the objects into it.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits_RK: Tensor,
+        background: Tensor,
+        derivative_RK: Tensor,
+        rows_M: Tensor,
+        labels_M: Tensor,
+        alpha: float,
+        gamma: float,
+    ) -> Tensor:
+        x = logits_RK[rows_M, labels_M]
+        p, cost = x.sigmoid(), F.softplus(-x)
+        weight = alpha * (1 - p).pow(gamma)
+        as_background = (1 - alpha) * p.pow(gamma) * F.softplus(x)
+        ctx.save_for_backward(derivative_RK, rows_M, labels_M, -weight * (gamma * p * cost + (1 - p)))
+        return background + (weight * cost - as_background).sum()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        derivative_RK, rows_M, labels_M, of_objects_M = ctx.saved_tensors
+        grad_RK = derivative_RK * gradient
+        grad_RK[rows_M, labels_M] = of_objects_M * gradient
+        return grad_RK, None, None, None, None, None, None

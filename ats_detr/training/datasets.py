@@ -7,11 +7,10 @@ from pathlib import Path
 
 from ats_detr import distributed
 from ats_detr.config import DataConfig
-from ats_detr.data.coco import ClassMap, CocoDetection
+from ats_detr.data.coco import ClassMap, CocoDetection, spread_over_difficulty
 from ats_detr.data.loader import EvaluationLoader, TrainingLoader
 from ats_detr.data.synthetic import synthetic_dataset
 from ats_detr.data.transforms import training_transform
-from ats_detr.visualize import spread_over_difficulty
 
 
 @dataclass(frozen=True)

@@ -10,15 +10,21 @@ from typing import Any
 
 import torch
 
+from ats_detr.checkpoint import config_of, load_checkpoint, load_detector
 from ats_detr.config import Config, TeacherConfig, load_config
 from ats_detr.data.coco import ClassMap
 from ats_detr.errors import UserError
 from ats_detr.model import Detr
-from ats_detr.training.checkpoint import config_of, load_checkpoint, load_detector
 from ats_detr.training.distillation import DualTeacher
-from ats_detr.training.origin import WITHOUT_INFLUENCE, check_same_origin, digest
-from ats_detr.training.run import Teachers
-from ats_detr.training.state import FINISHED, is_resuming, mark_outdated
+from ats_detr.training.resume import (
+    FINISHED,
+    WITHOUT_INFLUENCE,
+    check_same_origin,
+    digest,
+    is_resuming,
+    mark_outdated,
+)
+from ats_detr.training.setup import Teachers
 from ats_detr.training.trainer import train
 
 logger = logging.getLogger(__name__)

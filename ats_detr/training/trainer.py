@@ -18,15 +18,30 @@ from ats_detr.config import Config
 from ats_detr.data.loader import Batch
 from ats_detr.errors import Stopped
 from ats_detr.evaluation import evaluate, warn_of_minimum
-from ats_detr.training.compilation import CANNOT_COMPILE, uncompile_layers
-from ats_detr.training.determinism import determinism
+from ats_detr.training.criterion import compute_losses
 from ats_detr.training.guards import check_targets, largest_batch, naming_the_batch
-from ats_detr.training.logging import say
-from ats_detr.training.losses import compute_losses
 from ats_detr.training.optim import learning_rate_factor, set_learning_rates
-from ats_detr.training.run import Run, Teachers, describe_run, global_batch, prepare
-from ats_detr.training.signals import StopSignals
-from ats_detr.training.state import BEST, FINISHED, discard_results, restore_rng, rng_state, save, save_result
+from ats_detr.training.resume import (
+    BEST,
+    FINISHED,
+    discard_results,
+    restore_rng,
+    rng_state,
+    save,
+    save_result,
+)
+from ats_detr.training.run_log import say
+from ats_detr.training.setup import (
+    CANNOT_COMPILE,
+    Run,
+    StopSignals,
+    Teachers,
+    describe_run,
+    determinism,
+    global_batch,
+    prepare,
+    uncompile_layers,
+)
 
 logger = logging.getLogger(__name__)
 

@@ -15,10 +15,10 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
+from ats_detr.checkpoint import load_checkpoint
 from ats_detr.data.coco import ClassMap
 from ats_detr.errors import UserError
 from ats_detr.model import Detr
-from ats_detr.training.checkpoint import load_checkpoint
 
 _CLASS_HEAD = re.compile(r"(?P<group>decoder_heads|proposal_head|encoder_heads)\b.*\.classify\.(weight|bias)")
 

@@ -19,14 +19,15 @@ import torch
 from torch import Tensor
 
 from ats_detr.batch import ImageBatch, Target
+from ats_detr.checkpoint import build_without_fetching
 from ats_detr.config import load_config
 from ats_detr.kernels import select_tokens
 from ats_detr.model.encoder import Encoder
 from ats_detr.model.output import Prediction, top_detections
 from ats_detr.model.tokens import Tokens
-from ats_detr.training.checkpoint import build_without_fetching
+from ats_detr.training.average_precision import image_average_precision
 from ats_detr.training.criterion import SetCriterion
-from ats_detr.training.distillation import budget_labels, image_average_precision
+from ats_detr.training.distillation import budget_labels
 from ats_detr.training.matcher import HungarianMatcher, PredictionRows
 
 ROOT = Path(__file__).parents[2]

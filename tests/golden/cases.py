@@ -16,8 +16,8 @@ from torch import Tensor
 
 from ats_detr.batch import ImageBatch
 from ats_detr.config import BackboneConfig, ModelConfig, SelectorConfig
+from ats_detr.convert import official_names
 from ats_detr.model import Detr, build_model
-from ats_detr.official import official_names
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from ats_detr.__main__ import main
+from ats_detr.checkpoint import load_model
 from ats_detr.config import config_from_dict
 from ats_detr.convert import to_official
-from ats_detr.training.checkpoint import load_model
 
 from .cases import Case, model_config
 from .conftest import golden_folder

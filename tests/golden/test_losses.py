@@ -16,10 +16,11 @@ from torch import Tensor
 
 from ats_detr.batch import Target
 from ats_detr.config import SelectorConfig, TrainConfig
+from ats_detr.convert import official_names
 from ats_detr.model import Detections, DetectorOutput, Detr, build_model, top_detections
-from ats_detr.official import official_names
+from ats_detr.training.average_precision import image_average_precision
 from ats_detr.training.criterion import SetCriterion, attention_coverage, prediction_layers
-from ats_detr.training.distillation import DualTeacher, budget_labels, image_average_precision, memory_loss
+from ats_detr.training.distillation import DualTeacher, budget_labels, memory_loss
 from ats_detr.training.optim import build_optimizer
 
 from .cases import Case, load_official, model_config

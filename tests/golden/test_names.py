@@ -7,8 +7,8 @@ import json
 import pytest
 import torch
 
+from ats_detr.convert import official_names
 from ats_detr.model import build_model
-from ats_detr.official import official_names
 
 from .cases import model_config
 from .conftest import golden_folder

@@ -8,15 +8,15 @@ from typing import Any
 import pytest
 import torch
 
-from ats_detr.config import config_to_dict
-from ats_detr.errors import UserError
-from ats_detr.training.checkpoint import (
+from ats_detr.checkpoint import (
     build_without_fetching,
     load_checkpoint,
     load_model,
     load_weights,
     save_checkpoint,
 )
+from ats_detr.config import config_to_dict
+from ats_detr.errors import UserError
 from tests.training.small import files_of_at_most, small_config
 
 

@@ -168,10 +168,10 @@ def test_a_killed_run_goes_on_to_the_same_weights(tmp_path: Path) -> None:
         write_small_chain(folder, model={"dropout": 0.1})
     assert run("train.py", "--config", undisturbed / "weak.yaml").code == 0
     code = (
-        "import os, runpy, sys, ats_detr.training.state as state\n"
-        "save = state.save_checkpoint\n"
+        "import os, runpy, sys, ats_detr.training.resume as resume\n"
+        "save = resume.save_checkpoint\n"
         "die = lambda path: path.name == 'checkpoint.pt' and os.kill(os.getpid(), 9)\n"
-        "state.save_checkpoint = lambda c, path, **k: (save(c, path, **k), die(path))\n"
+        "resume.save_checkpoint = lambda c, path, **k: (save(c, path, **k), die(path))\n"
         f"sys.argv = ['train.py', '--config', {str(killed / 'weak.yaml')!r}]\n"
         "runpy.run_path('train.py', run_name='__main__')\n"
     )

@@ -12,12 +12,11 @@ from torch import Tensor
 from ats_detr.batch import Target, most_of_a_class
 from ats_detr.boxes import cxcywh_to_xyxy, xyxy_to_cxcywh
 from ats_detr.model import Detections, build_model, top_detections
+from ats_detr.training.average_precision import greedy_match, image_average_precision
 from ats_detr.training.distillation import (
     DifficultyCache,
     DualTeacher,
     budget_labels,
-    greedy_match,
-    image_average_precision,
     memory_loss,
 )
 from tests.training.definitions import nested_loops_ap

@@ -15,9 +15,8 @@ from ats_detr import distributed
 from ats_detr.batch import ImageBatch, Target
 from ats_detr.config import config_from_dict
 from ats_detr.model import build_model
-from ats_detr.training.criterion import build_criterion
+from ats_detr.training.criterion import build_criterion, compute_losses
 from ats_detr.training.distillation import DualTeacher
-from ats_detr.training.losses import compute_losses
 from ats_detr.training.optim import build_optimizer
 from tests.training.small import ADAPTIVE, merged, random_batch, small_tree
 

@@ -17,8 +17,8 @@ import yaml
 
 from ats_detr.config import load_config
 from ats_detr.errors import Stopped, UserError
+from ats_detr.training.resume import PREVIOUS, RESUMABLE
 from ats_detr.training.stages import plan_stages, train_stages
-from ats_detr.training.state import PREVIOUS, RESUMABLE
 from tests.training.small import small_tree
 
 pytestmark = pytest.mark.xdist_group("exact")  # the undisturbed run is shared

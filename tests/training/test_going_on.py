@@ -13,8 +13,8 @@ import yaml
 
 from ats_detr.config import Config, load_config
 from ats_detr.errors import UserError
-from ats_detr.training import run, stages, state, trainer
-from ats_detr.training.origin import digest
+from ats_detr.training import resume, setup, stages, trainer
+from ats_detr.training.resume import digest
 from ats_detr.training.stages import plan_stages, train_stages
 from tests.training.small import small_tree, write_small_chain
 
@@ -31,13 +31,13 @@ def train_until_killed(folder: Path, *overrides: str, num_saved: int) -> None:
     def save_or_die(checkpoint: Any, path: Path, **keywords: Any) -> None:
         if len(saved) == num_saved:
             raise KeyboardInterrupt
-        if path.name != state.BEST:
+        if path.name != resume.BEST:
             saved.append(path)
         save(checkpoint, path, **keywords)
 
-    save = state.save_checkpoint
+    save = resume.save_checkpoint
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(state, "save_checkpoint", save_or_die)
+        patch.setattr(resume, "save_checkpoint", save_or_die)
         with pytest.raises(KeyboardInterrupt):
             train(folder, *overrides)
 
@@ -155,7 +155,7 @@ def test_a_retraining_that_is_refused_loses_nothing_and_is_not_finished(
     final = tmp_path / "run" / "final.pt"
     before = final.read_bytes()
     with monkeypatch.context() as patch:
-        patch.setattr(*((run, "build_loaders") if fails == "loaders" else (trainer, "rehearse")), fail)
+        patch.setattr(*((setup, "build_loaders") if fails == "loaders" else (trainer, "rehearse")), fail)
         with pytest.raises(UserError, match="not today"):
             train(tmp_path, "seed=1", "train.resume=never")
     assert final.read_bytes() == before

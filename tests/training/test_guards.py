@@ -16,8 +16,7 @@ from ats_detr.errors import UserError
 from ats_detr.training import trainer
 from ats_detr.training.datasets import data_root
 from ats_detr.training.guards import check_targets, largest_batch
-from ats_detr.training.run import Run, prepare
-from ats_detr.training.signals import StopSignals
+from ats_detr.training.setup import Run, StopSignals, prepare
 from ats_detr.training.stages import plan_stages, train_stages
 from tests.training.small import random_batch, small_config, small_tree
 

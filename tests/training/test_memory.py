@@ -12,7 +12,7 @@ import yaml
 
 from ats_detr.config import load_config
 from ats_detr.training import trainer
-from ats_detr.training.run import Run
+from ats_detr.training.setup import Run
 from ats_detr.training.stages import plan_stages, train_stages
 from tests.training.small import small_tree
 

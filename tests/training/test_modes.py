@@ -15,12 +15,10 @@ from torch import Tensor, nn
 from ats_detr.config import load_config
 from ats_detr.model import Detr, build_model
 from ats_detr.training import trainer
-from ats_detr.training.average import MovingAverage
-from ats_detr.training.criterion import build_criterion
+from ats_detr.training.criterion import build_criterion, compute_losses
 from ats_detr.training.distillation import DualTeacher
-from ats_detr.training.losses import compute_losses
-from ats_detr.training.run import Run, prepare
-from ats_detr.training.signals import StopSignals
+from ats_detr.training.optim import MovingAverage
+from ats_detr.training.setup import Run, StopSignals, prepare
 from ats_detr.training.stages import plan_stages, train_stages
 from tests.training.small import ADAPTIVE, merged, random_batch, small_config, small_tree
 

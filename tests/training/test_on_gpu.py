@@ -10,11 +10,10 @@ import torch
 
 from ats_detr.config import Config, load_config
 from ats_detr.model.detr import build_model
-from ats_detr.training.criterion import build_criterion
-from ats_detr.training.determinism import determinism
+from ats_detr.training.criterion import build_criterion, compute_losses
 from ats_detr.training.distillation import DualTeacher
-from ats_detr.training.losses import compute_losses
 from ats_detr.training.optim import build_optimizer
+from ats_detr.training.setup import determinism
 from tests.training.small import random_batch
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))

@@ -15,8 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ats_detr.config import Config
 from ats_detr.training import trainer
-from ats_detr.training.run import Run, prepare
-from ats_detr.training.signals import StopSignals
+from ats_detr.training.setup import Run, StopSignals, prepare
 from tests.training.small import random_batch, small_config
 
 _READS_DEVICE = {

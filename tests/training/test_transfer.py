@@ -13,13 +13,13 @@ import timm
 import torch
 from rich.console import Console
 
+from ats_detr.checkpoint import build_without_fetching, save_checkpoint
 from ats_detr.config import BackboneConfig, Config
+from ats_detr.convert import official_names
 from ats_detr.data.coco import ClassMap
 from ats_detr.errors import UserError
 from ats_detr.model import Detr, build_model
-from ats_detr.official import official_names
-from ats_detr.training import run, trainer
-from ats_detr.training.checkpoint import build_without_fetching, save_checkpoint
+from ats_detr.training import setup, trainer
 from ats_detr.training.transfer import Transfer, transfer_weights
 from tests.training.small import small_config
 from tests.training.test_checkpoint import checkpoint_of
@@ -137,7 +137,7 @@ def test_backbone_weights_are_fetched_only_if_the_checkpoint_lacks_some(
 
     monkeypatch.setattr(timm, "create_model", create_offline)
     config = small_config(tmp_path, model={"backbone": {"pretrained": True}})
-    state = run.prepare_model(config, PETS, path).state_dict()
+    state = setup.prepare_model(config, PETS, path).state_dict()
     assert fetched == ([] if lacking is None else ["resnet10t"])
     assert all(torch.equal(tensor, source[name]) for name, tensor in state.items() if name != lacking)
 

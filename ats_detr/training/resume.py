@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,13 +15,19 @@ from torch import Tensor
 from torch.optim import AdamW
 
 from ats_detr import distributed
+from ats_detr.checkpoint import (
+    FINISHED,
+    config_of,
+    load_checkpoint,
+    load_weights,
+    save_checkpoint,
+    write_json,
+)
 from ats_detr.config import Config, config_to_dict
 from ats_detr.errors import UserError
 from ats_detr.model import Detr
-from ats_detr.training.average import MovingAverage
-from ats_detr.training.checkpoint import load_checkpoint, load_weights, save_checkpoint, write_json
 from ats_detr.training.distillation import DifficultyCache
-from ats_detr.training.origin import ADJUSTABLE, check_same_origin
+from ats_detr.training.optim import MovingAverage
 
 logger = logging.getLogger(__name__)
 
@@ -30,11 +37,35 @@ PREVIOUS = "checkpoint.previous.pt"
 """The one before it, for the case that it turns out to be damaged."""
 BEST = "best.pt"
 """The weights of the best evaluation, where that was not the last."""
-FINISHED = "final.pt"
-"""In a stage's folder: the weights at the end. Its existence says that the stage is finished."""
 RESULTS = (FINISHED, BEST, RESUMABLE, PREVIOUS, "metrics.json")
 OUTDATED = "outdated"
 """Marks a folder whose results a start with `train.resume=never` is going to replace."""
+
+
+WITHOUT_INFLUENCE = (
+    *("name", "output_dir", "device", "summary", "num_pictures"),
+    *("teachers.weak.config", "teachers.weak.checkpoint"),  # their weights are compared instead
+    *("teachers.strong.config", "teachers.strong.checkpoint"),
+    *("data.num_workers", "data.cache_images", "data.on_bad_image", "data.eval_batch_size"),
+    *("train.resume", "train.checkpoint_every", "train.checkpoint_every_steps", "train.evaluate_every"),
+    *("train.log_every", "train.max_skipped_steps", "train.recompute", "train.compile", "deterministic"),
+)
+"""Settings that a finished training may differ in."""
+ADJUSTABLE = (
+    *WITHOUT_INFLUENCE,
+    *("train.epochs", "train.learning_rate", "train.backbone_learning_rate"),
+    *("train.offset_learning_rate_factor", "train.scale_learning_rate", "train.weight_decay"),
+    *(
+        "train.clip_norm",
+        "train.precision",
+        "train.ema_decay",
+        "train.schedule",
+        "train.drop_epochs",
+        "train.drop_factor",
+        "train.warmup_share",
+    ),
+)
+"""Settings that may change when a training goes on: those of its optimiser and schedule too."""
 
 
 @dataclass
@@ -71,7 +102,7 @@ class State:
         return self.model if self.average is None else self.average.model
 
 
-def find_checkpoint(config: Config, facts: Mapping[str, Any], folder: Path) -> dict[str, Any] | None:
+def load_resumable(config: Config, facts: Mapping[str, Any], folder: Path) -> dict[str, Any] | None:
     """The run's own checkpoint, if there is one to go on from; the one before it where that is damaged.
 
     Raises UserError where it is of another training, or where there are checkpoints of which none can be read.
@@ -189,6 +220,51 @@ def _common(config: Config, facts: Mapping[str, Any], state: State, model: Detr)
         **facts,
         **dataclasses.asdict(state.progress),
     }
+
+
+def check_same_origin(
+    checkpoint: Mapping[str, Any],
+    path: Path,
+    config: Config,
+    facts: Mapping[str, Any],
+    may_change: Sequence[str],
+) -> None:
+    """Refuse a checkpoint of another training than the one that is asked for. Raises UserError naming what differs.
+
+    Args:
+        facts: what the checkpoint must hold under these keys, beside an equal configuration.
+        may_change: settings, or groups of settings, that are not compared.
+    """
+    was = config_to_dict(config_of(checkpoint, path)) | {key: checkpoint.get(key) for key in facts}
+    changes = [
+        f"{key} = {old!r}, now {new!r}"
+        for key, old, new in differences(was, config_to_dict(config) | dict(facts))
+        if not any(key == free or key.startswith(f"{free}.") for free in may_change)
+    ]
+    if changes:
+        mend = "choose another output_dir, delete this folder, or train again with train.resume=never"
+        shown = "; ".join(changes[:3])
+        raise UserError(f"{path.parent} was trained with other settings ({shown}): {mend}")
+
+
+def differences(old: Any, new: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """(key, old value, new value) of each plain value in which two trees of dictionaries and lists differ."""
+    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        old, new = dict(enumerate(old)), dict(enumerate(new))
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in {**old, **new}:
+            yield from differences(old.get(key), new.get(key), f"{prefix}.{key}" if prefix else str(key))
+    elif old != new:
+        yield prefix, old, new
+
+
+def digest(state: Mapping[str, Tensor]) -> str:
+    """16 hexadecimal digits that tell these weights from others."""
+    sha = hashlib.sha256()
+    for name, tensor in sorted(state.items()):
+        sha.update(name.encode())
+        sha.update(tensor.cpu().reshape(-1).view(torch.uint8).numpy().data)
+    return sha.hexdigest()[:16]
 
 
 def rng_state(device: torch.device) -> dict[str, Tensor]:

@@ -3,35 +3,39 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+import os
+import signal
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType, TracebackType
 from typing import Any
 
 import torch
 from torch import nn
+from torch._dynamo.exc import TorchDynamoException
+from torch._inductor.exc import InductorError
 
 from ats_detr import distributed
+from ats_detr.checkpoint import build_without_fetching, make_folder, read_file
 from ats_detr.config import Config, save_config
 from ats_detr.data.coco import ClassMap
 from ats_detr.errors import UserError
 from ats_detr.model import Detr, build_model
 from ats_detr.model.backbone import load_weights as load_backbone_weights
-from ats_detr.training.average import MovingAverage
-from ats_detr.training.checkpoint import build_without_fetching, make_folder, read_file
-from ats_detr.training.compilation import compile_layers
 from ats_detr.training.criterion import SetCriterion, build_criterion
 from ats_detr.training.datasets import Loaders, build_loaders
 from ats_detr.training.distillation import DualTeacher
 from ats_detr.training.guards import KeptStatistics, StepWatch, check_annotations
-from ats_detr.training.logging import RunLog, console, say
-from ats_detr.training.optim import build_optimizer
-from ats_detr.training.signals import StopSignals
-from ats_detr.training.state import Progress, State, find_checkpoint, restore
+from ats_detr.training.optim import MovingAverage, build_optimizer
+from ats_detr.training.resume import Progress, State, load_resumable, restore
+from ats_detr.training.run_log import RunLog, console, say
 from ats_detr.training.transfer import transfer_weights
 
 logger = logging.getLogger(__name__)
 
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -95,7 +99,7 @@ def prepare(
         "num_processes": distributed.world_size(),
         "teacher_weights": dict(teachers.weights) if teachers is not None else {},
     }
-    checkpoint = find_checkpoint(config, facts, folder)
+    checkpoint = load_resumable(config, facts, folder)
     torch.manual_seed(config.seed)  # the same weights on every process ...
     if checkpoint is None:
         model = prepare_model(config, loaders.class_map, init_from).to(device)
@@ -209,3 +213,62 @@ def describe_run(run: Run) -> str:
         f" {len(run.loaders.train.dataset)} images for training and {len(run.loaders.val.dataset)} for evaluation,"
         f" {config.train.epochs - progress.epoch} epochs of {run.num_steps} steps, batch {batch}, lr {rates}"
     )
+
+
+CANNOT_COMPILE = (TorchDynamoException, InductorError)
+"""Raised when a compiled layer first runs."""
+
+
+def compile_layers(model: Detr) -> None:
+    """Compile the layers of encoder and decoder for any sizes, when they run first."""
+    for layer in (*model.encoder.layers, *model.decoder.layers):
+        layer.compile(dynamic=True)
+
+
+def uncompile_layers(model: Detr) -> None:
+    """Let them run as they are again."""
+    for layer in (*model.encoder.layers, *model.decoder.layers):
+        layer._compiled_call_impl = None
+
+
+@contextmanager
+def determinism(wanted: bool) -> Iterator[None]:
+    """Between entry and exit only algorithms that give the same bits in every run; PyTorch raises where it has none."""
+    if not wanted:
+        yield
+        return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
+    before = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
+    benchmark, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, False
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        torch.backends.cudnn.benchmark = benchmark
+
+
+class StopSignals:
+    """Between entry and exit the signals are noted instead of ending the process at once."""
+
+    def __init__(self) -> None:
+        self.received: str | None = None
+        """Name of the first one."""
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> StopSignals:
+        for number in SIGNALS:
+            self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.received = self.received or signal.Signals(number).name
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)

@@ -53,6 +53,8 @@ _DAMAGE = (
     SafetensorError,
 )
 """What the readers raise on damaged files."""
+FINISHED = "final.pt"
+"""In the folder of a training: the weights at the end. Its existence says that the training is finished."""
 _METADATA = "ats_detr"
 """Key of our entry in the metadata of a .safetensors file."""
 CHECKPOINT_SUFFIXES = (".safetensors", ".pt", ".pth")
@@ -230,6 +232,23 @@ def config_of(checkpoint: Mapping[str, Any], path: str | Path, overrides: Sequen
         return config_from_dict(tree)
     except ConfigError as error:
         raise UserError(f"{path}: the configuration stored in this checkpoint: {error}") from error
+
+
+def resolve_checkpoint(source: str | Path) -> Path:
+    """The checkpoint that a file, a model's or run's folder, or the name of a run means. Raises UserError."""
+    path = Path(source)
+    if path.is_file():
+        return path
+    for folder in (path, Path("runs") / path):
+        if (folder / MODEL_CONFIG).is_file():
+            return folder
+        for candidate in (folder / "student" / FINISHED, folder / FINISHED):
+            if candidate.is_file():
+                return candidate
+    raise UserError(
+        f"{source}: no checkpoint; give a file, a folder with config.json and model.safetensors, or a finished run"
+        f" (its folder, or its name under runs/)"
+    )
 
 
 def load_model(path: str | Path) -> tuple[Detr, dict[str, Any]]:
