@@ -1,10 +1,6 @@
-"""The custom operators: registration, fullgraph compilation, FLOP counts, choice of the backend, tuning tables."""
+"""The custom operators: registration, fullgraph compilation, FLOP counts, and the choice of the backend."""
 
 from __future__ import annotations
-
-import json
-from collections.abc import Iterator
-from types import ModuleType
 
 import pytest
 import torch
@@ -175,89 +171,3 @@ def test_without_triton_everything_runs_the_reference(monkeypatch: pytest.Monkey
     assert choose_backend(torch.zeros(1, device=DEVICE)) == "reference"
     with pytest.raises(ValueError, match="pip install triton"):
         choose_backend(torch.zeros(1), "triton")
-
-
-# -------------------------------------------------------------------------------------------------------------- tuning
-@pytest.fixture
-def tuning(tmp_path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
-    """The module on a GPU of which nothing is known, its cache in `tmp_path`."""
-    module = pytest.importorskip("ats_detr.kernels.gpu.tuning")
-    monkeypatch.setenv("ATS_DETR_CACHE", str(tmp_path))
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Some GPU 9000")
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    monkeypatch.setattr(module, "_chosen", {})
-    module._table.cache_clear()
-    yield module
-    module._table.cache_clear()
-
-
-def test_tuning_takes_the_nearest_bucket_and_remembers_on_disk(
-    tuning: ModuleType, tmp_path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    device, key, launched = torch.device("cuda", 0), ("bfloat16", 8, 32, 4, 4, True), []
-    slow = {"num_warps": 2, "unroll": 4}
-
-    def timed(function, **_) -> float:
-        function()
-        return 2.0 if launched[-1] == slow else 1.0
-
-    monkeypatch.setattr(tuning.triton.testing, "do_bench", timed)
-
-    def launch(**config) -> None:
-        launched.append(config)
-
-    tuning.run("msda_forward", key, 7000, device, launch)
-    best = launched[-1]
-    assert best in tuning.CONFIGS["msda_forward"] and best != slow
-    assert len(launched) == len(tuning.CONFIGS["msda_forward"]) + 1
-    (file,) = tmp_path.iterdir()
-    assert file.name == "some-gpu-9000.json"
-    assert next(iter(json.loads(file.read_text()).values()))["13"]["ms"] == 1.0
-
-    launched.clear()  # another exact size of the same bucket, another bucket, and a new process: nothing is timed again
-    tuning.run("msda_forward", key, 7500, device, launch)
-    tuning.run("msda_forward", key, 300, device, launch)
-    monkeypatch.setattr(tuning, "_chosen", {})
-    tuning._table.cache_clear()
-    tuning.run("msda_forward", key, 7000, device, launch)
-    assert launched == [best] * 3
-
-
-@pytest.mark.parametrize("error", ["OutOfMemoryError", "OutOfResources"])
-def test_a_configuration_that_does_not_fit_is_left_out(
-    tuning: ModuleType, error: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    errors = {
-        "OutOfMemoryError": torch.OutOfMemoryError(),
-        "OutOfResources": tuning.OutOfResources(2, 1, "shared memory"),
-    }
-    monkeypatch.setattr(tuning.triton.testing, "do_bench", lambda function, **_: function() or 1.0)
-    others = tuning.CONFIGS["msda_forward"][1:]
-    device, key, launched = torch.device("cuda", 0), ("bfloat16", 8, 32, 4, 4, True), []
-
-    def launch(**config) -> None:
-        if config not in fitting:
-            raise errors[error]
-        launched.append(config)
-
-    fitting = others[-1:]
-    tuning.run("msda_forward", key, 7000, device, launch)
-    assert launched[-1] == others[-1]
-    fitting = []
-    with pytest.raises(type(errors[error])):
-        tuning.run("msda_forward", (*key[:-1], False), 7000, device, launch)
-
-
-def test_shipped_winners_are_configurations_that_are_compiled_in_tests() -> None:
-    tuning = pytest.importorskip("ats_detr.kernels.gpu.tuning")
-    from pathlib import Path
-
-    files = list((Path(tuning.__file__).parent / "winners").glob("*.json"))
-    assert files
-    for file in files:
-        for row, buckets in json.loads(file.read_text()).items():
-            operator, *key = row.split("|")
-            for config in buckets.values():
-                assert {k: v for k, v in config.items() if k != "ms"} in tuning.configurations(
-                    operator, tuple(key)
-                )

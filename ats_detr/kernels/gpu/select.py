@@ -34,11 +34,11 @@ def load_keys(score_ptr, padding_ptr, image, token, num_tokens, PADDED: tl.const
     index too)."""
     inside = token < num_tokens
     at = image * num_tokens + token
-    score = tl.load(score_ptr + at, mask=inside, other=0.0).to(tl.float32)
     if PADDED:
         last = tl.load(padding_ptr + at, mask=inside, other=1) != 0
     else:
         last = token >= num_tokens
+    score = tl.load(score_ptr + at, mask=(last == 0), other=0.0)
     return ordered_keys(score, last)
 
 

@@ -1,22 +1,26 @@
-"""Which launch configuration a kernel takes: by GPU, operator and bucket of sizes, never by the exact size.
+"""Launch configurations of the kernels, chosen per GPU, operator and size bucket (the bit length of the size).
 
-Looked up in this order: what this process found; the user's cache (`ATS_DETR_CACHE`, default
-~/.cache/ats_detr); the winners shipped in `winners/` for this GPU, the nearest bucket standing in for a
-missing one. Where nothing is known about an operator on this GPU its few configurations are timed once (a few
-seconds each, nearly all of it compilation) and cached on disk. `ATS_DETR_TUNING=off` never times, `force` times
-every bucket that this process meets for the first time.
+A configuration is looked up in this order: the choices of this process; the user's cache (`ATS_DETR_CACHE`, default
+~/.cache/ats_detr); the rows shipped in `winners/` for this GPU. If a row lacks the bucket, its nearest bucket is used.
+If nothing is known about an operator on this GPU, its few configurations are timed once (a few seconds each, mostly
+compilation) and the result is written to the user's cache. Set `ATS_DETR_TUNING=off` to never time, or `force` to time
+every bucket on first use in this process.
+
+A row of the user's cache holds the versions of Triton and of the kernels that it was measured with. Rows of other
+versions are ignored, as are unreadable files.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
 import json
 import logging
 import os
 import pathlib
 import re
-import tempfile
+import uuid
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -32,7 +36,10 @@ Key = tuple
 Config = dict[str, int | bool | float]
 Result = TypeVar("Result")
 
-# Every one compiles without spills on sm_80, sm_90 and sm_100 with triton 3.8 (tests/kernels/test_offline.py).
+_DOES_NOT_FIT = (OutOfResources, torch.OutOfMemoryError)
+"""More shared memory than this GPU has, or scratch memory that another candidate does not need."""
+
+# Every one compiles without spills on sm_80, sm_90, sm_100 and sm_120 with triton 3.8 (tests/kernels/test_offline.py).
 CONFIGS: dict[str, list[Config]] = {
     "msda_forward": [
         {"num_warps": 2, "unroll": 4},
@@ -129,21 +136,39 @@ def run(
     launch: Callable[..., Result],
     reset: Callable[[], None] | None = None,
 ) -> Result:
-    """What `launch` returns with the best known configuration for `size`; `reset` undoes trial launches."""
+    """The result of `launch` with the best known configuration for `size`. `reset` undoes unfinished launches.
+
+    A configuration that does not fit the GPU is replaced by the first candidate that does.
+    """
     name = (operator, key, size.bit_length(), device.index)
     config = _chosen.get(name)
     if config is None:
         config = _chosen[name] = _choose(operator, key, size, device, launch, reset)
-    return launch(**config)
+    try:
+        return launch(**config)
+    except _DOES_NOT_FIT as error:
+        for other in configurations(operator, key):
+            if other == config:
+                continue
+            if reset is not None:
+                reset()
+            with contextlib.suppress(*_DOES_NOT_FIT):
+                result = launch(**other)
+                logger.warning(
+                    "%s: configuration %s does not fit this GPU; using %s", operator, config, other
+                )
+                _chosen[name] = other
+                return result
+        raise error
 
 
 def _choose(operator, key, size, device, launch, reset) -> Config:
     candidates = configurations(operator, key)
     if device.type != "cuda":
         return INTERPRETED[operator] if INTERPRETING else candidates[0]
-    mode = os.environ.get("ATS_DETR_TUNING", "auto")
+    mode = os.environ.get("ATS_DETR_TUNING") or "auto"
     if mode not in ("auto", "off", "force"):
-        raise ValueError(f"ATS_DETR_TUNING={mode}: use auto, off or force")
+        raise ValueError(f"ATS_DETR_TUNING must be auto, off or force, got {mode!r}")
     if len(candidates) == 1:
         return candidates[0]
     gpu = torch.cuda.get_device_name(device)
@@ -151,57 +176,135 @@ def _choose(operator, key, size, device, launch, reset) -> Config:
     row = "|".join(map(str, (operator, *key)))
     known = _table(gpu).get(row, {})
     if known and mode != "force":
-        nearest = min(known, key=lambda other: (abs(int(other) - bucket), other))
-        config = {name: value for name, value in known[nearest].items() if name != "ms"}
+        nearest = min(known, key=lambda other: (abs(int(other) - bucket), int(other)))
+        config = {name: value for name, value in known[nearest].items() if name not in _NOTES}
         if config in candidates:
-            return config
+            return candidates[candidates.index(config)]
     if mode == "off" or torch.cuda.is_current_stream_capturing():
         return candidates[0]
     logger.info("compiling and timing %d configurations of %s on this GPU, once", len(candidates), row)
     times = {}
     for index, config in enumerate(candidates):
-        # shared memory of a larger GPU of the family; memory that another candidate does not need
-        with contextlib.suppress(OutOfResources, torch.OutOfMemoryError):
+        with contextlib.suppress(*_DOES_NOT_FIT):
             times[index] = triton.testing.do_bench(
                 functools.partial(launch, **config), warmup=5, rep=20, return_mode="median"
             )
     if reset is not None:
         reset()
     if not times:
-        return candidates[0]  # whose error the caller is about to see
+        return candidates[0]  # `run` raises its error
     best = min(times, key=times.get)
     _remember(gpu, row, bucket, {**candidates[best], "ms": round(times[best], 5)})
     return candidates[best]
 
 
 # ------------------------------------------------------------------------------------------------------- tables on disk
+Table = dict[str, dict[str, Config]]
+"""{operator|key: {bucket: configuration with notes}}"""
+
+
+def cache_folder() -> pathlib.Path | None:
+    """The folder of the user's cache; None if there is no home directory to put it in."""
+    if folder := os.environ.get("ATS_DETR_CACHE"):
+        return pathlib.Path(folder)
+    try:
+        return pathlib.Path.home() / ".cache" / "ats_detr"
+    except RuntimeError:  # this user has neither HOME nor an entry in the password database
+        return None
+
+
+def _user_file(gpu: str) -> pathlib.Path | None:
+    folder = cache_folder()
+    return None if folder is None else folder / _file_name(gpu)
+
+
 def _file_name(gpu: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", gpu.lower()).strip("-") + ".json"
 
 
-def cache_folder() -> pathlib.Path:
-    return pathlib.Path(os.environ.get("ATS_DETR_CACHE", pathlib.Path.home() / ".cache" / "ats_detr"))
+@functools.cache
+def _versions() -> Config:
+    """Versions that a measurement depends on: Triton's, and a hash of the kernels' sources."""
+    sources = sorted(pathlib.Path(__file__).parent.glob("*.py"))
+    digest = hashlib.sha256(b"".join(path.read_bytes() for path in sources))
+    return {"triton": triton.__version__, "kernels": digest.hexdigest()[:12]}
+
+
+_NOTES = ("ms", "triton", "kernels")  # of an entry, beside its configuration
 
 
 @functools.cache
-def _table(gpu: str) -> dict[str, dict[str, Config]]:
-    """{operator|key: {bucket: configuration}}; the user's cache wins over what is shipped."""
-    table: dict[str, dict[str, Config]] = {}
-    for folder in (pathlib.Path(__file__).parent / "winners", cache_folder()):
-        path = folder / _file_name(gpu)
-        if path.exists():
-            for row, buckets in json.loads(path.read_text()).items():
-                table.setdefault(row, {}).update(buckets)
+def _table(gpu: str) -> Table:
+    """The rows known for this GPU; those of the user's cache win over the shipped ones. Repairs a malformed cache."""
+    table, _ = _read(pathlib.Path(__file__).parent / "winners" / _file_name(gpu))
+    user_file = _user_file(gpu)
+    if user_file is not None:
+        own, malformed = _read(user_file)
+        if malformed:
+            logger.warning(
+                "the tuning cache %s is malformed; rewriting it without the bad entries", user_file
+            )
+            _write(user_file, own)
+        for row, buckets in own.items():
+            current = {bucket: entry for bucket, entry in buckets.items() if _is_current(entry)}
+            if current:
+                table.setdefault(row, {}).update(current)
     return table
 
 
-def _remember(gpu: str, row: str, bucket: int, entry: Config) -> None:
-    _table(gpu).setdefault(row, {})[str(bucket)] = entry
-    folder = cache_folder()
+def _is_current(entry: Config) -> bool:
+    return _versions().items() <= entry.items()
+
+
+def _read(path: pathlib.Path) -> tuple[Table, bool]:
+    """The well-formed entries of a table on disk, and whether it holds anything else."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=folder, delete=False) as file:
-            json.dump(_table(gpu), file, indent=1, sort_keys=True)
-        os.replace(file.name, folder / _file_name(gpu))
-    except OSError:
-        pass  # a read-only home costs the next process another second of timing, nothing else
+        content = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return {}, False
+    except OSError as error:
+        _warn_once(f"cannot read the tuning cache: {error}")
+        return {}, False
+    except (ValueError, RecursionError):
+        return {}, True
+    table = {}
+    malformed = not isinstance(content, dict)
+    for row, buckets in {} if malformed else content.items():
+        entries = {
+            bucket: entry
+            for bucket, entry in (buckets.items() if isinstance(buckets, dict) else ())
+            if re.fullmatch(r"\d{1,3}", bucket, re.ASCII) and isinstance(entry, dict)
+        }
+        malformed |= not isinstance(buckets, dict) or len(entries) < len(buckets)
+        if entries:
+            table[row] = entries
+    return table, malformed
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    logger.warning(message)
+
+
+def _remember(gpu: str, row: str, bucket: int, entry: Config) -> None:
+    """Adds a measurement to the known rows and to the user's cache, whose other rows are kept."""
+    entry = {**entry, **_versions()}
+    _table(gpu).setdefault(row, {})[str(bucket)] = entry
+    user_file = _user_file(gpu)
+    if user_file is not None:
+        stored, _ = _read(user_file)
+        stored.setdefault(row, {})[str(bucket)] = entry
+        _write(user_file, stored)
+
+
+def _write(path: pathlib.Path, table: Table) -> None:
+    """Replaces a file atomically, with the permissions that the user's umask gives."""
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(json.dumps(table, indent=1, sort_keys=True))
+        os.replace(partial, path)
+    except OSError as error:  # without a cache, the next process times again
+        logger.info("cannot write the tuning cache: %s", error)
+        with contextlib.suppress(OSError):
+            partial.unlink()
