@@ -376,6 +376,17 @@ class TeachersConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class EvaluationConfig:
+    """What average precision counts."""
+
+    max_detections: int = 100
+    """Detections of an image that count, the best over all classes. Raise it where images hold more objects."""
+
+    def __post_init__(self) -> None:
+        _check_positive(self, "max_detections")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Config:
     """A whole run."""
 
@@ -386,6 +397,7 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     teachers: TeachersConfig | None = None
     """Needed by, and only by, a model with a budget per image."""
     summary: bool = False

@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import io
+import json
 import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -21,7 +23,7 @@ from scipy.stats import spearmanr
 from ats_detr import distributed
 from ats_detr.batch import Target
 from ats_detr.config import SelectorConfig
-from ats_detr.data.coco import ClassMap, CocoAnnotations, ImageFileError
+from ats_detr.data.coco import ClassMap, CocoAnnotations, CocoDetection, ImageFileError
 from ats_detr.data.loader import EvaluationLoader
 from ats_detr.errors import UserError
 from ats_detr.model import CompiledDetr, Detr
@@ -32,7 +34,7 @@ logger = logging.getLogger(__name__)
 Evaluator = Literal["auto", "pycocotools", "hotcoco"]
 
 MAX_DETECTIONS = 100
-"""Detections per image that COCO's protocol counts."""
+"""Default number of detections per image, the best over all classes."""
 HISTOGRAM_BINS = 20
 """Bins of the keep ratio over 0..1."""
 
@@ -44,6 +46,21 @@ class ImageRecord(TokenBudget):
     image_id: int
     num_objects: int
     """Annotated objects, crowds not counted."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassPrecision:
+    """COCO's metrics of one class, each 0..1; NaN where no object of the class is annotated."""
+
+    category_id: int
+    name: str
+    num_objects: int
+    """Annotated objects in the evaluated images, crowds not counted."""
+    ap: float
+    """Mean over IoU 0.50:0.95."""
+    ap50: float
+    ar: float
+    """Average recall: mean over IoU 0.50:0.95."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +76,61 @@ class AveragePrecision:
     ap_medium: float
     ap_large: float
     """Area above 96² pixels."""
+    ar: float = math.nan
+    """Average recall: mean over IoU 0.50:0.95 and classes."""
+    classes: tuple[ClassPrecision, ...] = ()
+    """The same of each class, by ascending category id."""
+
+
+@dataclass(frozen=True)
+class DetectionTable:
+    """The detections of many images in a few arrays. Ids are never stored as floating point."""
+
+    image_indices: np.ndarray
+    """int64 [n] position of the image in the dataset."""
+    category_ids: np.ndarray
+    """int64 [n]"""
+    boxes_xywh: np.ndarray
+    """float64 [n, 4] in pixels of the image that the annotations refer to."""
+    scores: np.ndarray
+    """float64 [n]"""
+
+    def __len__(self) -> int:
+        return len(self.scores)
+
+    @staticmethod
+    def from_batch(
+        image_indices: Sequence[int], detections: Sequence[Detections], class_map: ClassMap
+    ) -> DetectionTable:
+        """The detections of a batch. Rows that no category uses (ten of COCO's 91) are omitted."""
+        columns = [
+            torch.cat([d.boxes_xyxy_N4, d.scores_N[:, None], d.labels_N[:, None].to(d.scores_N)], dim=1)
+            for d in detections
+        ]
+        table = torch.cat(columns).cpu().double().numpy()  # one transfer for the batch
+        rows = table[:, 5].astype(np.int64)
+        used = np.isin(rows, class_map.rows)
+        indices = np.repeat(np.array(image_indices, np.int64), [len(d.scores_N) for d in detections])
+        boxes_xywh = np.column_stack([table[:, :2], table[:, 2:4] - table[:, :2]])
+        return DetectionTable(
+            indices[used], class_map.category_ids_of(rows[used]), boxes_xywh[used], table[used, 4]
+        )
+
+    @staticmethod
+    def concatenate(tables: Sequence[DetectionTable]) -> DetectionTable:
+        empty = DetectionTable(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros((0, 4)), np.zeros(0))
+        columns = zip(*(vars(table).values() for table in (empty, *tables)), strict=True)
+        return DetectionTable(*map(np.concatenate, columns))
+
+    def to_coco(self, annotations: CocoAnnotations) -> list[dict[str, Any]]:
+        """COCO results, ready for JSON, with the image ids of the annotation file."""
+        columns = (self.image_indices, self.category_ids, self.boxes_xywh, self.scores)
+        rows = zip(*(column.tolist() for column in columns), strict=True)
+        image_ids = annotations.image_ids.tolist()
+        return [
+            {"image_id": image_ids[index], "category_id": category_id, "bbox": box, "score": score}
+            for index, category_id, box, score in rows
+        ]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,8 +171,22 @@ class Metrics:
             return math.nan
         return float(spearmanr(objects, budgets).statistic)
 
+    def per_class(self) -> list[dict[str, Any]]:
+        """JSON-ready metrics of each class; None for what cannot be measured."""
+        return [
+            {
+                "category_id": entry.category_id,
+                "name": entry.name,
+                "num_objects": entry.num_objects,
+                "AP": _or_none(entry.ap),
+                "AP50": _or_none(entry.ap50),
+                "AR": _or_none(entry.ar),
+            }
+            for entry in self.precision.classes
+        ]
+
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready, without the single images; None for what cannot be measured."""
+        """JSON-ready, without single images and classes; None for what cannot be measured."""
         numbers = {
             "AP": self.precision.ap,
             "AP50": self.precision.ap50,
@@ -108,16 +194,21 @@ class Metrics:
             "APs": self.precision.ap_small,
             "APm": self.precision.ap_medium,
             "APl": self.precision.ap_large,
+            "AR": self.precision.ar,
             "mean_keep_ratio": self.mean_keep_ratio,
             "budget_object_spearman": self.budget_object_spearman,
         }
         return {
-            **{key: None if math.isnan(value) else value for key, value in numbers.items()},
+            **{key: _or_none(value) for key, value in numbers.items()},
             "budget_histogram": self.budget_histogram,
             "keep_ratio_histogram": self.keep_ratio_histogram,
             "num_images": len(self.images),
             "num_skipped": self.num_skipped,
         }
+
+
+def _or_none(value: float) -> float | None:
+    return None if math.isnan(value) else value
 
 
 @torch.no_grad()
@@ -127,6 +218,8 @@ def evaluate(
     device: torch.device | str,
     *,
     evaluator: Evaluator = "auto",
+    max_detections: int = MAX_DETECTIONS,
+    detections_file: Path | None = None,
     show_progress: bool = False,
 ) -> Metrics:
     """Metrics of `model` on all images of `loader`, the same on every process.
@@ -135,21 +228,25 @@ def evaluate(
     (`EvaluationLoader` with rank and world_size) and the processes wait for each other once, at the end. The
     model is put in evaluation mode and back. Pass the bare or the compiled model, not DistributedDataParallel.
 
+    Args:
+        max_detections: detections of an image that count, the best over all classes.
+        detections_file: the main process writes all detections here as COCO results (JSON).
+
     Raises, on every process, ImageFileError if one of them meets an image that cannot be read, and UserError if there
-    is no image that can be.
+    is no image that can be or `detections_file` cannot be written.
     """
     bare = model.model if isinstance(model, CompiledDetr) else model
     was_training = bare.training
     bare.eval()
-    found = _Found()
+    found = _Found(max_detections)
     try:
         batches = track(loader, "evaluating", total=len(loader), transient=True, disable=not show_progress)
         for batch, targets in batches:
             batch = batch.to(device)
             output = model(batch) if isinstance(model, CompiledDetr) else model(batch, supervision=False)
-            found.add(output, targets, loader.dataset.class_map)
+            found.add(output, targets, loader.dataset)
     except ImageFileError as error:
-        found.error = str(error)  # told to the others, who would wait for this process
+        found.error = str(error)  # raised after the processes have met: the others wait for this one
     finally:
         bare.train(was_training)
 
@@ -159,9 +256,45 @@ def evaluate(
             raise ImageFileError(share.error)
     if not any(share.records for share in shares):
         raise UserError(f"{loader.dataset.annotations.file}: none of its images can be read")
-    metrics = distributed.broadcast(_summarise(shares, loader, evaluator) if distributed.is_main() else None)
+    metrics, failure = None, None
+    if distributed.is_main():
+        metrics, detections = _summarise(shares, loader, evaluator, max_detections)
+        if detections_file is not None:
+            failure = _write_results(detections.to_coco(loader.dataset.annotations), detections_file)
+    metrics, failure = distributed.broadcast((metrics, failure))
+    if failure is not None:
+        raise UserError(failure)
     assert metrics is not None
     return metrics
+
+
+def _write_results(results: list[dict[str, Any]], file: Path) -> str | None:
+    """Write COCO results; returns what went wrong."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(results), encoding="utf-8")
+    except OSError as error:
+        return f"cannot write the detections to {file} ({error.strerror})"
+    return None
+
+
+def warn_of_limits(dataset: CocoDetection, num_queries: int, max_detections: int | None = None) -> None:
+    """Warn where images hold more objects than the model can detect or the evaluation counts."""
+    counts = dataset.num_objects
+    limits = {f"model.num_queries = {num_queries}": num_queries}
+    if max_detections is not None:
+        limits[f"evaluation.max_detections = {max_detections}"] = max_detections
+    for setting, limit in limits.items():
+        num_crowded = int((counts > limit).sum())
+        if num_crowded:
+            logger.warning(
+                "%s: %d of %d images hold more than %s objects (at most %d); the surplus cannot be detected, raise it",
+                dataset.annotations.file,
+                num_crowded,
+                len(counts),
+                setting,
+                counts.max(),
+            )
 
 
 def warn_of_minimum(metrics: Metrics, selector: SelectorConfig | None) -> None:
@@ -182,17 +315,18 @@ def warn_of_minimum(metrics: Metrics, selector: SelectorConfig | None) -> None:
 class _Found:
     """What one process found on its share of the images."""
 
-    def __init__(self) -> None:
-        self.detections: list[np.ndarray] = []
+    def __init__(self, max_detections: int) -> None:
+        self.max_detections = max_detections
+        self.detections: list[DetectionTable] = []
         self.records: list[ImageRecord] = []
         self.num_budgets = 0
         self.error: str | None = None
 
-    def add(self, output: DetectorOutput, targets: Sequence[Target], class_map: ClassMap) -> None:
+    def add(self, output: DetectorOutput, targets: Sequence[Target], dataset: CocoDetection) -> None:
         sizes = [target.original_size for target in targets]
-        batch_detections = top_detections(output.last, sizes, MAX_DETECTIONS)
-        image_ids = [target.image_id for target in targets]
-        self.detections.append(detection_rows(image_ids, batch_detections, class_map))
+        found = top_detections(output.last, sizes, self.max_detections)
+        indices = dataset.annotations.indices_of([target.image_id for target in targets])
+        self.detections.append(DetectionTable.from_batch(indices, found, dataset.class_map))
         if output.selection is not None and output.selection.budget_logits_BR is not None:
             self.num_budgets = output.selection.budget_logits_BR.shape[1]
         for target, budget in zip(targets, token_budgets(output), strict=True):
@@ -201,74 +335,111 @@ class _Found:
             )
 
 
-def detection_rows(
-    image_ids: Sequence[int], detections: Sequence[Detections], class_map: ClassMap
-) -> np.ndarray:
-    """float64 [n, 7] image id, x, y, width, height, score, category id: a batch's detections as COCO results.
-
-    Detections of rows that no category uses (ten of COCO's 91) are left out, as evaluators ignore them.
-    """
-    columns = [
-        torch.cat([d.boxes_xyxy_N4, d.scores_N[:, None], d.labels_N[:, None].to(d.scores_N)], dim=1)
-        for d in detections
-    ]
-    table = torch.cat(columns).cpu().double().numpy()  # one transfer for the batch
-    image_id_column = np.repeat(np.array(image_ids, np.float64), [len(d.scores_N) for d in detections])
-    category_ids = class_map.category_ids_of(table[:, 5].astype(np.int64))
-    boxes_xywh = np.column_stack([table[:, :2], table[:, 2:4] - table[:, :2]])
-    rows = np.column_stack([image_id_column, boxes_xywh, table[:, 4], category_ids])
-    return rows[category_ids >= 0]
-
-
-def _summarise(shares: Sequence[_Found], loader: EvaluationLoader, evaluator: Evaluator) -> Metrics:
-    records = sorted((r for share in shares for r in share.records), key=lambda record: record.image_id)
-    image_ids = [record.image_id for record in records]
-    assert len(set(image_ids)) == len(image_ids), "an image was evaluated twice"
+def _summarise(
+    shares: Sequence[_Found], loader: EvaluationLoader, evaluator: Evaluator, max_detections: int
+) -> tuple[Metrics, DetectionTable]:
     annotations = loader.dataset.annotations
-    indices = np.searchsorted(annotations.image_ids, image_ids).tolist()
-    rows = np.concatenate([np.zeros((0, 7)), *(d for share in shares for d in share.detections)])
-    return Metrics(
-        precision=average_precision(annotations, rows, indices=indices, evaluator=evaluator),
+    records = sorted((r for share in shares for r in share.records), key=lambda record: record.image_id)
+    indices = annotations.indices_of([record.image_id for record in records])
+    assert len(set(indices)) == len(indices), "an image was evaluated twice"
+    detections = DetectionTable.concatenate([table for share in shares for table in share.detections])
+    metrics = Metrics(
+        precision=average_precision(
+            annotations, detections, indices=indices, evaluator=evaluator, max_detections=max_detections
+        ),
         images=tuple(records),
         num_budgets=max(share.num_budgets for share in shares),
         num_skipped=sum(map(len, loader.global_batches)) - len(records),
     )
+    return metrics, detections
 
 
 def average_precision(
     annotations: CocoAnnotations,
-    detections: np.ndarray,
+    detections: DetectionTable,
     *,
     indices: Sequence[int] | None = None,
     evaluator: Evaluator = "auto",
+    max_detections: int = MAX_DETECTIONS,
 ) -> AveragePrecision:
-    """COCO box AP of float64 [n, 7] `detections` (see `detection_rows`) on the images at `indices` (default:
-    all).
+    """COCO box AP and AR of `detections` on the images at `indices` (default: all).
 
-    `evaluator`: pycocotools is the referee; hotcoco (pip install hotcoco) gives the same numbers about 150 times
-    faster (17.6 s against 0.12 s on 1000 images with 100 detections each, one core; its threads do not survive a
-    fork). "auto" takes hotcoco where it is installed. Without any detection every AP is 0.
+    The evaluators see images and categories by position: their tables hold ids as float64, which is exact only up to
+    2^53, and hotcoco rejects negative ids.
+
+    Args:
+        evaluator: pycocotools is the reference; hotcoco (pip install hotcoco) computes the same numbers about 150
+            times faster (17.6 s against 0.12 s on 1000 images with 100 detections each, one core; its threads do not
+            survive a fork). "auto" uses hotcoco where it is installed.
+        max_detections: detections that count, per image and class. COCO's summary uses 100.
+
+    Without any detection every AP is 0.
     """
-    ground_truth = annotations.to_coco(indices)
-    has_hotcoco = importlib.util.find_spec("hotcoco") is not None
-    with contextlib.redirect_stdout(io.StringIO()):  # both print progress and tables
-        run: Any
-        if evaluator == "pycocotools" or (evaluator == "auto" and not has_hotcoco):
-            truth = _pycocotools(ground_truth)
-            nothing = _pycocotools({**ground_truth, "annotations": []})
-            run = COCOeval(truth, truth.loadRes(detections) if len(detections) else nothing, "bbox")
-        elif not has_hotcoco:
-            raise UserError("the evaluator hotcoco is not installed: pip install hotcoco, or use pycocotools")
-        else:
-            import hotcoco  # type: ignore[import-not-found,unused-ignore]
-
-            truth = hotcoco.COCO(ground_truth)
-            nothing = hotcoco.COCO({**ground_truth, "annotations": []})
-            run = hotcoco.COCOeval(truth, truth.loadRes(detections) if len(detections) else nothing, "bbox")
+    category_ids = sorted(annotations.categories)
+    results = np.column_stack(
+        [
+            detections.image_indices,
+            detections.boxes_xywh,
+            detections.scores,
+            np.searchsorted(category_ids, detections.category_ids),
+        ]
+    )[np.isin(detections.category_ids, category_ids)]
+    chosen = range(len(annotations)) if indices is None else indices
+    truth = annotations.by_position(chosen)
+    with contextlib.redirect_stdout(io.StringIO()):  # both print progress
+        run = _evaluator(truth, results, evaluator)
+        params = run.params
+        params.maxDets = [max_detections]
+        run.params = params
         run.evaluate()
         run.accumulate()
-        run.summarize()
-    return AveragePrecision(*(math.nan if value < 0 else float(value) for value in run.stats[:6]))
+    precision, recall = (np.asarray(run.eval[key])[..., 0] for key in ("precision", "recall"))
+    counts = np.bincount(
+        [entry["category_id"] for entry in truth["annotations"] if not entry["iscrowd"]],
+        minlength=len(category_ids),
+    )
+    return AveragePrecision(
+        ap=_mean(precision[..., 0]),
+        ap50=_mean(precision[0, ..., 0]),
+        ap75=_mean(precision[5, ..., 0]),
+        ap_small=_mean(precision[..., 1]),
+        ap_medium=_mean(precision[..., 2]),
+        ap_large=_mean(precision[..., 3]),
+        ar=_mean(recall[..., 0]),
+        classes=tuple(
+            ClassPrecision(
+                category_id=category_id,
+                name=annotations.categories[category_id],
+                num_objects=int(counts[place]),
+                ap=_mean(precision[:, :, place, 0]),
+                ap50=_mean(precision[0, :, place, 0]),
+                ar=_mean(recall[:, place, 0]),
+            )
+            for place, category_id in enumerate(category_ids)
+        ),
+    )
+
+
+def _mean(values: np.ndarray) -> float:
+    """Mean over what could be measured: -1 stands for "no ground truth"."""
+    measured = values[values > -1]
+    return float(np.mean(measured)) if measured.size else math.nan
+
+
+def _evaluator(truth: dict[str, Any], results: np.ndarray, evaluator: Evaluator) -> Any:
+    """A COCOeval of pycocotools or hotcoco; their interfaces agree."""
+    has_hotcoco = importlib.util.find_spec("hotcoco") is not None
+    nothing = {**truth, "annotations": []}  # loadRes rejects an empty table
+    if evaluator == "pycocotools" or (evaluator == "auto" and not has_hotcoco):
+        coco = _pycocotools(truth)
+        return COCOeval(coco, coco.loadRes(results) if len(results) else _pycocotools(nothing), "bbox")
+    if not has_hotcoco:
+        raise UserError("the evaluator hotcoco is not installed: pip install hotcoco, or use pycocotools")
+    import hotcoco  # type: ignore[import-not-found,unused-ignore]
+
+    coco = hotcoco.COCO(truth)
+    found = coco.loadRes(results) if len(results) else hotcoco.COCO(nothing)
+    return hotcoco.COCOeval(coco, found, "bbox")
 
 
 def _pycocotools(content: dict[str, Any]) -> COCO:

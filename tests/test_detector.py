@@ -22,7 +22,7 @@ from ats_detr.data.loader import EvaluationLoader
 from ats_detr.data.synthetic import synthetic_dataset
 from ats_detr.detector import Result
 from ats_detr.errors import UserError
-from ats_detr.evaluation import MAX_DETECTIONS, detection_rows, evaluate
+from ats_detr.evaluation import MAX_DETECTIONS, DetectionTable, evaluate
 from ats_detr.model.output import top_detections
 from tests.small_detector import CLASSES, save_small_detector, small_detector
 
@@ -80,13 +80,9 @@ def test_detections_and_budgets_are_those_of_the_evaluation(
         for batch, targets in loader:
             output = detector.model(batch, supervision=False)
             found = top_detections(output.last, [t.original_size for t in targets], MAX_DETECTIONS)
-            rows = detection_rows([t.image_id for t in targets], found, CLASSES)
-            result = results[[dataset.image_id(i) for i in range(len(dataset))].index(targets[0].image_id)]
-            own = [
-                [r["image_id"], *r["bbox"], r["score"], r["category_id"]]
-                for r in result.to_coco(targets[0].image_id)
-            ]
-            np.testing.assert_array_equal(np.array(own), rows)
+            (index,) = dataset.annotations.indices_of([t.image_id for t in targets])
+            evaluated = DetectionTable.from_batch([index], found, CLASSES).to_coco(dataset.annotations)
+            assert results[index].to_coco(targets[0].image_id) == evaluated
             seen += 1
     assert seen == len(dataset)
     metrics = evaluate(detector.model, _relabelled(loader), "cpu")

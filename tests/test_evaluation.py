@@ -22,7 +22,7 @@ from ats_detr.data.coco import ClassMap, CocoAnnotations, CocoDetection, ImageFi
 from ats_detr.data.loader import EvaluationLoader
 from ats_detr.data.synthetic import synthetic_dataset
 from ats_detr.errors import UserError
-from ats_detr.evaluation import Metrics, average_precision, detection_rows, evaluate
+from ats_detr.evaluation import DetectionTable, Metrics, average_precision, evaluate, warn_of_limits
 from ats_detr.kernels import TokenPlan
 from ats_detr.model import CompiledDetr, build_model
 from ats_detr.model.output import Detections, DetectorOutput, Prediction, TokenScores
@@ -127,6 +127,10 @@ def test_metrics_survive_json_with_none_for_what_cannot_be_measured(dataset):
     assert restored["AP"] == pytest.approx(1)
     assert restored["APl"] is None  # no object of more than 96 x 96 pixels
     assert restored["num_images"] == NUM_IMAGES
+    classes = json.loads(json.dumps(metrics.per_class()))
+    assert [entry["name"] for entry in classes] == list(dataset.class_map.names)
+    assert all(entry["AP"] == entry["AR"] == pytest.approx(1) for entry in classes if entry["num_objects"])
+    assert sum(entry["num_objects"] for entry in classes) == sum(r.num_objects for r in metrics.images)
 
 
 @pytest.mark.parametrize("evaluator", ["pycocotools", "hotcoco"])
@@ -140,6 +144,33 @@ def test_a_detector_that_finds_nothing_has_ap_zero(dataset, evaluator):
     assert math.isnan(metrics.precision.ap_large)
 
 
+def test_detections_are_written_as_coco_results(dataset, tmp_path):
+    file = tmp_path / "new" / "detections.json"
+    loader = EvaluationLoader(dataset, batch_size=4, **SIZES)
+    metrics = evaluate(Oracle(dataset), loader, "cpu", detections_file=file)
+    truth = COCO(dataset.annotations.file)
+    reference = COCOeval(truth, truth.loadRes(str(file)), "bbox")
+    reference.evaluate()
+    reference.accumulate()
+    reference.summarize()
+    assert reference.stats[0] == metrics.precision.ap
+    with pytest.raises(UserError, match="cannot write the detections"):
+        evaluate(Oracle(dataset), loader, "cpu", detections_file=tmp_path)
+
+
+def test_images_with_more_objects_than_a_limit_are_counted_in_a_warning(dataset, caplog):
+    counts = dataset.num_objects
+    assert counts.tolist() == [len(dataset.objects(i)[1]) for i in range(NUM_IMAGES)]
+    warn_of_limits(dataset, num_queries=8, max_detections=8)
+    assert not caplog.text
+    warn_of_limits(dataset, num_queries=6, max_detections=7)
+    for setting, limit in (("model.num_queries", 6), ("evaluation.max_detections", 7)):
+        num_crowded = int((counts > limit).sum())
+        assert (
+            f"{num_crowded} of {NUM_IMAGES} images hold more than {setting} = {limit} objects" in caplog.text
+        )
+
+
 def test_the_model_returns_to_the_mode_it_was_in(dataset):
     model = Oracle(dataset)
     for training in (True, False):
@@ -148,10 +179,10 @@ def test_the_model_returns_to_the_mode_it_was_in(dataset):
         assert model.training == training
 
 
-def noisy_detections(annotations: CocoAnnotations, rng: np.random.Generator) -> np.ndarray:
-    """[n, 7] the objects moved, resized, some lost, some doubled, some of another class, among false ones."""
+def noisy_detections(annotations: CocoAnnotations, rng: np.random.Generator) -> DetectionTable:
+    """The objects moved, resized, some lost, some doubled, some of another class, among false ones."""
     rows = []
-    for i, image_id in enumerate(annotations.image_ids):
+    for i in range(len(annotations)):
         objects = slice(annotations.starts[i], annotations.starts[i + 1])
         for box, category in zip(
             annotations.boxes_xywh[objects], annotations.category_ids[objects], strict=True
@@ -159,11 +190,16 @@ def noisy_detections(annotations: CocoAnnotations, rng: np.random.Generator) -> 
             for _ in range(rng.integers(0, 3)):
                 moved = box + rng.normal(0, 0.08, 4) * box[[2, 3, 2, 3]]
                 wrong = rng.choice(list(annotations.categories)) if rng.random() < 0.1 else category
-                rows.append([image_id, *moved, rng.random(), wrong])
+                rows.append([i, *moved, rng.random(), wrong])
         for _ in range(rng.integers(0, 8)):
             box = rng.uniform(1, 50, 4)
-            rows.append([image_id, *box, rng.random(), rng.choice(list(annotations.categories))])
-    return np.array(rows)
+            rows.append([i, *box, rng.random(), rng.choice(list(annotations.categories))])
+    return as_table(np.array(rows))
+
+
+def as_table(rows: np.ndarray) -> DetectionTable:
+    """From [n, 7] image index, x, y, width, height, score, category id."""
+    return DetectionTable(rows[:, 0].astype(np.int64), rows[:, 6].astype(np.int64), rows[:, 1:5], rows[:, 5])
 
 
 @pytest.fixture
@@ -186,14 +222,25 @@ def test_average_precision_equals_pycocotools_on_the_file(annotation_files, eval
         annotations = CocoAnnotations.read(file)
         detections = noisy_detections(annotations, np.random.default_rng(0))
         truth = COCO(file)
-        referee = COCOeval(truth, truth.loadRes(detections), "bbox")
-        referee.evaluate()
-        referee.accumulate()
-        referee.summarize()
-        expected = [math.nan if value < 0 else value for value in referee.stats[:6]]
+        reference = COCOeval(truth, truth.loadRes(detections.to_coco(annotations)), "bbox")
+        reference.evaluate()
+        reference.accumulate()
+        reference.summarize()
+        expected = [math.nan if value < 0 else value for value in reference.stats[[0, 1, 2, 3, 4, 5, 8]]]
         found = average_precision(annotations, detections, evaluator=evaluator)
         assert 0.1 < found.ap < 0.9
-        np.testing.assert_allclose(list(vars(found).values()), expected, rtol=1e-12)
+        *summary, classes = vars(found).values()
+        np.testing.assert_array_equal(summary, expected)
+        for place, entry in enumerate(classes):
+            precision = reference.eval["precision"][:, :, place, 0, -1]
+            recall = reference.eval["recall"][:, place, 0, -1]
+            assert entry.category_id == reference.params.catIds[place]
+            assert entry.num_objects == len(truth.getAnnIds(catIds=[entry.category_id], iscrowd=False))
+            if entry.num_objects == 0:
+                assert math.isnan(entry.ap)
+                assert math.isnan(entry.ar)
+            else:
+                assert (entry.ap, entry.ar) == (precision.mean(), recall.mean())
 
 
 def test_evaluators_are_quiet(annotation_files, capfd):
@@ -204,18 +251,67 @@ def test_evaluators_are_quiet(annotation_files, capfd):
 
 def test_images_left_out_do_not_count_as_missed(annotation_files):
     annotations = CocoAnnotations.read(annotation_files[0])
-    perfect = np.column_stack(
-        [
-            np.repeat(annotations.image_ids, np.diff(annotations.starts)),
-            annotations.boxes_xywh,
-            np.ones(len(annotations.boxes_xywh)),
-            annotations.category_ids,
-        ]
-    )
-    some = annotations.image_ids[5:].tolist()
-    detections = perfect[np.isin(perfect[:, 0], some)]
+    perfect = perfect_detections(annotations)
+    some = perfect.image_indices >= 5
+    detections = DetectionTable(*(column[some] for column in vars(perfect).values()))
     assert average_precision(annotations, detections).ap < 0.95
     assert average_precision(annotations, detections, indices=range(5, NUM_IMAGES)).ap == pytest.approx(1)
+
+
+def perfect_detections(annotations: CocoAnnotations) -> DetectionTable:
+    return DetectionTable(
+        np.repeat(np.arange(len(annotations)), np.diff(annotations.starts)),
+        annotations.category_ids,
+        annotations.boxes_xywh,
+        np.ones(len(annotations.boxes_xywh)),
+    )
+
+
+def with_ids(file: Path, image_ids: list[int], folder: Path) -> CocoAnnotations:
+    """The same annotations under other image ids."""
+    content = json.loads(file.read_text())
+    new = dict(zip((image["id"] for image in content["images"]), image_ids, strict=True))
+    for image in content["images"]:
+        image["id"] = new[image["id"]]
+    for annotation in content["annotations"]:
+        annotation["image_id"] = new[annotation["image_id"]]
+    path = folder / "renumbered.json"
+    path.write_text(json.dumps(content))
+    return CocoAnnotations.read(path)
+
+
+@pytest.mark.parametrize("evaluator", ["pycocotools", "hotcoco"])
+@pytest.mark.parametrize("first", [2**53, 2**63 - NUM_IMAGES, -5, -(2**63)])
+def test_image_ids_of_any_size_and_sign_are_exact(annotation_files, tmp_path, evaluator, first):
+    """Beyond 2^53 neighbouring ids are one number in float64."""
+    if evaluator == "hotcoco":
+        pytest.importorskip("hotcoco")
+    ids = [first + i for i in range(NUM_IMAGES)]
+    annotations = with_ids(annotation_files[0], ids, tmp_path)
+    perfect = perfect_detections(annotations)
+    assert average_precision(annotations, perfect, evaluator=evaluator).ap == pytest.approx(1)
+    assert {entry["image_id"] for entry in perfect.to_coco(annotations)} <= set(ids)
+    assert annotations.indices_of(ids) == list(range(NUM_IMAGES))
+
+
+@pytest.mark.parametrize("evaluator", ["pycocotools", "hotcoco"])
+def test_objects_beyond_the_cap_count_where_it_is_raised(tmp_path, evaluator):
+    if evaluator == "hotcoco":
+        pytest.importorskip("hotcoco")
+    boxes = [[8 * (i % 20), 8 * (i // 20), 6, 6] for i in range(400)]
+    content = {
+        "images": [{"id": 1, "file_name": "a.jpg", "height": 160, "width": 160}],
+        "annotations": [
+            {"id": i + 1, "image_id": 1, "category_id": 1 + i % 2, "bbox": box} for i, box in enumerate(boxes)
+        ],
+        "categories": [{"id": 1, "name": "one"}, {"id": 2, "name": "two"}],
+    }
+    (tmp_path / "many.json").write_text(json.dumps(content))
+    annotations = CocoAnnotations.read(tmp_path / "many.json")
+    perfect = perfect_detections(annotations)
+    assert average_precision(annotations, perfect, evaluator=evaluator).ap == pytest.approx(0.5, abs=0.01)
+    raised = average_precision(annotations, perfect, evaluator=evaluator, max_detections=400)
+    assert raised.ap == raised.ar == pytest.approx(1)
 
 
 def test_rows_without_a_category_are_not_reported():
@@ -224,8 +320,11 @@ def test_rows_without_a_category_are_not_reported():
         torch.tensor([0.75, 0.5]), torch.tensor([3, 2]), torch.tensor([[0.0, 0, 4, 5], [0, 0, 1, 1]])
     )
     second = Detections(torch.tensor([0.25]), torch.tensor([1]), torch.tensor([[2.0, 3, 10, 20]]))
-    rows = detection_rows([8, 2**40 + 1], [first, second], class_map)
-    assert rows.tolist() == [[8, 0, 0, 4, 5, 0.75, 30], [2**40 + 1, 2, 3, 8, 17, 0.25, 10]]
+    table = DetectionTable.from_batch([8, 3], [first, second], class_map)
+    assert table.image_indices.tolist() == [8, 3]
+    assert table.category_ids.tolist() == [30, 10]
+    assert table.boxes_xywh.tolist() == [[0, 0, 4, 5], [2, 3, 8, 17]]
+    assert table.scores.tolist() == [0.75, 0.25]
 
 
 def tiny_model(num_classes: int) -> nn.Module:
@@ -250,7 +349,8 @@ def tiny_model(num_classes: int) -> nn.Module:
 def assert_same(a: Metrics, b: Metrics) -> None:
     assert a.images == b.images
     # Sums run in another order in another batch: scores move by 1e-6, near-ties in the ranking may swap.
-    np.testing.assert_allclose(list(vars(a.precision).values()), list(vars(b.precision).values()), atol=1e-4)
+    ours, theirs = (list(vars(metrics.precision).values())[:-1] for metrics in (a, b))
+    np.testing.assert_allclose(ours, theirs, atol=1e-4)
 
 
 def test_no_image_depends_on_batch_size_or_order(dataset):

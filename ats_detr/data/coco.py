@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -184,29 +184,34 @@ class CocoAnnotations:
     def file_name(self, index: int) -> str:
         return self.file_names[index].decode()
 
-    def to_coco(self, indices: Sequence[int] | None = None) -> dict[str, Any]:
-        """The ground truth in COCO's layout for an evaluator: every annotation, crowds included, as in the file.
+    def indices_of(self, image_ids: Sequence[int]) -> list[int]:
+        """Positions of images that are in the dataset."""
+        return np.searchsorted(self.image_ids, np.array(image_ids, np.int64)).tolist()
 
-        `indices` restricts it to those images. Annotations are numbered afresh from 1: pycocotools takes an
-        annotation of id 0 for "unmatched".
+    def by_position(self, indices: Iterable[int]) -> dict[str, Any]:
+        """The ground truth of some images in COCO's layout for an evaluator: every annotation, crowds included.
+
+        Ids are positions: of an image in this dataset, of a category among the ascending category ids. Annotations
+        are numbered from 1: pycocotools reads an annotation id of 0 as "unmatched".
         """
+        place_of = {category_id: place for place, category_id in enumerate(sorted(self.categories))}
         images: list[dict[str, Any]] = []
         annotations: list[dict[str, Any]] = []
-        for index in range(len(self)) if indices is None else indices:
-            image_id, (height, width) = int(self.image_ids[index]), self.sizes[index].tolist()
-            images.append({"id": image_id, "height": height, "width": width})
+        for index in indices:
+            height, width = self.sizes[index].tolist()
+            images.append({"id": index, "height": height, "width": width})
             for row in range(self.starts[index], self.starts[index + 1]):
                 annotations.append(
                     {
                         "id": len(annotations) + 1,
-                        "image_id": image_id,
-                        "category_id": int(self.category_ids[row]),
+                        "image_id": index,
+                        "category_id": place_of[int(self.category_ids[row])],
                         "bbox": self.boxes_xywh[row].tolist(),
                         "area": float(self.areas[row]),
                         "iscrowd": int(self.crowd[row]),
                     }
                 )
-        categories = [{"id": i, "name": name} for i, name in self.categories.items()]
+        categories = [{"id": place, "name": self.categories[i]} for i, place in place_of.items()]
         return {"info": {}, "images": images, "annotations": annotations, "categories": categories}
 
 
@@ -252,6 +257,8 @@ def record_fault(record: Any, required: Sequence[str]) -> str | None:
         kind = str if field in ("name", "file_name") else int
         if not isinstance(record.get(field), kind):
             return f"needs {field!r} of type {kind.__name__}, found {record.get(field)!r}"
+        if kind is int and not -(2**63) <= record[field] < 2**63:
+            return f"has {field!r} {record[field]}, which does not fit into 64 bits; renumber the ids"
     return None
 
 
@@ -316,8 +323,7 @@ class CocoDetection(Dataset):
         self.label_rows = self.class_map.rows_of(self.annotations.category_ids)
 
         annotations = self.annotations
-        num_objects = np.diff(annotations.starts)
-        sizes_hw = np.repeat(annotations.sizes, num_objects, axis=0)
+        sizes_hw = np.repeat(annotations.sizes, np.diff(annotations.starts), axis=0)
         boxes = annotations.boxes_xywh.copy()
         boxes[:, 2:] += boxes[:, :2]
         boxes = np.clip(boxes, 0, sizes_hw[:, [1, 0, 1, 0]])
@@ -339,6 +345,12 @@ class CocoDetection(Dataset):
 
     def image_id(self, index: int) -> int:
         return int(self.annotations.image_ids[index])
+
+    @property
+    def num_objects(self) -> np.ndarray:
+        """int64 [images] objects of each image: no crowds, no empty boxes."""
+        counts = np.concatenate([[0], self.is_object.cumsum()])[self.annotations.starts]
+        return np.diff(counts).astype(np.int64)
 
     def size(self, index: int) -> tuple[int, int]:
         """(height, width) in pixels, from the annotation file."""

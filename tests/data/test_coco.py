@@ -44,15 +44,21 @@ def test_images_without_objects_are_kept(make_dataset):
 
 def test_ground_truth_of_the_evaluation_equals_pycocotools_reading_of_the_file(coco_tiny):
     file = coco_tiny / "annotations/instances_val2017.json"
+    annotations = CocoAnnotations.read(file)
     ours, theirs = COCO(), COCO(file)
-    ours.dataset = CocoAnnotations.read(file).to_coco()
+    ours.dataset = annotations.by_position(range(len(annotations)))
     ours.createIndex()
-    assert ours.getImgIds() == sorted(theirs.getImgIds())
-    assert sorted(ours.getCatIds()) == sorted(theirs.getCatIds())
-    for image_id in ours.getImgIds():
-        pair = [coco.loadAnns(coco.getAnnIds(imgIds=[image_id])) for coco in (ours, theirs)]
-        fields = ("category_id", "bbox", "area", "iscrowd")
-        assert [[a[f] for f in fields] for a in pair[0]] == [[a[f] for f in fields] for a in pair[1]]
+    assert annotations.image_ids.tolist() == sorted(theirs.getImgIds())
+    category_ids = sorted(theirs.getCatIds())
+    assert [ours.cats[i]["name"] for i in sorted(ours.getCatIds())] == [
+        theirs.cats[i]["name"] for i in category_ids
+    ]
+    for index, image_id in enumerate(annotations.image_ids.tolist()):
+        own = ours.loadAnns(ours.getAnnIds(imgIds=[index]))
+        original = theirs.loadAnns(theirs.getAnnIds(imgIds=[image_id]))
+        assert [category_ids[a["category_id"]] for a in own] == [a["category_id"] for a in original]
+        fields = ("bbox", "area", "iscrowd")
+        assert [[a[f] for f in fields] for a in own] == [[a[f] for f in fields] for a in original]
 
 
 def test_coco_keeps_the_published_91_rows(coco_tiny):
