@@ -36,6 +36,9 @@ def main() -> None:
         choices=("float32", "bfloat16"),
         help="evaluate the compiled detector (Detector.compile), in this type",
     )
+    parser.add_argument(
+        "--detections", type=Path, metavar="FILE", help="write all detections here as COCO results (JSON)"
+    )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as data.eval_batch_size=8")
     arguments = parser.parse_intermixed_args()
     checkpoint = resolve_checkpoint(arguments.checkpoint)
@@ -47,7 +50,9 @@ def main() -> None:
     with distributed.process_group(config.device) as device:
         run_log.configure()
         compiled = getattr(torch, arguments.compile) if arguments.compile else None
-        evaluate_checkpoint(config, checkpoint, output, device, compiled=compiled)
+        evaluate_checkpoint(
+            config, checkpoint, output, device, compiled=compiled, detections_file=arguments.detections
+        )
 
 
 if __name__ == "__main__":

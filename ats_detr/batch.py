@@ -10,6 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+NO_IMAGE = -(2**63) - 1
+"""Image id of a target that belongs to no image of a dataset, where all ids fit into int64."""
+
 
 @dataclass
 class Target:

@@ -186,7 +186,7 @@ class Metrics:
         ]
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready, without single images and classes; None for what cannot be measured."""
+        """JSON-ready, without single images; None for what cannot be measured."""
         numbers = {
             "AP": self.precision.ap,
             "AP50": self.precision.ap50,
@@ -204,6 +204,7 @@ class Metrics:
             "keep_ratio_histogram": self.keep_ratio_histogram,
             "num_images": len(self.images),
             "num_skipped": self.num_skipped,
+            "per_class": self.per_class(),
         }
 
 

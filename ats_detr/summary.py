@@ -15,7 +15,7 @@ from ats_detr.checkpoint import load_checkpoint, load_detector, make_folder, wri
 from ats_detr.config import Config
 from ats_detr.data.coco import ClassMap
 from ats_detr.data.loader import EvaluationLoader
-from ats_detr.evaluation import Metrics, evaluate, warn_of_minimum
+from ats_detr.evaluation import Metrics, evaluate, warn_of_limits, warn_of_minimum
 from ats_detr.flops import count_flops
 from ats_detr.model import CompiledDetr, Detr
 from ats_detr.training.datasets import build_evaluation_loader
@@ -30,17 +30,24 @@ _AP_NAMES = {
     "APs": "small, area below 32² pixels",
     "APm": "medium",
     "APl": "large, area above 96² pixels",
+    "AR": "average recall, IoU 0.50:0.95",
 }
 
 
 def evaluate_checkpoint(
-    config: Config, path: Path, folder: Path, device: torch.device, *, compiled: torch.dtype | None = None
+    config: Config,
+    path: Path,
+    folder: Path,
+    device: torch.device,
+    *,
+    compiled: torch.dtype | None = None,
+    detections_file: Path | None = None,
 ) -> Metrics:
     """Print and write what a checkpoint achieves on the validation images of `config`.
 
-    `folder` gets metrics.json, pictures of `num_pictures` images, and, for a model with a budget per image,
-    budgets.png. With a dtype for `compiled` the metrics are those of the compiled detector. Every process of a
-    distributed run calls it.
+    `folder` gets metrics.json (with AP and AR of each class), pictures of `num_pictures` images, and, for a model with
+    a budget per image, budgets.png. With a dtype for `compiled` the metrics are those of the compiled detector.
+    `detections_file` gets all detections as COCO results. Every process of a distributed run calls it.
     """
     checkpoint = load_checkpoint(path)
     model = load_detector(config, checkpoint, path).to(device)
@@ -48,7 +55,16 @@ def evaluate_checkpoint(
     loader = build_evaluation_loader(config.data, class_map)
     make_folder(folder)
     evaluated = model if compiled is None else CompiledDetr(model, dtype=compiled)
-    metrics = evaluate(evaluated, loader, device, show_progress=console.is_terminal)
+    max_detections = config.evaluation.max_detections
+    warn_of_limits(loader.dataset, config.model.num_queries, max_detections)
+    metrics = evaluate(
+        evaluated,
+        loader,
+        device,
+        max_detections=max_detections,
+        detections_file=detections_file,
+        show_progress=console.is_terminal,
+    )
     warn_of_minimum(metrics, config.model.selector)
     if distributed.is_main():
         print_metrics(metrics)
@@ -74,7 +90,12 @@ def summarise(stages: Mapping[str, Stage], folder: Path, device: torch.device) -
         checkpoint = load_checkpoint(stage.checkpoint)
         model = load_detector(stage.config, checkpoint, stage.checkpoint).to(device)
         class_map = ClassMap.from_dict(checkpoint["classes"])
-        metrics = evaluate(model, build_evaluation_loader(student.config.data, class_map), device)
+        metrics = evaluate(
+            model,
+            build_evaluation_loader(student.config.data, class_map),
+            device,
+            max_detections=student.config.evaluation.max_detections,
+        )
         seconds += checkpoint.get("train_seconds", 0.0)
         if not distributed.is_main():
             continue

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ats_detr.batch import ImageBatch, Target
+from ats_detr.batch import NO_IMAGE, ImageBatch, Target
 from ats_detr.distributed import sum_over_processes
 from ats_detr.model import Detr
 from ats_detr.model.output import DetectorOutput, top_detections
@@ -134,9 +134,9 @@ class DifficultyCache:
         return torch.stack([self._batches[batch][position] for batch, position in places])
 
     def put(self, image_ids: Sequence[int], precision_B: Tensor) -> None:
-        """Keep what is not known yet. Negative ids, of images that are not the data's, are left out."""
+        """Keep what is not known yet, of images of the dataset."""
         for position, image_id in enumerate(image_ids):
-            if image_id >= 0:
+            if image_id != NO_IMAGE:
                 self._place.setdefault(image_id, (len(self._batches), position))
         self._batches.append(precision_B)
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ats_detr import distributed
-from ats_detr.batch import ImageBatch, Target
+from ats_detr.batch import NO_IMAGE, ImageBatch, Target
 from ats_detr.data.coco import CocoDetection
 from ats_detr.data.loader import TrainingLoader
 from ats_detr.data.transforms import resized_size
@@ -23,8 +23,6 @@ _TOLERATED_EXCESS = 0.05
 """Boxes may reach outside their image by this share of its side and a pixel: annotators do that, and it is clipped."""
 _MIN_SHARE = -1e-4
 """Rounding of normalised boxes."""
-REHEARSED = -1
-"""Image id of what is no image of the data."""
 
 
 # ---------------------------------------------------------------------------------------------- labels and boxes
@@ -87,7 +85,7 @@ def naming_the_batch(batch: ImageBatch, targets: Sequence[Target]) -> Iterator[N
         ids = ", ".join(str(target.image_id) for target in targets)
         which = (
             "the largest batch, tried before the first step"
-            if targets[0].image_id == REHEARSED
+            if targets[0].image_id == NO_IMAGE
             else f"images {ids}"
         )
         raise UserError(
@@ -119,7 +117,7 @@ def largest_batch(
     per_image = np.bincount(np.arange(num_objects) % loader.batch_size, minlength=loader.batch_size)
     targets = [
         Target(
-            REHEARSED,
+            NO_IMAGE,
             (int(height), int(width)),
             torch.zeros(int(count), dtype=torch.int64),
             torch.tensor([[0.5, 0.5, 0.2, 0.2]]).repeat(int(count), 1),

@@ -22,6 +22,7 @@ from ats_detr.checkpoint import build_without_fetching, make_folder, read_file
 from ats_detr.config import Config, save_config
 from ats_detr.data.coco import ClassMap
 from ats_detr.errors import UserError
+from ats_detr.evaluation import warn_of_limits
 from ats_detr.model import Detr, build_model
 from ats_detr.model.backbone import load_weights as load_backbone_weights
 from ats_detr.training.criterion import SetCriterion, build_criterion
@@ -109,6 +110,8 @@ def prepare(
     if teachers is not None:
         check_classes(teachers, model, loaders.class_map)
     check_annotations(loaders.train.dataset, model.num_classes)
+    warn_of_limits(loaders.train.dataset, config.model.num_queries)
+    warn_of_limits(loaders.val.dataset, config.model.num_queries, config.evaluation.max_detections)
     if len(loaders.train) < config.train.accumulate:
         raise UserError(
             f"train.accumulate = {config.train.accumulate}: an epoch has only {len(loaders.train)} batches; lower it"

@@ -263,7 +263,9 @@ def rehearse(run: Run) -> None:
 def evaluate_run(run: Run, is_last: bool) -> dict[str, Any]:
     """Measure the model on the validation images, and keep it if it is the best so far but not the last."""
     state, progress = run.state, run.state.progress
-    found = evaluate(state.evaluated, run.loaders.val, run.device)
+    found = evaluate(
+        state.evaluated, run.loaders.val, run.device, max_detections=run.config.evaluation.max_detections
+    )
     warn_of_minimum(found, run.config.model.selector)
     metrics = found.to_dict()
     run.log.write(progress.step, progress.epoch, metrics, kind="evaluation")

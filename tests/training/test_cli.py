@@ -133,12 +133,21 @@ def spoil_checkpoint(source: Path, destination: Path, spoil: Callable[[dict[str,
 
 
 def test_evaluation_prints_and_writes_the_same_numbers_as_training(chain: Path, tmp_path: Path) -> None:
-    done = run("eval.py", "data.eval_batch_size=3", *evaluation_of(chain, tmp_path), "num_pictures=1")
+    arguments = ("--detections", tmp_path / "detections.json", "num_pictures=1")
+    done = run("eval.py", "data.eval_batch_size=3", *evaluation_of(chain, tmp_path), *arguments)
     assert done.code == 0, done.err
     assert_equal_metrics(tmp_path, chain / "run" / "student")
     for words in ("AP50", "keep ratio", "budget 1"):
         assert words in done.out
-    assert {path.name for path in tmp_path.iterdir()} == {"metrics.json", "pictures", "budgets.png"}
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "metrics.json",
+        "detections.json",
+        "pictures",
+        "budgets.png",
+    }
+    detections = json.loads((tmp_path / "detections.json").read_text())
+    assert all(entry.keys() == {"image_id", "category_id", "bbox", "score"} for entry in detections)
+    assert len({entry["image_id"] for entry in detections}) == 7
 
 
 def test_two_processes_evaluate_an_odd_number_of_images_like_one(chain: Path, tmp_path: Path) -> None:

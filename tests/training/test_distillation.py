@@ -195,9 +195,10 @@ def test_a_cached_difficulty_is_found_once_and_survives_a_checkpoint(tmp_path: P
     assert torch.equal(again.get([2, 0]), teachers.difficulty.get([2, 0]))
     assert teachers.difficulty.get([0, 99]) is None
     other_batch, other = random_batch(seed=1, num_objects=[1, 1], size=64)
-    other[1].image_id = 99
+    other[1].image_id = -99
     teachers(other_batch, other, student(other_batch))
     assert seen == [4, 2], "a batch with an image that is not known is judged whole"
+    assert teachers.difficulty.get([-99]) is not None, "ids may be negative"
 
 
 def test_the_label_of_an_image_is_what_the_weak_teacher_achieves_on_it(tmp_path: Path) -> None:
