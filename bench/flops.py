@@ -1,15 +1,15 @@
-"""Multiply-adds of the detectors, as the published figures count them and as inference needs them.
+"""Multiply-adds of the detectors, by the published convention and of inference alone.
 
     python -m bench.flops --compare-published [--json PATH]     every published R50 model on one 3x850x1040 image
     python -m bench.flops --config configs/ats_r50_0.1_0.2.yaml --checkpoint ours.pt --images FOLDER
 
-`gflops` follows the published convention (training-time heads included, 1 multiply-add = 1), `needed` is what inference
-computes; both are fvcore's. `eager` is the published convention by torch.utils.flop_counter, which leaves out norms.
+`gflops` follows the published convention (1 multiply-add = 1; the heads that only training uses are included), `needed`
+counts inference alone; fvcore counts both. `eager` is the published convention by torch.utils.flop_counter, which omits
+norms.
 """
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 from collections.abc import Iterable, Sequence
@@ -18,10 +18,10 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import pandas
 import torch
 from PIL import Image, UnidentifiedImageError
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
 
 from ats_detr.batch import ImageBatch
@@ -31,28 +31,29 @@ from ats_detr.data.transforms import evaluation_transform
 from ats_detr.errors import UserError, run_cli
 from ats_detr.flops import Flops, count_flops, count_flops_eager, num_parameters
 from ats_detr.model import Detr
+from bench.measure import CONFIGS, new_parser, write_rows
+from bench.tables import numbers, print_table
 
-CONFIGS = Path(__file__).parents[1] / "configs"
 PUBLISHED_COUNTS = Path(__file__).with_name("published_flops.json")
 IMAGE_SIZE = (850, 1040)
 """(height, width) that the published code counts on."""
 TABLE_WIDTH = 215
 """Columns of the printed table."""
 TOLERANCE = 0.005
-"""Accepted difference from the published counter. Ours is 0.2 % below it where boxes are refined: the published code
-runs each decoder layer's box head twice, for the refinement and for the prediction."""
+"""Accepted relative difference from the published counter. Ours is 0.2 % lower where boxes are refined: the published
+code runs each box head of the decoder twice, for the refinement and for the prediction."""
 NUM_COCO_CLASSES = 91
 
 
 @dataclass(frozen=True)
 class Subject:
-    """One model to be counted."""
+    """A model to count."""
 
     config: str
-    """Name of the shipped configuration, with what was changed."""
+    """Name of the shipped configuration, and overrides."""
     model: Detr
     published: dict[str, Any]
-    """The published counter's figures for it, empty if there are none."""
+    """Figures of the published counter; empty if there are none."""
 
 
 @dataclass(frozen=True)
@@ -63,26 +64,20 @@ class Counts:
     needed: Flops
     eager: Flops
     dense_encoder: float
-    """What the encoder would compute without token selection, by the published convention."""
+    """The encoder without token selection, by the published convention."""
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.flops",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = new_parser("flops", __doc__)
     parser.add_argument("--compare-published", action="store_true", help="every model with a published count")
     parser.add_argument("--config", help="one YAML file instead")
     parser.add_argument(
         "--checkpoint",
-        help="weights (what predict takes), for the budgets they really choose (with --config)",
+        help="trained weights, as for predict (with --config)",
     )
     parser.add_argument("--images", type=Path, help="a folder of images instead of one random image")
-    parser.add_argument(
-        "--max-images", type=int, default=10, help="of the folder, in the order of their names"
-    )
-    parser.add_argument("--json", type=Path, help="write the rows here")
+    parser.add_argument("--max-images", type=int, default=10, help="first images of the folder, by name")
+    parser.add_argument("--json", type=Path, help="write rows to this file")
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help="such as model.selector.keep_ratio=0.2"
     )
@@ -90,7 +85,9 @@ def main() -> None:
     if arguments.compare_published == bool(arguments.config):
         raise UserError("give either --compare-published or --config FILE")
     if arguments.compare_published and (arguments.checkpoint or arguments.images or arguments.overrides):
-        raise UserError("--compare-published counts fixed models on a fixed image: --json is its only option")
+        raise UserError(
+            "--compare-published has fixed models and a fixed image: omit all other options except --json"
+        )
 
     console = Console()
     subjects: Iterable[Subject]
@@ -108,12 +105,11 @@ def main() -> None:
     for subject in subjects:
         with console.status(subject.config):
             rows.append(row_of(subject, count(subject.model, images)))
-    table = table_of(rows, images)
-    # Thirteen columns do not fit 80; in a file or a narrow window long lines serve better than squeezed numbers.
-    wide = Console(width=max(console.width, TABLE_WIDTH))
-    wide.print(table, crop=False)
+    height, width = images[0].sizes[0]
+    shapes = f"3x{height}x{width}" if len(images) == 1 else f"mean over {len(images)} images"
+    print_table(table_of(rows), console, f"giga multiply-adds per image, {shapes}", "", TABLE_WIDTH)
     if arguments.json:
-        arguments.json.write_text(json.dumps(rows, indent=2) + "\n")
+        write_rows(rows, arguments.json)
     off = [row["config"] for row in rows if not agrees(row)]
     if off:
         raise UserError(f"more than {TOLERANCE:.1%} from the published counter: {', '.join(off)}")
@@ -121,7 +117,7 @@ def main() -> None:
 
 # ------------------------------------------------------------------------------------------------------------ subjects
 def published_models() -> dict[str, tuple[str, list[str], int | None]]:
-    """Name in published_flops.json -> shipped configuration, overrides, and the budget that every image is given."""
+    """Name in published_flops.json -> shipped configuration, overrides, and budget of every image."""
     models: dict[str, tuple[str, list[str], int | None]] = {
         "sparse_deform_plain": ("deformable_detr_r50", [], None),
         "sparse_deform_two_stage_bbr": ("deformable_detr_r50_two_stage", [], None),
@@ -140,7 +136,7 @@ def published_models() -> dict[str, tuple[str, list[str], int | None]]:
 
 
 def published_subject(key: str) -> Subject:
-    """A model that the published counter was run on, random weights."""
+    """A model that the published counter has counted, with random weights."""
     name, overrides, budget = published_models()[key]
     model = build_without_fetching(load_config(CONFIGS / f"{name}.yaml", overrides), NUM_COCO_CLASSES)
     if budget is not None:
@@ -150,7 +146,7 @@ def published_subject(key: str) -> Subject:
 
 
 def given_subject(config: Config, checkpoint: str | None) -> Subject:
-    """The model of a config; its weights from what `--checkpoint` of predict takes, or random."""
+    """The model of a config, with the weights of a checkpoint (as `--checkpoint` of predict) or random ones."""
     if checkpoint is None:
         num_classes = config.model.num_classes or NUM_COCO_CLASSES
         return Subject(config.name, build_without_fetching(config, num_classes), {})
@@ -160,7 +156,7 @@ def given_subject(config: Config, checkpoint: str | None) -> Subject:
 
 @torch.no_grad()
 def force_budget(model: Detr, budget: int) -> None:
-    """Let every image choose this budget class."""
+    """Makes the model choose this budget class for every image."""
     assert model.selector is not None and model.selector.budget is not None
     last = model.selector.budget[-1]
     assert isinstance(last, nn.Linear)
@@ -174,13 +170,13 @@ def random_image() -> ImageBatch:
 
 
 def folder_images(folder: Path, max_images: int, config: Config) -> list[ImageBatch]:
-    """The folder's images as evaluation sees them: resized, and padded to their size bucket."""
+    """The folder's images, resized and padded to their size bucket as in evaluation."""
     tensors = read_folder(folder, max_images, config)
     return [ImageBatch.collate([tensor], config.data.size_multiple) for tensor in tensors]
 
 
 def read_folder(folder: Path, max_images: int, config: Config) -> list[Tensor]:
-    """The first images of a folder, by name, as evaluation resizes them: normalised float32 [3, h, w]."""
+    """The first images of a folder, by name, resized and normalised as in evaluation: float32 [3, h, w]."""
     transform = evaluation_transform(config.data.short_side, config.data.long_side)
     images = []
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
@@ -193,13 +189,13 @@ def read_folder(folder: Path, max_images: int, config: Config) -> list[Tensor]:
         if len(images) == max_images:
             break
     if not images:
-        raise UserError(f"{folder}: no images there")
+        raise UserError(f"{folder}: this folder holds no images")
     return images
 
 
 # ------------------------------------------------------------------------------------------------------------ counting
 def count(model: Detr, images: Sequence[ImageBatch]) -> Counts:
-    """Means over the images, one at a time, each with the budget that it gets."""
+    """Means over the images, counted one by one, each with its own budget."""
     kinds: list[list[Flops]] = [[], [], []]
     for image in images:
         kinds[0].append(count_flops(model, image, as_published=True))
@@ -210,7 +206,7 @@ def count(model: Detr, images: Sequence[ImageBatch]) -> Counts:
 
 
 def mean(counts: Sequence[Flops]) -> Flops:
-    """Number by number, over the images."""
+    """Field by field."""
 
     def mean_of(values: list[Any]) -> Any:
         if isinstance(values[0], dict):
@@ -245,58 +241,43 @@ def row_of(subject: Subject, counts: Counts) -> dict[str, Any]:
 
 
 def agrees(row: dict[str, Any]) -> bool:
-    """Whether the row is within the tolerance of the published counter, where that counted the model."""
+    """Whether the row is within TOLERANCE of the published counter; True where there is no published count."""
     if row["golden_gflops"] is None:
         return True
     pairs = ((row["gflops"], row["golden_gflops"]), (row["encoder_gflops"], row["golden_encoder_gflops"]))
     return row["params"] == row["golden_params"] and all(abs(a - b) <= TOLERANCE * b for a, b in pairs)
 
 
-def table_of(rows: list[dict[str, Any]], images: Sequence[ImageBatch]) -> Table:
-    """Ours beside the published counter's."""
-    height, width = images[0].sizes[0]
-    shapes = f"3x{height}x{width}" if len(images) == 1 else f"mean over {len(images)} images"
-    table = Table(title=f"giga multiply-adds per image, {shapes}", show_lines=False)
-    table.add_column("model", overflow="fold", max_width=32)
-    headings = (
-        "kept",
-        "total",
-        "published counter",
-        "paper",
-        "encoder",
-        "published counter",
-        "fewer than dense",
+def table_of(rows: list[dict[str, Any]]) -> pandas.DataFrame:
+    """Our counts beside those of the published counter, as text."""
+    frame = pandas.DataFrame(rows)
+
+    def beside(column: str) -> list[str]:
+        golden = frame[f"golden_{column}"]
+        difference = frame[column] / golden.astype(float) - 1
+        counts, relative = numbers(golden, ".2f"), numbers(difference, "+.2%")
+        return [f"{count} ({ratio})" if count else "" for count, ratio in zip(counts, relative, strict=True)]
+
+    same = frame["params"] == frame["golden_params"]
+    return pandas.DataFrame(
+        {
+            "model": frame["config"],
+            "kept": numbers(frame["keep_ratio"], ".1%"),
+            "total": numbers(frame["gflops"], ".2f"),
+            "published counter": beside("gflops"),
+            "paper": numbers(frame["published_gflops"], ".1f"),
+            "encoder": numbers(frame["encoder_gflops"], ".2f"),
+            "encoder, published counter": beside("encoder_gflops"),
+            "saved by selection": numbers(frame["encoder_reduction"], ".1%"),
+            "eager total": numbers(frame["eager_gflops"], ".2f"),
+            "eager encoder": numbers(frame["eager_encoder_gflops"], ".2f"),
+            "needed total": numbers(frame["needed_gflops"], ".2f"),
+            "needed encoder": numbers(frame["needed_encoder_gflops"], ".2f"),
+            "M parameters": [
+                f"{n / 1e6:.3f}{' =' * equal}" for n, equal in zip(frame["params"], same, strict=True)
+            ],
+        }
     )
-    for heading in (
-        *headings,
-        "eager total",
-        "eager encoder",
-        "needed total",
-        "needed encoder",
-        "M parameters",
-    ):
-        table.add_column(heading, justify="right")
-    for row in rows:
-        table.add_row(
-            row["config"],
-            f"{row['keep_ratio']:.1%}",
-            f"{row['gflops']:.2f}",
-            _beside(row["gflops"], row["golden_gflops"]),
-            "" if row["published_gflops"] is None else f"{row['published_gflops']:.1f}",
-            f"{row['encoder_gflops']:.2f}",
-            _beside(row["encoder_gflops"], row["golden_encoder_gflops"]),
-            f"{row['encoder_reduction']:.1%}",
-            f"{row['eager_gflops']:.2f}",
-            f"{row['eager_encoder_gflops']:.2f}",
-            f"{row['needed_gflops']:.2f}",
-            f"{row['needed_encoder_gflops']:.2f}",
-            f"{row['params'] / 1e6:.3f}" + (" =" if row["params"] == row["golden_params"] else ""),
-        )
-    return table
-
-
-def _beside(ours: float, golden: float | None) -> str:
-    return "" if golden is None else f"{golden:.2f} ({ours / golden - 1:+.2%})"
 
 
 if __name__ == "__main__":

@@ -1,51 +1,46 @@
-"""The operators against their rivals, or against the compiler.
+"""The operators and their baselines on a GPU, or what the compiler makes of the kernels.
 
-    python -m bench.kernels                       on a GPU: times everything, appends to bench/results/kernels.jsonl
-    python -m bench.kernels --part attention      one part (or tokens, linear), each a few minutes; the first compiles
-    python -m bench.kernels --peer package.module:function      one more rival for the classical operator
-    python -m bench.kernels --rivals deformops                  those rivals only whose names begin so
+    python -m bench.kernels                       on a GPU: all parts, appends to bench/results/kernels.jsonl
+    python -m bench.kernels --part attention      one part (or tokens, linear), a few minutes each
+    python -m bench.kernels --peer package.module:function      one more baseline for the classical operator
+    python -m bench.kernels --baselines deformops               only the baselines whose names begin with this
     python -m bench.kernels --offline --json out.json           no GPU: registers, spills, instructions
-    python -m bench.kernels --small               tiny shapes on any device, to check this script
+    python -m bench.kernels --small               tiny shapes on any device, to check the command
 
-`device_ms` sums the durations of the kernels, `wall_ms` is what an eager caller waits for. Rivals of the classical
-operator take (value [B,S,H,D], shapes int64 [L,2], level starts [L], locations [B,Q,H,L,P,2], weights [B,Q,H,L,P]).
-Where a rival has no fused softmax and locations, `+ torch` adds the PyTorch operators a module needs around it, with
-float32 locations. The classical operator is timed with locations in the value's dtype, which every rival takes.
-`error` and `error_of_value_gradient` are relative to our kernels in float32, summing sample by sample, on the same
-inputs.
-Rows are written as they are measured.
+Baselines of the classical operator take (value [B,S,H,D], shapes int64 [L,2], level starts [L], locations
+[B,Q,H,L,P,2], weights [B,Q,H,L,P]). `+ torch` adds the PyTorch operators that a module needs around a baseline without
+fused softmax and locations, with float32 locations. The classical operator gets locations in the value's dtype, which
+every baseline supports. `error` and `error_of_value_gradient` are relative to our kernels in float32, which sum sample
+by sample, on the same inputs. Rows are written as they are measured; `bench.measure.operator_times` defines the times.
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
-import datetime
 import functools
 import importlib
 import json
 import math
-import subprocess
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-import triton
 from torch import Tensor
 from torch.nn import functional
 
 from ats_detr import kernels
+from ats_detr.errors import UserError, run_cli
 from ats_detr.kernels import reference
 from ats_detr.kernels.gpu import tuning
+from bench.measure import RESULTS, Row, append_rows, environment, new_parser, operator_times, row_file
+from bench.tables import operator_tables
 
-RESULTS = Path(__file__).parent / "results" / "kernels.jsonl"
 LEVELS = ((100, 134), (50, 67), (25, 34), (13, 17))
 SMALL_LEVELS = ((10, 13), (5, 7), (3, 4), (2, 2))
 HEADS, HEAD_DIM, POINTS = 8, 32, 4
 # name, images, share of the tokens that are queries (None: 300 queries of a decoder, boxes as references)
 CASES = (("dense", 4, 1.0), ("30%", 4, 0.3), ("10%", 4, 0.1), ("decoder", 4, None), ("dense B=1", 1, 1.0))
-Rival = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+Baseline = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 class Bench:
@@ -55,53 +50,32 @@ class Bench:
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.levels = SMALL_LEVELS if small else LEVELS
         self.num_tokens = sum(height * width for height, width in self.levels)
-        self.rows: list[dict] = []
-        self.environment = {
-            "gpu": torch.cuda.get_device_name() if self.device == "cuda" else "none",
-            "torch": torch.__version__,
-            "triton": triton.__version__,
-            "date": datetime.date.today().isoformat(),
-            "commit": _commit(),
-        }
+        self.rows: list[Row] = []
+        self.environment = environment(torch.device(self.device))
         centres = []
         for height, width in self.levels:
             y, x = torch.meshgrid(torch.arange(height) + 0.5, torch.arange(width) + 0.5, indexing="ij")
             centres.append(torch.stack([x / width, y / height], -1).reshape(-1, 2))
         self.centres_S2 = torch.cat(centres)
 
-    def time(self, function: Callable[[], object]) -> dict[str, float]:
-        function()
-        if self.device == "cpu":
-            start = time.perf_counter()
-            function()
-            elapsed = (time.perf_counter() - start) * 1e3
-            return {"device_ms": elapsed, "wall_ms": elapsed}
-        wall = triton.testing.do_bench(function, warmup=10, rep=40, return_mode="median")
-        activities = [torch.profiler.ProfilerActivity.CUDA]
-        with torch.profiler.profile(activities=activities) as profile:
-            for _ in range(5):
-                function()
-            torch.cuda.synchronize()
-        device = sum(event.self_device_time_total for event in profile.key_averages()) / 5e3
-        return {"device_ms": device, "wall_ms": wall}
-
     def add(self, operator: str, case: str, who: str, function: Callable[[], object], **facts) -> None:
-        row = {"operator": operator, "case": case, "who": who, **facts}
+        """Times one call and appends its row."""
+        row: Row = {"kind": "operator", "operator": operator, "case": case, "who": who, **facts}
         try:
-            row.update({name: round(value, 5) for name, value in self.time(function).items()})
-        except Exception as error:  # a rival may not support a case, and says so in its own way
+            times = operator_times(function, torch.device(self.device))
+            row |= {name: round(value, 5) for name, value in times.items()}
+        except Exception as error:  # a baseline may not support a case
             row["failed"] = f"{type(error).__name__}: {error}"[:200]
         self.rows.append({**row, **self.environment})
         if self.path is not None:
-            with self.path.open("a") as file:
-                file.write(json.dumps(self.rows[-1]) + "\n")
+            append_rows(self.rows[-1:], self.path)
         figures = row.get("failed") or f"device {row['device_ms']:9.4f} ms   wall {row['wall_ms']:9.4f} ms"
         notes = "  ".join(f"{name}={value}" for name, value in facts.items())
         print(f"{operator:22} {case:10} {who:26} {figures}  {notes}", flush=True)
 
     # ---------------------------------------------------------------------------------------------------- attention
     def problem(self, images: int, share: float | None, dtype: torch.dtype) -> dict[str, Tensor | None]:
-        """Inputs as a trained detector has them: clustered tokens, offsets along each head's direction plus noise."""
+        """Inputs like those of a trained detector: clustered tokens, offsets along each head's direction plus noise."""
         generator = torch.Generator().manual_seed(0)
         tokens = []
         for _ in range(images):
@@ -135,13 +109,13 @@ class Bench:
         tensors["image"] = tensors.get("image")
         return tensors
 
-    def attention(self, peers: dict[str, Rival]) -> None:
+    def attention(self, baselines: dict[str, Baseline]) -> None:
         for dtype in (torch.bfloat16, torch.float32):
             for case, images, share in CASES:
-                self.attention_case(peers, case, images, share, dtype)
+                self.attention_case(baselines, case, images, share, dtype)
 
     def attention_case(
-        self, peers: dict[str, Rival], case: str, images: int, share: float | None, dtype: torch.dtype
+        self, baselines: dict[str, Baseline], case: str, images: int, share: float | None, dtype: torch.dtype
     ) -> None:
         shapes = torch.tensor(self.levels, device=self.device)
         starts = torch.cat([shapes.new_zeros(1), shapes.prod(1).cumsum(0)[:-1]])
@@ -149,7 +123,7 @@ class Bench:
         image, reference_points = tensors["image"], tensors["reference"]
         value, offsets, logits = (tensors[name].requires_grad_() for name in ("value", "offsets", "logits"))
         batched = (images, -1)
-        torch.compiler.reset()  # a compiled rival gives up after a few shapes and would silently run as it is
+        torch.compiler.reset()  # after a few shapes torch.compile silently falls back to eager
 
         def fused(value, offsets, logits, deterministic=None) -> Tensor:
             return kernels.deformable_attention(
@@ -165,14 +139,16 @@ class Bench:
         locations, weights = locations.unflatten(0, batched), weights.unflatten(0, batched)
         locations, weights = locations.contiguous().requires_grad_(), weights.contiguous().requires_grad_()
 
-        def rival(peer: Rival) -> Callable:
-            return lambda value, locations, weights: peer(value, shapes, starts, locations, weights)
+        def classical_baseline(baseline: Baseline) -> Callable:
+            return lambda value, locations, weights: baseline(value, shapes, starts, locations, weights)
 
-        def with_torch(peer: Rival) -> Callable:
+        def with_torch(baseline: Baseline) -> Callable:
             def run(value, offsets, logits) -> Tensor:
                 where = reference.sampling_locations(reference_points, offsets, self.levels)
                 weights = reference.attention_weights(logits).to(dtype)
-                return peer(value, shapes, starts, where.unflatten(0, batched), weights.unflatten(0, batched))
+                return baseline(
+                    value, shapes, starts, where.unflatten(0, batched), weights.unflatten(0, batched)
+                )
 
             return run
 
@@ -191,19 +167,22 @@ class Bench:
             }
         finally:
             tuning.TILES_FROM = tiles_from
-        contenders = [
+        candidates = [
             ("ours, fused", fused, raw),
             ("ours, classical", classical, placed),
             ("ours, deterministic", functools.partial(fused, deterministic=True), raw),
         ]
-        for name, peer in peers.items():
+        for name, baseline in baselines.items():
             if name.startswith("grid_sample") and images * self.num_tokens * (share or 0) > 30000:
-                continue  # gigabytes of samples
-            contenders += [(name, rival(peer), placed), (f"{name} + torch", with_torch(peer), raw)]
-        for name, function, inputs in contenders:
+                continue  # the samples would take gigabytes
+            candidates += [
+                (name, classical_baseline(baseline), placed),
+                (f"{name} + torch", with_torch(baseline), raw),
+            ]
+        for name, function, inputs in candidates:
             facts = {"dtype": str(dtype).removeprefix("torch.")}
             errors = []
-            with contextlib.suppress(Exception):  # `add` says what is wrong
+            with contextlib.suppress(Exception):  # `add` reports it
                 errors = [
                     float(f"{_relative_error(result.reshape(want.shape), want):.1e}")
                     for result, want in zip(both(function, inputs), expected[inputs], strict=True)
@@ -255,9 +234,9 @@ class Bench:
 
     # ------------------------------------------------------------------------------- linear layers of packed rows
     def linear(self) -> None:
-        """An encoder layer's three groups of layers for a capacity of 30 % of the tokens of four images, of which
-        the share in the case's name is in use; against the same in PyTorch on the capacity, and on the rows in use as
-        if their number were known."""
+        """The linear layers of an encoder layer, for a capacity of 30 % of the tokens of four images, of which the
+        share in the case's name is in use. Baselines: PyTorch on all rows of the capacity, and on the rows in use as if
+        their number were known on the host."""
         for dtype in (torch.bfloat16, torch.float32):
             for share in (1.0, 0.5, 0.33, 0.1):
                 self.linear_case(share, dtype)
@@ -274,13 +253,12 @@ class Bench:
         keep = torch.full((4,), int(per_image * share), device=self.device)
         scores = torch.randn(4, self.num_tokens, generator=generator).to(self.device)
         plan = kernels.select_tokens(scores, keep, capacity=capacity)
-        count, used, index = plan.num_rows, 4 * int(per_image * share), plan.flat_index_K
+        count, used = plan.num_rows, 4 * int(per_image * share)
         x, add, gathered = (normal(capacity, width) for _ in range(3))
         projection, square = normal(projected, width, scale=0.06), normal(width, width, scale=0.06)
         weight1, weight2 = normal(hidden, width, scale=0.06), normal(width, hidden, scale=0.03)
         biases = {size: normal(size) for size in (projected, width, hidden)}
-        norm, memory = (normal(width), normal(width)), normal(4, self.num_tokens, width)
-        target = dict(memory_BSC=memory, plan=plan)
+        norm = (normal(width), normal(width))
 
         def query(rows: int) -> Tensor:
             return functional.linear(x[:rows] + add[:rows], projection, biases[projected])
@@ -294,14 +272,9 @@ class Bench:
             total = x[:rows] + functional.linear(inner, weight2, biases[width])
             return functional.layer_norm(total, (width,), *norm)
 
-        def fed_to_memory(rows: int) -> Tensor:
-            refined = fed(rows)
-            memory.flatten(0, 1).index_copy_(0, index[:rows], refined)
-            return refined
-
         forced = dict(num_rows=count, backend="triton" if self.device == "cuda" else None)
         layers = (weight1, biases[hidden], weight2, biases[width], *norm, 1e-5)
-        contests = {
+        cases = {
             "offsets and logits": (
                 query,
                 lambda: kernels.packed_linear(x, projection, biases[projected], add_KC=add, **forced),
@@ -311,12 +284,8 @@ class Bench:
                 lambda: kernels.packed_linear_norm(gathered, square, biases[width], x, *norm, 1e-5, **forced),
             ),
             "feed-forward": (fed, lambda: kernels.packed_feedforward(x, *layers, **forced)),
-            "feed-forward to memory": (
-                fed_to_memory,
-                lambda: kernels.packed_feedforward(x, *layers, **forced, **target),
-            ),
         }
-        for operator, (library, ours) in contests.items():
+        for operator, (library, ours) in cases.items():
             with torch.no_grad():
                 error = _relative_error(ours()[:used], library(used))
                 facts = {"dtype": str(dtype).removeprefix("torch."), "capacity": capacity, "rows": used}
@@ -325,41 +294,11 @@ class Bench:
                     self.add(operator, f"{share:.0%}", who, lambda f=library, n=rows: f(n), **facts)
 
 
-def summary(rows: list[dict]) -> list[str]:
-    """How many times as long as ours every other way takes on the device, case by case; and what share of the tokens
-    costs of all."""
-    times: dict[tuple, dict[str, float]] = {}
-    for row in rows:
-        if "device_ms" in row:
-            key = (row["operator"], row["case"], row.get("dtype", ""))
-            times.setdefault(key, {})[row["who"]] = row["device_ms"]
-    lines = []
-    for (operator, case, dtype), contest in times.items():
-        ours = min((ms for who, ms in contest.items() if who.startswith("ours")), default=0.0)
-        if not ours:
-            continue
-        others = [f"{who} {ms / ours:.2f}x" for who, ms in contest.items() if not who.startswith("ours")]
-        dense = times.get((operator, "dense", dtype), {})
-        if case.endswith("%") and (
-            all_tokens := min((t for w, t in dense.items() if w.startswith("ours")), default=0.0)
-        ):
-            others.append(f"{ours / all_tokens:.1%} of dense")
-        lines.append(f"{operator:22} {case:10} {dtype:9} ours {ours:8.4f} ms   " + "   ".join(others))
-    return lines
-
-
 def _relative_error(result: Tensor, expected: Tensor) -> float:
     return ((result.double() - expected.double()).norm() / expected.double().norm()).item()
 
 
-def _commit() -> str:
-    folder = Path(__file__).parent
-    command = ["git", "rev-parse", "--short", "HEAD"]
-    run = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
-    return run.stdout.strip() or "unknown"
-
-
-def _rivals(levels: tuple, extra: list[str], compiled: bool) -> Iterator[tuple[str, Rival]]:
+def _baselines(levels: tuple, extra: list[str], compiled: bool) -> Iterator[tuple[str, Baseline]]:
     def grid_sample(value, shapes, starts, locations, weights) -> Tensor:
         return reference.multi_scale_deformable_attention(value, levels, locations, weights)
 
@@ -389,16 +328,14 @@ def _rivals(levels: tuple, extra: list[str], compiled: bool) -> Iterator[tuple[s
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = new_parser("kernels", __doc__)
     parser.add_argument("--offline", action="store_true", help="compile instead of running; needs no GPU")
     parser.add_argument("--quick", action="store_true", help="offline: default configurations only")
-    parser.add_argument("--json", type=Path, help="where rows go (GPU runs append)")
+    parser.add_argument("--json", type=row_file, help="append rows to this file (--offline replaces it)")
     parser.add_argument("--part", choices=["attention", "tokens", "linear"])
-    parser.add_argument("--peer", action="append", default=[], help="module:function of one more rival")
-    parser.add_argument("--rivals", default="", metavar="NAME", help="only those whose names begin so")
-    parser.add_argument("--small", action="store_true")
+    parser.add_argument("--peer", action="append", default=[], help="module:function of one more baseline")
+    parser.add_argument("--baselines", default="", metavar="PREFIX", help="only baselines with this prefix")
+    parser.add_argument("--small", action="store_true", help="tiny shapes, to check the command")
     arguments = parser.parse_args()
     if arguments.offline:
         from bench import offline
@@ -408,22 +345,19 @@ def main() -> None:
             arguments.json.write_text(json.dumps(rows, indent=1) + "\n")
         return
     if not torch.cuda.is_available() and not arguments.small:
-        raise SystemExit("no GPU here: use --offline, or --small to check the script")
-    path = arguments.json or (None if arguments.small else RESULTS)
-    if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    bench = Bench(arguments.small, path)
+        raise UserError("no CUDA device: give --offline, or --small to check the command")
+    bench = Bench(arguments.small, arguments.json or (None if arguments.small else RESULTS / "kernels.jsonl"))
     if arguments.part in (None, "attention"):
-        rivals = dict(_rivals(bench.levels, arguments.peer, compiled=bench.device == "cuda"))
-        chosen = {name: rival for name, rival in rivals.items() if name.startswith(arguments.rivals)}
+        baselines = dict(_baselines(bench.levels, arguments.peer, compiled=bench.device == "cuda"))
+        chosen = {name: one for name, one in baselines.items() if name.startswith(arguments.baselines)}
         bench.attention(chosen)
     if arguments.part in (None, "tokens"):
         bench.tokens()
     if arguments.part in (None, "linear"):
         bench.linear()
-    print("\nDevice time, others against ours")
-    print("\n".join(summary(bench.rows)))
+    for table in operator_tables(bench.rows, relative=True):
+        print(f"\n{table}")
 
 
 if __name__ == "__main__":
-    main()
+    run_cli(main)

@@ -1,17 +1,16 @@
-"""How long a pass takes, stage by stage: packed against padded against dense, and against other detectors.
+"""Latency of each stage of a pass: packed, padded and dense, and other detectors as baselines.
 
     python -m bench.latency --config configs/ats_r50_0.1_0.2.yaml --ratios 0.1,0.2,0.3
     python -m bench.latency --config configs/ats_r50_0.1_0.2.yaml --batch 4 --images mixed --budgets 0.3,0.05,0.05,0.05
     python -m bench.latency --config configs/ats_r50_0.1_0.2.yaml --ratios 0.1 --modes packed,peer:deformable-detr
-    python -m bench.latency --cpu-targets         the three ratios that this package promises on a CPU
-    python -m bench.latency --quick               tiny images and few rounds, to check this script
+    python -m bench.latency --cpu-targets         the three ratios with targets on a CPU
+    python -m bench.latency --quick               tiny images and few rounds, to check the command
 
-Modes: `packed` is what this package does; `padded` is the encoder as published (bench/padded.py); `dense` is the same
-model without token selection; `captured` is the whole model in one piece (`Detector.compile`), on a GPU as CUDA graphs,
-and `fused` is that with a compiled backbone (`Detector.compile(fuse=True)`);
-`peer:NAME` is another detector (bench/peers).
-Weights are random without a checkpoint, and random weights choose budgets at random: `--ratios` gives every image the
-same budget, `--budgets` one to each image of a batch. All modes run in one process and take turns.
+Modes: `packed` is this package's model by stages; `padded` has the encoder as published (bench/padded.py); `dense` has
+no token selection; `captured` is `Detector.compile`, on a GPU as CUDA graphs, and `fused` is
+`Detector.compile(fuse=True)`, with a compiled backbone; `peer:NAME` is another detector (bench/peers).
+Without a checkpoint the weights are random, and so are the budgets they choose: `--ratios` sets one keep ratio for all
+images, `--budgets` one for each image of a batch. All modes run in one process and in turns.
 """
 
 from __future__ import annotations
@@ -27,7 +26,6 @@ import numpy as np
 import torch
 from PIL import Image
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
 from ats_detr.batch import ImageBatch
@@ -38,26 +36,30 @@ from ats_detr.distributed import choose_device
 from ats_detr.errors import UserError, run_cli
 from ats_detr.model import CompiledDetr, Detr
 from ats_detr.model.output import TokenScores
-from bench.flops import CONFIGS, given_subject, read_folder
+from bench.flops import given_subject, read_folder
 from bench.measure import (
-    CLOCK_HELP,
-    CLOCKS,
-    Contender,
+    CONFIGS,
+    Pass,
     Row,
     Stopwatch,
+    add_timing_options,
     append_rows,
+    batch_sizes,
     environment,
+    image_size,
+    new_parser,
     peak_memory,
     percentile,
-    positive,
     progress_bar,
     row_file,
+    shares,
     take_turns,
+    words,
 )
 from bench.padded import encode_padded
 from bench.peers import PEERS, Peer, load_peer
+from bench.tables import CPU_TIME, STAGES, distinct, latency_table, print_table, source
 
-STAGES = ("backbone", "select", "encoder", "decoder", "total")
 OWN_MODES = ("packed", "padded", "dense", "captured", "fused")
 IMAGE_SIZE = (800, 1066)
 """(height, width): a 640x480 photograph as evaluation resizes it."""
@@ -65,20 +67,20 @@ QUICK_SIZE = (128, 160)
 TABLE_WIDTH = 140
 """Columns of the printed table."""
 MIXED_SCALES = (1.0, 0.98, 0.99, 0.965)
-"""Sides of mixed images: all in one size bucket of evaluation, which batches no others together."""
+"""Relative sides of mixed images, which all fall into one size bucket of evaluation."""
 MIXED_OBJECTS = (25, 1, 3, 2)
-"""Objects on mixed images: a hard one, and easy ones."""
+"""Number of objects on mixed images: one hard image, then easy ones."""
 PEER = "peer:deformable-detr"
-"""The detector of the same architecture that users compare with."""
+"""The baseline of the CPU targets: the same architecture without token selection."""
 UNEVEN = (0.3, 0.05, 0.05, 0.05)
 """Budgets of a batch of one hard and three easy images."""
 Budgets = tuple[float, ...] | None
-"""Share of its tokens that each image of a batch keeps, repeated; None: as the model decides."""
+"""Keep ratio of each image of a batch, repeated; None: as the model decides."""
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What all contenders of one comparison have in common."""
+    """What all modes of one comparison have in common."""
 
     config: str
     model: Detr
@@ -91,7 +93,7 @@ class Setting:
     trained: bool = False
     """Whether the weights are from a checkpoint."""
     clock: str = "wall"
-    """One of bench.measure.CLOCKS."""
+    """A key of bench.measure.CLOCKS."""
 
 
 def main() -> None:
@@ -108,7 +110,7 @@ def main() -> None:
         for target in targets:
             console.print(target.sentence, soft_wrap=True)
         if not arguments.quick and not all(target.met for target in targets):
-            raise UserError("not every target is met: were other programs running?")
+            raise UserError("a target is not met: check that no other program uses the processor")
         return
 
     config = load_config(arguments.config, arguments.overrides)
@@ -120,7 +122,7 @@ def main() -> None:
     rows = []
     for batch_size, kind in itertools.product(arguments.batch, arguments.images):
         if kind == "mixed" and batch_size == 1 and "same" in arguments.images:
-            continue  # one image is one image
+            continue  # equal to `same`
         if arguments.folder:
             batch = photographs(arguments.folder, batch_size, kind, config)
         else:
@@ -128,28 +130,24 @@ def main() -> None:
             batch = generated_images(batch_size, kind, size)
         rows += measure(setting, batch, kind, modes, arguments.budgets or arguments.ratios or [None], console)
     if not rows:
-        raise UserError("nothing to measure: none of these modes can run here")
+        raise UserError("--modes: none of these modes can run on this machine")
     show(rows, console)
     if arguments.json:
         append_rows(rows, arguments.json)
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.latency",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = new_parser("latency", __doc__)
     parser.add_argument("--config", default=str(CONFIGS / "ats_r50_0.1_0.2.yaml"), help="one YAML file")
+    parser.add_argument("--checkpoint", help="trained weights, as for predict")
     parser.add_argument(
-        "--checkpoint", help="weights (what predict takes), for the budgets they really choose"
+        "--cpu-targets", action="store_true", help="only the three ratios with targets on a CPU"
     )
-    parser.add_argument("--cpu-targets", action="store_true", help="print the three ratios promised on a CPU")
     peers = ", ".join(f"peer:{name}" for name in PEERS)
     parser.add_argument("--modes", type=words, default=["packed", "padded", "dense"], metavar="A,B",
                         help=f"of {', '.join(OWN_MODES)}, {peers}, peers (all of them)")  # fmt: skip
     parser.add_argument("--ratios", type=lambda text: [(share,) for share in shares(text)], metavar="A,B",
-                        help="keep ratios, one after another, every image the same")  # fmt: skip
+                        help="keep ratios, each for all images")  # fmt: skip
     parser.add_argument("--budgets", type=lambda text: [shares(text)], metavar="A,B",
                         help="keep ratio of each image of a batch, repeated")  # fmt: skip
     parser.add_argument("--batch", type=batch_sizes, default=[1], metavar="1,4,8")
@@ -157,63 +155,28 @@ def parse_arguments() -> argparse.Namespace:
                         help="one image repeated, or images of different sizes and contents")  # fmt: skip
     parser.add_argument("--folder", type=Path, metavar="DIR", help="images to use instead of generated ones")
     parser.add_argument("--image-size", type=image_size, default=IMAGE_SIZE, metavar="HxW")
-    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument(
-        "--rounds", type=positive, help="passes of each contender; default 30 on a GPU, 5 on a CPU"
-    )
-    parser.add_argument("--clock", choices=tuple(CLOCKS), default="wall", help=CLOCK_HELP)
-    parser.add_argument("--quick", action="store_true", help="tiny images, two rounds")
-    parser.add_argument("--json", type=row_file, help="append the rows here, one JSON object a line")
+    add_timing_options(parser, "30 on a GPU, 5 on a CPU")
+    parser.add_argument("--json", type=row_file, help="append rows to this file, one JSON object a line")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as model.num_queries=100")
     arguments = parser.parse_args()
     if arguments.ratios and arguments.budgets:
-        raise UserError("give --ratios (the same for every image) or --budgets (one for each), not both")
+        raise UserError(
+            "--ratios (one for all images) and --budgets (one for each) exclude each other: give one"
+        )
     for kind in arguments.images:
         if kind not in ("same", "mixed"):
-            raise UserError(f"--images {kind}: give same, mixed, or both")
+            raise UserError(f"--images {kind}: must be same, mixed, or same,mixed")
     return arguments
-
-
-def words(text: str) -> list[str]:
-    """An argument such as a,b."""
-    return [word.strip() for word in text.split(",") if word.strip()]
-
-
-def shares(text: str) -> tuple[float, ...]:
-    """An argument such as 0.1,0.3."""
-    try:
-        numbers = tuple(float(word) for word in words(text))
-    except ValueError:
-        numbers = ()
-    if not numbers or not all(0 < number <= 1 for number in numbers):
-        raise argparse.ArgumentTypeError(f"{text!r}: give shares above 0 and up to 1, such as 0.1,0.3")
-    return numbers
-
-
-def batch_sizes(text: str) -> list[int]:
-    """An argument such as 1,4,8."""
-    if not words(text) or not all(word.isdigit() and int(word) > 0 for word in words(text)):
-        raise argparse.ArgumentTypeError(f"{text!r}: give numbers of images above 0, such as 1,4,8")
-    return [int(word) for word in words(text)]
-
-
-def image_size(text: str) -> tuple[int, int]:
-    """An argument such as 800x1066."""
-    height, _, width = text.lower().partition("x")
-    if not (height.isdigit() and width.isdigit() and int(height) and int(width)):
-        raise argparse.ArgumentTypeError(f"{text!r}: give height and width, such as 800x1066")
-    return int(height), int(width)
 
 
 # ------------------------------------------------------------------------------------------------------------- subjects
 def chosen_modes(asked: Sequence[str], model: Detr) -> list[str]:
-    """The modes asked for, `peers` spelled out; without a selector there is nothing to pack or to pad."""
+    """The requested modes, with `peers` expanded; a model without a selector has only `dense`."""
     known = [*OWN_MODES, *(f"peer:{name}" for name in PEERS)]
     modes = []
     for mode in asked:
         if mode not in (*known, "peers"):
-            raise UserError(f"--modes {mode}: there are {', '.join(known)}, and peers for all of them")
+            raise UserError(f"--modes {mode}: must be of {', '.join(known)}, or peers for all peers")
         modes += known[len(OWN_MODES) :] if mode == "peers" else [mode]
     if model.selector is None:
         modes = ["dense" if mode in ("packed", "padded") else mode for mode in modes]
@@ -221,7 +184,7 @@ def chosen_modes(asked: Sequence[str], model: Detr) -> list[str]:
 
 
 def load_peers(modes: Sequence[str], console: Console) -> dict[str, Peer]:
-    """The peers by mode; says which are not there."""
+    """The peers by mode; prints which of them are not installed."""
     peers = {}
     for mode in modes:
         peer = load_peer(mode.removeprefix("peer:"))
@@ -234,13 +197,13 @@ def load_peers(modes: Sequence[str], console: Console) -> dict[str, Peer]:
 
 @contextmanager
 def forced_budgets(model: Detr, budgets: Sequence[float] | None) -> Iterator[None]:
-    """Image i of a batch keeps the share `budgets[i % len(budgets)]` of its tokens, whatever its selector decides."""
+    """Sets the keep ratio of image i of a batch to `budgets[i % len(budgets)]`; None leaves it to the selector."""
     selector = model.selector
     if selector is None or budgets is None:
         yield
         return
 
-    # On the device beforehand: a copy from the host cannot be part of a captured graph.
+    # Copied to the device here: a captured graph cannot contain a copy from the host.
     shares_given = torch.tensor(budgets).to(model.level_embed.device)
 
     def num_tokens(num_valid_B: Tensor, budget_logits_BR: Tensor | None) -> Tensor:
@@ -249,7 +212,7 @@ def forced_budgets(model: Detr, budgets: Sequence[float] | None) -> Iterator[Non
         return ((num_valid_B * share_B).long() + 1).minimum(num_valid_B)
 
     largest = selector.max_ratio
-    selector.num_tokens = num_tokens  # type: ignore[method-assign]  # hides the method of the class
+    selector.num_tokens = num_tokens  # type: ignore[method-assign]  # shadows the method
     selector.max_ratio = max(budgets)  # from which the capacity of plans on a GPU follows
     try:
         yield
@@ -266,9 +229,9 @@ def generated_images(
     seed: int = 0,
     num_objects: int | None = None,
 ) -> ImageBatch:
-    """Drawn shapes; `same`: one image repeated, `mixed`: first a hard image, then easy ones, of other sizes.
+    """Synthetic images. `same`: one image repeated; `mixed`: one hard image, then easy ones of other sizes.
 
-    num_objects: on every image; None: MIXED_OBJECTS.
+    num_objects: of every image; None: MIXED_OBJECTS.
     """
     images = []
     for index in range(count if kind == "mixed" else 1):
@@ -280,7 +243,7 @@ def generated_images(
 
 
 def photographs(folder: Path, count: int, kind: str, config: Config) -> ImageBatch:
-    """The first images of a folder as evaluation resizes them; repeated if there are too few."""
+    """The first images of a folder, resized as in evaluation; repeated if there are fewer than `count`."""
     images = read_folder(folder, count if kind == "mixed" else 1, config)
     return ImageBatch.collate(list(itertools.islice(itertools.cycle(images), count)))
 
@@ -294,42 +257,42 @@ def measure(
     budgets: Sequence[Budgets],
     console: Console,
 ) -> list[Row]:
-    """Rows of every mode and, where tokens are selected, of every choice of budgets, on one batch."""
+    """Rows of every mode on one batch; of modes that select tokens, with every choice of budgets."""
     device = setting.device
     batch = batch.to(device)
     for module in (setting.model, *(peer.model for peer in setting.peers.values())):
         module.eval().to(device)
     selections: dict[str, TokenScores] = {}
-    contenders: dict[str, Contender] = {}
+    passes: dict[str, Pass] = {}
     described: dict[str, tuple[str, Budgets]] = {}
     for mode in modes:
         if mode.startswith("peer:") and mode not in setting.peers:
-            continue  # load_peers has said so
+            continue  # not installed
         sparse = mode in ("packed", "padded", "captured", "fused")
         for choice in budgets if sparse else [None]:
             name = f"{mode} {_spelled(choice)}" if sparse else mode
             described[name] = mode, choice
             if mode in setting.peers:
-                contenders[name] = peer_contender(setting.peers[mode], batch)
+                passes[name] = peer_pass(setting.peers[mode], batch)
             elif mode in ("captured", "fused"):
                 fuse = mode == "fused"
-                contenders[name] = captured_contender(setting, batch, choice, selections, name, fuse=fuse)
+                passes[name] = captured_pass(setting, batch, choice, selections, name, fuse=fuse)
             else:
-                contenders[name] = own_contender(setting.model, mode, batch, choice, selections, name)
+                passes[name] = own_pass(setting.model, mode, batch, choice, selections, name)
 
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=setting.dtype == "bfloat16")
-    # On a GPU the first passes compile and tune; the last pass before the timed ones is also weighed.
+    # On a GPU the first passes compile and tune. The last pass before the timed ones measures memory.
     warmup = 3 if device.type == "cuda" else 0
-    passes = len(contenders) * (warmup + 1 + setting.rounds)
-    with torch.inference_mode(), autocast, progress_bar(console, passes) as advance:
-        take_turns(contenders, device, warmup, after_pass=advance)
+    num_passes = len(passes) * (warmup + 1 + setting.rounds)
+    with torch.inference_mode(), autocast, progress_bar(console, num_passes) as advance:
+        take_turns(passes, device, warmup, after_pass=advance)
         peaks = {}
-        for name, run in contenders.items():
-            # A graph's activations were allocated when it was captured: a replay shows nothing of them.
+        for name, run in passes.items():
+            # The memory of a CUDA graph is allocated at capture, not at replay.
             replayed = device.type == "cuda" and described[name][0] in ("captured", "fused")
             peaks[name] = None if replayed else peak_memory(run, device)
             advance(name)
-        samples = take_turns(contenders, device, setting.rounds, setting.clock, advance)
+        samples = take_turns(passes, device, setting.rounds, setting.clock, advance)
 
     facts = environment(device)
     rows = []
@@ -368,10 +331,10 @@ def _spelled(choice: Budgets) -> str:
     return "as decided" if choice is None else ",".join(f"{share:g}" for share in choice)
 
 
-def own_contender(
+def own_pass(
     model: Detr, mode: str, batch: ImageBatch, budgets: Budgets, selections: dict[str, TokenScores], name: str
-) -> Contender:
-    """One of our own modes. `selections[name]` will hold which tokens each image kept."""
+) -> Pass:
+    """One of the modes of this package. Stores the selection in `selections[name]`."""
 
     def run(watch: Stopwatch) -> None:
         tokens = model.tokenize(batch.images_B3HW, batch.padding_mask_BHW)
@@ -394,7 +357,7 @@ def own_contender(
     return run
 
 
-def captured_contender(
+def captured_pass(
     setting: Setting,
     batch: ImageBatch,
     budgets: Budgets,
@@ -402,10 +365,10 @@ def captured_contender(
     name: str,
     *,
     fuse: bool,
-) -> Contender:
-    """The whole model in one piece, as `Detector.compile` makes it."""
+) -> Pass:
+    """The model of `Detector.compile`, as one stage."""
     with forced_budgets(setting.model, budgets):
-        # Of a copy, which keeps the budgets.
+        # Copies the model, with its budgets.
         compiled = CompiledDetr(setting.model, dtype=getattr(torch, setting.dtype), fuse=fuse)
 
     def run(watch: Stopwatch) -> None:
@@ -417,8 +380,8 @@ def captured_contender(
     return run
 
 
-def peer_contender(peer: Peer, batch: ImageBatch) -> Contender:
-    """Another detector; its stages are told apart by where its encoder begins and ends."""
+def peer_pass(peer: Peer, batch: ImageBatch) -> Pass:
+    """Another detector; the beginning and the end of its encoder divide its stages."""
 
     def run(watch: Stopwatch) -> None:
         hooks = []
@@ -439,45 +402,15 @@ def peer_contender(peer: Peer, batch: ImageBatch) -> Contender:
 
 # ------------------------------------------------------------------------------------------------------------- results
 def show(rows: Sequence[Row], console: Console) -> None:
-    """A table with a line for each contender: median milliseconds of the stages."""
-    first = rows[0]
-    height, width = first["image_size"]
-    ours = next((row["config"] for row in rows if not row["mode"].startswith("peer:")), "")
-    versions = ", ".join(
-        f"{name} {first[name]}" for name in ("torch", "triton", "transformers") if name in first
-    )
-    times = "milliseconds of CPU time" if first["clock"] == "cpu" else "milliseconds"
-    table = Table(
-        title=f"{ours} on {height}x{width}, {first['dtype']}: median {times}",
-        caption=f"{first['machine']}; {versions}; {first['date']}, commit {first['commit']}",
-    )
-    for heading in ("mode", "kept", "batch", "images"):
-        table.add_column(heading, no_wrap=True)
-    for heading in (*STAGES, "total p95", "images/s", "peak MB"):
-        table.add_column(heading, justify="right")
-    keys = ("mode", "keep_ratio", "budgets", "batch", "images")
-    for key, group in itertools.groupby(rows, lambda row: [row[name] for name in keys]):
-        stages = {row["stage"]: row for row in group}
-        mode, keep_ratio, budgets, batch, kind = key
-        total = stages["total"]
-        decided = not mode.startswith(("dense", "peer:")) and budgets is None
-        table.add_row(
-            f"{mode}, as decided" if decided else mode,
-            "" if mode.startswith("peer:") else f"{keep_ratio:.1%}",
-            str(batch),
-            kind,
-            *(f"{stages[stage]['p50_ms']:.1f}" if stage in stages else "" for stage in STAGES),
-            f"{total['p95_ms']:.1f}",
-            f"{total['images_per_s']:.2f}",
-            "" if total["peak_mb"] is None else f"{total['peak_mb']:.0f}",
-        )
-    # Long lines serve better than squeezed numbers in a file or a narrow window.
-    Console(width=max(console.width, TABLE_WIDTH), highlight=False).print(table, crop=False)
+    """Prints `latency_table`."""
+    config = ", ".join(distinct([row for row in rows if not row["mode"].startswith("peer:")], "config"))
+    title = f"{config}, median milliseconds{CPU_TIME if rows[0]['clock'] == 'cpu' else ''}"
+    print_table(latency_table(rows), console, title, source(rows), TABLE_WIDTH)
 
 
 @dataclass(frozen=True)
 class Target:
-    """A promise: `measured` stays on the right side of `bound`."""
+    """A bound on a measured ratio."""
 
     what: str
     measured: float
@@ -496,7 +429,7 @@ class Target:
 
 
 def cpu_targets(rounds: int, size: tuple[int, int], clock: str, console: Console) -> list[Row]:
-    """The rows from which `targets_of` finds what packing buys on a CPU."""
+    """The rows that `targets_of` needs."""
     config = load_config(CONFIGS / "ats_r50_0.1_0.2.yaml")
     model = given_subject(config, None).model
     peers = load_peers([PEER], console)
@@ -507,7 +440,7 @@ def cpu_targets(rounds: int, size: tuple[int, int], clock: str, console: Console
 
 
 def targets_of(rows: Sequence[Row]) -> list[Target]:
-    """The promises for a CPU that these rows can be held to; ratios of medians of contenders that took turns."""
+    """The CPU targets for which there are rows: ratios of medians of modes that ran in turns."""
     rows = [row for row in rows if row["device"] == "cpu"]
 
     def median(mode: str, stage: str, budgets: Budgets = None) -> float | None:

@@ -1,7 +1,10 @@
-"""How things are timed here, and what every row says about where that was.
+"""The timing harness of every benchmark, the options they share, and the format of their rows.
 
-Contenders of one comparison run in one process and take turns: a slow second of the machine then hits all of them, and
+Whatever is compared runs in one process and in turns, so that other load on the machine affects all of it alike and the
 medians stay comparable.
+
+A row is a flat JSON object: `kind` (`latency`, `flops`, `operator`, `training`, ...), the figures, and `environment`.
+Row files hold one object a line and are appended to. Older rows of operators have no `kind`, and `gpu` for `machine`.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ import platform
 import subprocess
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -29,21 +32,21 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from ats_detr.errors import UserError
 
+ROOT = Path(__file__).parents[1]
+CONFIGS = ROOT / "configs"
 RESULTS = Path(__file__).parent / "results"
 Row = dict[str, Any]
 Samples = dict[str, list[float]]
 """Milliseconds of each stage, one per round."""
 
-
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
-"""On the CPU: the time that passes, or the time that the process computes (all threads together). With one thread both
-are the same on an idle machine; on a busy one only the second is what it would be without the others.
+"""Clocks on the CPU: elapsed time, or CPU time of the process (the sum over its threads). With one thread both agree on
+an idle machine; on a busy machine only CPU time is unaffected by other programs.
 """
-CLOCK_HELP = "on a CPU: cpu counts the time that the process computes, for one thread on a busy machine"
 
 
 class Stopwatch:
-    """Times consecutive stages of one pass: by one of CLOCKS on the CPU, by events on the stream of a GPU."""
+    """Times consecutive stages of one pass: with one of CLOCKS on the CPU, with CUDA events on a GPU."""
 
     def __init__(self, device: torch.device, clock: str = "wall") -> None:
         self.on_gpu, self.clock = device.type == "cuda", CLOCKS[clock]
@@ -55,11 +58,11 @@ class Stopwatch:
         self._marks = [("", self._now())]
 
     def mark(self, stage: str) -> None:
-        """The stage that ran since the last mark ends here. On a GPU this does not wait."""
+        """Ends the stage that began at the last mark. Does not synchronise."""
         self._marks.append((stage, self._now()))
 
     def read(self) -> dict[str, float]:
-        """Milliseconds of each stage, and of all together as `total`. Waits for the GPU."""
+        """Milliseconds of each stage, and their sum as `total`. Synchronises."""
         if self.on_gpu:
             torch.cuda.synchronize()
         names, times = zip(*self._marks, strict=True)
@@ -79,50 +82,90 @@ class Stopwatch:
         return before.elapsed_time(after) if self.on_gpu else (after - before) * 1e3
 
 
-Contender = Callable[[Stopwatch], object]
-"""One pass; marks its stages. What it does after its last mark is not timed."""
+Pass = Callable[[Stopwatch], object]
+"""One pass of something; marks its stages. Work after its last mark is not timed."""
 
 
 def take_turns(
-    contenders: Mapping[str, Contender],
+    passes: Mapping[str, Pass],
     device: torch.device,
     rounds: int,
     clock: str = "wall",
     after_pass: Callable[[str], object] = lambda name: None,
+    least_ms: float = 0.0,
 ) -> dict[str, Samples]:
-    """The stage times of each contender: in every round each runs once, and another one begins.
+    """The stage times of each pass, one sample per round. Every round runs each pass once and starts with another one.
 
-    `after_pass` is told who has just run.
+    after_pass: called with the name of the pass that has just run.
+    least_ms: repeats a pass within its turn until this time is used up, and samples the mean: a short pass that ran
+        once between long ones would be timed with cold caches.
     """
-    samples: dict[str, Samples] = {name: defaultdict(list) for name in contenders}
-    names = list(contenders)
+    samples: dict[str, Samples] = {name: defaultdict(list) for name in passes}
+    names = list(passes)
     for turn in range(rounds):
         first = turn % len(names)
         for name in names[first:] + names[:first]:
-            watch = Stopwatch(device, clock)
-            watch.start()
-            contenders[name](watch)
-            for stage, milliseconds in watch.read().items():
-                samples[name][stage].append(milliseconds)
+            stages: dict[str, float] = defaultdict(float)
+            count = 0
+            while count == 0 or stages["total"] < least_ms:
+                watch = Stopwatch(device, clock)
+                watch.start()
+                passes[name](watch)
+                count += 1
+                for stage, milliseconds in watch.read().items():
+                    stages[stage] += milliseconds
+            for stage, milliseconds in stages.items():
+                samples[name][stage].append(milliseconds / count)
             after_pass(name)
     return samples
 
 
-def peak_memory(contender: Contender, device: torch.device) -> float | None:
-    """Megabytes (10^6 bytes) that one pass needs beyond what was there before it; None where no one can tell.
+def timed(function: Callable[[], object]) -> Pass:
+    """A pass of one stage."""
 
-    On a GPU what torch allocated at most; on the CPU the growth of the process's resident memory, which Linux tracks.
+    def run(watch: Stopwatch) -> None:
+        function()
+        watch.mark("total")
+
+    return run
+
+
+def operator_times(function: Callable[[], object], device: torch.device) -> dict[str, float]:
+    """Median milliseconds of one call of an operator, after one call that compiles and tunes.
+
+    `device_ms` is the sum of the durations of its kernels, `wall_ms` the latency that an eager caller sees; on the CPU
+    they are equal.
+    """
+    import triton.testing
+
+    function()
+    if device.type == "cpu":
+        (total,) = take_turns({"": timed(function)}, device, 1)[""].values()
+        return {"device_ms": total[0], "wall_ms": total[0]}
+    wall = triton.testing.do_bench(function, warmup=10, rep=40, return_mode="median")
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        for _ in range(5):
+            function()
+        torch.cuda.synchronize()
+    kernels = sum(event.self_device_time_total for event in profile.key_averages()) / 5e3
+    return {"device_ms": kernels, "wall_ms": wall}
+
+
+def peak_memory(run: Pass, device: torch.device) -> float | None:
+    """Peak memory of one pass in megabytes (10^6 bytes), beyond what was allocated before it; None where unknown.
+
+    On a GPU the memory that torch allocates; on the CPU the growth of the process's resident memory (Linux only).
     """
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
-        contender(Stopwatch(device))
+        run(Stopwatch(device))
         return round((torch.cuda.max_memory_allocated(device) - before) / 1e6, 1)
     try:
-        ctypes.CDLL(None).malloc_trim(0)  # what earlier passes freed goes back to the system, and counts anew
-        Path("/proc/self/clear_refs").write_text("5")  # the high-water mark falls to the present size
+        ctypes.CDLL(None).malloc_trim(0)  # returns freed memory to the system, so that it counts again
+        Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
         before = _status_bytes("VmRSS")
-        contender(Stopwatch(device))
+        run(Stopwatch(device))
         return round((_status_bytes("VmHWM") - before) / 1e6, 1)
     except (OSError, AttributeError):
         return None
@@ -141,7 +184,7 @@ def percentile(milliseconds: list[float], share: float) -> float:
 
 @contextmanager
 def progress_bar(console: Console, total: int) -> Iterator[Callable[[str], None]]:
-    """Yields a function that moves the bar one pass ahead and says what ran last."""
+    """Yields a function that advances the bar by one pass and shows the pass's name."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -156,7 +199,7 @@ def progress_bar(console: Console, total: int) -> Iterator[Callable[[str], None]
 
 # ---------------------------------------------------------------------------------------------------------------- rows
 def environment(device: torch.device) -> Row:
-    """Machine, versions, date and commit: part of every row."""
+    """Machine, versions, date and commit, for every row."""
     facts: Row = {"machine": machine(device), "threads": torch.get_num_threads()}
     if device.type == "cuda":
         del facts["threads"]
@@ -170,7 +213,7 @@ def environment(device: torch.device) -> Row:
 
 
 def machine(device: torch.device) -> str:
-    """The GPU's name, or the processor's and how many cores there are."""
+    """Name of the GPU, or name and number of cores of the processor."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     name = platform.processor() or platform.machine()
@@ -179,7 +222,7 @@ def machine(device: torch.device) -> str:
         facts = dict(line.split(":", 1) for line in cpuinfo.read_text().splitlines() if ":" in line)
         facts = {key.strip(): value.strip() for key, value in facts.items()}
         name = facts.get("model name", name)
-        if name == "Intel(R) Xeon(R) Processor":  # virtual machines hide which; family and model tell it
+        if name == "Intel(R) Xeon(R) Processor":  # a virtual machine hides the name, but not the model number
             name += f" (family {facts.get('cpu family')}, model {facts.get('model')})"
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return f"{name}, {cores} cores"
@@ -198,38 +241,100 @@ def commit() -> str:
     return (git("rev-parse", "--short", "HEAD") or "unknown") + changed
 
 
+def append_rows(rows: Iterable[Row], path: Path) -> None:
+    """Appends one JSON object a line."""
+    with path.open("a") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+
+
+def write_rows(rows: Sequence[Row], path: Path) -> None:
+    """Replaces the file: one JSON array, or for a name that ends in .jsonl one object a line."""
+    if path.suffix == ".jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    else:
+        path.write_text(json.dumps(rows, indent=2) + "\n")
+
+
+def read_rows(path: Path) -> list[Row]:
+    """The rows of a file of JSON lines."""
+    return [json.loads(line) for line in path.read_text().splitlines() if line]
+
+
+# ------------------------------------------------------------------------------------------------------------- options
+def new_parser(module: str, description: str | None) -> argparse.ArgumentParser:
+    """Parser of `python -m bench.<module>`, whose description is the module's docstring."""
+    return argparse.ArgumentParser(
+        prog=f"python -m bench.{module}",
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+
+def add_timing_options(parser: argparse.ArgumentParser, rounds: str) -> None:
+    """Device, dtype, rounds and clock of a benchmark of whole models. `rounds`: the default, in words."""
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--rounds", type=positive, help=f"timed passes of each mode; default {rounds}")
+    parser.add_argument("--clock", choices=tuple(CLOCKS), default="wall",
+                        help="on a CPU: elapsed time, or CPU time (with one thread on a busy machine)")  # fmt: skip
+    parser.add_argument(
+        "--quick", action="store_true", help="tiny images and two rounds, to check the command"
+    )
+
+
 def row_file(text: str) -> Path:
-    """An argument: a file for rows, tried before anything is measured for it."""
+    """An argument: a file for rows. Fails before anything is measured if it cannot be written."""
     path = Path(text)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.open("a").close()
     except OSError as error:
-        raise argparse.ArgumentTypeError(f"{text}: cannot write it ({error.strerror})") from None
+        raise argparse.ArgumentTypeError(f"{text}: cannot write this file ({error.strerror})") from None
     return path
 
 
 def row_folder(path: Path) -> Path:
-    """The folder, made before anything is measured for it. Raises UserError where it cannot be."""
+    """Creates the folder. Raises UserError if that fails."""
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"--out {path}: cannot make this folder ({error.strerror})") from None
+        raise UserError(f"--out {path}: cannot create this folder ({error.strerror})") from None
     return path
 
 
 def positive(text: str) -> int:
-    """An argument: a number of passes."""
+    """An argument: an integer > 0."""
     if not text.isdigit() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"{text!r}: give a whole number above 0")
+        raise argparse.ArgumentTypeError(f"{text!r}: must be an integer > 0")
     return int(text)
 
 
-def append_rows(rows: Iterable[Row], path: Path) -> None:
-    """One JSON object a line, after what is there already."""
-    with path.open("a") as file:
-        file.writelines(json.dumps(row) + "\n" for row in rows)
+def words(text: str) -> list[str]:
+    """An argument such as a,b."""
+    return [word.strip() for word in text.split(",") if word.strip()]
 
 
-def read_rows(path: Path) -> list[Row]:
-    return [json.loads(line) for line in path.read_text().splitlines() if line]
+def shares(text: str) -> tuple[float, ...]:
+    """An argument such as 0.1,0.3."""
+    try:
+        numbers = tuple(float(word) for word in words(text))
+    except ValueError:
+        numbers = ()
+    if not numbers or not all(0 < number <= 1 for number in numbers):
+        raise argparse.ArgumentTypeError(f"{text!r}: must be numbers in (0, 1], such as 0.1,0.3")
+    return numbers
+
+
+def batch_sizes(text: str) -> list[int]:
+    """An argument such as 1,4,8."""
+    if not words(text) or not all(word.isdigit() and int(word) > 0 for word in words(text)):
+        raise argparse.ArgumentTypeError(f"{text!r}: must be integers > 0, such as 1,4,8")
+    return [int(word) for word in words(text)]
+
+
+def image_size(text: str) -> tuple[int, int]:
+    """An argument such as 800x1066: height and width in pixels."""
+    height, _, width = text.lower().partition("x")
+    if not (height.isdigit() and width.isdigit() and int(height) and int(width)):
+        raise argparse.ArgumentTypeError(f"{text!r}: must be HEIGHTxWIDTH, such as 800x1066")
+    return int(height), int(width)

@@ -1,8 +1,8 @@
-"""The sparse encoder as it was published: the baseline of `bench.latency`, written from the description alone.
+"""The sparse encoder as published: a baseline of `bench.latency`, written from its description.
 
-Every image of a batch gets as many query rows as the hungriest one; the surplus is computed and thrown away. Each layer
-projects the values of the whole memory anew, and the rows are gathered and written back image by image, for which the
-host waits for the counts. Weights and attention operator are ours, and so is the result.
+Every image of a batch has as many query rows as the image with the largest budget; the surplus rows are computed and
+discarded. Each layer projects the values of the whole memory, and rows are gathered and scattered image by image, which
+needs a device-to-host synchronisation for the counts. Weights, attention operator and results equal those of the model.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ def encode_padded(encoder: Encoder, tokens: Tokens, selection: TokenScores) -> T
     """The memory [B, S, C] that `encoder(tokens, selection.plan)` computes from packed rows."""
     num_kept = selection.num_kept_B.tolist()
     scores_BS = selection.scores_BS.masked_fill(tokens.padding_mask_BS, -torch.inf)
-    # Best first: the rows beyond an image's own budget are its next best tokens.
+    # Best first: the surplus rows of an image are its next best tokens.
     index_BQ = scores_BS.topk(max(num_kept), dim=1).indices
 
     def gather(dense: Tensor) -> Tensor:

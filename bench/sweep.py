@@ -1,11 +1,11 @@
-"""What token selection costs and buys: multiply-adds, time, memory and AP per keep ratio, as rows, pictures and a page.
+"""Cost and gain of token selection: multiply-adds, time, memory and AP per keep ratio, as rows, pictures and a page.
 
     python -m bench.sweep --config configs/ats_r50_0.1_0.2.yaml --ratios 0.05,0.1,0.2,0.3,0.5,1.0
     python -m bench.sweep --config configs/quickstart.yaml --checkpoint quickstart --ap
 
-Every keep ratio (the same for every image), the adaptive model as it decides, the dense encoder and other detectors run
-in one process and take turns. The folder `--out` gets `rows.jsonl`, a PNG for each chart, and `index.html`, which
-holds everything it shows. With random weights (no `--checkpoint`) budgets mean nothing; times and multiply-adds do.
+Every keep ratio (the same for all images), the adaptive model, the dense encoder and other detectors run in one process
+and in turns. The output folder gets `rows.jsonl`, a PNG of each chart, and `index.html`, a page without external
+resources. Without `--checkpoint` weights are random and budgets meaningless; times and multiply-adds are valid.
 """
 
 from __future__ import annotations
@@ -26,40 +26,40 @@ from ats_detr.errors import UserError, run_cli
 from ats_detr.evaluation import evaluate
 from ats_detr.flops import Flops, count_flops
 from ats_detr.training.datasets import build_evaluation_loader
-from bench.flops import CONFIGS, given_subject, read_folder
+from bench.flops import given_subject, read_folder
 from bench.latency import (
     IMAGE_SIZE,
     QUICK_SIZE,
     UNEVEN,
     Budgets,
     Setting,
-    batch_sizes,
     forced_budgets,
     generated_images,
-    image_size,
     load_peers,
     measure,
     photographs,
-    shares,
     show,
-    words,
 )
 from bench.measure import (
-    CLOCK_HELP,
-    CLOCKS,
+    CONFIGS,
     Row,
+    add_timing_options,
     append_rows,
+    batch_sizes,
     environment,
-    positive,
+    image_size,
+    new_parser,
     progress_bar,
     row_folder,
+    shares,
+    words,
 )
 from bench.page import write_page
 from bench.peers import PEERS
 
 RATIOS = (0.05, 0.1, 0.2, 0.3, 0.5, 1.0)
 NUM_JUDGED = 8
-"""Generated images whose budgets are shown."""
+"""Number of generated images whose budgets are shown."""
 
 
 def main() -> None:
@@ -71,7 +71,7 @@ def main() -> None:
     config = load_config(arguments.config, arguments.overrides)
     model = given_subject(config, arguments.checkpoint).model.eval()
     if model.selector is None:
-        raise UserError(f"{arguments.config}: this model selects no tokens, there is nothing to sweep")
+        raise UserError(f"{arguments.config}: the model has no token selector, which a sweep needs")
     out = row_folder(arguments.out or Path("runs") / "sweep" / f"{config.name}-{device.type}")
     adaptive = model.selector.budget is not None
     choices: list[Budgets] = [*([None] if adaptive else []), *((ratio,) for ratio in arguments.ratios)]
@@ -118,15 +118,9 @@ def main() -> None:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.sweep",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = new_parser("sweep", __doc__)
     parser.add_argument("--config", default=str(CONFIGS / "ats_r50_0.1_0.2.yaml"), help="one YAML file")
-    parser.add_argument(
-        "--checkpoint", help="weights (what predict takes), for the budgets they really choose"
-    )
+    parser.add_argument("--checkpoint", help="trained weights, as for predict")
     parser.add_argument("--ap", action="store_true", help="evaluate too, on the config's validation images")
     parser.add_argument("--images", type=Path, metavar="DIR", help="images to use instead of generated ones")
     parser.add_argument(
@@ -138,23 +132,17 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--batch", type=batch_sizes, default=[1], metavar="1,4,8")
     parser.add_argument("--peers", type=words, default=["all"], metavar="A,B",
                         help=f"of {', '.join(PEERS)}; default all; \"\" for none")  # fmt: skip
-    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument(
-        "--rounds", type=positive, help="passes of each contender; default 30 on a GPU, 3 on a CPU"
-    )
-    parser.add_argument("--clock", choices=tuple(CLOCKS), default="wall", help=CLOCK_HELP)
-    parser.add_argument("--quick", action="store_true", help="tiny images, two rounds")
+    add_timing_options(parser, "30 on a GPU, 3 on a CPU")
     parser.add_argument("--out", type=Path, metavar="DIR", help="default runs/sweep/<config>-<device>")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as model.num_queries=100")
     arguments = parser.parse_args()
     if arguments.ap and not arguments.checkpoint:
-        raise UserError("--ap: random weights detect nothing; give --checkpoint")
+        raise UserError("--ap needs trained weights: give --checkpoint")
     return arguments
 
 
 def generated_image(index: int, count: int, size: tuple[int, int]) -> ImageBatch:
-    """One of `count` images with few to many objects."""
+    """Image `index` of `count`, with 1 to 25 objects."""
     objects = 1 + round(24 * (index / max(1, count - 1)) ** 2)
     return generated_images(1, "same", size, seed=index, num_objects=objects)
 
@@ -163,7 +151,7 @@ def generated_image(index: int, count: int, size: tuple[int, int]) -> ImageBatch
 def flops_rows(
     setting: Setting, batch: ImageBatch, choices: Sequence[Budgets], console: Console
 ) -> list[Row]:
-    """Giga multiply-adds that inference needs (`needed` of bench.flops): of each choice, and of the dense encoder."""
+    """Giga multiply-adds of inference (`needed` of bench.flops), of each choice and of the dense encoder."""
     rows = []
     with progress_bar(console, len(choices)) as advance:
         for choice in choices:
@@ -172,7 +160,7 @@ def flops_rows(
             rows.append(_flops_row(setting, choice, "packed", flops.keep_ratio, parts_of(flops)))
             advance("counting")
     dense = parts_of(flops)
-    for name in ("encoder attention", "encoder feed-forward"):  # in proportion to the tokens that are updated
+    for name in ("encoder attention", "encoder feed-forward"):  # proportional to the tokens that are updated
         dense[name] *= flops.num_tokens / flops.num_kept
     dense["encoder values"] = flops.dense_encoder - dense["encoder attention"] - dense["encoder feed-forward"]
     del dense["selection"]
@@ -220,7 +208,7 @@ def parts_of(flops: Flops) -> dict[str, float]:
 
 
 def budget_rows(setting: Setting, images: Sequence[ImageBatch], console: Console) -> list[Row]:
-    """The keep ratio that each image is given."""
+    """The keep ratio that the model chooses for each image."""
     ratios = []
     model = setting.model.to(setting.device)
     with torch.inference_mode(), progress_bar(console, len(images)) as advance:
@@ -229,7 +217,7 @@ def budget_rows(setting: Setting, images: Sequence[ImageBatch], console: Console
             selection = model.select(model.tokenize(batch.images_B3HW, batch.padding_mask_BHW))
             assert selection is not None
             ratios += selection.keep_ratio_B.tolist()
-            advance("judging images")
+            advance("budgets")
     row = {"kind": "budgets", "config": setting.config, "trained": setting.trained}
     return [{**row, "keep_ratios": [round(ratio, 4) for ratio in ratios], **environment(setting.device)}]
 
@@ -242,7 +230,9 @@ def precision_rows(
     rows = []
     for choice in choices:
         loader = build_evaluation_loader(config.data, class_map)
-        console.print(f"evaluating {'as it decides' if choice is None else f'{choice[0]:.0%} of the tokens'}")
+        console.print(
+            f"evaluating {'the adaptive model' if choice is None else f'{choice[0]:.0%} of the tokens'}"
+        )
         with forced_budgets(setting.model, choice):
             metrics = evaluate(setting.model, loader, setting.device, show_progress=True)
         row = {

@@ -1,25 +1,20 @@
-"""What a training step spends beside the network: python -m bench.training [--repeat 7]
+"""Cost of the parts of a training step other than the student's network.
 
-Two tables. Matching, losses and labels against their definitions (those of tests/training/definitions.py), side by side
-in one process, alternating, medians; a synthetic batch of 4 as the R50 configurations have them: 300 queries, about
-10,000 tokens of which a tenth is kept, 10 to 30 objects. Then whole steps (losses and gradients) of ATS-DETR R50 on a
-batch of 2 small images: the student alone, with the weak teacher, with both, and with both on what the student's
-frozen stages made of the batch.
+    python -m bench.training [--rounds 7] [--json rows.jsonl]
+
+Matching, losses and labels are compared with the plain definitions of tests/training/definitions.py, on a synthetic
+batch of 4 like those of the R50 configurations: 300 queries, about 10,000 tokens of which 10 % are kept, 10 to 30
+objects. Whole steps (losses and gradients) of ATS-DETR R50 on 2 small images are compared with the student alone: with
+the weak teacher, with both teachers, and with both teachers sharing the student's frozen stages.
 """
 
 from __future__ import annotations
 
-import argparse
 import copy
 import dataclasses
-import statistics
-import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
 from ats_detr.batch import ImageBatch, Target, most_of_a_class
 from ats_detr.boxes import cxcywh_to_xyxy
@@ -29,20 +24,32 @@ from ats_detr.model import Detections, DetectorOutput, Prediction, TokenScores, 
 from ats_detr.training.average_precision import image_average_precision
 from ats_detr.training.criterion import SetCriterion, build_criterion, compute_losses
 from ats_detr.training.distillation import DualTeacher, budget_labels
+from bench.measure import (
+    CONFIGS,
+    Row,
+    append_rows,
+    environment,
+    new_parser,
+    percentile,
+    positive,
+    row_file,
+    take_turns,
+    timed,
+)
+from bench.tables import plain_table, to_markdown
 from tests.training.definitions import nested_loops_ap, set_losses
 
-ROOT = Path(__file__).parents[1]
 IMAGE_SIZE = (320, 416)
 LEVEL_SHAPES = ((76, 100), (38, 50), (19, 25), (10, 13))
 """Of an image of about 600 x 800 pixels: 10,105 tokens."""
 NUM_CLASSES = 91
 NUM_OBJECTS = (10, 17, 23, 30)
 CLASSES_OF_AN_IMAGE = 3
-"""COCO's images show 2.9 on average."""
+"""COCO's images show 2.9 classes on average."""
 
 
 def r50_output(seed: int = 0, device: str = "cpu") -> tuple[DetectorOutput, list[Target]]:
-    """Random predictions and objects of one batch, shapes of the published R50 models (10 % of the tokens kept)."""
+    """Random predictions and objects of one batch, with the shapes of the published R50 models (10 % kept)."""
     g = torch.Generator().manual_seed(seed)
     batch, num_tokens = len(NUM_OBJECTS), sum(h * w for h, w in LEVEL_SHAPES)
 
@@ -78,7 +85,7 @@ def r50_output(seed: int = 0, device: str = "cpu") -> tuple[DetectorOutput, list
 
 
 def detections_near(targets: list[Target], seed: int = 0, num_detections: int = 100) -> list[Detections]:
-    """Detections of a teacher: scattered around the objects, several for each, one in five of another class."""
+    """Detections like a teacher's: scattered around the objects, several for each, 20 % of them of another class."""
     g = torch.Generator().manual_seed(seed)
     found = []
     for target in targets:
@@ -99,28 +106,15 @@ def losses_and_gradients(losses_of: Callable[[], dict[str, torch.Tensor]]) -> No
     sum(value for value in losses.values() if value.requires_grad).backward()
 
 
-def side_by_side(functions: dict[str, Callable[[], object]], repeat: int) -> dict[str, float]:
-    """Median milliseconds of each, in turn: elapsed on a GPU; on the CPU, where others may work too, of its time.
-
-    In its turn a function is called until it has had 50 ms: called once between long others, short ones would be timed
-    on cold caches.
-    """
-    clock = time.perf_counter if torch.cuda.is_available() else time.process_time
-    samples: dict[str, list[float]] = {name: [] for name in functions}
-    for turn in range(repeat + 1):
-        for name, function in functions.items():
-            started, calls = clock(), 0
-            while calls == 0 or clock() - started < 0.05:
-                function()
-                calls += 1
-                if torch.cuda.is_available():
-                    torch.cuda.synchronize()
-            if turn:  # the first turn warms up
-                samples[name].append(1000 * (clock() - started) / calls)
-    return {name: statistics.median(values) for name, values in samples.items()}
+def median_times(functions: dict[str, Callable[[], object]], rounds: int, device: str) -> dict[str, float]:
+    """Median milliseconds of each: elapsed time on a GPU, CPU time of the process on the CPU."""
+    passes = {name: timed(function) for name, function in functions.items()}
+    take_turns(passes, torch.device(device), 1)  # warm-up
+    samples = take_turns(passes, torch.device(device), rounds, "cpu", least_ms=50)
+    return {name: percentile(stages["total"], 50) for name, stages in samples.items()}
 
 
-def compare_with_definitions(repeat: int, device: str = "cpu") -> dict[str, tuple[float, float]]:
+def compare_with_definitions(rounds: int, device: str = "cpu") -> dict[str, tuple[float, float]]:
     """(median ms of the definition, of the package) of `losses`, `losses and gradients` and `labels`."""
     output, targets = r50_output(device=device)
     criterion = SetCriterion(NUM_CLASSES, class_specific_proposals=True)
@@ -133,7 +127,7 @@ def compare_with_definitions(repeat: int, device: str = "cpu") -> dict[str, tupl
     def definition() -> dict[str, torch.Tensor]:
         return set_losses(output, targets, num_boxes)
 
-    times = side_by_side(
+    times = median_times(
         {
             "definition of losses": definition,
             "losses": own,
@@ -144,14 +138,15 @@ def compare_with_definitions(repeat: int, device: str = "cpu") -> dict[str, tupl
             ],
             "labels": lambda: budget_labels(image_average_precision(found, targets, most_of_a_class=most)),
         },
-        repeat,
+        rounds,
+        device,
     )
     return {name: (times[f"definition of {name}"], times[name]) for name in times if "definition" not in name}
 
 
-def step_times(repeat: int, device: str = "cpu") -> dict[str, float]:
-    """Median ms of the losses and gradients of one ATS-DETR R50 step, by what teaches it."""
-    config = load_config(ROOT / "configs" / "ats_r50_0.1_0.2.yaml", ["model.backbone.pretrained=false"])
+def step_times(rounds: int, device: str = "cpu") -> dict[str, float]:
+    """Median ms of the losses and gradients of one ATS-DETR R50 step, without and with teachers."""
+    config = load_config(CONFIGS / "ats_r50_0.1_0.2.yaml", ["model.backbone.pretrained=false"])
     torch.manual_seed(0)
     student, weak, strong = (
         build_model(dataclasses.replace(config.model, selector=selector, adaption=adaption), NUM_CLASSES).to(
@@ -186,34 +181,38 @@ def step_times(repeat: int, device: str = "cpu") -> dict[str, float]:
 
     shared = DualTeacher(copy.deepcopy(weak), copy.deepcopy(strong))
     assert shared.share_frozen_stages(student) == ["weak", "strong"]
-    return side_by_side(
+    return median_times(
         {
             "student alone": step(None),
             "+ weak teacher": only_weak,
             "+ both": step(DualTeacher(weak, strong)),
             "+ both, frozen stages shared": step(shared),
         },
-        repeat,
+        rounds,
+        device,
     )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--repeat", type=int, default=7)
+    parser = new_parser("training", __doc__)
+    parser.add_argument("--rounds", type=positive, default=7)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--json", type=row_file, help="append rows to this file, one JSON object a line")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    table = Table("", "definition, ms", "here, ms", "times faster")
-    for name, (slow, fast) in compare_with_definitions(arguments.repeat, arguments.device).items():
-        table.add_row(name, f"{slow:.1f}", f"{fast:.2f}", f"{slow / fast:.1f}")
-    Console().print(table)
-    table = Table("ATS-DETR R50, 2 images of {} x {}".format(*IMAGE_SIZE), "ms a step", "of the student's")
-    times = step_times(arguments.repeat, arguments.device)
-    for name, milliseconds in times.items():
-        table.add_row(name, f"{milliseconds:.0f}", f"{milliseconds / times['student alone']:.2f}")
-    Console().print(table)
+    steps = step_times(arguments.rounds, arguments.device)
+    compared = compare_with_definitions(arguments.rounds, arguments.device)
+    figures = [(name, fast, "definition", slow) for name, (slow, fast) in compared.items()]
+    figures += [(f"step, {name}", ms, "student alone", steps["student alone"]) for name, ms in steps.items()]
+    facts = {"rounds": arguments.rounds, "clock": "cpu", **environment(torch.device(arguments.device))}
+    rows: list[Row] = [
+        {"kind": "training", "part": part, "p50_ms": ms, "baseline": baseline, "baseline_ms": baseline_ms,
+         "ratio": round(ms / baseline_ms, 3), **facts}
+        for part, ms, baseline, baseline_ms in figures
+    ]  # fmt: skip
+    print(to_markdown(plain_table(rows)))
+    if arguments.json:
+        append_rows(rows, arguments.json)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
 
 
-def test_a_folder_of_images_is_counted_with_the_budgets_they_get(tmp_path: Path) -> None:
+def test_images_of_a_folder_are_counted_with_their_own_budgets(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     for i, (height, width) in enumerate([(90, 120), (150, 100)]):
         Image.fromarray(rng.integers(0, 255, (height, width, 3), dtype=np.uint8)).save(tmp_path / f"{i}.png")
@@ -51,7 +51,7 @@ def test_a_folder_of_images_is_counted_with_the_budgets_they_get(tmp_path: Path)
     assert 0 < row["encoder_gflops"] < row["gflops"]
 
 
-def test_rows_far_from_the_published_counter_are_noticed() -> None:
+def test_rows_far_from_the_published_counter_fail() -> None:
     row = {"gflops": 110.0, "encoder_gflops": 15.0, "params": 7}
     golden = {"golden_gflops": 110.5, "golden_encoder_gflops": 15.0, "golden_params": 7}
     assert agrees({**row, **golden})
@@ -60,7 +60,7 @@ def test_rows_far_from_the_published_counter_are_noticed() -> None:
         assert not agrees({**row, **golden, key: value}), key
 
 
-def test_a_folder_without_images_is_named(tmp_path: Path) -> None:
+def test_a_folder_without_images_is_an_error(tmp_path: Path) -> None:
     result = run("--config", "configs/quickstart.yaml", "--images", str(tmp_path))
     assert result.returncode == 2
-    assert result.stderr == f"error: {tmp_path}: no images there\n"
+    assert result.stderr == f"error: {tmp_path}: this folder holds no images\n"

@@ -1,10 +1,11 @@
-"""python -m bench.latency: what its modes compute, and what it says about them."""
+"""python -m bench.latency: the results of its modes, its rows and its error messages."""
 
 from __future__ import annotations
 
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import bench.sweep
 from ats_detr.batch import ImageBatch
 from ats_detr.errors import UserError
 from bench.latency import forced_budgets, generated_images
-from bench.measure import Stopwatch, row_folder, take_turns
+from bench.measure import Stopwatch, row_folder, take_turns, timed
 from bench.padded import encode_padded
 from bench.peers import Peer, load_peer
 from tests.small_detector import small_detector
@@ -34,7 +35,7 @@ def batch() -> ImageBatch:
 
 
 @pytest.mark.parametrize("budgets", [BUDGETS, (0.3,), None])
-def test_the_padded_encoder_computes_what_the_packed_one_does(batch: ImageBatch, budgets: Any) -> None:
+def test_padded_and_packed_encoder_agree(batch: ImageBatch, budgets: Any) -> None:
     model = small_detector().model
     with torch.inference_mode(), forced_budgets(model, budgets):
         tokens = model.tokenize(batch.images_B3HW, batch.padding_mask_BHW)
@@ -47,7 +48,7 @@ def test_the_padded_encoder_computes_what_the_packed_one_does(batch: ImageBatch,
     assert not torch.allclose(dense, packed, atol=1e-2)
 
 
-def test_forced_budgets_hold_inside_and_nowhere_else(batch: ImageBatch) -> None:
+def test_forced_budgets_apply_inside_the_context_only(batch: ImageBatch) -> None:
     model = small_detector().model
     with torch.inference_mode():
         tokens = model.tokenize(batch.images_B3HW, batch.padding_mask_BHW)
@@ -61,10 +62,10 @@ def test_forced_budgets_hold_inside_and_nowhere_else(batch: ImageBatch) -> None:
     assert before.num_kept_B.tolist() == after.num_kept_B.tolist() != forced.num_kept_B.tolist()
 
 
-def test_contenders_take_turns_and_each_begins_once() -> None:
+def test_passes_take_turns_and_each_is_first_once() -> None:
     order: list[str] = []
 
-    def contender(name: str) -> Any:
+    def marking(name: str) -> Any:
         def run(watch: Stopwatch) -> None:
             order.append(name)
             watch.mark("first")
@@ -73,13 +74,24 @@ def test_contenders_take_turns_and_each_begins_once() -> None:
 
         return run
 
-    samples = take_turns({name: contender(name) for name in "abc"}, torch.device("cpu"), rounds=3)
+    samples = take_turns({name: marking(name) for name in "abc"}, torch.device("cpu"), rounds=3)
     assert "".join(order) == "abc" + "bca" + "cab"
     for stages in samples.values():
         assert set(stages) == {"first", "second", "total"}
         assert all(len(times) == 3 for times in stages.values())
         for first, second, total in zip(stages["first"], stages["second"], stages["total"], strict=True):
             assert total == pytest.approx(first + second)
+
+
+def test_short_passes_are_repeated_within_their_turn() -> None:
+    calls = []
+
+    def wait() -> None:
+        calls.append(time.sleep(0.002))
+
+    samples = take_turns({"short": timed(wait)}, torch.device("cpu"), rounds=2, least_ms=10)
+    assert 4 <= len(calls) <= 12
+    assert len(samples["short"]["total"]) == 2 and all(2 <= ms < 10 for ms in samples["short"]["total"])
 
 
 def test_mixed_images_differ_in_size_and_are_evaluated_together() -> None:
@@ -117,20 +129,20 @@ def test_rows_have_every_stage_of_every_mode(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["--modes", "packd"], "--modes packd: there are packed, padded,"),
-        (["--modes", "peer:yolo"], "--modes peer:yolo: there are packed"),
-        (["--ratios", "0.1", "--budgets", "0.1"], "not both"),
-        (["--images", "some"], "--images some: give same, mixed, or both"),
+        (["--modes", "packd"], "--modes packd: must be of packed, padded,"),
+        (["--modes", "peer:yolo"], "--modes peer:yolo: must be of packed"),
+        (["--ratios", "0.1", "--budgets", "0.1"], "exclude each other"),
+        (["--images", "some"], "--images some: must be same, mixed, or same,mixed"),
     ],
 )
-def test_mistakes_are_named(arguments: list[str], says: str) -> None:
+def test_invalid_choices_are_errors(arguments: list[str], says: str) -> None:
     result = run_latency("--config", "configs/quickstart.yaml", *arguments)
     assert result.returncode == 2
     assert result.stderr.startswith("error: ") and says in result.stderr and result.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize("name", ["deformable-detr", "rt-detr"])
-def test_a_peer_takes_our_batches(name: str, batch: ImageBatch) -> None:
+def test_a_peer_runs_on_our_batches(name: str, batch: ImageBatch) -> None:
     pytest.importorskip("transformers")
     peer = load_peer(name)
     assert isinstance(peer, Peer)
@@ -139,7 +151,7 @@ def test_a_peer_takes_our_batches(name: str, batch: ImageBatch) -> None:
     assert output.logits.shape[0] == 2 and output.pred_boxes.shape[-1] == 4
 
 
-def test_a_missing_library_is_a_word_not_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_library_is_a_message_not_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "transformers", None)
     monkeypatch.delitem(sys.modules, "bench.peers.hugging_face", raising=False)
     assert load_peer("rt-detr") == "peer rt-detr skipped: transformers is not installed"
@@ -153,14 +165,14 @@ def run_latency(*arguments: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--batch", "1,0"], "--batch: '1,0': give numbers of images above 0"),
-        (["--ratios", "a tenth"], "--ratios: 'a tenth': give shares above 0"),
-        (["--rounds", "-1"], "--rounds: '-1': give a whole number above 0"),
-        (["--image-size", "800"], "--image-size: '800': give height and width"),
+        (["--batch", "1,0"], "--batch: '1,0': must be integers > 0"),
+        (["--ratios", "a tenth"], "--ratios: 'a tenth': must be numbers in (0, 1]"),
+        (["--rounds", "-1"], "--rounds: '-1': must be an integer > 0"),
+        (["--image-size", "800"], "--image-size: '800': must be HEIGHTxWIDTH"),
     ],
 )
 @pytest.mark.parametrize("command", [bench.latency, bench.sweep])
-def test_mistakes_say_what_to_give(
+def test_invalid_arguments_are_errors(
     command: Any, arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["bench", *arguments])
@@ -170,13 +182,13 @@ def test_mistakes_say_what_to_give(
     assert message in capsys.readouterr().err
 
 
-def test_where_rows_cannot_be_written_is_said_before_measuring(
+def test_unwritable_files_fail_before_measuring(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setattr(sys, "argv", ["bench", "--json", str(tmp_path / "file" / "rows.jsonl")])
     with pytest.raises(SystemExit):
         bench.latency.parse_arguments()
-    assert "rows.jsonl: cannot write it" in capsys.readouterr().err
-    with pytest.raises(UserError, match="--out .*file: cannot make this folder"):
+    assert "rows.jsonl: cannot write this file" in capsys.readouterr().err
+    with pytest.raises(UserError, match="--out .*file: cannot create this folder"):
         row_folder(tmp_path / "file")

@@ -1,7 +1,7 @@
-"""A clock that runs with the machine: times become comparable between machines, and between busy and idle hours.
+"""A calibrated clock, which makes times comparable between machines, and between a busy and an idle machine.
 
-It counts what the process computes, in one thread. Before each benchmark a fixed loop is timed: a "second" of the
-benchmarks is as long as LOOPS_PER_SECOND such loops take on this machine now.
+It measures the CPU time of one thread. A fixed loop is timed before each benchmark: a "second" is the time of
+LOOPS_PER_SECOND such loops.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from bench.measure import commit, environment
 
 LOOPS_PER_SECOND = 50
-"""So that a benchmark's second is a real one where the loop takes 20 ms."""
+"""Makes a benchmark's second a real second where the loop takes 20 ms."""
 _REPEATS = 5
 
 _seconds_per_loop = 1.0
@@ -27,7 +27,7 @@ def clock() -> float:
 
 
 def loop() -> None:
-    """What the hot paths are made of, in equal parts: matrix products, gathers, many small operators, plain Python."""
+    """The operations of the hot paths, in equal parts: matrix products, gathers, small operators, plain Python."""
     matrix = torch.ones(256, 256)
     table, rows = torch.ones(20000, 64), torch.arange(0, 20000, 7)
     for _ in range(8):
@@ -44,7 +44,7 @@ def loop() -> None:
 
 @pytest.fixture(autouse=True)
 def calibrated() -> None:
-    """The fastest of a few loops: whatever disturbs makes it slower."""
+    """Takes the fastest of a few loops: interruptions only make a loop slower."""
     global _seconds_per_loop
     torch.set_num_threads(1)
     times = []
@@ -69,6 +69,6 @@ def pytest_benchmark_generate_machine_info() -> dict[str, Any]:
 
 
 def pytest_benchmark_update_json(output_json: dict[str, Any]) -> None:
-    """Without the single timings: a baseline is small enough to be committed."""
+    """Drops the single timings, so that a baseline is small enough to commit."""
     for benchmark in output_json["benchmarks"]:
         benchmark["stats"].pop("data", None)

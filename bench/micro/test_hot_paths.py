@@ -1,12 +1,12 @@
-"""The paths of training and inference that run on the CPU.
+"""Micro benchmarks of the CPU paths of training and inference.
 
     python -m pytest bench/micro --benchmark-only
     python -m pytest bench/micro --benchmark-only --benchmark-compare=bench/micro/baseline.json \\
         --benchmark-compare-fail=min:50%
     python -m pytest bench/micro --benchmark-only --benchmark-json=bench/micro/baseline.json     a new baseline
 
-Times are in units of a calibration loop (see conftest.py), so the committed baseline holds on any machine, roughly:
-another processor has another ratio of arithmetic to memory. Half as slow again is worth a look; a tenth is not.
+Times are in units of a calibration loop (see conftest.py), so the committed baseline is approximately valid on other
+machines, whose ratio of arithmetic to memory speed may differ. A slowdown of 50 % is significant; one of 10 % is not.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Other people's detectors, side by side with ours: random weights, which are fine for time.
+"""Peers: detectors of other libraries as baselines, with random weights.
 
-One module for each library; nothing of a library is imported before one of its peers is asked for.
+One module for each library, imported when one of its peers is loaded.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from ats_detr.errors import UserError
 
 @dataclass(frozen=True)
 class Peer:
-    """A detector that takes our batches."""
+    """A detector that runs on our batches."""
 
     model: nn.Module
     run: Callable[[ImageBatch], object]
     encoder: nn.Module | None = None
-    """What refines the pyramid, if it is one module: where the stage before ends and the one after begins."""
+    """The module that refines the feature pyramid; its beginning and end divide the stages. None: no stages."""
 
 
 PEERS = {
@@ -31,13 +31,13 @@ PEERS = {
     "retinanet": "bench.peers.torchvision_models:retinanet",
     "fcos": "bench.peers.torchvision_models:fcos",
 }
-"""Name -> module:function that builds it. All have a ResNet-50."""
+"""Name -> module:function that builds it. All backbones are ResNet-50."""
 
 
 def load_peer(name: str) -> Peer | str:
-    """The peer, in evaluation mode on the CPU; or, where its library is missing, one line that says so."""
+    """The peer, in evaluation mode on the CPU; a message if its library is not installed."""
     if name not in PEERS:
-        raise UserError(f"no peer {name!r}: there are {', '.join(PEERS)}")
+        raise UserError(f"unknown peer {name!r}: must be of {', '.join(PEERS)}")
     module, _, function = PEERS[name].partition(":")
     try:
         peer: Peer = getattr(importlib.import_module(module), function)()

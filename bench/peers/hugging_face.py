@@ -17,7 +17,7 @@ NUM_CLASSES = 91
 
 
 def deformable_detr() -> Peer:
-    """The library's default: one stage, no box refinement, which is the cheapest of the family."""
+    """The library's default: one stage, no box refinement; the fastest of the family."""
     config = DeformableDetrConfig(num_labels=NUM_CLASSES, backbone="resnet50", use_pretrained_backbone=False)
     model = DeformableDetrForObjectDetection(config)
 
@@ -28,9 +28,7 @@ def deformable_detr() -> Peer:
 
 
 def rt_detr() -> Peer:
-    """RT-DETR R50. It is made for 640x640; here it gets the images that everyone gets, padded to the multiple of 32
-    that it needs.
-    """
+    """RT-DETR R50. It is designed for 640x640; here it gets the common images, padded to a multiple of 32."""
     model = RTDetrForObjectDetection(RTDetrConfig(num_labels=NUM_CLASSES))
 
     def run(batch: ImageBatch) -> object:

@@ -1,4 +1,4 @@
-"""RetinaNet and FCOS of torchvision: familiar marks. Their time includes the suppression of overlapping boxes."""
+"""RetinaNet and FCOS of torchvision. Their time includes non-maximum suppression."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ def fcos() -> Peer:
 
 
 def _peer(build: Callable[..., Any]) -> Peer:
-    # The images come normalised.
+    # The images are normalised already.
     model = build(
         weights=None, weights_backbone=None, num_classes=91, image_mean=[0.0] * 3, image_std=[1.0] * 3
     )
 
     def run(batch: ImageBatch) -> object:
-        # And resized: with these bounds its own resizing leaves them as they are.
+        # And resized: these bounds make its own resizing an identity.
         sides = batch.images_B3HW.shape[-2:]
         model.transform.min_size, model.transform.max_size = (min(sides),), max(sides)
         return model(list(batch.images_B3HW))
