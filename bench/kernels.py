@@ -11,7 +11,7 @@ Baselines of the classical operator take (value [B,S,H,D], shapes int64 [L,2], l
 [B,Q,H,L,P,2], weights [B,Q,H,L,P]). `+ torch` adds the PyTorch operators that a module needs around a baseline without
 fused softmax and locations, with float32 locations. The classical operator gets locations in the value's dtype, which
 every baseline supports. `error` and `error_of_value_gradient` are relative to our kernels in float32, which sum sample
-by sample, on the same inputs. Rows are written as they are measured; `bench.measure.operator_times` defines the times.
+by sample, on the same inputs. Each row is written immediately; `bench.measure.operator_times` defines the times.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ Baseline = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 
 class Bench:
     def __init__(self, small: bool, path: Path | None = None) -> None:
-        """path: rows are appended there as they are measured."""
+        """path: a file to which each row is appended immediately."""
         self.path = path
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.levels = SMALL_LEVELS if small else LEVELS

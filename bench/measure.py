@@ -1,7 +1,7 @@
 """The timing harness of every benchmark, the options they share, and the format of their rows.
 
-Whatever is compared runs in one process and in turns, so that other load on the machine affects all of it alike and the
-medians stay comparable.
+Everything in one comparison runs in one process and in turns, so that other load on the machine affects all of it alike
+and the medians stay comparable.
 
 A row is a flat JSON object: `kind` (`latency`, `flops`, `operator`, `training`, ...), the figures, and `environment`.
 Row files hold one object a line and are appended to. Older rows of operators have no `kind`, and `gpu` for `machine`.
@@ -162,7 +162,7 @@ def peak_memory(run: Pass, device: torch.device) -> float | None:
         run(Stopwatch(device))
         return round((torch.cuda.max_memory_allocated(device) - before) / 1e6, 1)
     try:
-        ctypes.CDLL(None).malloc_trim(0)  # returns freed memory to the system, so that it counts again
+        ctypes.CDLL(None).malloc_trim(0)  # returns freed memory to the system
         Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
         before = _status_bytes("VmRSS")
         run(Stopwatch(device))
