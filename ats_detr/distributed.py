@@ -1,4 +1,4 @@
-"""One process or many: started by torchrun, or not. Every function here does the right thing in both cases."""
+"""Communication between the processes of torchrun. Every function also works in a single process."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ from ats_detr.errors import UserError
 
 T = TypeVar("T")
 
-
 _LOST_CONTACT = (
     "Connection closed by peer",
     "Connection reset by peer",
@@ -25,12 +24,12 @@ _LOST_CONTACT = (
     "Read error",
     "Timed out",
 )
-"""How gloo says that another process has gone."""
+"""Messages of gloo after another process has ended."""
 
 
 @contextmanager
 def process_group(device: str) -> Iterator[torch.device]:
-    """The device of this process; between entry and exit the processes of torchrun are connected.
+    """The device of this process; within the context the processes of torchrun are connected.
 
     Args:
         device: `auto` (CUDA if there is any, else the CPU), `cpu`, `cuda` or `cuda:1`. NCCL connects GPUs, gloo CPUs.
@@ -45,8 +44,8 @@ def process_group(device: str) -> Iterator[torch.device]:
         torch.cuda.set_device(chosen)
     store, own_rank, size = next(dist.rendezvous("env://"))
     if os.environ.get("GROUP_WORLD_SIZE") == "1":
-        # torchrun keeps one store for all attempts, in which the addresses of the processes before are still found.
-        # (On several nodes each counts its own attempts: there torchrun has to make new stores, docs/distributed.md.)
+        # torchrun keeps one store for all attempts, which still holds the addresses of earlier processes. (On several
+        # nodes each counts its own attempts: there torchrun has to make new stores, see docs/distributed.md.)
         store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
     backend = "nccl" if chosen.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=store, rank=own_rank, world_size=size)
@@ -57,13 +56,14 @@ def process_group(device: str) -> Iterator[torch.device]:
             raise
         reason = str(error).strip().splitlines()[0]
         raise UserError(
-            f"lost contact to another process of this run ({reason}); the first error is its"
+            f"lost the connection to another process of this run ({reason}); see the error of that process"
         ) from error
     finally:
         dist.destroy_process_group()
 
 
 def choose_device(device: str) -> torch.device:
+    """The torch device of a name; `auto` is CUDA if available, otherwise the CPU. Raises UserError."""
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -71,29 +71,29 @@ def choose_device(device: str) -> torch.device:
     except RuntimeError:
         chosen = None
     if chosen is None or chosen.type not in ("cpu", "cuda"):
-        raise UserError(f"device = {device!r}: give auto, cpu or cuda")
+        raise UserError(f"device = {device!r}: must be auto, cpu or cuda")
     if chosen.type == "cuda" and not torch.cuda.is_available():
-        raise UserError(f"device = {device!r}: this machine or this torch has no CUDA; give auto or cpu")
+        raise UserError(f"device = {device!r}: CUDA is not available to torch; must be auto or cpu")
     return chosen
 
 
 def is_restarted() -> bool:
-    """Whether torchrun has started the processes anew, after one of them ended."""
+    """Whether torchrun has restarted the processes after a failure."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
 
 
 def world_size() -> int:
-    """Processes that train together."""
+    """Number of processes."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def rank() -> int:
-    """Number of this process, from 0."""
+    """Index of this process, 0 <= rank < world_size."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def is_main() -> bool:
-    """Whether this process is the one that prints and writes."""
+    """Whether this process has rank 0, the one that prints and writes."""
     return rank() == 0
 
 
@@ -104,7 +104,7 @@ def barrier() -> None:
 
 
 def gather(value: T) -> list[T]:
-    """The values of all processes in rank order, on every process. Anything that pickle takes."""
+    """The values of all processes in rank order, on every process. Values must be picklable."""
     if world_size() == 1:
         return [value]
     values: list[T | None] = [None] * world_size()
@@ -113,7 +113,7 @@ def gather(value: T) -> list[T]:
 
 
 def broadcast(value: T) -> T:
-    """The first process's value, on every process. Anything that pickle takes."""
+    """The value of rank 0, on every process. Values must be picklable."""
     values = [value]
     if world_size() > 1:
         dist.broadcast_object_list(values)
@@ -121,7 +121,7 @@ def broadcast(value: T) -> T:
 
 
 def parallel(model: nn.Module, device: torch.device) -> nn.Module:
-    """The model as the processes train it together: its backward pass averages the gradients over them."""
+    """The model wrapped in DistributedDataParallel where there are several processes."""
     if world_size() == 1:
         return model
     return DistributedDataParallel(
@@ -131,20 +131,20 @@ def parallel(model: nn.Module, device: torch.device) -> nn.Module:
     )
 
 
-def gradients_averaged(model: nn.Module, wanted: bool) -> AbstractContextManager[None]:
-    """Whether passes of what `parallel` returned average gradients now; without, they add up in each process."""
-    if wanted or not isinstance(model, DistributedDataParallel):
+def gradient_averaging(model: nn.Module, *, enabled: bool) -> AbstractContextManager[None]:
+    """Within the context, backward passes of a `parallel` model average gradients or accumulate them per process."""
+    if enabled or not isinstance(model, DistributedDataParallel):
         return nullcontext()
     return model.no_sync()
 
 
 def sum_over_processes(tensor: torch.Tensor) -> torch.Tensor:
-    """The sum of the tensors of all processes, on every process; gradients flow back to all of them."""
+    """The sum of the tensors of all processes, on every process. Differentiable."""
     return _SumOverProcesses.apply(tensor) if world_size() > 1 else tensor
 
 
 class _SumOverProcesses(torch.autograd.Function):
-    """Every process reads the sum, so a summand's gradient is the sum of what they all give back."""
+    """Every process uses the sum, so the gradient of a summand is the sum of the gradients of all processes."""
 
     @staticmethod
     def forward(ctx: Any, tensor: torch.Tensor) -> torch.Tensor:
@@ -160,11 +160,11 @@ class _SumOverProcesses(torch.autograd.Function):
 
 
 def global_num_boxes(targets: Sequence[Target], device: torch.device) -> torch.Tensor:
-    """float32 scalar: objects in the batches of all processes (at least 1) divided by the number of processes.
+    """float32 scalar: objects in the batches of all processes, at least 1, divided by the number of processes.
 
-    DDP averages gradients over processes, so losses divided by this number are, in sum, divided by the global number
-    of objects: the same as one process on the whole batch. (The published code clamps after the division, which
-    differs where a global batch has fewer objects than there are processes.)
+    DDP averages gradients over processes: losses divided by this number have the gradient of one process with the whole
+    batch. (The published code clamps after the division, which differs where a global batch has fewer objects than
+    there are processes.)
     """
     count = torch.tensor(float(sum(len(target.labels_N) for target in targets))).to(device, non_blocking=True)
     if world_size() > 1:

@@ -1,4 +1,4 @@
-"""What stops a run early, in words, or keeps one bad batch from spoiling it."""
+"""Guards of a run: checks of annotations, out-of-memory errors with their cause, and steps that are not finite."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from ats_detr.data.transforms import resized_size
 from ats_detr.errors import UserError
 
 _TOLERATED_EXCESS = 0.05
-"""Boxes may reach outside their image by this share of its side and a pixel: annotators do that, and it is clipped."""
-_MIN_SHARE = -1e-4
-"""Rounding of normalised boxes."""
+"""Boxes may exceed their image by this share of its side plus one pixel, as in real annotations; they are clipped."""
+_ROUNDING = 1e-4
+"""Tolerance of normalised boxes."""
 
 
 # ---------------------------------------------------------------------------------------------- labels and boxes
 def check_annotations(dataset: CocoDetection, num_classes: int) -> None:
-    """Stop, before anything is trained, at a label or box that cannot be. Raises UserError naming image and value."""
+    """Raise UserError, with image and value, where a class or a box of the training annotations is out of range."""
     annotations = dataset.annotations
     image_of_box = np.repeat(np.arange(len(annotations)), np.diff(annotations.starts))
     height, width = annotations.sizes[image_of_box].T
@@ -42,18 +42,18 @@ def check_annotations(dataset: CocoDetection, num_classes: int) -> None:
             first = int(wrong.argmax())
             image = image_of_box[first]
             value = (
-                f"bbox {annotations.boxes_xywh[first].tolist()} outside of its {width[first]} x {height[first]} pixels"
+                f"bbox {annotations.boxes_xywh[first].tolist()} outside its {width[first]} x {height[first]} pixels"
                 if what == "box"
-                else f"category_id {annotations.category_ids[first]}, beyond the model's {num_classes} class rows"
+                else f"category_id {annotations.category_ids[first]}, beyond the model's {num_classes} classes"
             )
             raise UserError(
                 f"{annotations.file}: image {annotations.image_ids[image]} has an object with {value}"
-                f" ({int(wrong.sum())} such objects): mend the annotations"
+                f" ({int(wrong.sum())} such objects): correct the annotations"
             )
 
 
 def check_targets(targets: Sequence[Target], num_classes: int) -> None:
-    """The same for the targets of a batch, on the host. Raises UserError naming the image."""
+    """Raise UserError, with image and value, where a target of a batch (on the host) is out of range."""
     for target in targets:
         labels, boxes = np.asarray(target.labels_N), np.asarray(target.boxes_N4)
         if len(labels) == 0:
@@ -61,20 +61,21 @@ def check_targets(targets: Sequence[Target], num_classes: int) -> None:
         if labels.min() < 0 or labels.max() >= num_classes:
             bad = int(labels[(labels < 0) | (labels >= num_classes)][0])
             raise UserError(
-                f"image {target.image_id}: label {bad} is not among the model's {num_classes} class rows; mend the data"
+                f"image {target.image_id}: label {bad} must be in [0, {num_classes}), the model's"
+                " classes; correct the data"
             )
-        inside = np.isfinite(boxes) & (boxes >= _MIN_SHARE) & (boxes <= 1 - _MIN_SHARE)
+        inside = np.isfinite(boxes) & (boxes >= -_ROUNDING) & (boxes <= 1 + _ROUNDING)
         if not inside.all():
             bad_box = boxes[~inside.all(1)][0].tolist()
             raise UserError(
-                f"image {target.image_id}: box {bad_box} (cx, cy, w, h) is not within 0..1 of the image; mend the data"
+                f"image {target.image_id}: box {bad_box} (cx, cy, w, h) must be in [0, 1]; correct the data"
             )
 
 
 # ------------------------------------------------------------------------------------------------------- out of memory
 @contextmanager
-def naming_the_batch(batch: ImageBatch, targets: Sequence[Target]) -> Iterator[None]:
-    """Out of memory becomes a UserError that names the batch and its sizes."""
+def explain_out_of_memory(batch: ImageBatch, targets: Sequence[Target]) -> Iterator[None]:
+    """Raise UserError, with the sizes of the batch, in place of an out-of-memory error."""
     try:
         yield
     except RuntimeError as error:
@@ -96,16 +97,17 @@ def naming_the_batch(batch: ImageBatch, targets: Sequence[Target]) -> Iterator[N
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
-    """Of a GPU, or of the host as torch's allocator says it."""
+    """On a GPU, or on the host as reported by torch's allocator."""
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def largest_batch(
     loader: TrainingLoader, short_side: int, long_side: int, device: torch.device
 ) -> tuple[ImageBatch, list[Target]]:
-    """Noise of the largest padded size that a batch of this process's first epoch can have, with as many objects.
+    """Images of zeros and objects of class 0, for the memory preflight.
 
-    Sizes are those at the largest training scale, which augmentation may not reach.
+    The images have the largest padded size, and the batch the largest number of objects, of all batches of this
+    process in its first epoch. Sizes are those at the largest training scale, an upper bound under augmentation.
     """
     dataset = loader.dataset
     sizes = np.array([resized_size(dataset.size(i), short_side, long_side) for i in range(len(dataset))])
@@ -129,8 +131,8 @@ def largest_batch(
 
 # ------------------------------------------------------------------------------------------- losses and gradients
 @dataclass
-class _Watched:
-    """What the host knows of a step whose verdict is still on the device."""
+class _PendingStep:
+    """A step whose `is_bad` is still on the device."""
 
     step: int
     epoch: int
@@ -139,25 +141,25 @@ class _Watched:
     is_bad: Tensor
 
 
-class StepWatch:
-    """Decides on the device, without waiting for it, whether a step counts, and tells the host later.
+class StepGuard:
+    """Skips steps whose gradient is not finite, without device-to-host synchronisation.
 
-    A step whose gradient is not finite changes neither weights nor statistics. Once in a while `report` reads which
-    steps were skipped, and remembers of the first one the losses and the norm of every parameter's gradient.
+    A skipped step changes neither weights nor statistics. `report` transfers which steps were skipped and, of the first
+    one, the losses and the gradient norm of every parameter.
     """
 
     def __init__(self, max_in_a_row: int) -> None:
         self.max_in_a_row = max_in_a_row
         self.in_a_row = 0
         self.first_of_row = ""
-        self._since_report: list[_Watched] = []
+        self._since_report: list[_PendingStep] = []
         self._loss_names: list[str] = []
         self._parameter_names: list[str] = []
         self._seen: Tensor | None = None
         self._evidence: Tensor | None = None
-        """[losses + parameters] of the first bad step since the last report."""
+        """float32 [losses + parameters] losses and gradient norms of the first bad step since the last report."""
 
-    def judge(
+    def check(
         self,
         step: int,
         epoch: int,
@@ -167,10 +169,14 @@ class StepWatch:
         total_norm: Tensor,
         problem: str | None,
     ) -> Tensor:
-        """float32 scalar, 1 where the step must be skipped: the same on every process, as gradients are.
+        """float32 scalar on the device, 1 where the step must be skipped; equal on all processes, as gradients are.
 
         Args:
-            problem: what the host already found, if anything.
+            step, epoch, image_ids: reported where the step is skipped.
+            losses: scalars by name.
+            gradient_norms: scalars by parameter name, in the order of the forward pass.
+            total_norm: norm of the whole gradient before clipping.
+            problem: description of a tensor that is known not to be finite.
         """
         is_bad = ~total_norm.isfinite()
         self._loss_names = [name for name in losses if name.startswith("loss")]
@@ -182,29 +188,29 @@ class StepWatch:
         else:
             self._evidence = torch.where(is_bad & ~self._seen, evidence, self._evidence)
             self._seen = self._seen | is_bad
-        self._since_report.append(_Watched(step, epoch, image_ids, problem, is_bad))
+        self._since_report.append(_PendingStep(step, epoch, image_ids, problem, is_bad))
         return is_bad.float()
 
     def num_skipped(self) -> Tensor:
-        """float32 scalar: steps skipped since the last report, on the device."""
-        return torch.stack([watched.is_bad for watched in self._since_report]).sum().float()
+        """float32 scalar on the device: steps skipped since the last report."""
+        return torch.stack([step.is_bad for step in self._since_report]).sum().float()
 
     def report(self, any_skipped: bool) -> list[dict[str, Any]]:
-        """A record of each step skipped since the last report; call it on every process.
+        """A record of each step skipped since the last report. Collective.
 
         Args:
-            any_skipped: whether `num_skipped` was above 0; without, nothing is fetched.
+            any_skipped: whether `num_skipped` was > 0; if False, nothing is transferred.
         """
-        watched, self._since_report = self._since_report, []
+        steps, self._since_report = self._since_report, []
         evidence, self._evidence, self._seen = self._evidence, None, None
         if not any_skipped or evidence is None:
             self.in_a_row = 0
             return []
-        flags = torch.stack([entry.is_bad for entry in watched]).tolist()
+        flags = torch.stack([entry.is_bad for entry in steps]).tolist()
         numbers = evidence.tolist()
-        shares = distributed.gather([(entry.image_ids, entry.problem) for entry in watched])
+        shares = distributed.gather([(entry.image_ids, entry.problem) for entry in steps])
         records: list[dict[str, Any]] = []
-        for i, (entry, is_bad) in enumerate(zip(watched, flags, strict=True)):
+        for i, (entry, is_bad) in enumerate(zip(steps, flags, strict=True)):
             if not is_bad:
                 self.in_a_row = 0
                 continue
@@ -214,7 +220,7 @@ class StepWatch:
                 "images": [image_id for share in shares for image_id in share[i][0]],
             }
             problems = [share[i][1] for share in shares if share[i][1] is not None]
-            if not records:  # the evidence is of the first
+            if not records:  # the evidence belongs to the first one
                 record |= self._statistics(numbers)
             record["tensor"] = problems[0] if problems else record.get("tensor", "a gradient")
             records.append(record)
@@ -225,18 +231,18 @@ class StepWatch:
         return records
 
     def stop_if_diverged(self) -> None:
-        """Raise UserError after too many skipped steps in a row, naming the first tensor that was not finite."""
+        """Raise UserError, with the first tensor that was not finite, after too many skipped steps in a row."""
         if self.in_a_row >= self.max_in_a_row:
             raise UserError(
                 f"training diverged: no finite gradient in {self.in_a_row} steps in a row, from {self.first_of_row};"
-                " lower train.learning_rate, and go on from the last checkpoint"
+                " lower train.learning_rate and resume from the last checkpoint"
             )
 
     def _statistics(self, numbers: list[float]) -> dict[str, Any]:
         losses = dict(zip(self._loss_names, numbers, strict=False))
         norms = dict(zip(self._parameter_names, numbers[len(losses) :], strict=True))
         bad_losses = [name for name, value in losses.items() if name != "loss" and not math.isfinite(value)]
-        # Gradients flow from the last layers to the first: the last bad one is nearest to where it began.
+        # Gradients flow from the last layers to the first: the last bad one is closest to the cause.
         bad_norms = [name for name, value in norms.items() if not math.isfinite(value)]
         where = (
             bad_losses[0] if bad_losses else f"the gradient of {bad_norms[-1]}" if bad_norms else "a gradient"
@@ -248,8 +254,8 @@ def _in_json(values: Mapping[str, float]) -> dict[str, float | str]:
     return {name: value if math.isfinite(value) else str(value) for name, value in values.items()}
 
 
-class KeptStatistics:
-    """The running statistics of batch norms, to be put back after a step that does not count."""
+class BatchNormSnapshot:
+    """The running statistics of batch norms, saved before a forward pass and restored after a skipped step."""
 
     def __init__(self, model: nn.Module) -> None:
         self._buffers = [
@@ -260,11 +266,11 @@ class KeptStatistics:
         ]
         self._before: list[Tensor] = []
 
-    def keep(self) -> None:
-        """Before the forward pass."""
+    def save(self) -> None:
+        """Copy the statistics. Call it before the forward pass."""
         self._before = [buffer.clone() for buffer in self._buffers]
 
     def restore(self, is_bad: Tensor | None = None) -> None:
-        """After it. `is_bad`: only where this scalar is not 0."""
+        """Put the saved statistics back; with `is_bad`, a scalar on the device, only where it is not 0."""
         for buffer, before in zip(self._buffers, self._before, strict=True):
             buffer.copy_(before if is_bad is None else torch.where(is_bad > 0, before, buffer))

@@ -1,4 +1,4 @@
-"""Everything a run needs to go on exactly where it was, written to its checkpoint and read back."""
+"""Resuming: checkpoints of everything that training changes, and the check that they belong to this training."""
 
 from __future__ import annotations
 
@@ -32,16 +32,14 @@ from ats_detr.training.optim import MovingAverage
 logger = logging.getLogger(__name__)
 
 RESUMABLE = "checkpoint.pt"
-"""In a stage's folder: the state to go on from."""
+"""In the folder of a stage: the state that a run resumes from."""
 PREVIOUS = "checkpoint.previous.pt"
-"""The one before it, for the case that it turns out to be damaged."""
+"""The checkpoint before it, used where RESUMABLE is damaged."""
 BEST = "best.pt"
-"""The weights of the best evaluation, where that was not the last."""
+"""Weights of the evaluation with the highest AP, where that was not the last one."""
 RESULTS = (FINISHED, BEST, RESUMABLE, PREVIOUS, "metrics.json")
 OUTDATED = "outdated"
-"""Marks a folder whose results a start with `train.resume=never` is going to replace."""
-
-
+"""Marks a folder whose results are to be replaced by a training with `train.resume=never`."""
 WITHOUT_INFLUENCE = (
     *("name", "output_dir", "device", "summary", "num_pictures"),
     *("teachers.weak.config", "teachers.weak.checkpoint"),  # their weights are compared instead
@@ -50,178 +48,188 @@ WITHOUT_INFLUENCE = (
     *("train.resume", "train.checkpoint_every", "train.checkpoint_every_steps", "train.evaluate_every"),
     *("train.log_every", "train.max_skipped_steps", "train.recompute", "train.compile", "deterministic"),
 )
-"""Settings that a finished training may differ in."""
+"""Settings that do not change the trained weights: a finished training may differ in them."""
 ADJUSTABLE = (
     *WITHOUT_INFLUENCE,
     *("train.epochs", "train.learning_rate", "train.backbone_learning_rate"),
     *("train.offset_learning_rate_factor", "train.scale_learning_rate", "train.weight_decay"),
-    *(
-        "train.clip_norm",
-        "train.precision",
-        "train.ema_decay",
-        "train.schedule",
-        "train.drop_epochs",
-        "train.drop_factor",
-        "train.warmup_share",
-    ),
+    *("train.clip_norm", "train.precision", "train.ema_decay", "train.schedule"),
+    *("train.drop_epochs", "train.drop_factor", "train.warmup_share"),
 )
-"""Settings that may change when a training goes on: those of its optimiser and schedule too."""
+"""Settings that may change on resuming: also those of optimiser and schedule."""
 
 
 @dataclass
 class Progress:
-    """How far a run has come: what a checkpoint holds beside weights, optimiser and random numbers."""
+    """Counters of a run, stored in its checkpoints."""
 
     epoch: int = 0
     """Completed epochs."""
     epoch_step: int = 0
-    """Completed steps of the epoch after those: with the seed, all that the sampler's position depends on."""
+    """Completed steps of the current epoch; with the seed, they determine the position of the sampler."""
     step: int = 0
     """Completed steps."""
     train_seconds: float = 0.0
     best_ap: float | None = None
-    """Of all evaluations so far."""
+    """Highest AP (0..1) of all evaluations."""
     skipped_steps: int = 0
-    """Steps without a finite gradient."""
+    """Steps skipped because their gradient was not finite."""
 
 
 @dataclass
 class State:
-    """What training changes."""
+    """Everything that training changes."""
 
     model: Detr
     optimizer: AdamW
     average: MovingAverage | None
     progress: Progress
     difficulty: DifficultyCache | None = None
-    """What the weak teacher has found so far, of this process, where that is kept."""
+    """Results of the weak teacher on this process's images, where `teachers.cache_difficulty` is set."""
 
     @property
     def evaluated(self) -> Detr:
-        """The model whose detections count: the average where there is one."""
+        """The model that is evaluated and kept: the moving average where there is one."""
         return self.model if self.average is None else self.average.model
 
 
-def load_resumable(config: Config, facts: Mapping[str, Any], folder: Path) -> dict[str, Any] | None:
-    """The run's own checkpoint, if there is one to go on from; the one before it where that is damaged.
+@dataclass(frozen=True)
+class Checkpoints:
+    """The checkpoints of one training in its folder."""
 
-    Raises UserError where it is of another training, or where there are checkpoints of which none can be read.
-    """
-    if not is_resuming(config, folder):
-        return None
-    damage: UserError | None = None
-    for path in (folder / RESUMABLE, folder / PREVIOUS):
-        if not path.exists():
-            continue
-        try:
-            checkpoint = load_checkpoint(path, verify=True)
-        except UserError as error:
-            damage = damage or error
-            continue
+    config: Config
+    folder: Path
+    facts: Mapping[str, Any]
+    """Further entries of each checkpoint that must be equal on resuming: classes, processes, teachers' weights."""
+
+    def load_resumable(self) -> dict[str, Any] | None:
+        """The checkpoint to resume from, with its `path`; the previous one where it is damaged; None for a new run.
+
+        Raises UserError where it belongs to another training, or where all checkpoints are damaged.
+        """
+        if not is_resuming(self.config, self.folder):
+            return None
+        damage: UserError | None = None
+        for path in (self.folder / RESUMABLE, self.folder / PREVIOUS):
+            if not path.exists():
+                continue
+            try:
+                checkpoint = load_checkpoint(path, verify=True)
+            except UserError as error:
+                damage = damage or error
+                continue
+            if damage is not None:
+                logger.warning("%s; using the previous checkpoint, %s", damage, path)
+            check_same_origin(checkpoint, path, self.config, self.facts, ADJUSTABLE)
+            if checkpoint["epoch"] >= self.config.train.epochs:
+                raise UserError(
+                    f"train.epochs = {self.config.train.epochs}: must be > {checkpoint['epoch']}, the completed epochs"
+                    f" of {path}; to train from the start set train.resume=never"
+                )
+            return checkpoint | {"path": path}
         if damage is not None:
-            logger.warning("%s; using the one before it, %s", damage, path)
-        check_same_origin(checkpoint, path, config, facts, ADJUSTABLE)
-        if checkpoint["epoch"] >= config.train.epochs:
             raise UserError(
-                f"{path}: has done {checkpoint['epoch']} epochs, but train.epochs = {config.train.epochs}:"
-                f" give more than {checkpoint['epoch']}, or train again with train.resume=never"
+                f"{damage}; there is no other checkpoint to resume from: delete it, or set train.resume=never"
             )
-        return checkpoint | {"path": path}
-    if damage is not None:
-        raise UserError(
-            f"{damage}; there is no other to go on from: delete it, or train again with train.resume=never"
-        )
-    return None
+        return None
+
+    def save(self, state: State, device: torch.device) -> None:
+        """Write the checkpoint to resume from. Collective: every process calls it."""
+        rng = distributed.gather(rng_state(device))
+        difficulty = None if state.difficulty is None else distributed.gather(state.difficulty.state())
+        if not distributed.is_main():
+            return
+        checkpoint = self._common(state, state.model)
+        checkpoint |= {"optimizer": state.optimizer.state_dict(), "rng": rng, "finished": False}
+        if state.average is not None:
+            checkpoint["average"] = state.average.model.state_dict()
+        if difficulty is not None:
+            checkpoint["difficulty"] = difficulty
+        save_checkpoint(checkpoint, self.folder / RESUMABLE, previous=self.folder / PREVIOUS)
+
+    def save_result(self, state: State, metrics: Mapping[str, Any], name: str) -> None:
+        """Write the evaluated weights and their metrics as `best.pt` or `final.pt`."""
+        if not distributed.is_main():
+            return
+        checkpoint = self._common(state, state.evaluated) | {"metrics": metrics, "finished": True}
+        if name == FINISHED:
+            write_json(metrics, self.folder / "metrics.json")
+        save_checkpoint(checkpoint, self.folder / name)
+        if name == FINISHED:
+            for path in (RESUMABLE, PREVIOUS):
+                (self.folder / path).unlink(missing_ok=True)
+
+    def _common(self, state: State, model: Detr) -> dict[str, Any]:
+        return {
+            "model": model.state_dict(),
+            "config": config_to_dict(self.config),
+            "num_classes": model.num_classes,
+            **self.facts,
+            **dataclasses.asdict(state.progress),
+        }
 
 
+# ----------------------------------------------------------------------------------------------- results in a folder
 def is_resuming(config: Config, folder: Path) -> bool:
-    """Whether what is in the run's folder counts. What a launcher starts again after a crash goes on too, but not
-    from what was there before its first start."""
+    """Whether checkpoints in the folder are used. A restart by torchrun resumes even with `train.resume=never`, but
+    only from checkpoints written since the first start."""
     return config.train.resume == "auto" or (distributed.is_restarted() and not (folder / OUTDATED).exists())
 
 
 def mark_outdated(folder: Path) -> None:
-    """Results in the folder do not count, but stay until a training is about to replace them."""
+    """Ignore the results in the folder from now on; they are deleted when a training replaces them."""
     if distributed.is_main() and folder.exists():
         (folder / OUTDATED).touch()
 
 
-def restore(checkpoint: Mapping[str, Any], state: State, device: torch.device) -> None:
-    """Restore everything that training changes from the run's own checkpoint. Strict: nothing may be missing.
+def delete_results(folder: Path) -> None:
+    """Delete the results of an earlier training, which could be mistaken for those of the one that starts now."""
+    distributed.barrier()  # every process has read its checkpoint
+    if distributed.is_main():
+        for name in (*RESULTS, OUTDATED):
+            (folder / name).unlink(missing_ok=True)
 
-    Learning rates and weight decay stay as the optimiser was built: they may have been changed since.
+
+# ------------------------------------------------------------------------------------------------------------- state
+def restore(checkpoint: Mapping[str, Any], state: State, device: torch.device) -> None:
+    """Load a checkpoint into the state. Strict: raises UserError where a tensor is missing or unknown.
+
+    Learning rates and weight decay keep their new values, which may differ from those of the checkpoint.
     """
     path = checkpoint["path"]
     load_weights(state.model, checkpoint["model"], path)
     if state.average is not None:
         load_weights(state.average.model, checkpoint.get("average", checkpoint["model"]), path)
     optimizer = state.optimizer
-    asked = [{key: group[key] for key in group if key != "params"} for group in optimizer.param_groups]
+    new_settings = [{key: group[key] for key in group if key != "params"} for group in optimizer.param_groups]
     optimizer.load_state_dict(checkpoint["optimizer"])
-    for group, settings in zip(optimizer.param_groups, asked, strict=True):
+    for group, settings in zip(optimizer.param_groups, new_settings, strict=True):
         group.update(settings)
     restore_rng(checkpoint["rng"][distributed.rank()], device)
     if state.difficulty is not None and checkpoint.get("difficulty"):
         state.difficulty.load(checkpoint["difficulty"][distributed.rank()], device)
     known = {field.name for field in dataclasses.fields(Progress)} & checkpoint.keys()
     state.progress = Progress(**{name: checkpoint[name] for name in known})
-    within = f", {state.progress.epoch_step} steps into the next" if state.progress.epoch_step else ""
-    logger.info("going on from %s after epoch %d%s", path, state.progress.epoch, within)
+    within = f", step {state.progress.epoch_step} of the next" if state.progress.epoch_step else ""
+    logger.info("resuming from %s after epoch %d%s", path, state.progress.epoch, within)
 
 
-def save(config: Config, facts: Mapping[str, Any], folder: Path, state: State, device: torch.device) -> None:
-    """Write the checkpoint to go on from. Every process calls it."""
-    rng = distributed.gather(rng_state(device))
-    difficulty = None if state.difficulty is None else distributed.gather(state.difficulty.state())
-    if not distributed.is_main():
-        return
-    checkpoint = _common(config, facts, state, state.model)
-    checkpoint |= {"optimizer": state.optimizer.state_dict(), "rng": rng, "finished": False}
-    if state.average is not None:
-        checkpoint["average"] = state.average.model.state_dict()
-    if difficulty is not None:
-        checkpoint["difficulty"] = difficulty
-    save_checkpoint(checkpoint, folder / RESUMABLE, previous=folder / PREVIOUS)
+def rng_state(device: torch.device) -> dict[str, Tensor]:
+    """State of the random number generators used in training."""
+    state = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return state
 
 
-def save_result(
-    config: Config,
-    facts: Mapping[str, Any],
-    folder: Path,
-    state: State,
-    metrics: Mapping[str, Any],
-    name: str,
-) -> None:
-    """Write the evaluated weights and what was measured of them, as `best.pt` or `final.pt`."""
-    if not distributed.is_main():
-        return
-    checkpoint = _common(config, facts, state, state.evaluated) | {"metrics": metrics, "finished": True}
-    if name == FINISHED:
-        write_json(metrics, folder / "metrics.json")
-    save_checkpoint(checkpoint, folder / name)
-    if name == FINISHED:
-        for path in (RESUMABLE, PREVIOUS):
-            (folder / path).unlink(missing_ok=True)
+def restore_rng(state: Mapping[str, Tensor], device: torch.device) -> None:
+    """Inverse of `rng_state`; the state of another device type is ignored."""
+    torch.set_rng_state(state["cpu"])
+    if device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"], device)
 
 
-def discard_results(folder: Path) -> None:
-    """Remove what an earlier training left: nobody may take it for the result of the one that starts now."""
-    distributed.barrier()  # every process has read what it needs of it
-    if distributed.is_main():
-        for name in (*RESULTS, OUTDATED):
-            (folder / name).unlink(missing_ok=True)
-
-
-def _common(config: Config, facts: Mapping[str, Any], state: State, model: Detr) -> dict[str, Any]:
-    return {
-        "model": model.state_dict(),
-        "config": config_to_dict(config),
-        "num_classes": model.num_classes,
-        **facts,
-        **dataclasses.asdict(state.progress),
-    }
-
-
+# ------------------------------------------------------------------------------------------------------------ origin
 def check_same_origin(
     checkpoint: Mapping[str, Any],
     path: Path,
@@ -229,26 +237,27 @@ def check_same_origin(
     facts: Mapping[str, Any],
     may_change: Sequence[str],
 ) -> None:
-    """Refuse a checkpoint of another training than the one that is asked for. Raises UserError naming what differs.
+    """Raise UserError, listing the differences, where a checkpoint was trained with other settings or facts.
 
     Args:
-        facts: what the checkpoint must hold under these keys, beside an equal configuration.
+        facts: entries that the checkpoint must hold beside an equal configuration.
         may_change: settings, or groups of settings, that are not compared.
     """
-    was = config_to_dict(config_of(checkpoint, path)) | {key: checkpoint.get(key) for key in facts}
+    stored = config_to_dict(config_of(checkpoint, path)) | {key: checkpoint.get(key) for key in facts}
     changes = [
         f"{key} = {old!r}, now {new!r}"
-        for key, old, new in differences(was, config_to_dict(config) | dict(facts))
+        for key, old, new in differences(stored, config_to_dict(config) | dict(facts))
         if not any(key == free or key.startswith(f"{free}.") for free in may_change)
     ]
     if changes:
-        mend = "choose another output_dir, delete this folder, or train again with train.resume=never"
-        shown = "; ".join(changes[:3])
-        raise UserError(f"{path.parent} was trained with other settings ({shown}): {mend}")
+        raise UserError(
+            f"{path.parent} was trained with other settings ({'; '.join(changes[:3])}): choose another output_dir,"
+            " delete this folder, or train again with train.resume=never"
+        )
 
 
 def differences(old: Any, new: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """(key, old value, new value) of each plain value in which two trees of dictionaries and lists differ."""
+    """(key, old value, new value) of each leaf in which two trees of dictionaries and lists differ."""
     if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
         old, new = dict(enumerate(old)), dict(enumerate(new))
     if isinstance(old, dict) and isinstance(new, dict):
@@ -259,24 +268,9 @@ def differences(old: Any, new: Any, prefix: str = "") -> Iterator[tuple[str, Any
 
 
 def digest(state: Mapping[str, Tensor]) -> str:
-    """16 hexadecimal digits that tell these weights from others."""
+    """First 16 hexadecimal digits of the SHA-256 of names and weights."""
     sha = hashlib.sha256()
     for name, tensor in sorted(state.items()):
         sha.update(name.encode())
         sha.update(tensor.cpu().reshape(-1).view(torch.uint8).numpy().data)
     return sha.hexdigest()[:16]
-
-
-def rng_state(device: torch.device) -> dict[str, Tensor]:
-    """State of the random number generators that training draws from."""
-    state = {"cpu": torch.get_rng_state()}
-    if device.type == "cuda":
-        state["cuda"] = torch.cuda.get_rng_state(device)
-    return state
-
-
-def restore_rng(state: Mapping[str, Tensor], device: torch.device) -> None:
-    """Inverse of `rng_state`; a state of another kind of device is left out."""
-    torch.set_rng_state(state["cpu"])
-    if device.type == "cuda" and "cuda" in state:
-        torch.cuda.set_rng_state(state["cuda"], device)

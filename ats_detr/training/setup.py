@@ -1,4 +1,4 @@
-"""A training run: what it is made of, at its start or where its checkpoint left it."""
+"""Setup of a training run: data, model, teachers and state, initial or restored from a checkpoint."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from torch._dynamo.exc import TorchDynamoException
 from torch._inductor.exc import InductorError
 
 from ats_detr import distributed
-from ats_detr.checkpoint import build_without_fetching, make_folder, read_file
+from ats_detr.checkpoint import FINISHED, build_without_fetching, make_folder, read_file
 from ats_detr.config import Config, save_config
 from ats_detr.data.coco import ClassMap
 from ats_detr.errors import UserError
@@ -28,55 +28,93 @@ from ats_detr.model.backbone import load_weights as load_backbone_weights
 from ats_detr.training.criterion import SetCriterion, build_criterion
 from ats_detr.training.datasets import Loaders, build_loaders
 from ats_detr.training.distillation import DualTeacher
-from ats_detr.training.guards import KeptStatistics, StepWatch, check_annotations
+from ats_detr.training.guards import BatchNormSnapshot, StepGuard, check_annotations
 from ats_detr.training.optim import MovingAverage, build_optimizer
-from ats_detr.training.resume import Progress, State, load_resumable, restore
+from ats_detr.training.resume import Checkpoints, Progress, State, restore
 from ats_detr.training.run_log import RunLog, console, say
 from ats_detr.training.transfer import transfer_weights
 
 logger = logging.getLogger(__name__)
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+"""Sent by cluster schedulers before they end a job."""
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+CANNOT_COMPILE = (TorchDynamoException, InductorError)
+"""Raised by the first forward pass of a compiled layer that cannot be compiled."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One training: `weak`, `strong` or `student` in a chain, otherwise the only one."""
+
+    name: str
+    """Name of the stage in the chain; without a chain, the name of the config."""
+    config: Config
+    folder: Path
+    """Folder of everything the training writes."""
+    init_from: Path | None = None
+    """Checkpoint of the initial weights, with `weak` and `strong` in `train.init_from` resolved to a file."""
+    given: Path | None = None
+    """Finished checkpoint named in the config; the stage is then not trained here."""
+
+    @property
+    def checkpoint(self) -> Path:
+        """Checkpoint of the finished model."""
+        return self.given or self.folder / FINISHED
 
 
 @dataclass(frozen=True)
 class Teachers:
-    """The teachers of a student, and what their checkpoints say of them."""
+    """The teachers of a student and the facts from their checkpoints."""
 
     supervision: DualTeacher
     weights: Mapping[str, str]
-    """Digest of each one's weights, by name."""
+    """Digest of the weights of each teacher, by name."""
     classes: Mapping[str, ClassMap]
-    """What the class rows mean of those that say it, by name."""
+    """Classes of each teacher whose checkpoint stores them, by name."""
+
+    def check_classes(self, student: Detr, class_map: ClassMap) -> None:
+        """Raise UserError unless each class index means the same to teachers and student."""
+        other = "was trained on other classes than the student's data has"
+        for name, teacher in (("weak", self.supervision.weak), ("strong", self.supervision.strong)):
+            if teacher.num_classes != student.num_classes:
+                counts = f"{teacher.num_classes} classes, the student {student.num_classes}"
+                raise UserError(f"the {name} teacher {other}: {counts}")
+            for row in range(student.num_classes if name in self.classes else 0):
+                taught, own = self.classes[name].name_of_row(row), class_map.name_of_row(row)
+                if taught != own:
+                    raise UserError(
+                        f"the {name} teacher {other}: class {row} is {taught!r} there, {own!r} here"
+                    )
 
 
 @dataclass
 class Run:
-    """One training under way."""
+    """A training in progress."""
 
-    config: Config
-    folder: Path
-    name: str
+    stage: Stage
     device: torch.device
-    facts: Mapping[str, Any]
-    """What its checkpoints hold beside the settings and must find again."""
     is_new: bool
-    """It starts now; otherwise it goes on from a checkpoint."""
+    """Starts from step 0; False: resumed from a checkpoint."""
     loaders: Loaders
     criterion: SetCriterion
     teachers: DualTeacher | None
     state: State
-    trained: nn.Module
-    """The model as the processes train it together."""
-    statistics: KeptStatistics
-    watch: StepWatch
+    checkpoints: Checkpoints
+    parallel_model: nn.Module
+    """The model, wrapped so that gradients are averaged over processes where there are several."""
+    batch_norms: BatchNormSnapshot
+    guard: StepGuard
     signals: StopSignals
     log: RunLog
 
     @property
+    def config(self) -> Config:
+        return self.stage.config
+
+    @property
     def num_steps(self) -> int:
-        """Steps of an epoch."""
+        """Steps per epoch."""
         return len(self.loaders.train) // self.config.train.accumulate
 
     @property
@@ -84,126 +122,152 @@ class Run:
         return PRECISIONS[self.config.train.precision]
 
 
-def prepare(
-    config: Config,
-    folder: Path,
-    name: str,
-    device: torch.device,
-    teachers: Teachers | None,
-    init_from: Path | None,
-    signals: StopSignals,
-) -> Run:
-    """A run at its start, or where its checkpoint left it; refuses what cannot be trained before writing anything."""
+def prepare(stage: Stage, device: torch.device, teachers: Teachers | None, signals: StopSignals) -> Run:
+    """The run of a stage, new or resumed. Everything that can be rejected is rejected before anything is written.
+
+    Raises UserError.
+    """
+    config = stage.config
     loaders = build_loaders(config.data, config.seed, pin_memory=device.type == "cuda")
-    facts: dict[str, Any] = {
-        "classes": loaders.class_map.to_dict(),
-        "num_processes": distributed.world_size(),
-        "teacher_weights": dict(teachers.weights) if teachers is not None else {},
-    }
-    checkpoint = load_resumable(config, facts, folder)
-    torch.manual_seed(config.seed)  # the same weights on every process ...
-    if checkpoint is None:
-        model = prepare_model(config, loaders.class_map, init_from).to(device)
-    else:
-        model = build_without_fetching(config, checkpoint["num_classes"]).to(device)
-    torch.manual_seed(config.seed + distributed.rank())  # ... but other augmentations and dropout
+    checkpoints = Checkpoints(config, stage.folder, run_facts(loaders.class_map, teachers))
+    checkpoint = checkpoints.load_resumable()
+    model = seeded_model(stage, loaders.class_map, checkpoint, device)
     if teachers is not None:
-        check_classes(teachers, model, loaders.class_map)
-    check_annotations(loaders.train.dataset, model.num_classes)
-    warn_of_limits(loaders.train.dataset, config.model.num_queries)
-    warn_of_limits(loaders.val.dataset, config.model.num_queries, config.evaluation.max_detections)
-    if len(loaders.train) < config.train.accumulate:
-        raise UserError(
-            f"train.accumulate = {config.train.accumulate}: an epoch has only {len(loaders.train)} batches; lower it"
-        )
-    average = MovingAverage(model, config.train.ema_decay) if config.train.ema_decay else None
-    optimizer = build_optimizer(model, config.train, global_batch(config))
+        teachers.check_classes(model, loaders.class_map)
+    check_data(config, loaders, model)
     supervision = teachers.supervision if teachers is not None else None
-    difficulty = supervision.difficulty if supervision is not None else None
-    state = State(model, optimizer, average, Progress(), difficulty)
+    state = build_state(config, model, supervision)
     if checkpoint is not None:
         restore(checkpoint, state, device)
-    if distributed.is_main():
-        make_folder(folder)
-        save_config(config, folder / "config.yaml")
     if supervision is not None:
-        supervision.precision = PRECISIONS[config.train.precision]
-        sharing = supervision.share_frozen_stages(model)
-        if sharing:
-            logger.info(
-                "the frozen stages of the backbone run once for the student and its teachers (%s)",
-                ", ".join(sharing),
-            )
-    model.encoder.recompute = model.decoder.recompute = config.train.recompute
-    if config.train.compile:
-        compile_layers(model)
+        connect_teachers(supervision, model, config)
+    if distributed.is_main():
+        make_folder(stage.folder)
+        save_config(config, stage.folder / "config.yaml")
+    configure_layers(model, config)
+    is_evaluated = state.progress.epoch_step == 0
     return Run(
-        config=config,
-        folder=folder,
-        name=name,
+        stage=stage,
         device=device,
-        facts=facts,
         is_new=checkpoint is None,
         loaders=loaders,
         criterion=build_criterion(config, model.num_classes),
         teachers=supervision,
         state=state,
-        trained=distributed.parallel(model, device),
-        statistics=KeptStatistics(model),
-        watch=StepWatch(config.train.max_skipped_steps),
+        checkpoints=checkpoints,
+        parallel_model=distributed.parallel(model, device),
+        batch_norms=BatchNormSnapshot(model),
+        guard=StepGuard(config.train.max_skipped_steps),
         signals=signals,
-        log=RunLog(folder, name, state.progress.step, evaluated=state.progress.epoch_step == 0),
+        log=RunLog(stage.folder, stage.name, state.progress.step, evaluated=is_evaluated),
     )
 
 
-def prepare_model(config: Config, class_map: ClassMap, init_from: Path | None = None) -> Detr:
-    """The model at the start of training, on the CPU."""
+# ------------------------------------------------------------------------------------------------------------- data
+def check_data(config: Config, loaders: Loaders, model: Detr) -> None:
+    """Raise UserError where the training images cannot be trained on."""
+    check_annotations(loaders.train.dataset, model.num_classes)
+    warn_of_limits(loaders.train.dataset, config.model.num_queries)
+    warn_of_limits(loaders.val.dataset, config.model.num_queries, config.evaluation.max_detections)
+    if len(loaders.train) < config.train.accumulate:
+        raise UserError(
+            f"train.accumulate = {config.train.accumulate}: must be <= {len(loaders.train)}, the batches of an epoch"
+        )
+
+
+def run_facts(class_map: ClassMap, teachers: Teachers | None) -> dict[str, Any]:
+    """Entries of the run's checkpoints, beside the config, that must be equal on resuming."""
+    return {
+        "classes": class_map.to_dict(),
+        "num_processes": distributed.world_size(),
+        "teacher_weights": dict(teachers.weights) if teachers is not None else {},
+    }
+
+
+def global_batch(config: Config) -> int:
+    """Images per step, over all processes."""
+    return config.data.batch_size * distributed.world_size() * config.train.accumulate
+
+
+# ------------------------------------------------------------------------------------------------------------ model
+def seeded_model(
+    stage: Stage, class_map: ClassMap, checkpoint: Mapping[str, Any] | None, device: torch.device
+) -> Detr:
+    """The model on the device, with equal weights on every process; sets the seeds of initialisation and training."""
+    config = stage.config
+    torch.manual_seed(config.seed)
+    if checkpoint is None:
+        model = initial_model(config, class_map, stage.init_from)
+    else:
+        model = build_without_fetching(config, checkpoint["num_classes"])
+    model = model.to(device)
+    torch.manual_seed(
+        config.seed + distributed.rank()
+    )  # each process draws its own augmentations and dropout
+    return model
+
+
+def initial_model(config: Config, class_map: ClassMap, init_from: Path | None = None) -> Detr:
+    """The model before its first step, on the CPU. Raises UserError where the weights of the config do not fit."""
     num_classes = config.model.num_classes or class_map.num_rows
     if num_classes < class_map.num_rows:
         raise UserError(
-            f"model.num_classes = {num_classes}: the annotations have {class_map.num_rows} class rows;"
-            " raise it, or set it to null to have them counted"
+            f"model.num_classes = {num_classes}: must be >= {class_map.num_rows}, the classes in the annotations;"
+            " null counts them"
         )
+    weights = config.model.backbone.weights
     if init_from is not None:
         model = build_without_fetching(config, num_classes)
         transfer = transfer_weights(model, class_map, init_from)
-        if not transfer.lacks_backbone:  # nothing would be left of weights that were fetched for it
-            if config.model.backbone.weights is not None:
+        if not transfer.lacks_backbone:  # no weights to fetch: all of them would be replaced
+            if weights is not None:
                 say(f"model.backbone.weights is not read: {init_from} holds the whole backbone")
             console.print(transfer.table())
             return model
     model = build_model(config.model, num_classes)
-    if config.model.backbone.weights is not None:
-        weights = config.model.backbone.weights
+    if weights is not None:
         say(load_backbone_weights(model.backbone, read_file(weights), weights))
     if init_from is not None:
         console.print(transfer_weights(model, class_map, init_from).table())
     return model
 
 
-def check_classes(teachers: Teachers, student: Detr, class_map: ClassMap) -> None:
-    """The teachers' class rows mean what the student's mean. Raises UserError."""
-    other = "was trained on other classes than the student's data has"
-    for name, teacher in (("weak", teachers.supervision.weak), ("strong", teachers.supervision.strong)):
-        if teacher.num_classes != student.num_classes:
-            rows = f"{teacher.num_classes} class rows, the student {student.num_classes}"
-            raise UserError(f"the {name} teacher {other}: {rows}")
-        if name in teachers.classes:
-            for row in range(student.num_classes):
-                taught, own = teachers.classes[name].name_of_row(row), class_map.name_of_row(row)
-                if taught != own:
-                    raise UserError(
-                        f"the {name} teacher {other}: row {row} is {taught!r} there, here {own!r}"
-                    )
+def configure_layers(model: Detr, config: Config) -> None:
+    """Activation checkpointing and compilation of the encoder and decoder layers."""
+    model.encoder.recompute = model.decoder.recompute = config.train.recompute
+    if config.train.compile:
+        for layer in (*model.encoder.layers, *model.decoder.layers):
+            layer.compile(dynamic=True)  # compiled by the first forward pass, for all sizes
 
 
-def global_batch(config: Config) -> int:
-    """Images of one step."""
-    return config.data.batch_size * distributed.world_size() * config.train.accumulate
+def uncompile_layers(model: Detr) -> None:
+    """Run the layers without compilation again."""
+    for layer in (*model.encoder.layers, *model.decoder.layers):
+        layer._compiled_call_impl = None
+
+
+# --------------------------------------------------------------------------------------------------------- teachers
+def connect_teachers(supervision: DualTeacher, student: Detr, config: Config) -> None:
+    """Set the teachers' precision and let them reuse the student's frozen stages where these are equal."""
+    supervision.precision = PRECISIONS[config.train.precision]
+    sharing = supervision.share_frozen_stages(student)
+    if sharing:
+        logger.info(
+            "the frozen backbone stages run once for the student and its teachers (%s)", ", ".join(sharing)
+        )
+
+
+# ------------------------------------------------------------------------------------------------------------ state
+def build_state(config: Config, model: Detr, supervision: DualTeacher | None) -> State:
+    """Optimiser, moving average and progress at step 0."""
+    average = MovingAverage(model, config.train.ema_decay) if config.train.ema_decay else None
+    optimizer = build_optimizer(model, config.train, global_batch(config))
+    difficulty = supervision.difficulty if supervision is not None else None
+    return State(model, optimizer, average, Progress(), difficulty)
 
 
 def describe_run(run: Run) -> str:
-    """One line: what is trained, on what, and with which effective batch size and learning rates."""
+    """One line: model, data, effective batch size and learning rates."""
     config, progress, model = run.config, run.state.progress, run.state.model
     parameters = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     rates = ", ".join(f"{group['name']} {group['base_lr']:.2g}" for group in run.state.optimizer.param_groups)
@@ -212,32 +276,17 @@ def describe_run(run: Run) -> str:
     factors += [f"{config.train.accumulate} accumulated"] if config.train.accumulate > 1 else []
     batch = f"{global_batch(config)}" + (f" ({' x '.join(factors)})" if len(factors) > 1 else "")
     return (
-        f"{run.name}: {parameters / 1e6:.1f} M trained parameters, {model.num_classes} class rows,"
+        f"{run.stage.name}: {parameters / 1e6:.1f} M trained parameters, {model.num_classes} classes,"
         f" {len(run.loaders.train.dataset)} images for training and {len(run.loaders.val.dataset)} for evaluation,"
         f" {config.train.epochs - progress.epoch} epochs of {run.num_steps} steps, batch {batch}, lr {rates}"
     )
 
 
-CANNOT_COMPILE = (TorchDynamoException, InductorError)
-"""Raised when a compiled layer first runs."""
-
-
-def compile_layers(model: Detr) -> None:
-    """Compile the layers of encoder and decoder for any sizes, when they run first."""
-    for layer in (*model.encoder.layers, *model.decoder.layers):
-        layer.compile(dynamic=True)
-
-
-def uncompile_layers(model: Detr) -> None:
-    """Let them run as they are again."""
-    for layer in (*model.encoder.layers, *model.decoder.layers):
-        layer._compiled_call_impl = None
-
-
+# ---------------------------------------------------------------------------------------------------------- process
 @contextmanager
-def determinism(wanted: bool) -> Iterator[None]:
-    """Between entry and exit only algorithms that give the same bits in every run; PyTorch raises where it has none."""
-    if not wanted:
+def determinism(enabled: bool) -> Iterator[None]:
+    """Within the context PyTorch uses deterministic algorithms only, and raises where it has none."""
+    if not enabled:
         yield
         return
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
@@ -255,23 +304,23 @@ def determinism(wanted: bool) -> Iterator[None]:
 
 
 class StopSignals:
-    """Between entry and exit the signals are noted instead of ending the process at once."""
+    """Within the context STOP_SIGNALS are recorded instead of ending the process."""
 
     def __init__(self) -> None:
         self.received: str | None = None
-        """Name of the first one."""
-        self._before: dict[int, Any] = {}
+        """Name of the first signal."""
+        self._handlers: dict[int, Any] = {}
 
     def __enter__(self) -> StopSignals:
-        for number in SIGNALS:
-            self._before[number] = signal.signal(number, self._note)
+        for number in STOP_SIGNALS:
+            self._handlers[number] = signal.signal(number, self._record)
         return self
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
+    def _record(self, number: int, frame: FrameType | None) -> None:
         self.received = self.received or signal.Signals(number).name
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for number, handler in self._before.items():
+        for number, handler in self._handlers.items():
             signal.signal(number, handler)

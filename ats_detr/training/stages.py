@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,42 +15,20 @@ from ats_detr.data.coco import ClassMap
 from ats_detr.errors import UserError
 from ats_detr.model import Detr
 from ats_detr.training.distillation import DualTeacher
-from ats_detr.training.resume import (
-    FINISHED,
-    WITHOUT_INFLUENCE,
-    check_same_origin,
-    digest,
-    is_resuming,
-    mark_outdated,
-)
-from ats_detr.training.setup import Teachers
+from ats_detr.training.resume import WITHOUT_INFLUENCE, check_same_origin, digest, is_resuming, mark_outdated
+from ats_detr.training.setup import Stage, Teachers
 from ats_detr.training.trainer import train
 
 logger = logging.getLogger(__name__)
 
 _STUDENT_ONLY = ("name", "output_dir", "summary", "teachers", "model.selector", "model.adaption")
-"""Overrides of these keys do not reach the teachers."""
-
-
-@dataclass(frozen=True)
-class Stage:
-    """One training of the chain."""
-
-    name: str
-    """`weak`, `strong` or `student`; the config's own name where there is no chain."""
-    config: Config
-    folder: Path
-    checkpoint: Path
-    """Of the finished model."""
-    init_from: Path | None
-    """Checkpoint that the training starts from; where the config says `weak` or `strong`, that stage's."""
-    is_given: bool = False
-    """The checkpoint was named in the config: it is never trained here."""
+"""Overrides of these keys do not apply to the teachers."""
 
 
 def plan_stages(config: Config, overrides: Sequence[str] = ()) -> dict[str, Stage]:
-    """The stages of a config by name, in order. Overrides given for the config reach its teachers too, but for those
-    of the student's name, folder, teachers and selector.
+    """The stages of a config by name, in order.
+
+    Overrides given for the config apply to its teachers too, except those of _STUDENT_ONLY.
     """
     folder = config.run_dir
     if config.teachers is None:
@@ -68,7 +45,7 @@ def plan_stages(config: Config, overrides: Sequence[str] = ()) -> dict[str, Stag
 def _plan(
     name: str, config: Config, folder: Path, earlier: Mapping[str, Stage], *, given: str | None = None
 ) -> Stage:
-    """One stage. `train.init_from: weak` becomes the file that the weak teacher's training leaves."""
+    """One stage; `weak` and `strong` in `train.init_from` become the finished checkpoint of that stage."""
     source = config.train.init_from
     if source in ("weak", "strong"):
         if source not in earlier:
@@ -78,14 +55,13 @@ def _plan(
         name,
         config,
         folder,
-        checkpoint=Path(given) if given else folder / FINISHED,
         init_from=Path(source) if source else None,
-        is_given=bool(given),
+        given=Path(given) if given else None,
     )
 
 
 def _check_budget(name: str, config: Config, teacher: TeacherConfig, student: Config) -> None:
-    """A teacher keeps the budget that its student's labels take it to keep."""
+    """Raise UserError unless the weak teacher keeps the student's min_ratio and the strong one its max_ratio."""
     if config.model.selector is None or config.model.adaptive:
         raise UserError(f"{teacher.config}: a teacher needs model.selector.keep_ratio, a fixed budget")
     assert student.model.selector is not None
@@ -93,8 +69,8 @@ def _check_budget(name: str, config: Config, teacher: TeacherConfig, student: Co
     own, wanted = config.model.selector.keep_ratio, getattr(student.model.selector, key)
     if own != wanted:
         raise UserError(
-            f"teachers.{name}.config = {teacher.config!r}: keeps {own}, but model.selector.{key} of its student"
-            f" is {wanted}: they must agree"
+            f"teachers.{name}.config = {teacher.config!r}: has model.selector.keep_ratio {own}, must equal"
+            f" model.selector.{key} {wanted} of its student"
         )
 
 
@@ -106,40 +82,32 @@ def _reaches_teachers(override: str) -> bool:
 
 
 def train_stages(stages: dict[str, Stage], wanted: str, device: torch.device) -> None:
-    """Train the wanted stage, or `all`, each after those it needs; stages with a finished checkpoint are skipped."""
+    """Train one stage, or `all` in order. A stage with a finished checkpoint is skipped. Collective."""
     if wanted != "all" and wanted not in stages:
         raise UserError(f"--stage {wanted}: this config has no such stage, only {', '.join(stages)}")
     for stage in stages.values():
-        if stage.is_given and not stage.checkpoint.exists():
-            raise UserError(
-                f"teachers.{stage.name}.checkpoint = {str(stage.checkpoint)!r}: there is no such file"
-            )
+        if stage.given is not None and not stage.given.exists():
+            raise UserError(f"teachers.{stage.name}.checkpoint = {str(stage.given)!r}: no such file")
     chosen = [stage for stage in stages.values() if wanted in ("all", stage.name)]
     afresh = [
-        stage.folder for stage in chosen if not stage.is_given and not is_resuming(stage.config, stage.folder)
+        stage.folder
+        for stage in chosen
+        if stage.given is None and not is_resuming(stage.config, stage.folder)
     ]
     for folder in afresh:
         mark_outdated(folder)
     for number, stage in enumerate(chosen, start=1):
         if is_finished(stage, stages):
-            logger.info("%s: finished already, using %s", stage.name, stage.checkpoint)
+            logger.info("%s: already finished, using %s", stage.name, stage.checkpoint)
             continue
         teachers = load_teachers(stage.config, stages, device) if stage.config.teachers is not None else None
         later = [other.folder for other in chosen[number:] if other.folder in afresh]
-        train(
-            stage.config,
-            stage.folder,
-            stage.name,
-            device,
-            teachers,
-            init_from=stage.init_from,
-            outdated=later,
-        )
+        train(stage, device, teachers, outdated=later)
 
 
 def is_finished(stage: Stage, stages: Mapping[str, Stage]) -> bool:
-    """Whether the stage's checkpoint can be used. Raises UserError where it came from other settings or teachers."""
-    if stage.is_given:
+    """Whether the stage has a finished checkpoint. Raises UserError where its settings or teachers were others."""
+    if stage.given is not None:
         return True
     if not stage.checkpoint.exists() or not is_resuming(stage.config, stage.folder):
         return False
@@ -171,13 +139,13 @@ def load_teachers(config: Config, stages: Mapping[str, Stage], device: torch.dev
         classes={
             name: ClassMap.from_dict(checkpoint["classes"])
             for name, checkpoint in checkpoints.items()
-            if not checkpoint.get("published")  # those do not say what their rows mean
+            if not checkpoint.get("published")  # published checkpoints do not store their classes
         },
     )
 
 
 def finished_checkpoint(stage: Stage) -> dict[str, Any]:
-    """What the stage's training left. Raises UserError where it has not been trained."""
+    """The finished checkpoint of a teacher. Raises UserError where there is none."""
     if not stage.checkpoint.exists():
         raise UserError(
             f"{stage.checkpoint}: the {stage.name} teacher is not trained yet; run --stage {stage.name}"
@@ -186,12 +154,12 @@ def finished_checkpoint(stage: Stage) -> dict[str, Any]:
 
 
 def load_teacher(stage: Stage, student: Config, checkpoint: Mapping[str, Any]) -> Detr:
-    """The finished teacher of a stage. Raises UserError where its checkpoint is of another architecture or budget."""
+    """The teacher of a stage. Raises UserError where its checkpoint has another architecture or budget."""
     for key in ("width", "num_levels"):
         own, wanted = getattr(stage.config.model, key), getattr(student.model, key)
         if own != wanted:
             raise UserError(
-                f"the {stage.name} teacher has model.{key} = {own}, its student {wanted}: they must agree"
+                f"the {stage.name} teacher has model.{key} = {own}, its student {wanted}: they must be equal"
             )
     model = load_detector(stage.config, checkpoint, stage.checkpoint)
     stored, wanted = (
@@ -199,10 +167,13 @@ def load_teacher(stage: Stage, student: Config, checkpoint: Mapping[str, Any]) -
         for config in (config_of(checkpoint, stage.checkpoint), stage.config)
     )
     if stored != wanted:
-        mend = "name another checkpoint"
+        fix = "choose another checkpoint"
         if checkpoint.get("published"):
-            mend += f", or convert this one with model.selector.keep_ratio={wanted} if that is what it keeps"
+            fix += (
+                f", or convert this one with model.selector.keep_ratio={wanted} if it was trained with that"
+            )
         raise UserError(
-            f"{stage.checkpoint}: keeps {stored}, but the {stage.name} teacher is to keep {wanted}: {mend}"
+            f"{stage.checkpoint}: has model.selector.keep_ratio {stored}, but the {stage.name} teacher needs"
+            f" {wanted}: {fix}"
         )
     return model

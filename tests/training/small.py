@@ -14,6 +14,7 @@ import yaml
 
 from ats_detr.batch import ImageBatch, Target
 from ats_detr.config import Config, config_from_dict
+from ats_detr.training.setup import Run, Stage, StopSignals, prepare
 
 SMALL_MODEL: dict[str, Any] = {
     "backbone": {
@@ -80,6 +81,12 @@ def small_tree(folder: Path, **changes: Any) -> dict[str, Any]:
 def small_config(folder: Path, **changes: Any) -> Config:
     """The same as a Config."""
     return config_from_dict(small_tree(folder, **changes))
+
+
+def small_run(folder: Path, config: Config | None = None, device: str = "cpu", **changes: Any) -> Run:
+    """A run of a small config, or of `config`, in `folder`/run."""
+    stage = Stage("small", config or small_config(folder, **changes), folder / "run")
+    return prepare(stage, torch.device(device), None, StopSignals())
 
 
 def write_small_chain(folder: Path, **changes: Any) -> Path:

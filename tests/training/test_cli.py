@@ -1,4 +1,4 @@
-"""train.py and eval.py as a user calls them: the whole chain, going on after a kill, and mistakes in one line."""
+"""train.py and eval.py as a user calls them: the whole chain, resuming after a kill, and mistakes in one line."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def test_finished_stages_are_not_trained_again(chain: Path) -> None:
     between = ("num_pictures=2", "--stage", "strong", "data.num_workers=1")
     done = run("train.py", "--config", chain / "student.yaml", *between)
     assert done.code == 0, done.err
-    assert "strong: finished already" in done.out
+    assert "strong: already finished" in done.out
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
 
@@ -188,7 +188,7 @@ def test_a_killed_run_goes_on_to_the_same_weights(tmp_path: Path) -> None:
     assert {path.name for path in (killed / "run").glob("*.pt")} - {"best.pt"} == {"checkpoint.pt"}
     done = run("train.py", "--config", killed / "weak.yaml")
     assert done.code == 0, done.err
-    assert "going on from" in done.out
+    assert "resuming from" in done.out
     states = [torch.load(folder / "run" / "final.pt")["model"] for folder in (undisturbed, killed)]
     for name, tensor in states[0].items():
         assert torch.equal(tensor, states[1][name]), name
@@ -213,11 +213,11 @@ def test_teachers_in_each_others_place_are_refused(chain: Path, tmp_path: Path) 
         for name, other in (("weak", "strong"), ("strong", "weak"))
     ]
     done = run("train.py", "--config", chain / "student.yaml", f"output_dir={tmp_path / 'run'}", *given)
-    assert_one_line(done, "keeps 0.6, but the weak teacher is to keep 0.3")
+    assert_one_line(done, "has model.selector.keep_ratio 0.6, but the weak teacher needs 0.3")
     assert not (tmp_path / "run").exists()
 
 
-def test_a_teacher_whose_class_rows_mean_something_else_is_refused(chain: Path, tmp_path: Path) -> None:
+def test_a_teacher_with_other_classes_is_refused(chain: Path, tmp_path: Path) -> None:
     def rename(checkpoint: dict[str, Any]) -> None:
         checkpoint["classes"]["categories"][2]["name"] = "newcomer"
 
@@ -229,19 +229,21 @@ def test_a_teacher_whose_class_rows_mean_something_else_is_refused(chain: Path, 
     )
     done = run("train.py", "--config", chain / "student.yaml", f"output_dir={tmp_path / 'run'}", *given)
     assert_one_line(
-        done, "the strong teacher was trained on other classes than the student's data has: row 2"
+        done, "the strong teacher was trained on other classes than the student's data has: class 2"
     )
     assert not (tmp_path / "run").exists()
 
 
 def test_a_teacher_with_another_budget_than_the_students_is_refused(chain: Path) -> None:
     done = run("train.py", "--config", chain / "student.yaml", "model.selector.min_ratio=0.2")
-    assert_one_line(done, "keeps 0.3, but model.selector.min_ratio of its student is 0.2: they must agree")
+    assert_one_line(
+        done, "has model.selector.keep_ratio 0.3, must equal model.selector.min_ratio 0.2 of its student"
+    )
 
 
 def test_a_given_teacher_that_does_not_exist_is_named(chain: Path) -> None:
     done = run("train.py", "--config", chain / "student.yaml", "teachers.weak.checkpoint=/nowhere.pt")
-    assert_one_line(done, "teachers.weak.checkpoint = '/nowhere.pt': there is no such file")
+    assert_one_line(done, "teachers.weak.checkpoint = '/nowhere.pt': no such file")
 
 
 def test_a_backbone_that_timm_does_not_have_is_named(tmp_path: Path) -> None:
@@ -273,7 +275,7 @@ def test_a_mistake_is_told_by_one_of_several_processes(chain: Path) -> None:
 @pytest.mark.parametrize("device", ["meta", "abacus"])
 def test_a_device_that_cannot_train_is_refused(chain: Path, device: str) -> None:
     done = run("train.py", "--config", chain / "student.yaml", f"device={device}")
-    assert_one_line(done, f"device = {device!r}: give auto, cpu or cuda")
+    assert_one_line(done, f"device = {device!r}: must be auto, cpu or cuda")
 
 
 def test_budgets_that_the_minimum_makes_void_are_warned_of(chain: Path, tmp_path: Path) -> None:

@@ -65,8 +65,8 @@ def run_to_end(folder: Path, num_processes: int, *, kills: int = 0, seed: int = 
                 time.sleep(0.002)
             os.kill(generator.choice(workers_of(launcher)), signal.SIGKILL)
             while launcher.poll() is None and log.read_bytes().count(b"\n") >= lines:
-                # The next moment counts from where the restarted run goes on, which rewrites the log.
-                if (folder / "output").read_bytes().count(b"going on from") > moments.index(lines):
+                # The next moment counts from where the restarted run resumes, which rewrites the log.
+                if (folder / "output").read_bytes().count(b"resuming from") > moments.index(lines):
                     break
                 time.sleep(0.01)
         code = launcher.wait(240)
@@ -78,7 +78,7 @@ def assert_restarts_change_nothing(tmp_path: Path, num_processes: int, kills: in
     expected = run_to_end(tmp_path / "undisturbed", num_processes)
     killed = run_to_end(tmp_path / "killed", num_processes, kills=kills)
     output = (tmp_path / "killed" / "output").read_text()
-    assert output.count("going on from") == kills, "one process says so after each restart"
+    assert output.count("resuming from") == kills, "one process says so after each restart"
     assert killed["step"] == expected["step"] == EPOCHS * IMAGES // 4
     for name, tensor in expected["model"].items():
         assert torch.equal(killed["model"][name], tensor), name

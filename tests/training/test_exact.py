@@ -172,7 +172,7 @@ def test_a_stop_in_order_is_told_in_one_line(tmp_path: Path, monkeypatch: pytest
         return step(*arguments, **keywords)
 
     monkeypatch.setattr(trainer, "train_step", step_and_signal)
-    with pytest.raises(Stopped, match="stopped by SIGTERM after step 1; the same command goes on from there"):
+    with pytest.raises(Stopped, match="stopped by SIGTERM after step 1; run the same command to resume"):
         train(tmp_path / "run")
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL, "as it was before"
 
@@ -217,5 +217,7 @@ def test_without_a_whole_checkpoint_the_run_is_refused(tmp_path: Path) -> None:
     run = interrupted(folder)
     truncate(run / RESUMABLE)
     truncate(run / PREVIOUS)
-    with pytest.raises(UserError, match="a damaged checkpoint .* there is no other to go on from"):
+    with pytest.raises(
+        UserError, match="a damaged checkpoint .* there is no other checkpoint to resume from"
+    ):
         train(folder)

@@ -59,6 +59,6 @@ def test_a_full_disk_ends_the_run_in_one_line_and_nothing_is_lost(small_disk: Pa
     subprocess.run(["mount", "-o", "remount,size=64m", str(small_disk)], check=True)
     done = train(configs["full"])
     assert done.returncode == 0, done.stderr
-    assert "going on from" in done.stdout
+    assert "resuming from" in done.stdout
     own, other = (torch.load(run / "final.pt", weights_only=True)["model"] for run in runs.values())
     assert all(torch.equal(own[name], other[name]) for name in other)

@@ -16,14 +16,9 @@ from ats_detr.errors import UserError
 from ats_detr.training import trainer
 from ats_detr.training.datasets import data_root
 from ats_detr.training.guards import check_targets, largest_batch
-from ats_detr.training.setup import Run, StopSignals, prepare
+from ats_detr.training.setup import Run
 from ats_detr.training.stages import plan_stages, train_stages
-from tests.training.small import random_batch, small_config, small_tree
-
-
-def prepared(folder: Path, **changes: Any) -> Run:
-    config = small_config(folder, **changes)
-    return prepare(config, folder / "run", "small", torch.device("cpu"), None, None, StopSignals())
+from tests.training.small import random_batch, small_config, small_run, small_tree
 
 
 def train(folder: Path, **changes: Any) -> None:
@@ -54,7 +49,7 @@ def spoil_image(batch: Any) -> None:
 
 @pytest.mark.parametrize("accumulated", [1, 2])
 def test_a_bad_step_changes_nothing_and_the_next_one_counts(tmp_path: Path, accumulated: int) -> None:
-    run = prepared(tmp_path, model=BATCH_NORM, train={"accumulate": accumulated})
+    run = small_run(tmp_path, model=BATCH_NORM, train={"accumulate": accumulated})
     good, bad = (random_batch(seed, [3, 0, 2, 1], size=64) for seed in (0, 1))
     spoil_image(bad)
     trainer.train_step(run, 0, [good] * accumulated, metrics=False)
@@ -64,18 +59,18 @@ def test_a_bad_step_changes_nothing_and_the_next_one_counts(tmp_path: Path, accu
     assert all(torch.equal(after[name], before[name]) for name in before), (
         "statistics of batch norms included"
     )
-    assert run.watch.num_skipped().item() == 1
+    assert run.guard.num_skipped().item() == 1
     trainer.train_step(run, 0, [good] * accumulated, metrics=False)
     assert not torch.equal(state_of(run)["level_embed"], before["level_embed"])
     assert all(tensor.isfinite().all() for tensor in state_of(run).values())
 
 
 def test_a_nan_in_the_weights_gradient_alone_is_found_too(tmp_path: Path) -> None:
-    run = prepared(tmp_path)
+    run = small_run(tmp_path)
     parameter = run.state.model.get_parameter("encoder.layers.0.attention.value_proj.weight")
     parameter.register_hook(lambda gradient: gradient * torch.inf)
     trainer.train_step(run, 0, [random_batch(0, [1, 1, 1, 1], size=64)], metrics=False)
-    (record,) = run.watch.report(True)
+    (record,) = run.guard.report(True)
     assert record["tensor"] == "the gradient of encoder.layers.0.attention.value_proj.weight"
     assert record["gradient_norms"]["encoder.layers.0.attention.value_proj.weight"] in ("inf", "nan")
     assert isinstance(record["gradient_norms"]["level_embed"], float)
@@ -129,9 +124,9 @@ def test_a_run_without_finite_gradients_stops_and_names_the_first_bad_tensor(
 @pytest.mark.parametrize(
     ("box", "words"),
     [
-        ([10, 10, -5, 8], r"bbox \[10\.0, 10\.0, -5\.0, 8\.0\] outside of its 64 x 64 pixels"),
+        ([10, 10, -5, 8], r"bbox \[10\.0, 10\.0, -5\.0, 8\.0\] outside its 64 x 64 pixels"),
         ([50, 10, 40, 8], r"image \d+ has an object with bbox \[50\.0"),
-        ([300, 300, 10, 10], r"\(1 such objects\): mend the annotations"),
+        ([300, 300, 10, 10], r"\(1 such objects\): correct the annotations"),
     ],
 )
 def test_a_box_out_of_range_stops_the_run_before_its_first_step(
@@ -163,13 +158,13 @@ def spoiled_annotations(folder: Path, changes: dict[str, Any]) -> list[Path]:
 
 def test_annotators_may_draw_a_little_beyond_the_border(tmp_path: Path) -> None:
     spoiled_annotations(tmp_path, {"bbox": [-2, 30, 20, 37]})
-    assert prepared(tmp_path).num_steps == 4
+    assert small_run(tmp_path).num_steps == 4
 
 
 @pytest.mark.parametrize(
     ("label", "box", "words"),
     [
-        (3, [0.5, 0.5, 0.1, 0.1], "image 7: label 3 is not among the model's 3 class rows"),
+        (3, [0.5, 0.5, 0.1, 0.1], "image 7: label 3 must be in [0, 3), the model's classes"),
         (-1, [0.5, 0.5, 0.1, 0.1], "image 7: label -1"),
         (0, [0.5, float("nan"), 0.1, 0.1], r"image 7: box \[0\.5, nan"),
         (0, [1.5, 0.5, 0.1, 0.1], r"image 7: box \[1\.5, .* is not within 0\.\.1"),
@@ -189,7 +184,7 @@ def test_a_target_out_of_range_is_named_with_its_image(label: int, box: list[flo
     ],
 )
 def test_out_of_memory_names_the_batch_and_its_sizes(tmp_path: Path, error: RuntimeError) -> None:
-    run = prepared(tmp_path)
+    run = small_run(tmp_path)
 
     def out_of_memory(*_: Any) -> None:
         raise error
@@ -203,25 +198,25 @@ def test_out_of_memory_names_the_batch_and_its_sizes(tmp_path: Path, error: Runt
 
 
 def test_other_errors_keep_their_traceback(tmp_path: Path) -> None:
-    run = prepared(tmp_path)
+    run = small_run(tmp_path)
     run.state.model.decoder.register_forward_hook(lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         trainer.train_step(run, 0, [random_batch(0, [1, 1, 1, 1], size=64)], metrics=False)
 
 
-def test_the_rehearsal_runs_the_largest_batch_and_leaves_no_trace(tmp_path: Path) -> None:
+def test_the_memory_preflight_runs_the_largest_batch_and_leaves_no_trace(tmp_path: Path) -> None:
     data = {"train_short_sides": [48, 96], "long_side": 160, "synthetic": {"max_aspect_ratio": 2.0}}
-    run = prepared(tmp_path, model=BATCH_NORM | {"dropout": 0.1}, data=data)
+    run = small_run(tmp_path, model=BATCH_NORM | {"dropout": 0.1}, data=data)
     sizes = []
     run.state.model.backbone.register_forward_pre_hook(lambda _, inputs: sizes.append(inputs[0].shape))
     before, rng = state_of(run), torch.get_rng_state()
-    trainer.rehearse(run)
+    trainer.preflight_memory(run)
     assert all(torch.equal(tensor, before[name]) for name, tensor in state_of(run).items())
     assert torch.equal(torch.get_rng_state(), rng)
     assert all(parameter.grad is None for parameter in run.state.model.parameters())
-    (rehearsed,) = sizes
+    (tried,) = sizes
     largest = max(batch.images_B3HW.shape[-2:].numel() for batch, _ in run.loaders.train.epoch(0))
-    assert rehearsed.numel() // 12 >= largest
+    assert tried.numel() // 12 >= largest
     _, targets = largest_batch(run.loaders.train, 96, 160, torch.device("cpu"))
     most = max(sum(len(t.labels_N) for t in own) for _, own in run.loaders.train.epoch(0))
     assert sum(len(target.labels_N) for target in targets) >= most

@@ -18,20 +18,15 @@ from ats_detr.training import trainer
 from ats_detr.training.criterion import build_criterion, compute_losses
 from ats_detr.training.distillation import DualTeacher
 from ats_detr.training.optim import MovingAverage
-from ats_detr.training.setup import Run, StopSignals, prepare
+from ats_detr.training.setup import Run
 from ats_detr.training.stages import plan_stages, train_stages
-from tests.training.small import ADAPTIVE, merged, random_batch, small_config, small_tree
+from tests.training.small import ADAPTIVE, merged, random_batch, small_config, small_run, small_tree
 
 ROOT = Path(__file__).parents[2]
 
 
-def prepared(folder: Path, **changes: Any) -> Run:
-    config = small_config(folder, **changes)
-    return prepare(config, folder / "run", "small", torch.device("cpu"), None, None, StopSignals())
-
-
 def gradients(run: Run, batches: list[Any]) -> dict[str, Tensor]:
-    run.trained.train()
+    run.parallel_model.train()
     run.state.optimizer.zero_grad()
     trainer.accumulate_gradients(run, batches, metrics=True)
     return {n: p.grad.clone() for n, p in run.state.model.named_parameters() if p.grad is not None}
@@ -56,7 +51,7 @@ def train(folder: Path, **changes: Any) -> Path:
 def test_four_batches_of_four_are_one_of_sixteen(tmp_path: Path) -> None:
     """Gradients within 1e-5, however unevenly objects fall on the four; logged losses too."""
     # Two channels in each group of the group norms, see test_distributed.
-    run = prepared(tmp_path, model={"width": 64}, train={"accumulate": 4})
+    run = small_run(tmp_path, model={"width": 64}, train={"accumulate": 4})
     objects = [3, 0, 2, 1, 0, 0, 0, 0, 4, 4, 4, 4, 1, 0, 0, 2]
     batch, targets = random_batch(0, objects, size=64)
     parts = [
@@ -91,17 +86,17 @@ def test_recomputed_layers_give_the_same_gradients_and_keep_less(tmp_path: Path)
     found = {}
     for recompute in (False, True):
         torch.manual_seed(0)
-        run = prepared(tmp_path, model={"dropout": 0.1}, train={"recompute": recompute})
+        run = small_run(tmp_path, model={"dropout": 0.1}, train={"recompute": recompute})
         kept: dict[int, int] = {}
 
         def keep(tensor: Tensor, kept: dict[int, int] = kept) -> Tensor:
             kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
             return tensor
 
-        run.trained.train()
+        run.parallel_model.train()
         torch.manual_seed(1)  # of the dropout
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            losses = compute_losses(run.trained, run.criterion, None, *batch)[1]
+            losses = compute_losses(run.parallel_model, run.criterion, None, *batch)[1]
         losses["loss"].backward()
         grads = {n: p.grad for n, p in run.state.model.named_parameters() if p.grad is not None}
         found[recompute] = grads, sum(kept.values())
@@ -113,8 +108,8 @@ def test_recomputed_layers_give_the_same_gradients_and_keep_less(tmp_path: Path)
 @pytest.mark.slow
 def test_compiled_layers_learn_the_same_at_every_size(tmp_path: Path) -> None:
     batches = [random_batch(seed, [3, 0, 2, 1], size=size) for seed, size in ((0, 64), (1, 96), (2, 128))]
-    plain = [gradients(prepared(tmp_path), [batch]) for batch in batches]
-    run = prepared(tmp_path, train={"compile": True})
+    plain = [gradients(small_run(tmp_path), [batch]) for batch in batches]
+    run = small_run(tmp_path, train={"compile": True})
     for batch, expected in zip(batches, plain, strict=True):
         assert_close(gradients(run, [batch]), expected, 1e-5)
 
@@ -128,13 +123,13 @@ def test_a_model_that_cannot_be_compiled_says_so_and_trains(
     compile_with = nn.Module.compile
     backend = lambda graph, inputs: no_compiler()  # noqa: E731
     monkeypatch.setattr(nn.Module, "compile", lambda self, **k: compile_with(self, backend=backend, **k))
-    run = prepared(tmp_path, train={"compile": True})
+    run = small_run(tmp_path, train={"compile": True})
     with caplog.at_level("WARNING"):
-        trainer.rehearse(run)
+        trainer.preflight_memory(run)
     assert "train.compile is OFF, this model cannot be compiled here: " in caplog.text
     assert_close(
         gradients(run, [random_batch(0, [1, 2, 0, 3], size=64)]),
-        gradients(prepared(tmp_path), [random_batch(0, [1, 2, 0, 3], size=64)]),
+        gradients(small_run(tmp_path), [random_batch(0, [1, 2, 0, 3], size=64)]),
         0.0,
     )
 
@@ -185,8 +180,7 @@ def quickstart_losses(folder: Path, precision: str, num_steps: int) -> list[floa
         "data.cache_images=true",
     ]
     config = load_config(ROOT / "configs" / "quickstart_weak.yaml", overrides)
-    device = torch.device("cpu")
-    run = prepare(config, folder / precision, precision, device, None, None, StopSignals())
+    run = small_run(folder / precision, config)
     losses = []
     for batch, _ in zip(run.loaders.train.epoch(0), range(num_steps), strict=False):
         values = trainer.train_step(run, 0, [batch], metrics=False)
@@ -210,7 +204,7 @@ def test_200_quickstart_steps_in_bfloat16_have_the_loss_curve_of_float32(tmp_pat
 
 
 def test_a_step_in_bfloat16_keeps_weights_and_losses_in_float32(tmp_path: Path) -> None:
-    run = prepared(tmp_path, train={"precision": "bfloat16"})
+    run = small_run(tmp_path, train={"precision": "bfloat16"})
     values = trainer.train_step(run, 0, [random_batch(0, [3, 0, 2, 1], size=64)], metrics=True)
     assert {value.dtype for value in values.values()} == {torch.float32}
     assert {parameter.dtype for parameter in run.state.model.parameters()} == {torch.float32}

@@ -13,10 +13,8 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ats_detr.config import Config
 from ats_detr.training import trainer
-from ats_detr.training.setup import Run, StopSignals, prepare
-from tests.training.small import random_batch, small_config
+from tests.training.small import random_batch, small_run
 
 _READS_DEVICE = {
     torch.ops.aten._local_scalar_dense.default,  # item, int, float, bool, indexing by a number on the device
@@ -82,13 +80,9 @@ class Transfers:
             mode.__exit__(*error)
 
 
-def prepared(folder: Path, config: Config) -> Run:
-    return prepare(config, folder / "run", "small", torch.device("cpu"), None, None, StopSignals())
-
-
 @pytest.mark.parametrize("recompute", [False, True])
 def test_a_step_makes_two_transfers(tmp_path: Path, recompute: bool) -> None:
-    run = prepared(tmp_path, small_config(tmp_path, train={"recompute": recompute}))
+    run = small_run(tmp_path, train={"recompute": recompute})
     batch = random_batch(0, [3, 0, 2, 1], size=64)
     trainer.train_step(run, 0, [batch], metrics=False)  # the optimiser makes its state
     with Transfers() as transfers:
@@ -101,7 +95,7 @@ def test_a_step_makes_two_transfers(tmp_path: Path, recompute: bool) -> None:
 
 
 def test_what_is_logged_is_one_transfer_more(tmp_path: Path) -> None:
-    run = prepared(tmp_path, small_config(tmp_path))
+    run = small_run(tmp_path)
     batch = random_batch(0, [3, 0, 2, 1], size=64)
     trainer.train_step(run, 0, [batch], metrics=True)
     with Transfers() as transfers:
@@ -119,9 +113,7 @@ def test_the_counter_counts() -> None:
 
 @pytest.mark.gpu
 def test_a_step_waits_for_the_gpu_only_where_it_is_allowed_to(tmp_path: Path) -> None:
-    config = small_config(tmp_path, device="cuda")
-    device = torch.device("cuda")
-    run = prepare(config, tmp_path / "run", "small", device, None, None, StopSignals())
+    run = small_run(tmp_path, device="cuda")
     batch = random_batch(0, [3, 0, 2, 1], size=64)
     for _ in range(3):
         trainer.train_step(run, 0, [batch], metrics=False)

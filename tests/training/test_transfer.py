@@ -137,7 +137,7 @@ def test_backbone_weights_are_fetched_only_if_the_checkpoint_lacks_some(
 
     monkeypatch.setattr(timm, "create_model", create_offline)
     config = small_config(tmp_path, model={"backbone": {"pretrained": True}})
-    state = setup.prepare_model(config, PETS, path).state_dict()
+    state = setup.initial_model(config, PETS, path).state_dict()
     assert fetched == ([] if lacking is None else ["resnet10t"])
     assert all(torch.equal(tensor, source[name]) for name, tensor in state.items() if name != lacking)
 
@@ -181,7 +181,7 @@ def test_fine_tuning_a_published_91_class_model_on_3_classes_learns(
     assert model.decoder_heads[0].classify.out_features == 3
 
     init_from = tmp_path / "official.pth"
-    trainer.train(config, tmp_path / "run", "small", torch.device("cpu"), init_from=init_from)
+    trainer.train(setup.Stage("small", config, tmp_path / "run", init_from), torch.device("cpu"))
     printed = capsys.readouterr().out
     assert "initial weights from" in printed
     assert "re-made" in printed

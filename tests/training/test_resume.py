@@ -1,4 +1,4 @@
-"""A run goes on where it was, or is refused: never under other settings, never from what another training left."""
+"""A run resumes exactly, or is rejected: never with other settings, never from the checkpoint of another training."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 import torch
 import yaml
 
-from ats_detr.config import Config, load_config
+from ats_detr.config import load_config
 from ats_detr.errors import UserError
 from ats_detr.training import resume, setup, stages, trainer
 from ats_detr.training.resume import digest
@@ -99,7 +99,7 @@ def test_a_run_does_not_go_on_with_other_classes_or_processes(half_done: Path) -
 
 
 def test_fewer_epochs_than_are_done_are_refused(half_done: Path) -> None:
-    with pytest.raises(UserError, match=r"has done 1 epochs, but train\.epochs = 1"):
+    with pytest.raises(UserError, match=r"train\.epochs = 1: must be > 1, the completed epochs"):
         train(half_done, "train.epochs=1")
 
 
@@ -109,7 +109,7 @@ def test_what_torchrun_starts_again_goes_on_even_if_it_was_to_start_afresh(
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     with caplog.at_level("INFO"):
         train(half_done, "train.resume=never")
-    assert "going on from" in caplog.text
+    assert "resuming from" in caplog.text
     assert torch.load(half_done / "run" / "final.pt")["step"] == 8
 
 
@@ -130,10 +130,8 @@ def test_a_retraining_of_all_stages_leaves_no_later_result_to_go_on_from(
     config = load_config(write_small_chain(tmp_path), overrides)
     removed: dict[str, list[str]] = {}
 
-    def note(
-        config: Config, folder: Path, name: str, *_: Any, outdated: Sequence[Path], **keywords: Any
-    ) -> None:
-        removed[name] = [path.name for path in outdated]
+    def note(stage: setup.Stage, *_: Any, outdated: Sequence[Path]) -> None:
+        removed[stage.name] = [path.name for path in outdated]
 
     monkeypatch.setattr(stages, "train", note)
     monkeypatch.setattr(stages, "load_teachers", lambda *_: None)
@@ -155,7 +153,9 @@ def test_a_retraining_that_is_refused_loses_nothing_and_is_not_finished(
     final = tmp_path / "run" / "final.pt"
     before = final.read_bytes()
     with monkeypatch.context() as patch:
-        patch.setattr(*((setup, "build_loaders") if fails == "loaders" else (trainer, "rehearse")), fail)
+        patch.setattr(
+            *((setup, "build_loaders") if fails == "loaders" else (trainer, "preflight_memory")), fail
+        )
         with pytest.raises(UserError, match="not today"):
             train(tmp_path, "seed=1", "train.resume=never")
     assert final.read_bytes() == before
