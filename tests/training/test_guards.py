@@ -164,10 +164,10 @@ def test_annotators_may_draw_a_little_beyond_the_border(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("label", "box", "words"),
     [
-        (3, [0.5, 0.5, 0.1, 0.1], "image 7: label 3 must be in [0, 3), the model's classes"),
+        (3, [0.5, 0.5, 0.1, 0.1], r"image 7: label 3 must be in \[0, 3\), the model's classes"),
         (-1, [0.5, 0.5, 0.1, 0.1], "image 7: label -1"),
         (0, [0.5, float("nan"), 0.1, 0.1], r"image 7: box \[0\.5, nan"),
-        (0, [1.5, 0.5, 0.1, 0.1], r"image 7: box \[1\.5, .* is not within 0\.\.1"),
+        (0, [1.5, 0.5, 0.1, 0.1], r"image 7: box \[1\.5, .* must be in \[0, 1\]"),
     ],
 )
 def test_a_target_out_of_range_is_named_with_its_image(label: int, box: list[float], words: str) -> None:
