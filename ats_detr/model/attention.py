@@ -14,8 +14,13 @@ from ats_detr.kernels.reference import LevelShapes
 
 
 class DeformableAttention(nn.Module):
-    """Each query samples a few points of every level, at learned offsets from its reference, with learned
-    weights.
+    """Deformable attention: each query samples `num_points` locations of every level.
+
+    The sampling offsets (relative to the query's reference) and the attention weights are linear functions of the
+    query.
+
+    Raises:
+        ValueError: if `width` is not divisible by `num_heads`.
     """
 
     def __init__(self, width: int, num_heads: int, num_levels: int, num_points: int) -> None:
@@ -31,7 +36,10 @@ class DeformableAttention(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Uniform weights, and each head looking in a direction of its own, point p at p + 1 pixels."""
+        """Initialise the projections as in Deformable DETR.
+
+        Head h samples in direction 2 pi h / H, point p at distance p + 1 pixels; all attention weights are equal.
+        """
         for projection in (self.value_proj, self.output_proj):
             nn.init.xavier_uniform_(projection.weight)
             nn.init.zeros_(projection.bias)
@@ -45,16 +53,19 @@ class DeformableAttention(nn.Module):
         bias = offsets.expand(self.num_heads, self.num_levels, self.num_points, 2).flatten()
         self.sampling_offsets.bias.copy_(bias)
 
-    def project_query(self, query_NC: Tensor) -> tuple[Tensor, Tensor]:
-        """Raw sampling offsets [N, H, L, P, 2] and attention logits [N, H, L, P]."""
+    def project_query(self, query_KC: Tensor) -> tuple[Tensor, Tensor]:
+        """Sampling offsets [K, H, L, P, 2] in pixels and attention logits [K, H, L, P] of packed queries."""
         shape = (self.num_heads, self.num_levels, self.num_points)
-        offsets = self.sampling_offsets(query_NC).unflatten(-1, (*shape, 2))
-        return offsets, self.attention_weights(query_NC).unflatten(-1, shape)
+        offsets = self.sampling_offsets(query_KC).unflatten(-1, (*shape, 2))
+        return offsets, self.attention_weights(query_KC).unflatten(-1, shape)
 
     def project_packed_query(
         self, rows_KC: Tensor, positions_KC: Tensor, num_rows: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """`project_query` of rows + positions for the rows in use, by one GEMM, in float32. For inference."""
+        """`project_query(rows_KC + positions_KC)` of the first `num_rows` rows, as one GEMM with float32 results.
+
+        For inference only. Later rows are uninitialised.
+        """
         weight = torch.cat([self.sampling_offsets.weight, self.attention_weights.weight])
         bias = torch.cat([self.sampling_offsets.bias, self.attention_weights.bias])
         both = packed_linear(rows_KC, weight, bias, num_rows, add_KC=positions_KC, dtype=torch.float32)
@@ -65,7 +76,10 @@ class DeformableAttention(nn.Module):
         return offsets.unflatten(-1, (*shape, 2)), logits.unflatten(-1, shape)
 
     def update_values(self, plan: TokenPlan, value_BSC: Tensor, rows_KC: Tensor) -> Tensor:
-        """Values with those of the kept tokens made from their rows; in place where no gradient is recorded."""
+        """Values [B, S, C] in which the kept tokens have the projections of `rows_KC`.
+
+        Updates `value_BSC` in place unless gradients are enabled.
+        """
         projection = self.value_proj
         if plan.num_rows is not None:
             return packed_linear(
@@ -78,21 +92,26 @@ class DeformableAttention(nn.Module):
         value_BSC: Tensor,
         level_shapes: LevelShapes,
         reference_points: Tensor,
-        offsets_NHLP2: Tensor,
-        logits_NHLP: Tensor,
-        image_index_N: Tensor | None = None,
+        offsets_KHLP2: Tensor,
+        logits_KHLP: Tensor,
+        image_index_K: Tensor | None = None,
         num_rows: Tensor | None = None,
     ) -> Tensor:
-        """[N, C] what the N packed queries gather from the projected values, before `output_proj`; see
-        `ats_detr.kernels.deformable_attention`.
+        """Attention output [K, C] of packed queries before `output_proj`; see `ats_detr.kernels.deformable_attention`.
+
+        Args:
+            value_BSC: projected values, see `project_values`.
+            reference_points: [K, L, 2] points or [K, L, 4] boxes, normalised to each level.
+            image_index_K: image of each query, ascending. None: all images have K / B consecutive queries.
+            num_rows: int32 [1] on the device: number of rows in use. None: all.
         """
         return deformable_attention(
             value_BSC.unflatten(-1, (self.num_heads, -1)),
             level_shapes,
             reference_points,
-            offsets_NHLP2,
-            logits_NHLP,
-            image_index_N,
+            offsets_KHLP2,
+            logits_KHLP,
+            image_index_K,
             num_rows=num_rows,
         )
 
@@ -100,11 +119,11 @@ class DeformableAttention(nn.Module):
 def project_values(
     attentions: Sequence[DeformableAttention], memory_BSC: Tensor, padding_mask_BS: Tensor
 ) -> list[Tensor]:
-    """The values [B, S, C] that each of several attentions reads from one memory, zero at padding.
+    """Projected values [B, S, C] of the same memory for each of several attention layers, zero at padding.
 
-    On the GPU they are slices of the result of one GEMM; the kernels read slices in place. The CPU projects
-    for one after another, which takes as long, and samples rows that lie close together faster (1,782 queries of
-    R50: 2.3 ms against 6.4 ms, two CPU threads, 2026-11-23).
+    On CUDA, the values are slices of the result of one GEMM, which the kernels read in place. On the CPU, separate
+    projections take the same time, and sampling contiguous rows is faster (1,782 queries of R50: 2.3 ms instead of
+    6.4 ms, two CPU threads, 2026-11-23).
     """
     if memory_BSC.is_cuda:
         projections = [attention.value_proj for attention in attentions]

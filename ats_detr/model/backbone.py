@@ -18,20 +18,23 @@ logger = logging.getLogger(__name__)
 
 STRIDES = (8, 16, 32)
 _STRIDE_OF_FIRST_STAGE = 4
-# What a fetch raises without a network, with the hub switched off, or for an architecture without weights.
+# Raised by a download without a network, in offline mode, or for an architecture without weights.
 _FETCH_ERRORS = (OSError, HfHubHTTPError, LocalEntryNotFoundError, RuntimeError)
 
 
 class Backbone(nn.Module):
-    """Any timm model with `features_only`, its output at strides 8, 16 and 32.
+    """Feature maps of a timm model at strides 8, 16 and 32.
 
     Args:
-        name: timm's name, with the tag of its weights (`resnet50.tv_in1k`).
-        pretrained: start from timm's ImageNet weights; from random ones, with a warning, when they cannot be
-            fetched.
-        frozen_stages: 0 trains everything; n >= 1 freezes the stem and the first n stages (published: 1).
-        frozen_norm: batch norms become fixed affine maps by their running statistics (published: yes).
+        name: name of a timm model that supports `features_only`, with the tag of its weights (`resnet50.tv_in1k`).
+        pretrained: start from timm's ImageNet weights. If they cannot be downloaded, the weights are random and a
+            warning is logged.
+        frozen_stages: 0 trains all stages; n >= 1 freezes the stem and the first n stages (published: 1).
+        frozen_norm: replace batch norms by affine maps with their running statistics (published: True).
         options: further keyword arguments of the timm model.
+
+    Raises:
+        UserError: if timm cannot create the model, or it has no feature maps at these strides.
     """
 
     def __init__(
@@ -49,7 +52,7 @@ class Backbone(nn.Module):
         info: Any = self.body.feature_info
         self.num_channels: list[int] = info.channels()
         if info.reduction() != list(STRIDES):
-            raise UserError(f"backbone {name!r} gives strides {info.reduction()}, not {list(STRIDES)}")
+            raise UserError(f"backbone {name!r} has strides {info.reduction()}, expected {list(STRIDES)}")
         self.output_norms: nn.ModuleList | None = None
         if swin.is_swin(name):
             swin.adapt(self.body)
@@ -60,7 +63,7 @@ class Backbone(nn.Module):
             self._freeze(frozen_stages)
 
     def _freeze(self, num_stages: int) -> None:
-        """No gradients up to and including stage `num_stages` (the first stage is the one at stride 4)."""
+        """Disable gradients up to and including stage `num_stages` (stage 1 has stride 4)."""
         last_stride = _STRIDE_OF_FIRST_STAGE * 2 ** (num_stages - 1)
         last_module = next(
             info["module"] for info in self.body.feature_info.info if info["reduction"] == last_stride
@@ -72,15 +75,15 @@ class Backbone(nn.Module):
                 break
         following = getattr(self.body, f"layers_{num_stages}", None)
         if self.output_norms is not None and following is not None:
-            # timm counts Swin's merging of patches with the stage it leads to, the published code with the one before.
+            # timm assigns Swin's patch merging to the following stage, the published code to the preceding one.
             following.downsample.requires_grad_(False)
 
     def frozen_stages(self) -> list[str]:
-        """Names in `body` of the first modules, none of which is trained, in the order they run."""
+        """Names of the frozen child modules of `body`, in execution order."""
         return self._frozen
 
     def forward(self, images_B3HW: Tensor) -> list[Tensor]:
-        """Normalised images [B, 3, H, W] -> [B, C_l, H_l, W_l] for each stride."""
+        """Feature maps [B, C_l, H_l, W_l], one for each stride, of normalised images [B, 3, H, W]."""
         if self.output_norms is None:
             return self.body(images_B3HW)
         maps_BHWC = self.body(swin.pad_to_patches(images_B3HW))
@@ -91,16 +94,15 @@ class Backbone(nn.Module):
 
 
 def _create(name: str, pretrained: bool, options: dict[str, Any]) -> nn.Module:
-    # timm counts the maps from stride 2 on for convolutional networks and from stride 4 on for windowed
-    # transformers.
+    # timm numbers the maps from stride 2 on for convolutional networks and from stride 4 on for windowed transformers.
     arguments: dict[str, Any] = {"features_only": True, **options}
     if swin.is_swin(name):
         arguments = {**swin.creation_options(), **arguments}
     try:
         stages = timm.create_model(name, **arguments).feature_info.info
     except (RuntimeError, TypeError) as error:
-        raise UserError(f"timm cannot make backbone {name!r} with options {options}: {error}") from error
-    # Of all stages: some architectures leave out the first by default.
+        raise UserError(f"timm cannot create backbone {name!r} with options {options}: {error}") from error
+    # All stages are listed: some architectures omit the first by default.
     reductions = [stage["reduction"] for stage in stages]
     missing = [stride for stride in STRIDES if stride not in reductions]
     if missing:
@@ -113,7 +115,7 @@ def _create(name: str, pretrained: bool, options: dict[str, Any]) -> nn.Module:
             return timm.create_model(name, pretrained=True, **arguments)
         except _FETCH_ERRORS as error:
             logger.warning(
-                "NO PRETRAINED WEIGHTS: backbone %s starts from random weights, its own could not be fetched: %s",
+                "NO PRETRAINED WEIGHTS: backbone %s has random weights because its weights could not be downloaded: %s",
                 name,
                 str(error).splitlines()[0],
             )
@@ -121,19 +123,23 @@ def _create(name: str, pretrained: bool, options: dict[str, Any]) -> nn.Module:
 
 
 def to_channels_first(features: Tensor, num_channels: int) -> Tensor:
-    """[B, H, W, C] of windowed transformers -> [B, C, H, W]; convolutional features pass through."""
+    """Features [B, C, H, W] from [B, H, W, C] (windowed transformers) or [B, C, H, W] (returned unchanged)."""
     return features if features.shape[1] == num_channels else features.permute(0, 3, 1, 2).contiguous()
 
 
 def load_weights(backbone: Backbone, content: Any, source: str) -> str:
-    """Load the backbone of a classifier or of a self-supervised model (such as SCRL) under its usual names.
+    """Load backbone weights from the file content of a classifier or a self-supervised model (such as SCRL).
 
     Args:
-        content: what the file holds: tensors by name, possibly nested (`state_dict`, `model`) and with a common prefix
-            (`module.`, `backbone.`); tensors of other parts, such as a classifier, are left out.
-        source: named in the errors.
+        content: content of the file: tensors by name, possibly nested (`state_dict`, `model`) and with a common prefix
+            (`module.`, `backbone.`). Tensors of other parts, such as a classifier, are ignored.
+        source: name of the file in error messages.
 
-    Returns one line that says what was loaded. Raises UserError when a tensor of the backbone is missing.
+    Returns:
+        One line that states how many tensors were loaded.
+
+    Raises:
+        UserError: if a tensor of the backbone is missing or has another shape.
     """
     own = {
         name: t for name, t in backbone.body.state_dict().items() if not name.endswith("num_batches_tracked")
@@ -146,19 +152,20 @@ def load_weights(backbone: Backbone, content: Any, source: str) -> str:
     missing = [name for name in own if name not in found]
     if missing:
         raise UserError(
-            f"{source}: lacks {len(missing)} of the {len(own)} backbone tensors, such as {missing[0]}"
+            f"{source}: {len(missing)} of the {len(own)} backbone tensors are missing, such as {missing[0]}"
         )
     reshaped = [name for name in own if found[name].shape != own[name].shape]
     if reshaped:
         raise UserError(
-            f"{source}: weights of another backbone, {reshaped[0]} is {tuple(found[reshaped[0]].shape)}"
+            f"{source}: weights of another backbone: {reshaped[0]} has shape {tuple(found[reshaped[0]].shape)},"
+            f" expected {tuple(own[reshaped[0]].shape)}"
         )
     backbone.body.load_state_dict(found, strict=False)
     return f"backbone weights from {source}: {len(found)} tensors loaded, {len(tensors) - len(found)} others unused"
 
 
 def _tensors(content: Any, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
-    """(name, tensor) of nested dictionaries; names of inner ones are joined with dots."""
+    """(name, tensor) pairs of nested dictionaries; nested names are joined with dots."""
     if isinstance(content, Tensor):
         yield prefix.removesuffix("."), content
     elif isinstance(content, Mapping):

@@ -1,4 +1,4 @@
-"""A detector made ready to run: folded, cast, and on CUDA replayed as one graph per size of batch."""
+"""A model optimised for inference: folded batch norms, cast weights, and one CUDA graph per input shape."""
 
 from __future__ import annotations
 
@@ -24,30 +24,33 @@ from ats_detr.model.output import DetectorOutput
 logger = logging.getLogger(__name__)
 
 _WARM_UP_PASSES = 3
-"""Before a capture: the first tunes the kernels, and libraries choose their algorithms."""
-_MOST_TRACES = 128
-"""All models of a process share torch.compile's limit, whose default is 8: past it a new size runs as it is."""
+"""Passes before a capture, in which kernels are tuned and libraries choose their algorithms."""
+_MAX_TRACES = 128
+"""Recompile limit of torch.compile (default 8), shared by all models of a process. Further shapes run uncompiled."""
 
 
 class CompiledDetr:
-    """`Detr.forward` of a frozen copy of a model, for inference.
+    """`Detr.forward` of a frozen, optimised copy of a model, for inference.
 
-    Done once: batch norms are folded into the convolutions before them, weights are cast, convolutions get
-    channels-last weights. On CUDA the launches of a whole pass are then captured as a CUDA graph for every (batch,
-    height, width) met, and replayed: the host does a copy and one launch per batch. Give it batches padded as the
-    evaluation pads them (`data.size_multiple`), and there are few sizes; the tokens that images keep may differ from
-    pass to pass.
+    Batch norms are folded into the preceding convolutions, weights are cast, and convolutions use the channels-last
+    layout. On CUDA, each input shape (batch, height, width) is captured as a CUDA graph at its first batch and
+    replayed afterwards, so the host performs one copy and one launch per batch. Pad batches as in evaluation
+    (`data.size_multiple`) to limit the number of shapes. The number of kept tokens may differ between passes.
 
-    Calls from several threads run one after another, on whatever streams. Autocast around a call changes nothing.
-    A copy (`copy.deepcopy`, pickle) has the weights and the settings; it captures graphs of its own.
+    Calls from several threads run sequentially; they may use different streams. An enclosing autocast has no effect.
+    A copy (`copy.deepcopy`, pickle) has the same weights and settings, and captures its own graphs.
 
     Args:
-        model: left as it is.
-        dtype: of weights and features. Geometry, ranking scores, softmax and norms are computed in float32.
-        fuse: have torch.compile make one kernel of what follows a convolution of the backbone (bias, residual sum,
-            activation), which takes a while for every size; of the first 128 sizes in a process.
-        max_graphs: sizes whose graphs are kept, the most recently used ones. They share the memory of their
-            activations; each has its own inputs and outputs.
+        model: the model; it is not modified.
+        dtype: dtype of weights and features. Geometry, ranking scores, softmax and norms are computed in float32.
+        fuse: compile the backbone with torch.compile, which fuses the operations after a convolution (bias, residual
+            sum, activation). Compilation takes time for each of the first 128 shapes of a process; later shapes run
+            uncompiled.
+        max_graphs: maximum number of CUDA graphs; the least recently used one is dropped. Graphs share the memory of
+            their activations; each has its own inputs and outputs.
+
+    Raises:
+        ValueError: if `max_graphs` < 1.
     """
 
     def __init__(
@@ -59,7 +62,7 @@ class CompiledDetr:
         max_graphs: int = 32,
     ) -> None:
         if max_graphs < 1:
-            raise ValueError(f"max_graphs is {max_graphs}, must be at least 1")
+            raise ValueError(f"max_graphs is {max_graphs}, must be >= 1")
         model = copy.deepcopy(model).eval().requires_grad_(False)
         fold_batch_norms(model.backbone.body)
         self.model = model.to(dtype)
@@ -68,7 +71,7 @@ class CompiledDetr:
         self.dtype, self.fuse, self.max_graphs = dtype, fuse, max_graphs
         self.device = model.level_embed.device
         self.warm_up_seconds: dict[tuple[int, int, int], float] = {}
-        """Time until the first result of each (batch, height, width)."""
+        """Seconds until the first result of each (batch, height, width)."""
         if fuse:
             self.model.backbone.compile(dynamic=False)
         self._graphs: OrderedDict[tuple[int, int, int], _Graph] = OrderedDict()
@@ -78,13 +81,13 @@ class CompiledDetr:
         self._lock = threading.Lock()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """What a copy is made from: neither locks nor graphs, which belong to their device memory, can be copied."""
+        """Pickle the model and the settings only: locks and CUDA graphs cannot be copied."""
         make = functools.partial(CompiledDetr, dtype=self.dtype, fuse=self.fuse, max_graphs=self.max_graphs)
         return make, (self.model,)
 
     @torch.inference_mode()
     def __call__(self, batch: ImageBatch) -> DetectorOutput:
-        """What `Detr.forward(batch, supervision=False)` returns."""
+        """Predictions, as `Detr.forward(batch, supervision=False)` returns them."""
         images_B3HW, padding_mask_BHW = batch.images_B3HW, batch.padding_mask_BHW
         size = (len(batch), *images_B3HW.shape[-2:])
         with self._lock, _current(self.device), torch.autocast(self.device.type, enabled=False):
@@ -100,16 +103,16 @@ class CompiledDetr:
 
     def _detect(self, images_B3HW: Tensor, padding_mask_BHW: Tensor) -> DetectorOutput:
         images_B3HW = images_B3HW.to(self.dtype, memory_format=torch.channels_last)
-        with torch._dynamo.config.patch(recompile_limit=_MOST_TRACES):
+        with torch._dynamo.config.patch(recompile_limit=_MAX_TRACES):
             return self.model.detect(images_B3HW, padding_mask_BHW, supervision=False)
 
     def _replay(self, size: tuple[int, int, int], *inputs: Tensor) -> DetectorOutput:
         stream = torch.cuda.current_stream()
-        stream.wait_event(self._done)  # another thread's pass, on a stream of its own
+        stream.wait_event(self._done)  # the previous pass may be on another stream, from another thread
         graph = self._graphs.pop(size, None)
         if graph is None:
             graph = _Graph(self._detect, inputs, self._pool)
-        self._graphs[size] = graph  # the last is the most recently used
+        self._graphs[size] = graph  # the last entry is the most recently used
         if len(self._graphs) > self.max_graphs:
             self._graphs.popitem(last=False)
         output = _copied(graph(*inputs))
@@ -118,9 +121,9 @@ class CompiledDetr:
 
 
 class _Graph:
-    """A CUDA graph of `function` on inputs of fixed shapes.
+    """A CUDA graph of `function` for inputs of fixed shapes.
 
-    Graphs of one memory pool overwrite each other's activations: replay one after another, and copy the output.
+    Graphs of one memory pool overwrite each other's activations: replay them sequentially, and copy the output.
     """
 
     def __init__(self, function: Any, inputs: tuple[Tensor, ...], pool: Any) -> None:
@@ -132,7 +135,7 @@ class _Graph:
                 function(*self.inputs)
         torch.cuda.current_stream().wait_stream(stream)
         self.graph = torch.cuda.CUDAGraph()
-        # What other threads allocate meanwhile (pinned memory, say) is no part of it and does no harm.
+        # Allocations by other threads during the capture (of pinned memory, for example) are allowed and not captured.
         with torch.cuda.graph(self.graph, pool=pool, capture_error_mode="thread_local"):
             self.output = function(*self.inputs)
 
@@ -144,12 +147,12 @@ class _Graph:
 
 
 def _current(device: torch.device) -> AbstractContextManager[object]:
-    """Streams, graphs and Triton's launches go to the current GPU, not to that of the tensors."""
+    """Context in which `device` is the current GPU: streams, graphs and Triton launches use the current one."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def _copied(value: Any) -> Any:
-    """The same with tensors of its own: the next replay overwrites those of the graph."""
+    """A deep copy of the output, since the next replay overwrites the tensors of the graph."""
     if isinstance(value, Tensor):
         return value.clone()
     if isinstance(value, list):
@@ -160,14 +163,14 @@ def _copied(value: Any) -> Any:
 
 
 def fold_batch_norms(network: nn.Module) -> int:
-    """Fold batch norms in evaluation mode into the convolutions that feed nothing else, in place; how many were.
+    """Fold batch norms in evaluation mode into the preceding convolutions, in place. Returns the number folded.
 
-    A network that torch.fx cannot trace is left as it is.
+    A convolution whose output has another user is not folded. A network that torch.fx cannot trace is not changed.
     """
     try:
         graph = _Tracer().trace(network)
-    except Exception as error:  # a tracer may fail on anything that a network's forward does
-        logger.info("batch norms are not folded, the network cannot be traced: %s", error)
+    except Exception as error:  # tracing may raise any exception
+        logger.info("batch norms are not folded: the network cannot be traced (%s)", error)
         return 0
     modules = dict(network.named_modules())
     num_folded = 0
@@ -176,7 +179,7 @@ def fold_batch_norms(network: nn.Module) -> int:
         if norm is None or not _is_batch_norm(norm) or node.args[0].op != "call_module":
             continue
         convolution = modules[node.args[0].target]
-        # Subclasses may do something else with their weights, and a module may be called more than once.
+        # Subclasses may use their weights differently, and a module may be called more than once.
         if type(convolution) is not nn.Conv2d or len(node.args[0].users) > 1:
             continue
         if sum(other.target == node.args[0].target for other in graph.nodes) > 1:
@@ -192,7 +195,7 @@ def fold_batch_norms(network: nn.Module) -> int:
         )
         convolution.weight, convolution.bias = weight, bias
         parent, _, name = node.target.rpartition(".")
-        setattr(network.get_submodule(parent), name, _what_follows(norm))
+        setattr(network.get_submodule(parent), name, _activation_of(norm))
         num_folded += 1
     return num_folded
 
@@ -203,11 +206,11 @@ class _Tracer(fx.Tracer):
 
 
 def _is_batch_norm(module: nn.Module) -> bool:
-    """Also timm's frozen ones, which are no subclasses."""
+    """Whether a module is a batch norm in evaluation mode, including timm's frozen ones, which are not subclasses."""
     has_statistics = getattr(module, "running_mean", None) is not None
     return has_statistics and hasattr(module, "eps") and not module.training
 
 
-def _what_follows(norm: nn.Module) -> nn.Module:
-    """What a batch norm of timm does after normalising: dropout (idle in evaluation), activation."""
+def _activation_of(norm: nn.Module) -> nn.Module:
+    """The activation that a timm batch norm applies after normalising (its dropout is the identity in evaluation)."""
     return getattr(norm, "act", nn.Identity())

@@ -1,4 +1,4 @@
-"""The decoder: queries that attend to each other, gather from the memory, and refine their boxes."""
+"""The decoder: self-attention of the queries, deformable cross-attention to the memory, and box refinement."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ats_detr.model.tokens import Tokens
 
 
 class PredictionHead(nn.Module):
-    """Class logits (a linear map) and box logits (a 3-layer perceptron) of a query."""
+    """Classes (linear layer) and boxes (3-layer perceptron) of queries or tokens."""
 
     def __init__(self, width: int, num_classes: int) -> None:
         super().__init__()
@@ -31,13 +31,16 @@ class PredictionHead(nn.Module):
         nn.init.zeros_(last.bias)
 
     def forward(self, x: Tensor, reference: Tensor) -> Prediction:
-        """[..., C] queries and their reference as logits, [..., 2] or [..., 4] -> logits and boxes (cxcywh,
-        0..1).
+        """Class logits [..., T] and boxes [..., 4] (cxcywh, 0..1).
+
+        Args:
+            x: features [..., C].
+            reference: logits of points [..., 2] or boxes [..., 4] to which the predicted offsets are added.
         """
         return Prediction(self.classify(x), self.boxes(x, reference))
 
     def boxes(self, x: Tensor, reference: Tensor) -> Tensor:
-        """The boxes alone."""
+        """The boxes of `forward`, float32 [..., 4]."""
         box = x
         for layer in self.box[:-1]:
             box = layer(box).relu()
@@ -73,37 +76,44 @@ class DecoderLayer(nn.Module):
         self,
         x_BQC: Tensor,
         query_pos_BQC: Tensor,
-        references_NLX: Tensor,
+        level_references: Tensor,
         value_BSC: Tensor,
         level_shapes: LevelShapes,
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """Refined queries [B, Q, C], and the raw offsets and logits of the cross-attention."""
+        """Updated queries [B, Q, C], and the cross-attention's offsets [B * Q, H, L, P, 2] and logits [B * Q, H, L, P].
+
+        Args:
+            x_BQC: content of the queries.
+            query_pos_BQC: positional part of the queries.
+            level_references: [B * Q, L, 2] points or [B * Q, L, 4] boxes, normalised to each level.
+            value_BSC: projected values of the memory.
+        """
         query = x_BQC + query_pos_BQC
         attended, _ = self.self_attention(query, query, x_BQC, need_weights=False)
         x_BQC = self.self_norm(x_BQC + self.dropout(attended))
         attention = self.cross_attention
         offsets, logits = attention.project_query((x_BQC + query_pos_BQC).flatten(0, 1))
-        gathered = attention.attend(value_BSC, level_shapes, references_NLX, offsets, logits)
+        gathered = attention.attend(value_BSC, level_shapes, level_references, offsets, logits)
         gathered = attention.output_proj(gathered).view_as(x_BQC)
         x_BQC = self.cross_norm(x_BQC + self.dropout(gathered))
         return self.feedforward(x_BQC), (offsets, logits)
 
 
 class Decoder(nn.Module):
-    """A stack of layers. With `box_refine` each layer's (detached) boxes are the next one's references."""
+    """A stack of layers. With `box_refine`, the (detached) boxes of each layer are the references of the next."""
 
     def __init__(self, num_layers: int, box_refine: bool, **layer: Any) -> None:
         super().__init__()
         self.layers = nn.ModuleList(DecoderLayer(**layer) for _ in range(num_layers))
         self.box_refine = box_refine
         self.recompute = False
-        """In training, keep only each layer's inputs and run it again in the backward pass."""
+        """Recompute the activations of each layer in the backward pass (training only)."""
 
     def forward(
         self,
         x_BQC: Tensor,
         query_pos_BQC: Tensor,
-        references_BQX: Tensor,
+        references: Tensor,
         memory_BSC: Tensor,
         tokens: Tokens,
         heads: Sequence[PredictionHead],
@@ -111,36 +121,36 @@ class Decoder(nn.Module):
         every_layer: bool,
         with_attention_map: bool,
     ) -> tuple[list[Prediction], Tensor | None]:
-        """The prediction of every layer (or of the last alone) and, if asked for, the attention each token received
-        in all layers [B, S].
+        """The predictions, and the attention that each token received, summed over layers, [B, S].
 
         Args:
-            references_BQX: initial references in 0..1 of the unpadded image, [B, Q, 2] points or [B, Q, 4]
-                boxes.
-            heads: one head per layer, or a single shared one.
+            references: initial references in 0..1 of the unpadded image, [B, Q, 2] points or [B, Q, 4] boxes.
+            heads: one head per layer, or one shared head.
+            every_layer: return the predictions of all layers instead of the last only.
+            with_attention_map: compute the attention map; otherwise None is returned for it.
         """
         predictions, attention_map_BS = [], None
         attentions: Any = [layer.cross_attention for layer in self.layers]
         values = project_values(attentions, memory_BSC, tokens.padding_mask_BS)
         for index, (layer, value_BSC) in enumerate(zip(self.layers, values, strict=True)):
-            ratios_BL = tokens.valid_ratios_BL2.repeat(1, 1, references_BQX.shape[-1] // 2)
-            references_NLX = (references_BQX[:, :, None] * ratios_BL[:, None]).flatten(0, 1)
-            x_BQC, (offsets_NHLP2, logits_NHLP) = run_layer(
+            ratios = tokens.valid_ratios_BL2.repeat(1, 1, references.shape[-1] // 2)  # [B, L, 2 or 4]
+            level_references = (references[:, :, None] * ratios[:, None]).flatten(0, 1)
+            x_BQC, (offsets, logits) = run_layer(
                 layer,
                 self.recompute and self.training,
-                *(x_BQC, query_pos_BQC, references_NLX, value_BSC, tokens.level_shapes),
+                *(x_BQC, query_pos_BQC, level_references, value_BSC, tokens.level_shapes),
             )
-            head, reference = heads[index % len(heads)], inverse_sigmoid(references_BQX)
+            head, reference = heads[index % len(heads)], inverse_sigmoid(references)
             if every_layer or layer is self.layers[-1]:
                 predictions.append(head(x_BQC, reference))
             if self.box_refine and layer is not self.layers[-1]:
                 boxes_BQ4 = predictions[-1].boxes if every_layer else head.boxes(x_BQC, reference)
-                references_BQX = boxes_BQ4.detach()
+                references = boxes_BQ4.detach()
             if with_attention_map:
                 attention_map_BS = deformable_attention_map(
-                    references_NLX,
-                    offsets_NHLP2,
-                    logits_NHLP,
+                    level_references,
+                    offsets,
+                    logits,
                     tokens.level_shapes,
                     len(x_BQC),
                     into=attention_map_BS,

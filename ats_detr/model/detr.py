@@ -1,6 +1,6 @@
-"""The detector: images -> pyramid -> tokens -> selection -> encoder -> queries -> decoder -> detections.
+"""The complete model: images -> pyramid -> tokens -> selection -> encoder -> queries -> decoder -> predictions.
 
-One wiring for the whole family: Deformable DETR, Efficient DETR, Sparse DETR, ATS-DETR and its teachers.
+One class for the whole family: Deformable DETR, Efficient DETR, Sparse DETR, ATS-DETR and its teachers.
 """
 
 from __future__ import annotations
@@ -27,16 +27,20 @@ class Detr(nn.Module):
     """A deformable detection transformer with an optional token selector.
 
     Args:
-        backbone: maps at strides 8, 16, 32.
-        encoder, decoder: built for the same `width`.
-        selector: None refines every token.
-        select_by_proposals: score the embedded proposals (Sparse DETR) instead of the raw features
-            (ATS-DETR).
-        two_stage: queries start from the best-scored tokens, else from learned embeddings.
+        backbone: feature maps at strides 8, 16 and 32.
+        encoder: encoder for tokens of `width` channels.
+        decoder: decoder for tokens and queries of `width` channels.
+        num_classes: number of class logits T.
+        width: channels C of tokens and queries.
+        num_levels: feature levels L, at least 3.
+        num_queries: queries Q per image. Two-stage models have at most S.
+        selector: selects the tokens that the encoder updates. None: all tokens.
+        select_by_proposals: score the embedded proposals (Sparse DETR) instead of the raw features (ATS-DETR).
+        two_stage: initialise queries from the best proposals instead of learned embeddings.
         queries_from_memory: the content of a two-stage query is its memory row (Efficient DETR).
         class_specific_proposals: rank tokens by their best class instead of by class 0 (Efficient DETR).
-        encoder_auxiliary: heads of their own after every encoder layer but the last.
-        adaption: a linear map on the memory that only distillation reads.
+        encoder_auxiliary: separate prediction heads after every encoder layer except the last.
+        adaption: a linear layer on the memory, used by distillation only.
     """
 
     def __init__(
@@ -81,8 +85,7 @@ class Detr(nn.Module):
             self.reference_points = nn.Linear(width, 2)
         self._reset_parameters()
 
-        # One head per prediction layer wherever layers predict from different references; otherwise all share
-        # one.
+        # One head per prediction layer if layers predict from different references; otherwise one shared head.
         separate = decoder.box_refine or encoder_auxiliary
         num_decoder_heads = len(decoder.layers) if separate else 1
         self.decoder_heads = nn.ModuleList(
@@ -95,7 +98,7 @@ class Detr(nn.Module):
         )
         if not two_stage:
             first: Any = self.decoder_heads[0]
-            nn.init.constant_(first.box[-1].bias[2:], -2.0)  # small boxes to begin with
+            nn.init.constant_(first.box[-1].bias[2:], -2.0)  # small initial boxes
         self.adaption = nn.Linear(width, width) if adaption else None
         if self.adaption is not None:
             nn.init.xavier_uniform_(self.adaption.weight)
@@ -121,16 +124,20 @@ class Detr(nn.Module):
             nn.init.zeros_(self.reference_points.bias)
 
     def forward(self, batch: ImageBatch, *, supervision: bool | None = None) -> DetectorOutput:
-        """Detect objects in normalised images; see `detect`."""
+        """Predictions for a batch of normalised images; see `detect`."""
         return self.detect(batch.images_B3HW, batch.padding_mask_BHW, supervision=supervision)
 
     def detect(
         self, images_B3HW: Tensor, padding_mask_BHW: Tensor, *, supervision: bool | None = None
     ) -> DetectorOutput:
-        """Detect objects in normalised, padded images; the mask (bool) is True on padding.
+        """Predictions for normalised, padded images.
 
-        `supervision` adds what only the losses read: the predictions at all tokens, the encoder's auxiliary ones,
-        the adapted memory, and (with a selector) the attention map. Default: in training mode.
+        Args:
+            images_B3HW: float images, normalised by the ImageNet mean and standard deviation.
+            padding_mask_BHW: bool, True on padding.
+            supervision: also compute the outputs that only losses use: predictions at all tokens and at all decoder
+                layers, auxiliary predictions of the encoder, the adapted memory, and (with a selector) the attention
+                map. None: in training mode only.
         """
         supervision = self.training if supervision is None else supervision
         tokens = self.tokenize(images_B3HW, padding_mask_BHW)
@@ -142,13 +149,13 @@ class Detr(nn.Module):
         return output
 
     def encode(self, images_B3HW: Tensor, padding_mask_BHW: Tensor) -> Tensor:
-        """The memory [B, S, C]: the first half of a pass."""
+        """The encoder memory [B, S, C], without the decoder."""
         tokens = self.tokenize(images_B3HW, padding_mask_BHW)
         selection = self.select(tokens)
         return self.encoder(tokens, selection.plan if selection else None)[0]
 
     def tokenize(self, images_B3HW: Tensor, padding_mask_BHW: Tensor) -> Tokens:
-        """The tokens of a batch: backbone, projections to one width, one more level below the last map."""
+        """The tokens of a batch: backbone maps projected to `width` channels, plus the further coarser levels."""
         maps = self.backbone(images_B3HW)
         maps = [to_channels_first(m, c) for m, c in zip(maps, self.backbone.num_channels, strict=True)]
         pyramid = [project(m) for project, m in zip(self.input_proj, maps, strict=False)]
@@ -159,7 +166,7 @@ class Detr(nn.Module):
         return Tokens.from_pyramid(pyramid, padding_mask_BHW, self.level_embed)
 
     def select(self, tokens: Tokens) -> TokenScores | None:
-        """Which tokens the encoder refines; None: all."""
+        """Scores and selection of the tokens that the encoder updates. None: all tokens."""
         if self.selector is None:
             return None
         scored = tokens.features_BSC
@@ -170,22 +177,22 @@ class Detr(nn.Module):
     def decode(
         self, tokens: Tokens, selection: TokenScores | None, memory_BSC: Tensor, *, supervision: bool
     ) -> DetectorOutput:
-        """Detections from the memory: the second half of a pass."""
+        """Predictions from the memory [B, S, C], the output of the encoder."""
         proposals, query_index_BQ = None, None
         if self.proposal_proj is None:
-            learned_BQX = self.query_embed.weight.expand(memory_BSC.shape[0], -1, -1)
-            query_pos_BQC, content_BQC = learned_BQX.chunk(2, dim=-1)
-            content_BQC = content_BQC.contiguous()  # its strides would tie an exported graph to a batch size
-            references_BQX = self.reference_points(query_pos_BQC).float().sigmoid()
+            learned_BQF = self.query_embed.weight.expand(memory_BSC.shape[0], -1, -1)
+            query_pos_BQC, content_BQC = learned_BQF.chunk(2, dim=-1)
+            content_BQC = (
+                content_BQC.contiguous()
+            )  # its strides would fix the batch size of an exported graph
+            references = self.reference_points(query_pos_BQC).float().sigmoid()
         else:
-            proposals, query_index_BQ, references_BQX = self._propose(
-                memory_BSC, tokens, everywhere=supervision
-            )
-            query_pos_BQC, content_BQC = self._queries(memory_BSC, query_index_BQ, references_BQX)
+            proposals, query_index_BQ, references = self._propose(memory_BSC, tokens, everywhere=supervision)
+            query_pos_BQC, content_BQC = self._queries(memory_BSC, query_index_BQ, references)
         predictions, attention_map_BS = self.decoder(
             content_BQC,
             query_pos_BQC,
-            references_BQX,
+            references,
             memory_BSC,
             tokens,
             self.decoder_heads,
@@ -208,20 +215,17 @@ class Detr(nn.Module):
         )
 
     def _embed_proposals(self, memory_BSC: Tensor, allowed_BS: Tensor) -> Tensor:
-        """Tokens [B, S, C] as the proposal head reads them; padded tokens and impossible proposals zeroed
-        first.
-        """
+        """Input [B, S, C] of the proposal head: memory with padded and invalid rows zeroed, projected, normalised."""
         assert self.proposal_proj is not None
         return self.proposal_norm(self.proposal_proj(memory_BSC.masked_fill(~allowed_BS[..., None], 0.0)))
 
     def _propose(
         self, memory_BSC: Tensor, tokens: Tokens, *, everywhere: bool
     ) -> tuple[Prediction | None, Tensor, Tensor]:
-        """Predictions at all tokens (if `everywhere`), the indices [B, Q] of the best Q, their boxes [B, Q, 4]
-        (detached).
+        """Predictions at all tokens, and indices [B, Q] and (detached) boxes [B, Q, 4] of the best Q tokens.
 
-        Only the losses need predictions everywhere; detecting needs the ranking score of all tokens and the boxes
-        of the best.
+        Only losses need predictions at all tokens. Without `everywhere`, ranking scores of all tokens and boxes of
+        the best tokens are computed, and the first result is None.
         """
         head = self.proposal_head
         assert head is not None
@@ -239,14 +243,14 @@ class Detr(nn.Module):
             index_BQ = score_BS.topk(num_queries, dim=1).indices
             boxes_BQ4 = _take(prediction.boxes, index_BQ)
         else:
-            # Tokens that cannot be proposed share one score, and some are taken where there is little to see: which
-            # ones must not depend on batch, device or runtime, as it does with top-k. Ties go to the lower index.
+            # Invalid tokens share one score, and small images need some of them as queries. Ties select the lower
+            # index, so the choice does not depend on batch, device or runtime, as it does with top-k.
             index_BQ = score_BS.sort(dim=1, descending=True, stable=True).indices[:, :num_queries]
             boxes_BQ4 = head.boxes(_take(embedded_BSC, index_BQ), _take(proposals_BS4, index_BQ))
         return prediction, index_BQ, boxes_BQ4.detach()
 
     def _queries(self, memory_BSC: Tensor, index_BQ: Tensor, boxes_BQ4: Tensor) -> tuple[Tensor, Tensor]:
-        """Position and content [B, Q, C] of two-stage queries."""
+        """Positional part and content, both [B, Q, C], of two-stage queries with these tokens and boxes."""
         encoding = encode_boxes(boxes_BQ4, memory_BSC.shape[-1]).to(memory_BSC.dtype)
         query = self.query_norm(self.query_proj(encoding))
         if self.queries_from_memory:
@@ -257,26 +261,30 @@ class Detr(nn.Module):
     def _predict_from_rows(
         self, layer_rows: list[Tensor], tokens: Tokens, selection: TokenScores | None
     ) -> list[Prediction]:
-        """Auxiliary predictions of the encoder's layers on its refined rows."""
+        """Auxiliary predictions of all encoder layers except the last, at the kept tokens (packed)."""
         if not self.encoder_heads:
             return []
-        proposals_KX = tokens.proposals[0].flatten(0, 1)
+        proposals_K4 = tokens.proposals[0].flatten(0, 1)
         if selection is not None:
-            proposals_KX = proposals_KX.index_select(0, selection.plan.flat_index_K)
-        return [head(rows, proposals_KX) for head, rows in zip(self.encoder_heads, layer_rows, strict=False)]
+            proposals_K4 = proposals_K4.index_select(0, selection.plan.flat_index_K)
+        return [head(rows, proposals_K4) for head, rows in zip(self.encoder_heads, layer_rows, strict=False)]
 
 
-def _take(tensor_BSX: Tensor, index_BQ: Tensor) -> Tensor:
-    """Rows [B, Q, ...] of each image by index."""
-    return tensor_BSX.gather(1, index_BQ[..., None].expand(-1, -1, tensor_BSX.shape[-1]))
+def _take(tensor_BSF: Tensor, index_BQ: Tensor) -> Tensor:
+    """The rows [B, Q, F] at `index_BQ` of each image."""
+    return tensor_BSF.gather(1, index_BQ[..., None].expand(-1, -1, tensor_BSF.shape[-1]))
 
 
 def _input_projections(num_channels: list[int], width: int, num_levels: int) -> nn.ModuleList:
-    """1x1 convolutions of the backbone's maps, then stride-2 3x3 ones from the last raw map down; GroupNorm
-    after each.
+    """Projections to `width` channels, one per level: convolution and GroupNorm.
+
+    The backbone maps have 1x1 convolutions. Further levels have 3x3 convolutions with stride 2; the first of these
+    reads the last backbone map, not its projection.
     """
     if num_levels < len(num_channels):
-        raise ValueError(f"num_levels is {num_levels} but the backbone gives {len(num_channels)} maps")
+        raise ValueError(
+            f"num_levels is {num_levels}, must be >= {len(num_channels)}, the number of backbone maps"
+        )
     convolutions = [nn.Conv2d(channels, width, 1) for channels in num_channels]
     for level in range(len(num_channels), num_levels):
         channels = num_channels[-1] if level == len(num_channels) else width
@@ -292,7 +300,7 @@ def _input_projections(num_channels: list[int], width: int, num_levels: int) -> 
 
 
 def build_model(config: ModelConfig, num_classes: int) -> Detr:
-    """The model a config describes, with `num_classes` rows of logits."""
+    """The model described by a configuration, with `num_classes` class logits."""
     layer = {
         "width": config.width,
         "num_heads": config.num_heads,

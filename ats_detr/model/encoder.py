@@ -1,4 +1,4 @@
-"""The encoder: refines the kept tokens only, each image paying for its own."""
+"""The encoder: updates the kept tokens of all images, packed."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from ats_detr.model.tokens import Tokens
 
 
 class FeedForward(nn.Module):
-    """Linear, ReLU, Linear with dropout, residual and LayerNorm."""
+    """Feed-forward network: linear, ReLU, linear, with dropout, residual connection and LayerNorm (post-norm)."""
 
     def __init__(self, width: int, hidden: int, dropout: float) -> None:
         super().__init__()
@@ -30,14 +30,12 @@ class FeedForward(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., C] -> [..., C]."""
+        """Updated features [..., C] of features [..., C]."""
         return self.norm(x + self.dropout(self.linear2(self.dropout(self.linear1(x).relu()))))
 
 
 class EncoderLayer(nn.Module):
-    """Deformable attention from packed rows into the dense memory, then the feed-forward network;
-    post-norm.
-    """
+    """Deformable attention and feed-forward network, post-norm. K kept tokens are queries; all S tokens are values."""
 
     def __init__(
         self,
@@ -63,7 +61,15 @@ class EncoderLayer(nn.Module):
         level_shapes: LevelShapes,
         plan: TokenPlan | None,
     ) -> Tensor:
-        """Refined rows [K, C]."""
+        """Updated rows [K, C].
+
+        Args:
+            rows_KC: features of the kept tokens.
+            positions_KC: their positional encodings.
+            references_KL2: their centres, normalised to each level.
+            value_BSC: projected values of all tokens.
+            plan: the selection. None: all tokens are kept, K = B * S.
+        """
         attention = self.attention
         if plan is not None and plan.num_rows is not None:
             return self._refine_rows_in_use(
@@ -84,9 +90,7 @@ class EncoderLayer(nn.Module):
         level_shapes: LevelShapes,
         plan: TokenPlan,
     ) -> Tensor:
-        """`forward` for inference where only the device knows how many of the K rows are in use: every operator
-        leaves out the others.
-        """
+        """`forward` for a capacity plan, whose number of rows in use is known on the device only; skips unused rows."""
         attention, norm, feedforward = self.attention, self.attention_norm, self.feedforward
         num_rows = plan.num_rows
         assert num_rows is not None
@@ -112,24 +116,24 @@ class EncoderLayer(nn.Module):
 
 
 def run_layer(layer: nn.Module, recompute: bool, *inputs: Any) -> Any:
-    """What the layer makes of its inputs; with `recompute` only they are kept for the backward pass."""
+    """`layer(*inputs)`. With `recompute`, activations are recomputed in the backward pass instead of stored."""
     return checkpoint(layer, *inputs, use_reentrant=False) if recompute else layer(*inputs)
 
 
 class Encoder(nn.Module):
-    """A stack of layers over one selection of tokens, made before the first."""
+    """A stack of layers that update the same selection of tokens."""
 
     def __init__(self, num_layers: int, **layer: Any) -> None:
         super().__init__()
         self.layers = nn.ModuleList(EncoderLayer(**layer) for _ in range(num_layers))
         self.recompute = False
-        """In training, keep only each layer's inputs and run it again in the backward pass."""
+        """Recompute the activations of each layer in the backward pass (training only)."""
 
     def forward(self, tokens: Tokens, plan: TokenPlan | None) -> tuple[Tensor, list[Tensor]]:
-        """The memory [B, S, C] and the rows [K, C] after each layer.
+        """The memory [B, S, C] and the kept rows [K, C] after each layer.
 
-        Layers read the refined rows of the layer before; tokens that were not kept stay the raw features. Without a
-        plan every token is refined, K = B * S.
+        Each layer reads the rows updated by the previous layer; tokens that are not kept remain the raw features.
+        Without a plan all tokens are updated, K = B * S.
         """
         memory_BSC = tokens.features_BSC
         dense = (memory_BSC, tokens.positions_BSC, tokens.reference_points())
@@ -137,8 +141,8 @@ class Encoder(nn.Module):
             rows_KC, positions_KC, references_KL2 = (tensor.flatten(0, 1) for tensor in dense)
         else:
             rows_KC, positions_KC, references_KL2 = pack_tokens(plan, *dense)
-        # Most rows of the memory never change: with a plan they are projected for all layers at once, and each
-        # layer projects the kept ones anew.
+        # With a plan, most rows of the memory never change: their values are projected once for all layers, and each
+        # layer projects only the kept rows again.
         attentions: Any = [layer.attention for layer in self.layers]
         mask_BS = tokens.padding_mask_BS
         raw_values = [] if plan is None else project_values(attentions, memory_BSC, mask_BS)

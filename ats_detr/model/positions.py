@@ -11,8 +11,9 @@ TEMPERATURE = 10000.0
 
 
 def sine_features(angle: Tensor, num_features: int) -> Tensor:
-    """[..., n] angles in radians -> [..., n, num_features]: sine on even, cosine on odd features, falling
-    frequencies.
+    """Sine (even) and cosine (odd) features [..., n, num_features] of angles [..., n] in radians.
+
+    Frequencies decrease geometrically from 1 to about 1 / TEMPERATURE.
     """
     exponent = torch.arange(num_features, dtype=torch.float32, device=angle.device).div(
         2, rounding_mode="floor"
@@ -22,8 +23,9 @@ def sine_features(angle: Tensor, num_features: int) -> Tensor:
 
 
 def encode_grid(padding_mask_BHW: Tensor, width: int) -> Tensor:
-    """[B, H, W, width] float32 encoding of each cell: y features first, then x, relative to the unpadded
-    area.
+    """Encoding of each cell of a map, float32 [B, H, W, width]: `width / 2` features of y, then of x.
+
+    Positions are relative to the unpadded area. `padding_mask_BHW` is True on padding.
     """
     valid = ~padding_mask_BHW
     axes = []
@@ -35,5 +37,5 @@ def encode_grid(padding_mask_BHW: Tensor, width: int) -> Tensor:
 
 
 def encode_boxes(boxes_cxcywh: Tensor, width: int) -> Tensor:
-    """[..., 4] boxes in 0..1 -> [..., 2 * width], `width / 2` features for each of cx, cy, w, h."""
+    """Encoding [..., 2 * width] of boxes [..., 4] in 0..1: `width / 2` features for each of cx, cy, w, h."""
     return sine_features(boxes_cxcywh * (2 * math.pi), width // 2).flatten(-2)

@@ -1,4 +1,4 @@
-"""The heart of ATS-DETR: how many tokens an image gets, and which."""
+"""Token selection: the number of tokens that each image keeps, and their indices (ATS-DETR, section 3.2)."""
 
 from __future__ import annotations
 
@@ -15,17 +15,21 @@ from ats_detr.model.output import TokenScores
 
 
 class TokenSelector(nn.Module):
-    """Scores every token and keeps the best of each image, within the image's budget.
+    """Scores all tokens and keeps the best of each image, up to the image's budget.
 
-    A fixed budget (Sparse DETR, ATS-DETR's teachers) keeps int(n * keep_ratio) + 1 of n valid tokens. An
-    adaptive one (ATS-DETR, section 3.2) classifies the image into one of `num_budgets` ratios, evenly spaced
-    from `min_ratio` to `max_ratio`, and keeps max(int(n * ratio) + 1, min_tokens). Never more than n.
+    A fixed budget (Sparse DETR, teachers of ATS-DETR) keeps int(n * max_ratio) + 1 of n valid tokens. An adaptive
+    budget (ATS-DETR, section 3.2) classifies the image into one of `num_budgets` ratios, evenly spaced from
+    `min_ratio` to `max_ratio`, and keeps max(int(n * ratio) + 1, min_tokens) tokens. The number is at most n.
 
     Args:
-        masked_mean: average the global half of the features over valid tokens only, and fill padding with the
-            image's own lowest score, so that its budget does not depend on its padding. False: as published,
-            over all positions and with the lowest score of the whole batch (so the published checkpoints were
-            trained).
+        width: channels of a token.
+        min_ratio: smallest keep ratio.
+        max_ratio: largest keep ratio; the keep ratio of a fixed budget.
+        num_budgets: number of ratios. 1: a fixed budget.
+        min_tokens: minimum number of kept tokens (adaptive budgets only).
+        masked_mean: average the global half of the features over valid tokens only, and fill padding with the lowest
+            score of the image, so the budget does not depend on padding. False: average over all positions and fill
+            with the lowest score of the batch, as the published checkpoints require.
     """
 
     def __init__(
@@ -50,14 +54,17 @@ class TokenSelector(nn.Module):
             self.budget = nn.Sequential(nn.Linear(half, quarter), nn.GELU(), nn.Linear(quarter, num_budgets))
 
     def forward(self, features_BSC: Tensor, padding_mask_BS: Tensor) -> TokenScores:
-        """Score tokens [B, S, C], decide budgets, and select. Gradients flow to the scores and the budget
-        logits.
+        """Scores, budgets and the selection. Scores and budget logits have gradients.
+
+        Args:
+            features_BSC: tokens to score.
+            padding_mask_BS: bool, True on padding.
         """
         valid_BS = ~padding_mask_BS
         num_valid_B = valid_BS.sum(1)
         local_BSC, global_BSC = self.embed(features_BSC).chunk(2, dim=-1)
         if self.masked_mean:
-            # In float32 at least: sums of ten thousands of tokens overflow float16.
+            # At least float32: sums over tens of thousands of tokens overflow float16.
             exact = torch.promote_types(global_BSC.dtype, torch.float32)
             total_BC = (global_BSC * valid_BS[..., None]).sum(1, dtype=exact)
             global_BC = (total_BC / num_valid_B.clamp(min=1)[:, None]).to(global_BSC.dtype)
@@ -73,18 +80,18 @@ class TokenSelector(nn.Module):
             scores_BS = torch.where(padding_mask_BS, lowest, scores_BS)
         else:
             scores_BS = torch.where(padding_mask_BS, scores_BS.min(), scores_BS)
-        budget_logits_BR = None if self.budget is None else self.budget(global_BC)
-        num_kept_B = self.num_tokens(num_valid_B, budget_logits_BR)
+        budget_logits = None if self.budget is None else self.budget(global_BC)
+        num_kept_B = self.num_tokens(num_valid_B, budget_logits)
         plan = select_tokens(
             scores_BS.detach(), num_kept_B, padding_mask_BS, capacity=self._capacity(scores_BS)
         )
-        return TokenScores(scores_BS, num_valid_B, num_kept_B, budget_logits_BR, plan)
+        return TokenScores(scores_BS, num_valid_B, num_kept_B, budget_logits, plan)
 
     def _capacity(self, scores_BS: Tensor) -> int | None:
-        """Rows that suffice for any budgets, so that nobody waits for the device to learn how many are kept.
+        """Number of rows of the plan that suffices for all budgets, which avoids a device-to-host synchronisation.
 
-        None, exactly as many as are kept, in training (such plans have gradients) and where the reference
-        operators run, on which unused rows would be computed.
+        None (exactly the number of kept tokens) in training, since only such plans have gradients, and with the
+        reference operators, which would compute unused rows.
         """
         if torch.is_grad_enabled() or not (
             choose_backend(scores_BS) == "triton" or torch.compiler.is_compiling()
@@ -96,23 +103,23 @@ class TokenSelector(nn.Module):
         return batch * min(num_tokens, max(most, self.min_tokens))
 
     def fix_ratio(self, ratio: float) -> None:
-        """From now on keep this share of every image."""
+        """Replace the budgets by one keep ratio for all images."""
         self.budget = None
         self.min_ratio = self.max_ratio = ratio
 
-    def num_tokens(self, num_valid_B: Tensor, budget_logits_BR: Tensor | None) -> Tensor:
-        """int64 [B] tokens to keep of each image."""
-        if budget_logits_BR is None:
+    def num_tokens(self, num_valid_B: Tensor, budget_logits: Tensor | None) -> Tensor:
+        """Number of tokens to keep of each image, int64 [B]."""
+        if budget_logits is None:
             num_kept_B = (num_valid_B * self.max_ratio).long() + 1
         else:
             step = (self.max_ratio - self.min_ratio) / (self.num_budgets - 1)
-            ratio_B = self.min_ratio + step * budget_logits_BR.argmax(-1)
+            ratio_B = self.min_ratio + step * budget_logits.argmax(-1)
             num_kept_B = (num_valid_B * ratio_B.clamp(0.01, 0.99)).long() + 1
             num_kept_B = num_kept_B.clamp(min=self.min_tokens)
         return num_kept_B.minimum(num_valid_B)
 
 
 def ranking_logits(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """x W^T + b in float32, also under autocast: thousands of 16-bit scores would tie."""
+    """x W^T + b in float32, also under autocast, because 16-bit scores would have thousands of ties."""
     with torch.autocast(x.device.type, enabled=False):
         return F.linear(x.float(), weight.float(), bias.float())

@@ -1,4 +1,4 @@
-"""What a timm Swin transformer lacks for detection: images of any size, and normalised feature maps."""
+"""Adaptation of timm's Swin transformers to detection: any image size, and normalised feature maps."""
 
 from __future__ import annotations
 
@@ -13,17 +13,20 @@ PATCH = 4
 
 
 def is_swin(name: str) -> bool:
-    """Whether timm's model of this name is a Swin transformer (of the first version)."""
+    """Whether the timm model of this name is a Swin transformer (version 1)."""
     return name.startswith("swin_")
 
 
 def creation_options() -> dict[str, bool]:
-    """timm arguments without which a Swin transformer takes images of its training size only."""
+    """timm arguments that let a Swin transformer accept images of any size."""
     return {"strict_img_size": False, "always_partition": True}
 
 
 def adapt(body: nn.Module) -> None:
-    """Let the blocks of a timm Swin transformer pad as its detectors are trained to. Weights and names stay."""
+    """Replace the padding of a timm Swin transformer by that of published detectors, in place.
+
+    Weights and their names do not change.
+    """
     for module in body.modules():
         if isinstance(module, SwinTransformerBlock):
             module.__class__ = DetectionBlock
@@ -31,10 +34,10 @@ def adapt(body: nn.Module) -> None:
 
 
 class DetectionBlock(SwinTransformerBlock):
-    """A Swin block that pads the map to whole windows and then shifts it.
+    """A Swin block that pads the map to a multiple of the window size before it shifts it.
 
-    timm shifts first, which puts the padding elsewhere; without padding the two are the same. The published detectors
-    on Swin (Swin Transformer for object detection, Sparse DETR) pad first.
+    timm shifts first, so its padding has another position; without padding the results are equal. The published
+    detectors with Swin backbones (Swin Transformer for object detection, Sparse DETR) pad first.
     """
 
     def _attn(self, x_BHWC: Tensor) -> Tensor:
@@ -55,7 +58,7 @@ class DetectionBlock(SwinTransformerBlock):
         return padded[:, :height, :width]
 
     def _neighbour_mask(self, padded_BHWC: Tensor) -> Tensor:
-        """[windows, N, N] to be added to the attention logits: -100 between tokens that the shift brought together."""
+        """Additive attention mask [windows, tokens, tokens]: -100 between tokens not adjacent in the image."""
         height, width = padded_BHWC.shape[1:3]
         region = padded_BHWC.new_zeros(1, height, width, 1)
         parts = [
@@ -64,17 +67,17 @@ class DetectionBlock(SwinTransformerBlock):
         ]
         for number, (rows, columns) in enumerate(itertools.product(*parts)):
             region[:, rows, columns] = number
-        region_WN = window_partition(region, self.window_size).flatten(1)
-        apart = region_WN[:, None, :] != region_WN[:, :, None]
+        region = window_partition(region, self.window_size).flatten(1)  # [windows, tokens]
+        apart = region[:, None, :] != region[:, :, None]
         return torch.zeros_like(apart, dtype=padded_BHWC.dtype).masked_fill(apart, -100.0)
 
 
 def output_norms(num_channels: list[int]) -> nn.ModuleList:
-    """One LayerNorm for each feature map, as the published detectors on Swin have."""
+    """One LayerNorm per feature map, as in the published detectors with Swin backbones."""
     return nn.ModuleList(nn.LayerNorm(channels) for channels in num_channels)
 
 
 def pad_to_patches(images_B3HW: Tensor) -> Tensor:
-    """Zero-padded at the bottom and right to whole patches."""
+    """Images zero-padded at the bottom and right to a multiple of the patch size."""
     height, width = images_B3HW.shape[-2:]
     return F.pad(images_B3HW, (0, -width % PATCH, 0, -height % PATCH))

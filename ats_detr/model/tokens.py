@@ -1,4 +1,4 @@
-"""The feature pyramid as one sequence of tokens, and the geometry that belongs to it."""
+"""The feature pyramid as one sequence of tokens, with its geometry."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Tokens:
 
     features_BSC: Tensor
     positions_BSC: Tensor
-    """Sine encoding plus the embedding of the level."""
+    """Sine encoding plus level embedding."""
     padding_mask_BS: Tensor
     """Bool, True on padding."""
     level_shapes: tuple[tuple[int, int], ...]
@@ -31,7 +31,12 @@ class Tokens:
     def from_pyramid(
         pyramid: Sequence[Tensor], padding_mask_BHW: Tensor, level_embedding_LC: Tensor
     ) -> Tokens:
-        """Flatten [B, C, H_l, W_l] maps; the pixel mask is resized to each level by nearest neighbour."""
+        """Tokens of maps [B, C, H_l, W_l].
+
+        Args:
+            padding_mask_BHW: bool, True on padded pixels; resized to each level by nearest neighbour.
+            level_embedding_LC: added to the positions of each level.
+        """
         features, positions, masks, ratios = [], [], [], []
         for level, level_map in enumerate(pyramid):
             mask = F.interpolate(padding_mask_BHW[:, None].float(), size=level_map.shape[-2:])[:, 0].bool()
@@ -49,7 +54,7 @@ class Tokens:
         )
 
     def reference_points(self) -> Tensor:
-        """Each token's own centre, normalised to every level's full map, [B, S, L, 2]."""
+        """Centre (x, y) of each token, normalised to the padded map of every level, float32 [B, S, L, 2]."""
         centres = []
         for level, (height, width) in enumerate(self.level_shapes):
             x_S, y_S = cell_centres(height, width, self.valid_ratios_BL2.device).unbind(-1)
@@ -59,11 +64,11 @@ class Tokens:
 
     @property
     def proposals(self) -> tuple[Tensor, Tensor]:
-        """A box at each token as logits, float32 [B, S, 4] cxcywh, and bool [B, S] whether it can be
-        proposed.
+        """Initial box of each token as logits, float32 [B, S, 4] cxcywh, and its validity, bool [B, S].
 
-        The box is centred on the token, 0.05 * 2^level of the unpadded image wide and high. Boxes outside
-        (0.01, 0.99) and padded tokens are +inf (their sigmoid is the box (1, 1, 1, 1)). Made once.
+        The box is centred on the token; its width and height are 0.05 * 2^level of the unpadded image. Boxes with a
+        coordinate outside (0.01, 0.99) and padded tokens are invalid, with logits +inf (sigmoid: the box (1, 1, 1, 1)).
+        The result is cached.
         """
         if self._proposals is None:  # functools.cached_property takes a lock, which compilers cannot trace
             self._proposals = self._make_proposals()
@@ -75,8 +80,8 @@ class Tokens:
             zip(self.level_shapes, self._split(self.padding_mask_BS), strict=True)
         ):
             valid_BHW = ~mask_BS.view(-1, height, width)
-            # Whole numbers divided in float32: the border cells of large maps lie exactly on the 0.01 and
-            # 0.99 bounds.
+            # Integers divided in float32, as published: border cells of large maps lie exactly on the bounds 0.01 and
+            # 0.99.
             size_B2 = torch.stack([valid_BHW[:, 0].sum(1), valid_BHW[:, :, 0].sum(1)], -1)
             centre = cell_centres(height, width, mask_BS.device) / size_B2[:, None]
             boxes.append(torch.cat([centre, torch.full_like(centre, 0.05 * 2.0**level)], -1))
@@ -90,7 +95,7 @@ class Tokens:
 
 
 def cell_centres(height: int, width: int, device: torch.device) -> Tensor:
-    """[height * width, 2] float32 (x, y) centres of the cells of a map, in cells, row-major."""
+    """Centres (x, y) of the cells of a map in cell units, row-major, float32 [height * width, 2]."""
     y = torch.arange(height, dtype=torch.float32, device=device) + 0.5
     x = torch.arange(width, dtype=torch.float32, device=device) + 0.5
     return torch.stack(torch.meshgrid(x, y, indexing="xy"), -1).flatten(0, 1)

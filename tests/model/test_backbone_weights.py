@@ -1,4 +1,4 @@
-"""Backbone weights from a local file: classifiers and self-supervised models (SCRL) as they are published."""
+"""Backbone weights from local files of classifiers and self-supervised models (SCRL) in their published formats."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ WRAPPINGS = {
 
 
 @pytest.mark.parametrize("wrapping", WRAPPINGS)
-def test_usual_names_are_found_however_they_are_wrapped(wrapping: str) -> None:
+def test_weights_are_found_in_nested_dictionaries_and_under_prefixes(wrapping: str) -> None:
     state, model = classifier(), backbone()
     line = load_weights(model, WRAPPINGS[wrapping](state), "scrl.pth")
     assert "tensors loaded" in line
@@ -44,7 +44,7 @@ def test_usual_names_are_found_however_they_are_wrapped(wrapping: str) -> None:
         assert torch.equal(tensor, state[name].to(tensor.dtype)), name
 
 
-def test_a_loaded_backbone_computes_what_the_classifier_does() -> None:
+def test_a_loaded_backbone_equals_the_classifier() -> None:
     reference = resnet18().eval()
     model = backbone().eval()
     load_weights(model, reference.state_dict(), "x")
@@ -58,15 +58,18 @@ def test_a_loaded_backbone_computes_what_the_classifier_does() -> None:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda s: s.pop("layer3.0.conv1.weight"), r"lacks 1 of the .* layer3\.0\.conv1\.weight"),
+        (
+            lambda s: s.pop("layer3.0.conv1.weight"),
+            r"1 of the .* are missing, such as layer3\.0\.conv1\.weight",
+        ),
         (
             lambda s: s.update({"conv1.weight": torch.zeros(8, 3, 7, 7)}),
-            r"another backbone, conv1\.weight is \(8, 3",
+            r"another backbone: conv1\.weight has shape \(8, 3",
         ),
-        (lambda s: s.clear(), "lacks"),
+        (lambda s: s.clear(), "are missing"),
     ],
 )
-def test_weights_that_do_not_fit_are_refused(damage: Any, message: str) -> None:
+def test_weights_that_do_not_fit_are_rejected(damage: Any, message: str) -> None:
     state, model = classifier(), backbone()
     before = model.body.conv1.weight.clone()
     damage(state)
@@ -76,6 +79,6 @@ def test_weights_that_do_not_fit_are_refused(damage: Any, message: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["dla34", "tresnet_m"])
-def test_architectures_that_leave_out_their_first_stage_by_default(name: str) -> None:
+def test_architectures_that_omit_their_first_stage_by_default(name: str) -> None:
     backbone = Backbone(name, pretrained=False, frozen_stages=0)
     assert [tuple(m.shape[2:]) for m in backbone(torch.zeros(1, 3, 64, 96))] == [(8, 12), (4, 6), (2, 3)]

@@ -1,4 +1,4 @@
-"""The compiled detector and the kernels' path give the detections of the plain one."""
+"""The compiled model, and the model with Triton kernels, give the same detections as the reference."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_kernels_and_compiled_model_give_the_same_detections(
     output = model(batch)
     assert_same_detections(output, expected)
     if output.selection is not None:
-        assert not output.selection.plan.exact, "the host waited for the device"
+        assert not output.selection.plan.exact, "an exact plan needs a device-to-host synchronisation"
 
 
 @torch.no_grad()
@@ -73,8 +73,10 @@ def test_the_whole_pass_is_one_graph() -> None:
 @pytest.mark.slow
 @torch.no_grad()
 def test_few_graphs_serve_every_size() -> None:
-    """Whatever is kept of images of whatever sizes; single images have their own. Without duck shapes: otherwise sides
-    that happen to be equal, and those that are not, are traced apart."""
+    """Dynamic graphs cover all image sizes and budgets; single images have separate ones.
+
+    Duck shapes are off: with them, equal and different side lengths have separate traces.
+    """
     model, traces = small_model(), []
     run = traced(model, traces)
     with shape_config.patch(use_duck_shape=False):
@@ -89,7 +91,7 @@ def test_few_graphs_serve_every_size() -> None:
 
 @torch.no_grad()
 def test_backbones_of_many_sizes_can_be_fused_in_one_process() -> None:
-    """torch.compile counts all traces of a process against one limit, past which it raises."""
+    """torch.compile has one recompile limit per process and raises beyond it."""
     counters["stats"].clear()
     with torch._dynamo.config.patch(recompile_limit=1):
         for num_queries in (10, 11):
@@ -98,11 +100,11 @@ def test_backbones_of_many_sizes_can_be_fused_in_one_process() -> None:
             for sizes in (((64, 96), (96, 64)), ((64, 96),)):
                 batch = ImageBatch.collate(images(*sizes))
                 assert_same_detections(fused(batch), model(batch))
-    assert counters["stats"]["unique_graphs"] == 2, "models of one architecture share theirs"
+    assert counters["stats"]["unique_graphs"] == 2, "models of the same architecture share graphs"
 
 
 @torch.no_grad()
-def test_autocast_around_a_compiled_model_changes_nothing() -> None:
+def test_an_enclosing_autocast_has_no_effect() -> None:
     model = small_model()
     batch = ImageBatch.collate(images((64, 96)))
     compiled = CompiledDetr(model)
@@ -114,7 +116,7 @@ def test_autocast_around_a_compiled_model_changes_nothing() -> None:
 
 
 def traced(model: Detr, traces: list[object] | None = None) -> Callable[[ImageBatch], DetectorOutput]:
-    """The model traced as one graph, but not fused: Inductor's C++ takes minutes. `traces` gets the graphs."""
+    """The model traced as one graph, without Inductor, whose C++ compilation takes minutes. Appends graphs to `traces`."""
     run = torch._dynamo.lookup_backend("aot_eager")
 
     def backend(graph, inputs, **options):
@@ -127,7 +129,7 @@ def traced(model: Detr, traces: list[object] | None = None) -> Callable[[ImageBa
 
 
 class _Pass(torch.nn.Module):
-    """From pixels to boxes."""
+    """The model with its postprocessing, from pixels to boxes."""
 
     def __init__(self, model: Detr) -> None:
         super().__init__()
@@ -139,9 +141,11 @@ class _Pass(torch.nn.Module):
 
 
 @pytest.mark.parametrize("changes", FAMILY.values(), ids=FAMILY.keys())
-def test_on_cuda_the_host_waits_for_nothing(changes: dict) -> None:
-    """CUDA tensors without contents go through the whole pass, on machines without a GPU too: whatever the host
-    wanted to know of them (how many tokens are kept, say) would be an error."""
+def test_a_cuda_pass_does_not_synchronise(changes: dict) -> None:
+    """A complete pass with fake CUDA tensors, which have no contents: any read by the host would raise.
+
+    Runs without a GPU.
+    """
     model = _Pass(small_model(**changes))
     state = model.state_dict()
     with FakeTensorMode(), torch.no_grad():
@@ -179,7 +183,7 @@ def test_bfloat16_stays_close_and_keeps_nearly_the_same_tokens() -> None:
     assert output.selection.scores_BS.dtype == output.last.boxes.dtype == torch.float32
 
 
-def test_the_model_itself_is_left_alone() -> None:
+def test_the_original_model_is_not_modified() -> None:
     model = small_model().train()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     CompiledDetr(model, dtype=torch.bfloat16)
@@ -210,7 +214,7 @@ def gpu_model() -> Detr:
 
 @pytest.mark.gpu
 @torch.no_grad()
-def test_captured_graphs_replay_the_same_detections_without_host_waits() -> None:
+def test_captured_graphs_replay_the_same_detections_without_synchronisation() -> None:
     model = gpu_model()
     captured = CompiledDetr(model, max_graphs=2)
     with torch.backends.cudnn.flags(allow_tf32=False):
@@ -242,7 +246,7 @@ def test_fused_and_captured() -> None:
 @pytest.mark.slow
 @torch.no_grad()
 def test_values_are_updated_in_place_in_a_fused_graph() -> None:
-    """Slices of one wide projection, as on CUDA: a copy of it for each layer would cost more than is saved."""
+    """Values are slices of one wide projection, as on CUDA; copying it in every layer would outweigh the benefit."""
     batch, num_tokens, width, num_layers = 1, 40, 32, 3
     level_shapes, heads = ((5, 8),), (4, 1, 2)
     wide, narrow = torch.nn.Linear(width, num_layers * width), torch.nn.Linear(width, width)

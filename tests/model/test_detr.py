@@ -1,4 +1,4 @@
-"""Behaviour of the model that the published numbers do not show: what an image gets, and what it pays for."""
+"""Behaviour of the model that is not covered by published numbers: batch independence, packing and budgets."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ BUCKET = 64
 
 
 def small_model(**changes) -> Detr:
-    """An ATS-DETR of 0.3 M parameters whose random weights still tell images apart."""
+    """An ATS-DETR of 0.3 M parameters whose random weights give different images different outputs."""
     config = {
         "backbone": BackboneConfig(
             name="resnet10t",
@@ -43,7 +43,7 @@ def small_model(**changes) -> Detr:
     }
     torch.manual_seed(0)
     model = build_model(ModelConfig(**(config | changes)), num_classes=5).eval()
-    for module in model.modules():  # the heads' zero initialisation would make all boxes alike
+    for module in model.modules():  # the zero initialisation of the heads would make all boxes equal
         if isinstance(module, torch.nn.Linear):
             torch.nn.init.normal_(module.weight, std=module.in_features**-0.5)
     return model
@@ -51,12 +51,12 @@ def small_model(**changes) -> Detr:
 
 def images(*sizes: tuple[int, int]) -> list[Tensor]:
     generator = torch.Generator().manual_seed(1)
-    # Contrast differs from image to image, so that budgets do.
+    # Contrast differs between images, so budgets differ too.
     return [torch.randn(3, *size, generator=generator) * 3 ** (i % 3 - 1) for i, size in enumerate(sizes)]
 
 
 @torch.no_grad()
-def test_an_image_is_treated_the_same_alone_and_in_any_batch():
+def test_results_of_an_image_do_not_depend_on_its_batch():
     model = small_model()
     pictures = images((128, 120), (100, 128), (128, 128), (90, 70), (128, 65), (97, 128))
     groups = [[0], [1], [2], [3], [4], [5], [2, 1, 0], [5, 4], [0, 5, 1, 2]]
@@ -73,11 +73,11 @@ def test_an_image_is_treated_the_same_alone_and_in_any_batch():
                 torch.testing.assert_close(seen[i][1], detections[row].scores_N, atol=1e-4, rtol=0)
                 torch.testing.assert_close(seen[i][2], detections[row].boxes_xyxy_N4, atol=1e-4 * 128, rtol=0)
             seen.setdefault(i, (tokens, detections[row].scores_N, detections[row].boxes_xyxy_N4))
-    assert len({len(tokens) for tokens, _, _ in seen.values()}) > 1, "the images should get different budgets"
+    assert len({len(tokens) for tokens, _, _ in seen.values()}) > 1, "the images should have different budgets"
 
 
 @torch.no_grad()
-def test_an_image_pays_for_its_own_tokens_only():
+def test_the_encoder_computes_kept_tokens_only():
     model = small_model()
     rows: list[int] = []
     model.encoder.layers[0].feedforward.register_forward_hook(
@@ -133,7 +133,7 @@ def test_an_image_smaller_than_the_number_of_queries():
 
 
 @torch.no_grad()
-def test_masked_mean_ignores_what_lies_in_the_padding():
+def test_masked_mean_ignores_the_contents_of_padding():
     features, padding = torch.randn(2, 40, 16), torch.zeros(2, 40, dtype=torch.bool)
     padding[:, 30:] = True
     other = torch.where(padding[..., None], torch.randn(2, 40, 16) * 9, features)
@@ -182,15 +182,15 @@ def test_an_impossible_backbone_is_named(name, options):
         )
 
 
-def test_training_from_random_weights_is_said_when_nothing_can_be_fetched(monkeypatch, caplog):
+def test_random_backbone_weights_are_reported_if_the_download_fails(monkeypatch, caplog):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     build_model(ModelConfig(backbone=BackboneConfig(name="resnet10t.c3_in1k")), num_classes=3)
     assert "NO PRETRAINED WEIGHTS" in caplog.text
 
 
-def test_proposals_of_one_score_are_taken_in_the_order_of_their_tokens() -> None:
-    """Tokens that cannot be proposed all have the same score: which of them become queries is no accident."""
+def test_proposals_of_equal_score_are_selected_in_token_order() -> None:
+    """Invalid tokens all have the same score; the choice of queries among them is deterministic."""
     detector = small_detector()
     torch.nn.init.zeros_(detector.model.proposal_head.classify.weight)
     with torch.no_grad():
@@ -200,12 +200,12 @@ def test_proposals_of_one_score_are_taken_in_the_order_of_their_tokens() -> None
 
 @torch.no_grad()
 def test_budgets_of_a_float16_model_do_not_overflow():
-    """Tens of thousands of tokens sum up to more than float16 holds; infinite means would choose any budget."""
+    """The sum over tens of thousands of tokens exceeds the range of float16; an infinite mean would give a wrong budget."""
     torch.manual_seed(0)
     selector = TokenSelector(16, 0.1, 0.5, 5)
     selector.embed[1].bias += 20.0
     features_BSC = torch.randn(1, 8000, 16)
     padding_mask_BS = torch.zeros(1, 8000, dtype=torch.bool)
     expected = selector(features_BSC, padding_mask_BS).budget_logits_BR
-    logits_BR = selector.half()(features_BSC.half(), padding_mask_BS).budget_logits_BR
-    torch.testing.assert_close(logits_BR.float(), expected, atol=0.05, rtol=0.01)
+    logits = selector.half()(features_BSC.half(), padding_mask_BS).budget_logits_BR
+    torch.testing.assert_close(logits.float(), expected, atol=0.05, rtol=0.01)

@@ -1,4 +1,4 @@
-"""Swin backbones take images of any size, and pad where detectors on Swin pad."""
+"""Swin backbones accept images of any size and pad like published detectors."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ def test_maps_cover_images_of_any_size(size: tuple[int, int]) -> None:
 
 
 @torch.no_grad()
-def test_without_padding_the_blocks_are_timms_own() -> None:
-    """At timm's own image size all windows are whole, but for the last stage, which timm does not shift."""
+def test_without_padding_the_blocks_equal_those_of_timm() -> None:
+    """At timm's image size all windows are complete, except in the last stage, which timm does not shift."""
     backbone = small_backbone()
     plain = timm.create_model(
         NAME, features_only=True, out_indices=(1, 2), always_partition=True, **SMALL
@@ -39,10 +39,10 @@ def test_without_padding_the_blocks_are_timms_own() -> None:
 
 
 @torch.no_grad()
-def test_a_window_sees_no_tokens_that_only_the_shift_made_its_neighbours() -> None:
-    """What happens in the first row of windows cannot reach the last row in one stage of two blocks."""
+def test_attention_is_masked_between_tokens_not_adjacent_in_the_image() -> None:
+    """A change in the first row of windows cannot reach the last row within one stage of two blocks."""
     block = small_backbone().body.layers_0.blocks[1]
-    x = torch.randn(1, 30, 30, 24)  # padded to 35: the windows of both edges hold padding or rolled rows
+    x = torch.randn(1, 30, 30, 24)  # padded to 35: the windows at both edges contain padding or rolled rows
     changed = x.clone()
     changed[:, :3] += 1.0
     moved = (block(changed) - block(x)).abs().amax((0, 2, 3)) > 0
@@ -50,7 +50,7 @@ def test_a_window_sees_no_tokens_that_only_the_shift_made_its_neighbours() -> No
     assert not moved[7:].any()
 
 
-def test_freezing_a_stage_freezes_the_merging_that_ends_it() -> None:
+def test_freezing_a_stage_freezes_the_patch_merging_after_it() -> None:
     backbone = small_backbone(frozen_stages=1)
     trainable = {name for name, parameter in backbone.named_parameters() if parameter.requires_grad}
     assert not any(name.startswith(("body.patch_embed", "body.layers_0")) for name in trainable)

@@ -249,7 +249,7 @@ def test_a_given_teacher_that_does_not_exist_is_named(chain: Path) -> None:
 def test_a_backbone_that_timm_does_not_have_is_named(tmp_path: Path) -> None:
     config = write_small_chain(tmp_path)
     done = run("train.py", "--config", config, "model.backbone.name=resnet19")
-    assert_one_line(done, "timm cannot make backbone 'resnet19'")
+    assert_one_line(done, "timm cannot create backbone 'resnet19'")
     assert not (tmp_path / "run").exists()
 
 
