@@ -116,7 +116,7 @@ def test_an_enclosing_autocast_has_no_effect() -> None:
 
 
 def traced(model: Detr, traces: list[object] | None = None) -> Callable[[ImageBatch], DetectorOutput]:
-    """The model traced as one graph, without Inductor, whose C++ compilation takes minutes. Appends graphs to `traces`."""
+    """The model traced as one graph (without Inductor, which takes minutes). Graphs are appended to `traces`."""
     run = torch._dynamo.lookup_backend("aot_eager")
 
     def backend(graph, inputs, **options):

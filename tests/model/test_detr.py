@@ -73,7 +73,9 @@ def test_results_of_an_image_do_not_depend_on_its_batch():
                 torch.testing.assert_close(seen[i][1], detections[row].scores_N, atol=1e-4, rtol=0)
                 torch.testing.assert_close(seen[i][2], detections[row].boxes_xyxy_N4, atol=1e-4 * 128, rtol=0)
             seen.setdefault(i, (tokens, detections[row].scores_N, detections[row].boxes_xyxy_N4))
-    assert len({len(tokens) for tokens, _, _ in seen.values()}) > 1, "the images should have different budgets"
+    assert len({len(tokens) for tokens, _, _ in seen.values()}) > 1, (
+        "the images should have different budgets"
+    )
 
 
 @torch.no_grad()
@@ -200,7 +202,7 @@ def test_proposals_of_equal_score_are_selected_in_token_order() -> None:
 
 @torch.no_grad()
 def test_budgets_of_a_float16_model_do_not_overflow():
-    """The sum over tens of thousands of tokens exceeds the range of float16; an infinite mean would give a wrong budget."""
+    """Sums over tens of thousands of tokens exceed the range of float16; infinite means give wrong budgets."""
     torch.manual_seed(0)
     selector = TokenSelector(16, 0.1, 0.5, 5)
     selector.embed[1].bias += 20.0
