@@ -328,8 +328,8 @@ class _Found:
         found = top_detections(output.last, sizes, self.max_detections)
         indices = dataset.annotations.indices_of([target.image_id for target in targets])
         self.detections.append(DetectionTable.from_batch(indices, found, dataset.class_map))
-        if output.selection is not None and output.selection.budget_logits_BR is not None:
-            self.num_budgets = output.selection.budget_logits_BR.shape[1]
+        if output.selection is not None and output.selection.budget_logits is not None:
+            self.num_budgets = output.selection.budget_logits.shape[1]
         for target, budget in zip(targets, token_budgets(output), strict=True):
             self.records.append(
                 ImageRecord(image_id=target.image_id, num_objects=len(target.labels_N), **vars(budget))

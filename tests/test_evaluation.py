@@ -88,7 +88,7 @@ class Oracle(nn.Module):
             scores_BS=torch.zeros(size, 10),
             num_valid_B=(~padding).sum(1),
             num_kept_B=keep.sum(1),
-            budget_logits_BR=budget_logits,
+            budget_logits=budget_logits,
             plan=TokenPlan.from_mask(keep),
         )
         return DetectorOutput(

@@ -181,7 +181,7 @@ class Stub(nn.Module):
             scores_BS=torch.zeros(size, 4),
             num_valid_B=torch.full((size,), 4),
             num_kept_B=torch.full((size,), 3),
-            budget_logits_BR=None,
+            budget_logits=None,
             plan=TokenPlan.from_mask(keep),
         )
         return DetectorOutput(

@@ -1,4 +1,4 @@
-"""What flows out of the detector, for users and for the training criterion."""
+"""Outputs of the model, for inference and for the training criterion."""
 
 from __future__ import annotations
 
@@ -17,92 +17,95 @@ class Prediction:
     """Class logits and boxes of one prediction layer."""
 
     logits: Tensor
-    """[B, Q, K] raw logits (sigmoid classes); packed [rows, K] for the encoder's auxiliary layers."""
+    """[B, Q, T] logits of sigmoid classes; [B, S, T] for proposals, [K, T] for auxiliary encoder layers."""
     boxes: Tensor
-    """[B, Q, 4] cxcywh, 0..1 of the unpadded image; packed [rows, 4] likewise."""
+    """[B, Q, 4] cxcywh, 0..1 of the unpadded image; [B, S, 4] and [K, 4] likewise."""
 
 
 @dataclass
 class TokenScores:
-    """What the selector decided and why."""
+    """The output of the token selector."""
 
     scores_BS: Tensor
-    """Score of each token, padded tokens filled with the lowest score."""
+    """Score of each token; padded tokens have the lowest score."""
     num_valid_B: Tensor
-    """int64 tokens of each image that are not padding."""
+    """int64 number of tokens that are not padding."""
     num_kept_B: Tensor
-    """int64 tokens of each image that were kept."""
-    budget_logits_BR: Tensor | None
-    """Logits of the budget classes, None where the budget is fixed."""
+    """int64 number of kept tokens."""
+    budget_logits: Tensor | None
+    """[B, num_budgets] logits of the budget classes; None if the budget is fixed."""
     plan: TokenPlan
+    """The kept tokens of all images, packed."""
 
     @property
     def keep_ratio_B(self) -> Tensor:
-        """Share of each image's valid tokens that was kept."""
+        """Kept share of the valid tokens."""
         return self.num_kept_B / self.num_valid_B
 
 
 @dataclass
 class DetectorOutput:
-    """One forward pass. Everything the criterion and the distillation read is here; nothing hides in module
-    state.
-    """
+    """The outputs of one forward pass, including everything that the criterion and the distillation use."""
 
     last: Prediction
-    """The last decoder layer: the detections."""
+    """Predictions of the last decoder layer, from which detections are made."""
     level_shapes: tuple[tuple[int, int], ...]
+    """(height, width) of each level."""
     padding_mask_BS: Tensor
+    """Bool, True on padding."""
     memory_BSC: Tensor
     """Encoder output of all tokens."""
     decoder_auxiliary: list[Prediction] = field(default_factory=list)
-    """Decoder layers before the last, first layer first."""
+    """Predictions of the decoder layers before the last, in order (supervision only)."""
     encoder: Prediction | None = None
-    """Two-stage proposals of all S tokens."""
+    """Two-stage proposals of all S tokens (supervision only)."""
     encoder_auxiliary: list[Prediction] = field(default_factory=list)
-    """Encoder layers before the last, on the kept tokens, packed by `selection.plan`."""
+    """Predictions of the encoder layers before the last at the kept tokens, packed by `selection.plan`."""
     selection: TokenScores | None = None
+    """Token scores and selection; None for a dense encoder."""
     attention_map_BS: Tensor | None = None
-    """Decoder cross-attention received by each token (DAM), when it was asked for."""
+    """Decoder cross-attention received by each token, summed over layers (DAM; supervision only)."""
     adapted_memory_BSC: Tensor | None = None
-    """The memory through the adaption layer, for distillation (training only)."""
+    """The memory after the adaption layer, for distillation (supervision only)."""
     query_index_BQ: Tensor | None = None
-    """Token each two-stage query started from."""
+    """Index of the token that initialised each two-stage query."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TokenBudget:
-    """What the detector spent on one image."""
+    """Number of tokens of one image, and how many of them the encoder updated."""
 
     num_valid_tokens: int
     num_kept_tokens: int
     budget_class: int | None
-    """Chosen budget, 0 the smallest; None where the budget is fixed or all tokens are kept."""
+    """Index of the chosen budget, smallest first; None if the budget is fixed or all tokens are kept."""
 
     @property
     def keep_ratio(self) -> float:
+        """Kept share of the valid tokens, 0..1."""
         return self.num_kept_tokens / self.num_valid_tokens
 
 
 @dataclass
 class Detections:
-    """The detections of one image, best first."""
+    """The detections of one image, by descending score."""
 
     scores_N: Tensor
     """float32 probabilities."""
     labels_N: Tensor
-    """int64 class rows."""
+    """int64 class indices."""
     boxes_xyxy_N4: Tensor
     """float32 corners in pixels of the original image, not clipped to it."""
 
 
 def token_budgets(output: DetectorOutput) -> list[TokenBudget]:
-    """What each image of a batch was given, in one transfer to the host."""
+    """The token budgets of a batch, with one device-to-host transfer."""
     num_valid_B = (~output.padding_mask_BS).sum(1)
     num_kept_B, budget_B = num_valid_B, torch.full_like(num_valid_B, -1)
     if output.selection is not None:
         num_kept_B = output.selection.num_kept_B
-        if output.selection.budget_logits_BR is not None:
-            budget_B = output.selection.budget_logits_BR.argmax(1)
+        if output.selection.budget_logits is not None:
+            budget_B = output.selection.budget_logits.argmax(1)
     columns = torch.stack([num_valid_B, num_kept_B.to(num_valid_B), budget_B], dim=1).tolist()
     return [
         TokenBudget(
@@ -115,11 +118,12 @@ def token_budgets(output: DetectorOutput) -> list[TokenBudget]:
 def top_detections(
     prediction: Prediction, original_sizes: Sequence[tuple[int, int]], max_detections: int = 100
 ) -> list[Detections]:
-    """The best class-query pairs of each image by probability (no suppression of overlaps, as in Deformable
-    DETR).
+    """The detections of each image: the class-query pairs of highest probability, without non-maximum suppression.
 
     Args:
-        original_sizes: (height, width) in pixels of each image as stored.
+        prediction: predictions [B, Q, T] and [B, Q, 4].
+        original_sizes: (height, width) of each image in pixels, to which the boxes are scaled.
+        max_detections: number of detections per image, at most Q * T.
     """
     scores_BN, labels_BN, boxes_BN4 = top_pairs(prediction, max_detections)
     scale_B4 = torch.tensor([[width, height, width, height] for height, width in original_sizes])
@@ -131,10 +135,13 @@ def top_detections(
 
 
 def top_pairs(prediction: Prediction, max_detections: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Scores [B, N], class rows [B, N] and boxes [B, N, 4] (corners, 0..1 of the unpadded image) of the best pairs."""
+    """Scores [B, N], class indices [B, N] and boxes [B, N, 4] (xyxy, 0..1 of the unpadded image) of the best pairs.
+
+    N is `max_detections`, or Q * T if that is smaller.
+    """
     num_classes = prediction.logits.shape[-1]
-    scores_BQK = prediction.logits.float().sigmoid().flatten(1)
-    top = scores_BQK.topk(min(max_detections, scores_BQK.shape[1]), dim=1)
+    scores = prediction.logits.float().sigmoid().flatten(1)  # [B, Q * T]
+    top = scores.topk(min(max_detections, scores.shape[1]), dim=1)
     boxes_BN4 = cxcywh_to_xyxy(prediction.boxes.float())
     boxes_BN4 = boxes_BN4.gather(1, (top.indices // num_classes)[..., None].expand(-1, -1, 4))
     return top.values, top.indices % num_classes, boxes_BN4

@@ -81,9 +81,9 @@ class DualTeacher:
             precision_B = self._precision_of_weak(batch, targets, most_of_a_class)
         labels_B = budget_labels(precision_B, self.bias, self.num_budgets)
         assert student.adapted_memory_BSC is not None, "the student needs an adaption layer"
-        assert student.selection is not None and student.selection.budget_logits_BR is not None
+        assert student.selection is not None and student.selection.budget_logits is not None
         with torch.autocast(device, enabled=False):
-            loss_budget = F.cross_entropy(student.selection.budget_logits_BR.float(), labels_B)
+            loss_budget = F.cross_entropy(student.selection.budget_logits.float(), labels_B)
             loss_memory = memory_loss(
                 student.adapted_memory_BSC,
                 strong_memory,

@@ -118,8 +118,8 @@ def check_selection(check: Checker, output: DetectorOutput) -> None:
     check.equal("sparse_token_nums", selection.num_kept_B)
     check.close("mask_pred", selection.scores_BS)
     if check.has("learnable_rate"):
-        assert selection.budget_logits_BR is not None
-        check.close("learnable_rate", selection.budget_logits_BR)
+        assert selection.budget_logits is not None
+        check.close("learnable_rate", selection.budget_logits)
     assert output.attention_map_BS is not None
     check.close("dec_attn_map", output.attention_map_BS)
 

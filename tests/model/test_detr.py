@@ -142,7 +142,7 @@ def test_masked_mean_ignores_the_contents_of_padding():
     for masked_mean in (True, False):
         selector = TokenSelector(16, 0.1, 0.5, 2, masked_mean=masked_mean)
         one, two = selector(features, padding), selector(other, padding)
-        assert torch.allclose(one.budget_logits_BR, two.budget_logits_BR) == masked_mean
+        assert torch.allclose(one.budget_logits, two.budget_logits) == masked_mean
 
 
 @given(
@@ -208,6 +208,6 @@ def test_budgets_of_a_float16_model_do_not_overflow():
     selector.embed[1].bias += 20.0
     features_BSC = torch.randn(1, 8000, 16)
     padding_mask_BS = torch.zeros(1, 8000, dtype=torch.bool)
-    expected = selector(features_BSC, padding_mask_BS).budget_logits_BR
-    logits = selector.half()(features_BSC.half(), padding_mask_BS).budget_logits_BR
+    expected = selector(features_BSC, padding_mask_BS).budget_logits
+    logits = selector.half()(features_BSC.half(), padding_mask_BS).budget_logits
     torch.testing.assert_close(logits.float(), expected, atol=0.05, rtol=0.01)

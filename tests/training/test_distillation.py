@@ -213,5 +213,5 @@ def test_the_label_of_an_image_is_what_the_weak_teacher_achieves_on_it(tmp_path:
     targets[0].boxes_N4 = xyxy_to_cxcywh(best.boxes_xyxy_N4 / 128).detach()
     targets[1].boxes_N4 = torch.tensor([[0.01, 0.01, 0.002, 0.002]])
     output = student.train()(batch)
-    easy_and_hard = torch.nn.functional.cross_entropy(output.selection.budget_logits_BR, torch.tensor([0, 1]))
+    easy_and_hard = torch.nn.functional.cross_entropy(output.selection.budget_logits, torch.tensor([0, 1]))
     assert DualTeacher(weak, weak)(batch, targets, output)["loss_budget"].item() == easy_and_hard.item()
