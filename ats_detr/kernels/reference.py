@@ -21,7 +21,9 @@ LevelShapes = Sequence[tuple[int, int]]
 
 
 # -------------------------------------------------------------------------------- multi-scale deformable attention
-def sampling_locations(reference_points: Tensor, offsets: Tensor, level_shapes: LevelShapes) -> Tensor:
+def sampling_locations(
+    reference_points: Tensor, offsets: Tensor, level_shapes: LevelShapes | Tensor
+) -> Tensor:
     """Normalised (x, y) at which each query samples each level, [N, H, L, P, 2].
 
     Args:
@@ -31,11 +33,17 @@ def sampling_locations(reference_points: Tensor, offsets: Tensor, level_shapes: 
     """
     offsets, reference_points = _at_least_float32(offsets), _at_least_float32(reference_points)
     if reference_points.shape[-1] == 2:
-        size_L2 = torch.tensor([[width, height] for height, width in level_shapes], dtype=offsets.dtype)
-        size_L2 = size_L2.to(offsets.device, non_blocking=True)  # no wait for a GPU; not in a CUDA graph
-        return reference_points[:, None, :, None] + offsets / size_L2[:, None]
+        return reference_points[:, None, :, None] + offsets / _width_height(level_shapes, offsets)[:, None]
     centre, size = reference_points[:, None, :, None].split(2, -1)
     return centre + offsets / offsets.shape[-2] * size * 0.5
+
+
+def _width_height(level_shapes: LevelShapes | Tensor, like: Tensor) -> Tensor:
+    """[L, 2] (width, height) of each level, in the dtype and on the device of `like`."""
+    if not isinstance(level_shapes, Tensor):
+        level_shapes = torch.tensor(level_shapes, dtype=like.dtype).view(-1, 2)
+    # no wait for a GPU; not in a CUDA graph
+    return level_shapes.flip(-1).to(like.device, like.dtype, non_blocking=True)
 
 
 def attention_weights(logits: Tensor) -> Tensor:
@@ -91,24 +99,54 @@ def sample_packed(
     num_rows: Tensor | None = None,
 ) -> Tensor:
     """`multi_scale_deformable_attention` of packed queries, [N, H*D] in the value's dtype, computed in at
-    least float32."""
-    batch, rows = value_BSHD.shape[0], locations_NHLP2.shape[0]
+    least float32.
+
+    Every sample of a query whose image index is not in 0..B-1 has the location NaN.
+    """
+    batch, num_queries = value_BSHD.shape[0], locations_NHLP2.shape[0]
     if num_rows is not None:
-        used = int(num_rows)
-        image_index = None if image_index_N is None else image_index_N[:used]
+        used = min(max(int(num_rows), 0), num_queries)
+        if image_index_N is None:
+            image_index_N = _image_of_each_query(batch, num_queries, value_BSHD.device)
         out = sample_packed(
-            value_BSHD, level_shapes, locations_NHLP2[:used], weights_NHLP[:used], image_index
+            value_BSHD, level_shapes, locations_NHLP2[:used], weights_NHLP[:used], image_index_N[:used]
         )
-        return F.pad(out, (0, 0, 0, rows - used))
-    if image_index_N is None:
-        counts = [rows // max(1, batch)] * batch
-    else:
-        counts = torch.bincount(image_index_N, minlength=batch).tolist()
+        return F.pad(out, (0, 0, 0, num_queries - used))
     dtype = torch.promote_types(torch.promote_types(value_BSHD.dtype, locations_NHLP2.dtype), torch.float32)
-    inputs = (value_BSHD.to(dtype), locations_NHLP2.to(dtype), weights_NHLP.to(dtype))
-    if value_BSHD.device.type == "cpu" and not torch.is_grad_enabled() and rows * batch > 0:
-        return _gather(inputs[0], level_shapes, *inputs[1:], counts).to(value_BSHD.dtype)
-    return _sample(inputs[0], level_shapes, *inputs[1:], counts).to(value_BSHD.dtype)
+    inputs = [tensor.to(dtype) for tensor in (value_BSHD, locations_NHLP2, weights_NHLP)]
+    if value_BSHD.numel() == 0 or weights_NHLP.numel() == 0:  # sums of nothing, with gradients of 0
+        nothing = sum(tensor.flatten()[:0].sum() for tensor in inputs)
+        return (nothing + inputs[0].new_zeros(num_queries, value_BSHD.shape[2:].numel())).to(value_BSHD.dtype)
+    counts, order_N = [num_queries // batch] * batch, None
+    if image_index_N is None:
+        image_N = _image_of_each_query(batch, num_queries, value_BSHD.device)
+    else:
+        image_N = image_index_N.long().clamp(0, batch - 1)
+        outside_N = image_N != image_index_N
+        if outside_N.any():
+            inputs[1] = inputs[1].masked_fill(outside_N[:, None, None, None, None], torch.nan)
+    if value_BSHD.device.type == "cpu" and not torch.is_grad_enabled():
+        return _gather(inputs[0], level_shapes, *inputs[1:], image_N).to(value_BSHD.dtype)
+    if image_index_N is not None:
+        counts = torch.bincount(image_N, minlength=batch).tolist()
+        if (image_N[1:] < image_N[:-1]).any():
+            order_N = image_N.argsort(stable=True)
+            inputs[1:] = [tensor[order_N] for tensor in inputs[1:]]
+    out = _sample(inputs[0], level_shapes, *inputs[1:], counts)
+    if order_N is not None:
+        out = out[order_N.argsort()]
+    return out.to(value_BSHD.dtype)
+
+
+def _image_of_each_query(batch: int, num_queries: int, device: torch.device) -> Tensor:
+    """[N] where each image has as many queries as any other."""
+    return torch.arange(batch, device=device).repeat_interleave(num_queries // max(1, batch))
+
+
+def _poison(locations_NHLP2: Tensor, level_shapes: LevelShapes) -> Tensor:
+    """[N, H, L, P] NaN for samples whose coordinate in pixels is NaN or infinite, else 1."""
+    pixels = locations_NHLP2.detach() * _width_height(level_shapes, locations_NHLP2)[:, None]
+    return torch.where(pixels.isfinite().all(-1), 1.0, torch.nan)
 
 
 def _gather(
@@ -116,7 +154,7 @@ def _gather(
     level_shapes: LevelShapes,
     locations_NHLP2: Tensor,
     weights_NHLP: Tensor,
-    counts: list[int],
+    image_N: Tensor,
 ) -> Tensor:
     """What `_sample` computes, as weighted sums of the value's rows, read where they lie.
 
@@ -124,7 +162,7 @@ def _gather(
     images of 1,782 queries at R50 shapes (one CPU thread, 2026-11-23).
     Its gradients would take longer than those of `_sample`.
     """
-    batch, num_tokens, num_heads, head_dim = value_BSHD.shape
+    num_tokens, num_heads, head_dim = value_BSHD.shape[1:]
     num_queries = len(locations_NHLP2)
     if value_BSHD.stride()[1:] != (num_heads * head_dim, head_dim, 1):
         value_BSHD = value_BSHD.contiguous()
@@ -134,16 +172,17 @@ def _gather(
     height_L1, width_L1 = height_width_L2.to(locations_NHLP2.dtype)[..., None].unbind(1)
     x, y = locations_NHLP2.unbind(-1)
     x, y = x * width_L1 - 0.5, y * height_L1 - 0.5
-    lost_NH = ~(x.isfinite() & y.isfinite()).flatten(2).all(-1)
     (left, right, left_share, right_share), (top, bottom, top_share, bottom_share) = (
         _neighbours(x, width_L1),
         _neighbours(y, height_L1),
     )
+    weights_NHLP = weights_NHLP * _poison(locations_NHLP2, level_shapes)
     top_share, bottom_share = top_share * weights_NHLP, bottom_share * weights_NHLP
+    if area_L.max() > 2**24:  # beyond the integers that float32 holds
+        left, right, top, bottom = (cell.double() for cell in (left, right, top, bottom))
     top, bottom = top * width_L1, bottom * width_L1
     shares = [share * side for share in (top_share, bottom_share) for side in (left_share, right_share)]
     cells = [(row + column) for row in (top, bottom) for column in (left, right)]
-    image_N = torch.repeat_interleave(torch.arange(batch), torch.tensor(counts))
     first_NHLP = image_N[:, None, None, None] * num_tokens + start_L1
     head_H11 = torch.arange(num_heads)[:, None, None, None]
     row = (torch.stack(cells, -1).long() + first_NHLP[..., None]) * num_heads + head_H11
@@ -153,7 +192,7 @@ def _gather(
         mode="sum",
         per_sample_weights=torch.stack(shares, -1).view(num_queries * num_heads, -1),
     )
-    return out.view(num_queries, num_heads, head_dim).masked_fill_(lost_NH[..., None], torch.nan).flatten(1)
+    return out.view(num_queries, num_heads * head_dim)
 
 
 def _neighbours(x: Tensor, size_L1: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -193,26 +232,22 @@ def _sample(
     batch, _, num_heads, head_dim = value_BSHD.shape
     num_rows, _, num_levels, num_points, _ = locations_NHLP2.shape
     num_queries = counts[0] if counts else 0
-    finite = locations_NHLP2.isfinite().all(-1, keepdim=True)
-    grid = torch.where(
-        finite, locations_NHLP2 * 2 - 1, -9.0
-    )  # grid_sample is undefined on NaN: read outside instead
-    grid = grid.view(batch, num_queries, num_heads, num_levels, num_points, 2).transpose(1, 2).flatten(0, 1)
+    # grid_sample is undefined for NaN and huge coordinates: -9 is outside of every map
+    grid = torch.where((locations_NHLP2 - 0.5).abs() < 4, locations_NHLP2 * 2 - 1, -9.0)
+    grid = (
+        grid.reshape(batch, num_queries, num_heads, num_levels, num_points, 2).transpose(1, 2).flatten(0, 1)
+    )
     samples = []
     for level, value in enumerate(value_BSHD.split([h * w for h, w in level_shapes], dim=1)):
         height, width = level_shapes[level]
         image = value.permute(0, 2, 3, 1).reshape(batch * num_heads, head_dim, height, width)
         samples.append(F.grid_sample(image, grid[:, :, level], padding_mode="zeros", align_corners=False))
-    weights = weights_NHLP.view(batch, num_queries, num_heads, num_levels * num_points)
+    weights = weights_NHLP * _poison(locations_NHLP2, level_shapes)
+    weights = weights.reshape(batch, num_queries, num_heads, num_levels * num_points)
     weights = weights.transpose(1, 2).reshape(batch * num_heads, 1, num_queries, num_levels * num_points)
     out = (torch.cat(samples, dim=-1) * weights).sum(-1)
-    out = (
-        out.view(batch, num_heads, head_dim, num_queries)
-        .permute(0, 3, 1, 2)
-        .reshape(num_rows, num_heads, head_dim)
-    )
-    lost = ~finite.flatten(2).all(-1)
-    return torch.where(lost[..., None], torch.nan, out).flatten(1)
+    out = out.view(batch, num_heads * head_dim, num_queries)
+    return out.transpose(1, 2).reshape(num_rows, num_heads * head_dim)
 
 
 # ------------------------------------------------------------------------------------------------- token selection
@@ -330,9 +365,9 @@ def attention_map(locations_BQHLP2: Tensor, weights_BQHLP: Tensor, level_shapes:
     floor and the floor + 1, and corners outside the map are dropped. Carries no gradient.
     """
     weights = weights_BQHLP.detach().float()
-    height_L1, width_L1 = weights.new_tensor(level_shapes).T[..., None]
     sizes = [height * width for height, width in level_shapes]
-    start_L1 = weights.new_tensor([0, *accumulate(sizes[:-1])])[:, None]
+    start_L1 = torch.tensor([0, *accumulate(sizes)][:-1], device=weights.device, dtype=torch.long)[:, None]
+    width_L1, height_L1 = _width_height(level_shapes, weights)[..., None].unbind(1)
     x, y = locations_BQHLP2.detach().float().unbind(-1)
     x, y = x * width_L1, y * height_L1
     x0, y0 = x.floor(), y.floor()
@@ -340,7 +375,8 @@ def attention_map(locations_BQHLP2: Tensor, weights_BQHLP: Tensor, level_shapes:
     for column, row in ((x0, y0), (x0 + 1, y0), (x0, y0 + 1), (x0 + 1, y0 + 1)):
         inside = (column >= 0) & (column < width_L1) & (row >= 0) & (row < height_L1)
         share = weights * (1 - (x - column).abs()) * (1 - (y - row).abs())
-        token = torch.where(inside, start_L1 + row * width_L1 + column, 0).long()
+        cell = torch.where(inside, row, 0).long() * width_L1.long() + torch.where(inside, column, 0).long()
+        token = torch.where(inside, start_L1 + cell, 0)
         map_BS.scatter_add_(1, token.flatten(1), torch.where(inside, share, 0).flatten(1))
     return map_BS
 
@@ -355,5 +391,5 @@ def deformable_attention_map(
     """`attention_map` of one deformable attention from its raw projections, float32 [B, S]; N = B*Q rows."""
     locations = sampling_locations(reference_points, offsets_NHLP2, level_shapes)
     weights = attention_weights(logits_NHLP)
-    shape = (num_images, weights.shape[0] // num_images)
+    shape = (num_images, weights.shape[0] // max(1, num_images))
     return attention_map(locations.unflatten(0, shape), weights.unflatten(0, shape), level_shapes)

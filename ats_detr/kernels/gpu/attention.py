@@ -11,10 +11,10 @@ import triton.language as tl
 from torch import Tensor
 
 from ats_detr.kernels.gpu import binned, msda, tuning
-from ats_detr.kernels.gpu.common import INTERPRETING
+from ats_detr.kernels.gpu.common import INTERPRETING, SIZES
 from ats_detr.kernels.gpu.host import cdiv, next_power_of_2
 
-MAX_LEVELS = 8
+MAX_VALUE_PITCH = 65535  # elements from token to token: a line of a level has at most 32,767 tokens
 PIECE = 64  # samples per step of reduce_tiles
 
 
@@ -32,11 +32,20 @@ class Problem(NamedTuple):
     """(height << 16 | width) of eight levels, 0 for those that are not there."""
     thin: bool
     """Whether some level is one pixel wide or high."""
+    large: bool
+    """Whether some level has more than 2^24 pixels."""
     num_queries: int
 
     @property
-    def queries_per_image(self) -> int:
-        return max(1, self.num_queries // self.value.shape[0])
+    def counts(self) -> tuple[int, int, int]:
+        """num_queries, queries_per_image and num_images, as the kernels take them."""
+        num_images = self.value.shape[0]
+        return self.num_queries, max(1, self.num_queries // num_images), num_images
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is nothing to sum: the output is 0 then."""
+        return self.value.numel() == 0 or self.weights.numel() == 0
 
     def constants(self) -> dict:
         """Compile-time constants common to the kernels."""
@@ -63,6 +72,7 @@ class Problem(NamedTuple):
             WEIGHT_PITCH=self.weights.stride(0),
             PACKED=self.image_index is not None,
             THIN=self.thin,
+            LARGE=self.large,
             KIND=kind,
             COLUMNS=columns,
             WIDTH=next_power_of_2(columns),
@@ -85,37 +95,51 @@ def prepare(
 ) -> Problem:
     """Copies what the kernels cannot address: they take the pitch from token to token and from query to query as it is
     (so that slices of one larger projection are read in place), and everything within contiguous and 16-byte
-    aligned."""
+    aligned. Offsets within a tensor of N rows are int32, as are those from one line of a level to the next.
+    """
+    pairs, levels, thin, large = _level_sizes(tuple(sizes))
     if value is not None:
         batch, num_tokens, _, head_dim = value.shape
         in_place = value.stride(3) == 1 and value.stride(2) == head_dim and value.data_ptr() % 16 == 0
+        in_place = in_place and value.stride(1) <= MAX_VALUE_PITCH
         if not in_place or (batch > 1 and value.stride(0) != num_tokens * value.stride(1)):
             value = value.clone(memory_format=torch.contiguous_format)
-    if not _rows_are_contiguous(offsets) or offsets.stride(0) % 2 or offsets.data_ptr() % 16:
+    if not _rows_are_near(offsets) or offsets.stride(0) % 2 or offsets.data_ptr() % 16:
         offsets = offsets.clone(memory_format=torch.contiguous_format)
-    if not _rows_are_contiguous(weights):
-        weights = weights.contiguous()
+    if not _rows_are_near(weights):
+        weights = weights.clone(memory_format=torch.contiguous_format)
     if reference is not None:
         reference = reference.contiguous()
     if image_index is not None:
+        if image_index.dtype == torch.int64:  # a cast alone would wrap around: 2^32 would be image 0
+            image_index = image_index.clamp(-1, 2**31 - 1)
         image_index = image_index.to(torch.int32).contiguous()
-    pairs, levels, thin = _level_sizes(tuple(sizes))
     return Problem(
-        value, reference, offsets, weights, image_index, sizes=pairs, levels=levels, thin=thin,
+        value, reference, offsets, weights, image_index, sizes=pairs, levels=levels, thin=thin, large=large,
         num_queries=offsets.shape[0],
     )  # fmt: skip
 
 
-def _rows_are_contiguous(tensor: Tensor) -> bool:
-    return tensor.is_contiguous() or tensor[:1].is_contiguous()
+def _rows_are_near(tensor: Tensor) -> bool:
+    """Whether each row is contiguous and int32 offsets reach all of them."""
+    contiguous = tensor.is_contiguous() or tensor[:1].is_contiguous()
+    return contiguous and tensor.stride(0) * tensor.shape[0] < 2**31
+
+
+def _aligned(tensor: Tensor) -> Tensor:
+    """Contiguous from a 16-byte boundary on: 16-bit channels are read as 32-bit words."""
+    if tensor.is_contiguous() and tensor.data_ptr() % 16 == 0:
+        return tensor
+    return tensor.clone(memory_format=torch.contiguous_format)
 
 
 @functools.lru_cache(maxsize=256)
-def _level_sizes(sizes: tuple[int, ...]) -> tuple[tuple[tuple[int, int], ...], tuple[int, ...], bool]:
-    """`sizes`, `levels` and `thin` of a problem."""
+def _level_sizes(sizes: tuple[int, ...]) -> tuple[tuple[tuple[int, int], ...], tuple[int, ...], bool, bool]:
+    """`sizes`, `levels`, `thin` and `large` of a problem."""
     pairs = tuple(zip(sizes[::2], sizes[1::2], strict=True))
     levels = tuple(height << 16 | width for height, width in pairs)
-    return pairs, levels + (0,) * (MAX_LEVELS - len(levels)), 1 in sizes
+    large = any(height * width > 2**24 for height, width in pairs)
+    return pairs, levels + (0,) * (len(SIZES) - len(levels)), 1 in sizes, large
 
 
 def row_kind(value: Tensor, whole_rows: bool = False) -> str:
@@ -139,9 +163,7 @@ def forward(problem: Problem, num_rows: Tensor | None, out: Tensor | None = None
     num_heads, head_dim = value.shape[2:]
     if out is None:
         out = value.new_empty(num_queries, num_heads * head_dim)
-    if num_queries == 0:
-        return out
-    if value.numel() == 0:
+    if problem.is_empty:
         return out.zero_()
 
     def launch(num_warps: int, unroll: int, multiple: int = 1, whole_rows: bool = False) -> None:
@@ -149,7 +171,7 @@ def forward(problem: Problem, num_rows: Tensor | None, out: Tensor | None = None
         block = _block(constants, num_warps, multiple)
         msda.msda_forward[(cdiv(num_queries * num_heads, block),)](
             value, problem.reference, problem.offsets, problem.weights, problem.image_index, num_rows, out,
-            num_queries, problem.queries_per_image, value.shape[1], *problem.levels,
+            *problem.counts, value.shape[1], *problem.levels,
             **constants, COUNTED=num_rows is not None, BLOCK=block, UNROLL=unroll, num_warps=num_warps,
         )  # fmt: skip
 
@@ -164,12 +186,14 @@ def backward(
     value, num_queries = problem.value, problem.num_queries
     grad_offsets = torch.empty_like(problem.offsets, memory_format=torch.contiguous_format)
     grad_weights = torch.empty_like(problem.weights, memory_format=torch.contiguous_format)
-    if num_queries == 0 or value.numel() == 0:
+    if problem.is_empty:
         return torch.zeros_like(value) if need_value else None, grad_offsets.zero_(), grad_weights.zero_()
-    grad_out, out = grad_out.contiguous(), out.contiguous()
+    grad_out, out = _aligned(grad_out), _aligned(out)
     method = "none"
     if need_value:
         method = "sorted" if deterministic else tuning.value_gradient(problem.key(), num_queries)
+        if method == "tiles" and problem.large:  # more tiles than `reduce_tiles` counts
+            method = "atomic"
     grad_value = None
     if method == "atomic":
         grad_value = torch.zeros(value.shape, dtype=torch.float32, device=value.device)
@@ -180,7 +204,7 @@ def backward(
         msda.msda_backward[(cdiv(num_queries * value.shape[2], block),)](
             value, problem.reference, problem.offsets, problem.weights, problem.image_index, out, grad_out,
             grad_value, grad_offsets, grad_weights,
-            num_queries, problem.queries_per_image, value.shape[1], *problem.levels,
+            *problem.counts, value.shape[1], *problem.levels,
             **constants, SCATTER=method == "atomic", BLOCK=block, UNROLL=unroll, num_warps=num_warps,
         )  # fmt: skip
 
@@ -221,7 +245,7 @@ def spatial_order(problem: Problem) -> Tensor:
     keys = torch.empty(num_queries, dtype=torch.int16, device=position.device)
     bits = max(0, 16 - (problem.value.shape[0] - 1).bit_length()) // 2
     binned.spatial_keys[(cdiv(num_queries, 256),)](
-        position, problem.image_index, keys, num_queries, problem.queries_per_image, PITCH=position.stride(0),
+        position, problem.image_index, keys, *problem.counts[:2], PITCH=position.stride(0),
         PACKED=problem.image_index is not None, BITS=bits, BLOCK=256, num_warps=4,
     )  # fmt: skip
     return keys.argsort().int()
@@ -243,7 +267,7 @@ def value_gradient_tiled(problem: Problem, grad_out: Tensor) -> Tensor:
         num_programs = cdiv(num_queries, block) * weights.shape[1] * weights.shape[2]
         binned.count_samples[(num_programs,)](
             problem.reference, problem.offsets, problem.image_index, order, counts, ranks,
-            num_queries, problem.queries_per_image, tiles.total, *problem.levels, **problem.constants(),
+            *problem.counts, tiles.total, *problem.levels, **problem.constants(),
             PACKED=problem.image_index is not None, OWNED=owned, POINTS_PADDED=points, BLOCK=block, num_warps=num_warps,
         )  # fmt: skip
         starts = counts.cumsum(0, dtype=torch.int32)
@@ -286,7 +310,7 @@ def _place_samples(
     block = max(1, (8192 if INTERPRETING else 256) // (levels * points))
     binned.place_samples[(cdiv(problem.num_queries * num_heads, block),)](
         problem.reference, problem.offsets, problem.weights, problem.image_index, starts, ranks, samples,
-        problem.num_queries, problem.queries_per_image, tiles.total, *problem.levels, **problem.constants(),
+        *problem.counts, tiles.total, *problem.levels, **problem.constants(),
         WEIGHT_PITCH=problem.weights.stride(0), PACKED=problem.image_index is not None, OWNED=tiles.owned,
         LEVELS_PADDED=levels, POINTS_PADDED=points, BLOCK=block, num_warps=2,
     )  # fmt: skip
@@ -304,7 +328,7 @@ def _reduce_tiles(
     """The value's gradient, in its dtype; a launch for each of `colors` (see `binned.reduce_tiles`)."""
     value = problem.value
     batch, num_tokens, num_heads, head_dim = value.shape
-    num_samples = problem.queries_per_image * problem.weights.shape[3]
+    num_samples = problem.counts[1] * problem.weights.shape[3]
     # Few long programs sum to memory less often, but are too few to fill the GPU where there is little to do.
     per_program = (16 if problem.weights.numel() >= 4 << 20 else 8) * PIECE
     num_tiles = [rows * columns for rows, columns in tiles.sides]
@@ -366,7 +390,7 @@ def value_gradient_sorted(problem: Problem, grad_out: Tensor) -> Tensor:
     bins = torch.empty(num_samples, **integers)
     binned.bin_samples[(cdiv(num_queries * num_heads, block),)](
         problem.reference, problem.offsets, problem.image_index, bins,
-        num_queries, problem.queries_per_image, tiles.total, num_bins, *problem.levels, **problem.constants(),
+        *problem.counts, tiles.total, num_bins, *problem.levels, **problem.constants(),
         PACKED=problem.image_index is not None, POINTS_PADDED=points_padded, BLOCK=block, num_warps=4,
     )  # fmt: skip
     sorted_bins, order = bins.sort(stable=True)

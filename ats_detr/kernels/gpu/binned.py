@@ -30,7 +30,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ats_detr.kernels.gpu.common import LOG2E, SIZES, level_size, samples_of_level, view_as
+from ats_detr.kernels.gpu.common import LOG2E, SIZES, images_of, level_size, samples_of_level, view_as
 
 WINDOW = tl.constexpr(8)  # pixels per side of a tile's window
 CELLS = tl.constexpr(7)  # cells per side of a tile whose outermost pixels are shared
@@ -109,13 +109,13 @@ def spatial_keys(
     tl.store(key_ptr + query, key.to(tl.int16), mask=mask)
 
 
-@triton.jit(do_not_specialize=["num_queries", "queries_per_image", "num_tiles", *SIZES])
+@triton.jit(do_not_specialize=["num_queries", "queries_per_image", "num_images", "num_tiles", *SIZES])
 def count_samples(
     reference_ptr, offset_ptr, image_ptr,  # as in msda_forward
     order_ptr,  # [N] int32 queries, neighbours close to each other
     count_ptr,  # [1 + B * HEADS * num_tiles] int32: zeros, counted up from the second on
     rank_ptr,  # [1 or, where OWNED, 4, N, HEADS, LEVELS, POINTS] int32 out: place of each sample within its tile(s)
-    num_queries, queries_per_image, num_tiles,
+    num_queries, queries_per_image, num_images, num_tiles,
     shape0, shape1, shape2, shape3, shape4, shape5, shape6, shape7,
     HEADS: tl.constexpr, LEVELS: tl.constexpr, POINTS: tl.constexpr, OFFSET_PITCH: tl.constexpr,
     REFERENCE: tl.constexpr, PACKED: tl.constexpr, OWNED: tl.constexpr, POINTS_PADDED: tl.constexpr,
@@ -130,10 +130,7 @@ def count_samples(
     place = tl.program_id(0) // (HEADS * LEVELS) * BLOCK + tl.arange(0, BLOCK)
     live = place < num_queries
     query = tl.load(order_ptr + place, mask=live, other=0)
-    if PACKED:
-        image = tl.load(image_ptr + query)
-    else:
-        image = query // queries_per_image
+    image, shift = images_of(image_ptr, query, queries_per_image, num_images, PACKED)
     height, width, first_tile = _sizes_of(
         level, LEVELS, OWNED, shape0, shape1, shape2, shape3, shape4, shape5, shape6, shape7
     )
@@ -144,6 +141,8 @@ def count_samples(
         reference_ptr, offset_ptr, query[:, None], (query * (OFFSET_PITCH // 2) + head * (LEVELS * POINTS))[:, None],
         tl.minimum(point, POINTS - 1), height, width, level, LEVELS, POINTS, REFERENCE,
     )  # fmt: skip
+    if PACKED:
+        x += shift[:, None]
     touches = _touches(x, y, width, height) & live[:, None] & (point < POINTS)
     pixel_x = _first_pixel(x, touches)
     pixel_y = _first_pixel(y, touches)
@@ -204,11 +203,13 @@ def count_samples(
     tl.store(ranks, rank, mask=touches)
 
 
-@triton.jit(do_not_specialize=["num_queries", "queries_per_image", "num_tiles", "num_bins", *SIZES])
+@triton.jit(
+    do_not_specialize=["num_queries", "queries_per_image", "num_images", "num_tiles", "num_bins", *SIZES]
+)
 def bin_samples(
     reference_ptr, offset_ptr, image_ptr,  # as in msda_forward
     bin_ptr,  # [N, HEADS, LEVELS, POINTS] int32 out: tile of each sample, num_bins where it touches no pixel
-    num_queries, queries_per_image, num_tiles, num_bins,
+    num_queries, queries_per_image, num_images, num_tiles, num_bins,
     shape0, shape1, shape2, shape3, shape4, shape5, shape6, shape7,
     HEADS: tl.constexpr, LEVELS: tl.constexpr, POINTS: tl.constexpr, OFFSET_PITCH: tl.constexpr,
     REFERENCE: tl.constexpr, PACKED: tl.constexpr, POINTS_PADDED: tl.constexpr, BLOCK: tl.constexpr,
@@ -220,10 +221,7 @@ def bin_samples(
     row = tl.minimum(row, num_queries * HEADS - 1)
     query = row // HEADS
     head = row % HEADS
-    if PACKED:
-        image = tl.load(image_ptr + query)
-    else:
-        image = query // queries_per_image
+    image, shift = images_of(image_ptr, query, queries_per_image, num_images, PACKED)
     offset_at = query * (OFFSET_PITCH // 2) + head * (LEVELS * POINTS)
     first_tile = (image * HEADS + head) * num_tiles
     for level in tl.static_range(LEVELS):
@@ -232,6 +230,8 @@ def bin_samples(
             reference_ptr, offset_ptr, query, offset_at, tl.minimum(point, POINTS - 1), height, width,
             level, LEVELS, POINTS, REFERENCE,
         )  # fmt: skip
+        if PACKED:
+            x += shift
         touches = _touches(x, y, width, height)
         own_tile = first_tile + _first_pixel(y, touches) // CELLS * _tiles(width, False)
         own_tile += _first_pixel(x, touches) // CELLS
@@ -241,13 +241,13 @@ def bin_samples(
         first_tile += _tiles(width, False) * _tiles(height, False)
 
 
-@triton.jit(do_not_specialize=["num_queries", "queries_per_image", "num_tiles", *SIZES])
+@triton.jit(do_not_specialize=["num_queries", "queries_per_image", "num_images", "num_tiles", *SIZES])
 def place_samples(
     reference_ptr, offset_ptr, weight_ptr, image_ptr,  # as in msda_forward
     start_ptr,  # [B * HEADS * num_tiles] int32 first place of each tile; None: ranks are places
     rank_ptr,  # [1 or, where OWNED, 4, N, HEADS, LEVELS, POINTS] int32 place of each sample within its tile(s)
     sample_ptr,  # [places, 4] int32 out: x and y in pixels of its tile and weight as float32 bits, row
-    num_queries, queries_per_image, num_tiles,
+    num_queries, queries_per_image, num_images, num_tiles,
     shape0, shape1, shape2, shape3, shape4, shape5, shape6, shape7,
     HEADS: tl.constexpr, LEVELS: tl.constexpr, POINTS: tl.constexpr, OFFSET_PITCH: tl.constexpr,
     WEIGHT_PITCH: tl.constexpr, REFERENCE: tl.constexpr, PACKED: tl.constexpr, OWNED: tl.constexpr,
@@ -274,11 +274,14 @@ def place_samples(
         reference_ptr, offset_ptr, query, query * (OFFSET_PITCH // 2) + head * (LEVELS * POINTS),
         point, height, width, level, LEVELS, POINTS, REFERENCE,
     )  # fmt: skip
+    image, shift = images_of(image_ptr, query, queries_per_image, num_images, PACKED)
+    if PACKED:
+        x += shift
     j = level * POINTS + point
     weight = tl.load(weight_ptr + (query * WEIGHT_PITCH + head * (LEVELS * POINTS)) + j).to(tl.float32)
     if REFERENCE != 0:
-        logit = tl.where(exists, weight * LOG2E, float("-inf"))
-        weight = tl.exp2(logit - tl.max(logit, axis=1)[:, None])
+        logit = tl.where(exists, weight, float("-inf"))
+        weight = tl.exp2((logit - tl.max(logit, axis=1)[:, None]) * LOG2E)
         weight /= tl.sum(weight, axis=1)[:, None]
     touches = _touches(x, y, width, height) & live[:, None] & exists
     pixel_x = _first_pixel(x, touches)
@@ -289,10 +292,6 @@ def place_samples(
     plane = num_queries.to(tl.int64) * (HEADS * LEVELS * POINTS)
     starts = start_ptr
     if start_ptr is not None:
-        if PACKED:
-            image = tl.load(image_ptr + query)
-        else:
-            image = query // queries_per_image
         starts += (image * HEADS + head) * num_tiles + first_tile + tile_y * _tiles(width, OWNED) + tile_x
     x -= (tile_x * _side(OWNED)).to(tl.float32)  # exact
     y -= (tile_y * _side(OWNED)).to(tl.float32)

@@ -175,15 +175,42 @@ def reference_on_level(reference_ptr, query, width, height, level, LEVELS: tl.co
 
 
 @triton.jit
-def softmax_scale(weight_ptr, at, SAMPLES: tl.constexpr, PADDED: tl.constexpr):
-    """log2 of the softmax denominator of each row's SAMPLES logits (its maximum taken out and put back)."""
+def images_of(image_ptr, query, queries_per_image, num_images, PACKED: tl.constexpr):
+    """Image of each query, in 0..num_images-1, and what to add to the coordinates of its samples where PACKED: NaN
+    for an image index out of that range (see `reference.sample_packed`), else 0."""
+    if PACKED:
+        index = tl.load(image_ptr + query)
+        image = tl.maximum(tl.minimum(index, num_images - 1), 0)
+        return image, tl.where(image == index, 0.0, float("nan"))
+    else:
+        return query // queries_per_image, 0.0
+
+
+@triton.jit
+def softmax_terms(weight_ptr, at, SAMPLES: tl.constexpr, PADDED: tl.constexpr):
+    """Maximum of each row's SAMPLES logits, and 1 / sum of exp(logit - maximum): arguments of `softmax_weight`."""
     column = tl.arange(0, PADDED)
     logit = tl.load(
         weight_ptr + at[:, None] + column[None, :], mask=(column < SAMPLES)[None, :], other=float("-inf")
     )
-    logit = logit.to(tl.float32) * LOG2E
+    logit = logit.to(tl.float32)
     top = tl.max(logit, axis=1)
-    return top + tl.log2(tl.sum(tl.exp2(logit - top[:, None]), axis=1))
+    return top, 1.0 / tl.sum(tl.exp2((logit - top[:, None]) * LOG2E), axis=1)
+
+
+@triton.jit
+def softmax_weight(logit, top, inverse_sum):
+    """The maximum is subtracted from the logit itself: any common offset of the logits cancels exactly."""
+    return tl.exp2((logit - top) * LOG2E) * inverse_sum
+
+
+@triton.jit
+def pixel_index(xb, yb, width, width_f, LARGE: tl.constexpr):
+    """Index of pixel (xb, yb) within its level. float32 is exact up to 2^24 pixels; LARGE: some level has more."""
+    if LARGE:
+        return yb.to(tl.int32) * width + xb.to(tl.int32)
+    else:
+        return (yb * width_f + xb).to(tl.int32)
 
 
 @triton.jit

@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ats_detr.kernels.gpu.attention import Problem
-from ats_detr.kernels.gpu.common import LOG2E, SIZES, level_size, samples_of_level, softmax_scale
+from ats_detr.kernels.gpu.common import SIZES, level_size, samples_of_level, softmax_terms, softmax_weight
 from ats_detr.kernels.gpu.host import cdiv, next_power_of_2
 
 
@@ -46,7 +46,7 @@ def add_attention(
     weight_at = query * WEIGHT_PITCH + head * (LEVELS * POINTS)
     offset_at = query * (OFFSET_PITCH // 2) + head * (LEVELS * POINTS)
     if REFERENCE != 0:
-        scale = softmax_scale(weight_ptr, weight_at, LEVELS * POINTS, SAMPLES_PADDED)
+        top_logit, inverse_sum = softmax_terms(weight_ptr, weight_at, LEVELS * POINTS, SAMPLES_PADDED)
     point = tl.arange(0, POINTS_PADDED)[None, :]
     first = (query // queries_per_image * num_tokens)[:, None]
     for level in tl.static_range(LEVELS):
@@ -61,7 +61,7 @@ def add_attention(
             tl.float32
         )
         if REFERENCE != 0:
-            weight = tl.exp2(weight * LOG2E - scale[:, None])
+            weight = softmax_weight(weight, top_logit[:, None], inverse_sum[:, None])
         near = (x > -2.0) & (x < width + 1.0) & (y > -2.0) & (y < height + 1.0)  # False for NaN too
         near = near & live[:, None] & (point < POINTS)
         column_f = tl.floor(tl.where(near, x, 0.0))
@@ -88,7 +88,7 @@ def add_attention_map(problem: Problem, map_BS: Tensor) -> None:
     """Adds the attention of N = B*Q queries to `map_BS` in place; with deterministic algorithms, the same bits each
     time: sums of integers do not depend on their order."""
     num_rows = problem.num_queries * problem.weights.shape[1]
-    if num_rows == 0 or map_BS.numel() == 0:
+    if problem.weights.numel() == 0 or map_BS.numel() == 0:
         return
     num_levels, num_points = problem.weights.shape[2:]
     points = next_power_of_2(num_points)

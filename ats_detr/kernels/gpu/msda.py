@@ -10,23 +10,25 @@ import triton
 import triton.language as tl
 
 from ats_detr.kernels.gpu.common import (
-    LOG2E,
     SIZES,
+    images_of,
     level_size,
     load_pair,
     load_row,
     pack_pair,
     pair_words,
+    pixel_index,
     reference_on_level,
     slopes,
-    softmax_scale,
+    softmax_terms,
+    softmax_weight,
     store_row,
     view_as,
     window,
 )
 
 
-@triton.jit(do_not_specialize=["num_queries", "queries_per_image", "num_tokens", *SIZES])
+@triton.jit(do_not_specialize=["num_queries", "queries_per_image", "num_images", "num_tokens", *SIZES])
 def msda_forward(
     value_ptr,  # [B, S, HEADS, HEAD_DIM], VALUE_PITCH elements from token to token
     reference_ptr,  # [N, LEVELS, REFERENCE]
@@ -36,12 +38,13 @@ def msda_forward(
     image_ptr,  # [N] int32 image of each query, where PACKED
     count_ptr,  # [1] int32 queries in use, where COUNTED
     out_ptr,  # [N, HEADS, HEAD_DIM]
-    num_queries, queries_per_image, num_tokens,
+    num_queries, queries_per_image, num_images, num_tokens,
     shape0, shape1, shape2, shape3, shape4, shape5, shape6, shape7,
     HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, LEVELS: tl.constexpr, POINTS: tl.constexpr,
     VALUE_PITCH: tl.constexpr, OFFSET_PITCH: tl.constexpr, WEIGHT_PITCH: tl.constexpr,
-    REFERENCE: tl.constexpr, PACKED: tl.constexpr, COUNTED: tl.constexpr, THIN: tl.constexpr, KIND: tl.constexpr,
-    COLUMNS: tl.constexpr, WIDTH: tl.constexpr, SAMPLES_PADDED: tl.constexpr, BLOCK: tl.constexpr, UNROLL: tl.constexpr,
+    REFERENCE: tl.constexpr, PACKED: tl.constexpr, COUNTED: tl.constexpr, THIN: tl.constexpr, LARGE: tl.constexpr,
+    KIND: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr, SAMPLES_PADDED: tl.constexpr,
+    BLOCK: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
     """out[row] = sum over samples of weight * bilinear(value). Reads per row: 4 corners x samples x HEAD_DIM values."""
     WORD: tl.constexpr = 2 if KIND == "bf16" or KIND == "fp16" else 1
@@ -49,7 +52,7 @@ def msda_forward(
     SAMPLES: tl.constexpr = LEVELS * POINTS
     num_rows = num_queries * HEADS
     if COUNTED:
-        num_rows = tl.minimum(num_rows, tl.load(count_ptr) * HEADS)
+        num_rows = tl.minimum(tl.load(count_ptr), num_queries).to(tl.int32) * HEADS
         if tl.program_id(0) * BLOCK >= num_rows:
             return
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -58,10 +61,7 @@ def msda_forward(
     row = tl.minimum(row, num_rows - 1)
     query = row // HEADS
     head = row % HEADS
-    if PACKED:
-        image = tl.load(image_ptr + query)
-    else:
-        image = query // queries_per_image
+    image, shift = images_of(image_ptr, query, queries_per_image, num_images, PACKED)
     origin = image * num_tokens
     if WORD == 2:
         value_ptr = view_as(value_ptr, tl.int32)
@@ -70,7 +70,7 @@ def msda_forward(
     offset_at = query * (OFFSET_PITCH // 2) + head * SAMPLES
     weight_at = query * WEIGHT_PITCH + head * SAMPLES
     if REFERENCE != 0:
-        scale = softmax_scale(weight_ptr, weight_at, SAMPLES, SAMPLES_PADDED)
+        top_logit, inverse_sum = softmax_terms(weight_ptr, weight_at, SAMPLES, SAMPLES_PADDED)
     first = tl.zeros((BLOCK, WIDTH), tl.float32)
     second = tl.zeros((BLOCK, WIDTH), tl.float32)
     poison = tl.zeros((BLOCK,), tl.float32)
@@ -83,6 +83,8 @@ def msda_forward(
         x0, y0, x_unit, y_unit = reference_on_level(
             reference_ptr, query, width_f, height_f, level, LEVELS, POINTS, REFERENCE
         )
+        if PACKED:
+            x0 += shift
         for point in tl.range(POINTS, loop_unroll_factor=UNROLL):
             j = level * POINTS + point
             x, y = load_pair(offset_ptr, offset_at + j)
@@ -90,11 +92,11 @@ def msda_forward(
             x = x * x_unit + x0
             y = y * y_unit + y0
             if REFERENCE != 0:
-                weight = tl.exp2(weight * LOG2E - scale)
+                weight = softmax_weight(weight, top_logit, inverse_sum)
             poison = x * 0.0 + (y * 0.0 + poison)  # NaN as soon as one coordinate is NaN or infinite
             xb, _, left_w, right_w = window(x, width_f, THIN)
             yb, _, top_w, low_w = window(y, height_f, THIN)
-            token = origin + (yb * width_f + xb).to(tl.int32)
+            token = origin + pixel_index(xb, yb, width, width_f, LARGE)
             top = values + (token.to(tl.int64) * PITCH)[:, None]
             low = top + below
             top_w *= weight
@@ -148,19 +150,19 @@ def _product(ptr, first, second, column, COLUMNS: tl.constexpr, WIDTH: tl.conste
         return tl.sum(first * u + second * v, axis=1)
 
 
-@triton.jit(do_not_specialize=["num_queries", "queries_per_image", "num_tokens", *SIZES])
+@triton.jit(do_not_specialize=["num_queries", "queries_per_image", "num_images", "num_tokens", *SIZES])
 def msda_backward(
     value_ptr, reference_ptr, offset_ptr, weight_ptr, image_ptr,  # as in msda_forward
     out_ptr,  # [N, HEADS, HEAD_DIM] what the forward pass gave (fused only)
     grad_out_ptr,  # [N, HEADS, HEAD_DIM]
     grad_value_ptr,  # [B, S, HEADS, HEAD_DIM] float32, zeros; 16-bit kinds: even channels of a head, then odd ones
     grad_offset_ptr, grad_weight_ptr,  # contiguous
-    num_queries, queries_per_image, num_tokens,
+    num_queries, queries_per_image, num_images, num_tokens,
     shape0, shape1, shape2, shape3, shape4, shape5, shape6, shape7,
     HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, LEVELS: tl.constexpr, POINTS: tl.constexpr,
     VALUE_PITCH: tl.constexpr, OFFSET_PITCH: tl.constexpr, WEIGHT_PITCH: tl.constexpr,
-    REFERENCE: tl.constexpr, PACKED: tl.constexpr, THIN: tl.constexpr, KIND: tl.constexpr,
-    COLUMNS: tl.constexpr, WIDTH: tl.constexpr, SAMPLES_PADDED: tl.constexpr,
+    REFERENCE: tl.constexpr, PACKED: tl.constexpr, THIN: tl.constexpr, LARGE: tl.constexpr,
+    KIND: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr, SAMPLES_PADDED: tl.constexpr,
     SCATTER: tl.constexpr, BLOCK: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
     """Gradients by offsets and logits (or locations and weights) and, where SCATTER, by the value.
@@ -180,10 +182,7 @@ def msda_backward(
     row = tl.minimum(row, num_rows - 1)
     query = row // HEADS
     head = row % HEADS
-    if PACKED:
-        image = tl.load(image_ptr + query)
-    else:
-        image = query // queries_per_image
+    image, shift = images_of(image_ptr, query, queries_per_image, num_images, PACKED)
     origin = image * num_tokens
     if WORD == 2:
         value_ptr = view_as(value_ptr, tl.int32)
@@ -199,7 +198,7 @@ def msda_backward(
     g_first = tl.where(live[:, None], g_first, 0.0)
     g_second = tl.where(live[:, None], g_second, 0.0)
     if REFERENCE != 0:
-        scale = softmax_scale(weight_ptr, weight_at, SAMPLES, SAMPLES_PADDED)
+        top_logit, inverse_sum = softmax_terms(weight_ptr, weight_at, SAMPLES, SAMPLES_PADDED)
         mean = _product(out_ptr + out_at, g_first, g_second, column, COLUMNS, WIDTH, KIND)
     for level in tl.static_range(LEVELS):
         height, width = level_size(level, shape0, shape1, shape2, shape3, shape4, shape5, shape6, shape7)
@@ -210,15 +209,20 @@ def msda_backward(
         x0, y0, x_unit, y_unit = reference_on_level(
             reference_ptr, query, width_f, height_f, level, LEVELS, POINTS, REFERENCE
         )
+        if PACKED:
+            x0 += shift
         for point in tl.range(POINTS, loop_unroll_factor=UNROLL):
             j = level * POINTS + point
             x, y = load_pair(offset_ptr, offset_at + j)
             weight = tl.load(weight_ptr + weight_at + j).to(tl.float32)
             if REFERENCE != 0:
-                weight = tl.exp2(weight * LOG2E - scale)
-            xb, tx, left_w, right_w = window(x * x_unit + x0, width_f, THIN)
-            yb, ty, top_w, low_w = window(y * y_unit + y0, height_f, THIN)
-            token = (origin + (yb * width_f + xb).to(tl.int32)).to(tl.int64)
+                weight = softmax_weight(weight, top_logit, inverse_sum)
+            x = x * x_unit + x0
+            y = y * y_unit + y0
+            poison = x * 0.0 + y * 0.0  # NaN for a coordinate that is NaN or infinite
+            xb, tx, left_w, right_w = window(x, width_f, THIN)
+            yb, ty, top_w, low_w = window(y, height_f, THIN)
+            token = (origin + pixel_index(xb, yb, width, width_f, LARGE)).to(tl.int64)
             top = values + (token * PITCH)[:, None]
             low = top + below * PITCH
             s00 = _product(top, g_first, g_second, column, COLUMNS, WIDTH, KIND)
@@ -229,7 +233,7 @@ def msda_backward(
             top_d, low_d = slopes(ty, height_f, THIN)
             upper = left_w * s00 + right_w * s01
             lower = left_w * s10 + right_w * s11
-            dw = top_w * upper + low_w * lower
+            dw = top_w * upper + (low_w * lower + poison)
             dx = (
                 weight
                 * x_unit
