@@ -50,15 +50,18 @@ class BackboneConfig:
     name: str = "resnet50.tv_in1k"
     """Any timm model that supports `features_only` and has strides 8, 16 and 32."""
     pretrained: bool = True
-    """Start from ImageNet weights, fetched by timm; random weights, with a warning, when they cannot be fetched."""
+    """Start from ImageNet weights, downloaded by timm. If the download fails: an error, or random weights with a
+    warning where `frozen_stages` is 0."""
     weights: str | None = None
     """A local file of backbone weights (for example self-supervised ones); used instead of the ImageNet weights."""
     frozen_stages: int = 1
-    """How many stages are never trained: 0 none, 1 the stem and the first stage (as published), and so on."""
+    """0 trains all stages; 1 freezes the stem and the stage at stride 4 (published); 2, 3, 4 also those at stride 8, 16
+    and 32."""
     frozen_norm: bool = True
     """Batch norm with fixed statistics and affine parameters (as published)."""
     options: dict[str, Any] = field(default_factory=dict)
-    """Further keyword arguments of the timm model, for example `channels` of a narrow ResNet."""
+    """Further keyword arguments of the timm model, such as `channels` of a narrow ResNet;
+    `ats_detr.model.backbone.OPTIONS` lists those that are allowed."""
 
     def __post_init__(self) -> None:
         _check(bool(self.name), "name", self.name, "give the name of a timm model, such as resnet50")

@@ -184,11 +184,16 @@ def test_an_impossible_backbone_is_named(name, options):
         )
 
 
-def test_random_backbone_weights_are_reported_if_the_download_fails(monkeypatch, caplog):
+def test_random_backbone_weights_are_an_error_only_if_they_would_be_frozen(monkeypatch, caplog):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    build_model(ModelConfig(backbone=BackboneConfig(name="resnet10t.c3_in1k")), num_classes=3)
+    with pytest.raises(UserError, match=r"resnet10t.c3_in1k: .* frozen_stages = 1 .*model.backbone.weights"):
+        build_model(ModelConfig(backbone=BackboneConfig(name="resnet10t.c3_in1k")), num_classes=3)
+    assert "NO PRETRAINED WEIGHTS" not in caplog.text
+    backbone = BackboneConfig(name="resnet10t.c3_in1k", frozen_stages=0)
+    build_model(ModelConfig(backbone=backbone), num_classes=3)
     assert "NO PRETRAINED WEIGHTS" in caplog.text
+    build_model(ModelConfig(backbone=BackboneConfig(name="resnet10t", pretrained=False)), num_classes=3)
 
 
 def test_proposals_of_equal_score_are_selected_in_token_order() -> None:
