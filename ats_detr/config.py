@@ -1,8 +1,8 @@
 """Every setting of a run: a tree of frozen dataclasses, read from YAML files and `a.b=c` overrides.
 
-A YAML file states differences only: from the defaults below, or from the file named by its `base:` key. Paths of
-configuration files (`base`, `teachers.*.config`) are relative to the file that states them; all other paths are
-relative to the working directory.
+A YAML file states differences only: from the defaults below, or from the file named by its `base:` key. `base` and
+`teachers.*.config` are paths relative to the file that states them, or names of shipped configurations; all other paths
+are relative to the working directory.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import os
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -439,8 +440,16 @@ class Config:
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """The configuration in a YAML file, after `a.b=c` overrides. Raises UserError naming file, key and mend."""
-    tree = _read_tree(Path(path), ())
+    """The configuration in a YAML file, after `a.b=c` overrides.
+
+    Args:
+        path: a YAML file, or the name of a shipped configuration such as `quickstart`.
+        overrides: settings that take precedence over the file, such as `train.epochs=12`.
+
+    Raises UserError with the file, the key and the fix.
+    """
+    path = find_config(path)
+    tree = _read_tree(path, ())
     for override in overrides:
         apply_override(tree, override)
     try:
@@ -449,6 +458,45 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     except ConfigError as error:
         raise UserError(f"{path}: {error}") from error
     return config
+
+
+def shipped_configs() -> dict[str, Path]:
+    """The configuration files of this package, by name."""
+    folder = Path(__file__).with_name("configs")  # of an installed package
+    if not folder.is_dir():
+        folder = Path(__file__).parents[1] / "configs"  # of a checkout
+    return {file.stem: file for file in sorted(folder.glob("*.yaml"))}
+
+
+def find_config(source: str | Path, folder: Path = Path()) -> Path:
+    """The file `source`, relative to `folder` or to the working directory; otherwise the shipped configuration of this
+    name: `quickstart`, `quickstart.yaml` and `configs/quickstart.yaml` are the same one.
+
+    Raises UserError with the nearest names if there is neither.
+    """
+    for path in (folder / source, Path(source)):
+        if os.path.exists(path) and not os.path.isdir(
+            path
+        ):  # those of pathlib raise where a folder is not readable
+            return path
+    path, shipped = Path(source), shipped_configs()
+    name = path.name.removesuffix(".yaml")
+    if name in shipped and path.parent in (Path(), Path("configs")):
+        return shipped[name]
+    near = ", ".join(difflib.get_close_matches(name, shipped, n=3, cutoff=0))
+    raise UserError(
+        f"{source}: no such file, and no shipped configuration of this name; the nearest are {near}"
+    )
+
+
+def _teacher_config(source: str, folder: Path) -> str:
+    """`source` so that it can be found without `folder`: the name of a shipped configuration, or a path."""
+    try:
+        path = find_config(source, folder)
+    except UserError:  # raised again where the teacher is needed
+        return str(folder / source)
+    shipped = shipped_configs().get(path.stem)
+    return path.stem if shipped is not None and shipped.samefile(path) else str(path)
 
 
 def _check_trainable(config: Config) -> None:
@@ -484,7 +532,7 @@ def save_config(config: Config, path: Path) -> None:
 
 
 def _read_tree(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
-    """The file's settings laid over those of its base, teachers' files made relative to the working directory."""
+    """The settings of a file merged into those of its base; `teachers.*.config` as `_teacher_config` returns it."""
     if path.resolve() in seen:
         raise UserError(f"{path}: its base files go round in a circle")
     try:
@@ -499,13 +547,17 @@ def _read_tree(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     teachers = tree.get("teachers")
     for teacher in teachers.values() if isinstance(teachers, dict) else ():
         if isinstance(teacher, dict) and isinstance(teacher.get("config"), str):
-            teacher["config"] = str(path.parent / teacher["config"])
+            teacher["config"] = _teacher_config(teacher["config"], path.parent)
     base = tree.pop("base", None)
     if base is None:
         return tree
     if not isinstance(base, str):
         raise UserError(f"{path}: base = {base!r}: give the name of one YAML file")
-    return _merge(_read_tree(path.parent / base, (*seen, path.resolve())), tree)
+    try:
+        base = find_config(base, path.parent)
+    except UserError as error:
+        raise UserError(f"{path}: base: {error}") from None
+    return _merge(_read_tree(base, (*seen, path.resolve())), tree)
 
 
 def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:

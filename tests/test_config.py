@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -77,10 +78,49 @@ def test_null_replaces_what_the_base_set_and_an_override_can_fill_it_again(tmp_p
     )
 
 
-def test_teachers_configs_are_found_beside_the_file_that_names_them(tmp_path: Path) -> None:
-    student = load_config(CONFIGS / "ats_r50_0.05_0.1.yaml")
-    assert student.teachers is not None
-    assert Path(student.teachers.weak.config) == CONFIGS / "ats_teacher_r50_0.05.yaml"
+def test_teacher_configs_are_found_beside_the_file_that_names_them(tmp_path: Path) -> None:
+    write(tmp_path, "seed: 7", "weak.yaml")
+    shutil.copy(CONFIGS / "quickstart_strong.yaml", tmp_path)
+    path = write(tmp_path, "base: quickstart\nteachers: {weak: {config: weak.yaml}}", "mine.yaml")
+    config = load_config(path)
+    assert config.teachers is not None
+    assert load_config(config.teachers.weak.config).seed == 7
+    assert config.teachers.strong.config == "quickstart_strong", (
+        "the base names the shipped one, not its neighbour"
+    )
+
+
+@pytest.mark.parametrize("name", ["quickstart", "quickstart.yaml", "configs/quickstart.yaml"])
+def test_a_shipped_config_is_found_by_name_from_any_folder(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = load_config(CONFIGS / "quickstart.yaml")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "quickstart").mkdir()  # a folder is not a configuration
+    config = load_config(name)
+    assert config == expected
+    assert config.teachers is not None
+    assert load_config(config.teachers.weak.config) == load_config(CONFIGS / "quickstart_weak.yaml")
+    save_config(config, tmp_path / "saved.yaml")
+    assert load_config(tmp_path / "saved.yaml") == config
+
+
+def test_a_file_comes_before_the_shipped_config_of_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path, "base: quickstart\nseed: 7", "quickstart.yaml")
+    assert load_config("quickstart.yaml").seed == 7
+    assert load_config("quickstart").seed == load_config(CONFIGS / "quickstart.yaml").seed
+
+
+@pytest.mark.parametrize("name", ["quikstart", "my/quickstart.yaml", "configs/quickstrat.yaml"])
+def test_an_unknown_config_is_answered_with_the_nearest_names(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=rf"^{name}: no such file.* nearest are quickstart, quickstart_"):
+        load_config(name)
 
 
 def test_a_saved_config_reads_back_equal(tmp_path: Path) -> None:
@@ -136,7 +176,7 @@ def test_a_model_with_a_budget_per_image_needs_teachers(tmp_path: Path) -> None:
     [
         ("a: [", "not YAML"),
         ("- 1", "found a list"),
-        ("base: missing.yaml", "cannot read this configuration file"),
+        ("base: missing.yaml", "base: missing.yaml: no such file"),
         ("base: a.yaml", "go round in a circle"),
         ("base: [a, b]", "give the name of one YAML file"),
     ],
