@@ -1,0 +1,88 @@
+"""Convert between published checkpoints and those of this package.
+
+A checkpoint of the published code (Deformable DETR, Sparse DETR, ATS-DETR) becomes one of this package; a checkpoint of
+this package becomes a published one or a model folder. The contents of SOURCE determine the direction.
+"""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser, Namespace
+from collections.abc import Sequence
+from pathlib import Path
+
+from ats_detr.checkpoint import (
+    CHECKPOINT_SUFFIXES,
+    load_checkpoint,
+    load_model,
+    read_file,
+    save_checkpoint,
+    save_folder,
+)
+from ats_detr.cli.info import name_of_model
+from ats_detr.cli.options import add_overrides, console
+from ats_detr.config import ConfigError, apply_override, config_from_dict
+from ats_detr.convert import from_official, is_official, to_official
+from ats_detr.errors import UserError
+from ats_detr.flops import num_parameters
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """Declare the options."""
+    parser.add_argument("source", type=Path)
+    parser.add_argument(
+        "destination",
+        type=Path,
+        help="of this package: .safetensors, .pt, or a folder (model.safetensors and config.json); published: .pth",
+    )
+    parser.add_argument(
+        "--keep-adaption", action="store_true", help="keep the adaption layer, which only distillation uses"
+    )
+    add_overrides(parser, "model.selector.keep_ratio=0.2")
+
+
+def run(arguments: Namespace) -> None:
+    """Convert one checkpoint."""
+    convert(
+        arguments.source, arguments.destination, arguments.overrides, keep_adaption=arguments.keep_adaption
+    )
+
+
+def convert(
+    source: Path, destination: Path, overrides: Sequence[str] = (), *, keep_adaption: bool = False
+) -> None:
+    """Write `source` in the other format and print a summary. Raises UserError; a failure leaves no partial file."""
+    is_folder = not destination.suffix
+    if not is_folder and destination.suffix not in CHECKPOINT_SUFFIXES:
+        raise UserError(
+            f"{destination}: the suffix must be .safetensors, .pt or .pth, or omitted to write a folder"
+        )
+    content = read_file(source)
+    if not is_official(content):
+        if destination.suffix == ".safetensors" or overrides or keep_adaption:
+            raise UserError(
+                f"{source} is a checkpoint of this package: it converts only to a published .pth file or a folder,"
+                " without further options"
+            )
+        checkpoint = load_checkpoint(source)
+        if is_folder:
+            save_folder(checkpoint, destination)
+            console.print(f"{destination}: model.safetensors and config.json")
+        else:
+            save_checkpoint(to_official(checkpoint), destination)
+            console.print(f"{destination}: in the format of the published code")
+        return
+    checkpoint = from_official(content, source=str(source), keep_adaption=keep_adaption)
+    for override in overrides:
+        apply_override(checkpoint["config"], override)
+    try:
+        config = config_from_dict(checkpoint["config"])
+    except ConfigError as error:
+        raise UserError(str(error)) from error
+    (save_folder if is_folder else save_checkpoint)(checkpoint, destination)
+    model, _ = load_model(destination)  # strict: the file contains exactly the model of its configuration
+    for note in checkpoint["notes"]:
+        console.print(note)
+    console.print(
+        f"{destination}: {name_of_model(config.model)}, {checkpoint['num_classes']} class indices,"
+        f" {num_parameters(model) / 1e6:.1f} M parameters"
+    )

@@ -1,0 +1,52 @@
+"""Export a detector as one graph that runs without this package.
+
+The graph takes images of one padded size, in batches of any size: uint8 `images` [B, 3, H, W] and int64 `sizes` [B, 2], the
+height and width of each image within its padding.
+"""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser, ArgumentTypeError, Namespace
+from pathlib import Path
+
+from ats_detr.cli.info import name_of_model
+from ats_detr.cli.options import CHECKPOINT, add_max_detections, console
+from ats_detr.detector import Detector
+from ats_detr.export import export_file
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """Declare the options."""
+    parser.add_argument("checkpoint", help=CHECKPOINT)
+    parser.add_argument("destination", type=Path, help="a file with the suffix .onnx or .pt2")
+    parser.add_argument(
+        "--size",
+        type=_size,
+        metavar="HxW",
+        help="padded size of the images; default: that of a landscape image at the evaluation size",
+    )
+    parser.add_argument(
+        "--keep-ratio", type=float, help="use one budget for all images; default: the model's own budgets"
+    )
+    add_max_detections(parser)
+
+
+def _size(text: str) -> tuple[int, int]:
+    height, _, width = text.partition("x")
+    if not (height.isdigit() and width.isdigit()):
+        raise ArgumentTypeError(f"{text!r}: must be HEIGHTxWIDTH, such as 832x1344")
+    return int(height), int(width)
+
+
+def run(arguments: Namespace) -> None:
+    """Write the graph and report its size."""
+    detector = Detector.from_checkpoint(arguments.checkpoint, device="cpu")
+    export_file(
+        detector,
+        arguments.destination,
+        arguments.size,
+        max_detections=arguments.max_detections,
+        keep_ratio=arguments.keep_ratio,
+    )
+    megabytes = arguments.destination.stat().st_size / 1e6
+    console.print(f"{arguments.destination}: {name_of_model(detector.config.model)}, {megabytes:.1f} MB")

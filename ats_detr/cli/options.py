@@ -1,0 +1,41 @@
+"""Options that several commands share, and the console they print on."""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser
+
+from rich.console import Console
+
+from ats_detr.config import shipped_configs
+
+console = Console(highlight=False, markup=False, soft_wrap=True)
+FAILURES = 1
+"""Exit code of a command that finished although some of its inputs failed."""
+CHECKPOINT = "a checkpoint file, the folder of a model or a run, or the name of a run under runs/"
+CONFIG = "a YAML file, or the name of a shipped configuration such as quickstart"
+
+
+def add_config(parser: ArgumentParser, *, default: str | None = None) -> None:
+    """`--config`; required unless there is a default, which is described by `default`."""
+    names = ", ".join(shipped_configs())
+    text = f"{CONFIG}; {f'default: {default}' if default else f'all shipped names: {names}'}"
+    parser.add_argument("--config", required=default is None, help=text)
+
+
+def add_max_detections(parser: ArgumentParser) -> None:
+    """`--max-detections`."""
+    from ats_detr.evaluation import MAX_DETECTIONS  # loads torch
+
+    parser.add_argument(
+        "--max-detections", type=int, default=MAX_DETECTIONS, help="per image; default: %(default)s"
+    )
+
+
+def add_overrides(parser: ArgumentParser, example: str) -> None:
+    """`key=value ...` as `overrides`."""
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="key=value",
+        help=f"settings that take precedence over the configuration, such as {example}",
+    )
