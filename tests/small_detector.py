@@ -15,6 +15,18 @@ from tests.training.small import ADAPTIVE, SMALL_MODEL, merged
 
 CLASSES = ClassMap.from_categories({3: "cup", 5: "cat", 9: "kite"})
 
+SMALL = [
+    "model.backbone.name=resnet18", "model.backbone.pretrained=false", "model.backbone.frozen_stages=0",
+    "model.backbone.frozen_norm=false", "model.backbone.options={}",
+    "model.width=32", "model.num_heads=8", "model.num_encoder_layers=2", "model.num_decoder_layers=2",
+    "model.feedforward_width=32", "model.num_queries=20", "model.selector.min_tokens=4",
+    "data.short_side=64", "data.long_side=64", "data.train_short_sides=[64]", "data.crop_short_sides=[]",
+    "data.size_multiple=32", "data.num_workers=0", "data.synthetic.num_train=16", "data.synthetic.num_val=6",
+    "data.synthetic.image_size=64", "data.synthetic.max_objects=4", "train.epochs=1", "train.drop_epochs=[]",
+    "num_pictures=1", "device=cpu",
+]  # fmt: skip
+"""Overrides with which any configuration trains within seconds on a CPU."""
+
 
 def small_detector(*, seed: int = 0, **changes: Any) -> Detector:
     """Images of up to 64 x 128, in steps of 32; keeps 30 or 60 % of the tokens. `changes` are settings of the model."""

@@ -15,7 +15,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from ats_detr.__main__ import main
 from ats_detr.batch import ImageBatch
 from ats_detr.checkpoint import (
     config_of,
@@ -25,6 +24,7 @@ from ats_detr.checkpoint import (
     read_file,
     save_checkpoint,
 )
+from ats_detr.cli import main
 from ats_detr.config import BackboneConfig, ModelConfig, SelectorConfig, config_from_dict
 from ats_detr.convert import COCO_CLASSES, from_official, is_official, official_names, to_official
 from ats_detr.data.coco import COCO_2017_IDS, ClassMap

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch.export import ExportedProgram
 
-from ats_detr.__main__ import main
+from ats_detr.cli import main
 from ats_detr.data.transforms import resized_size
 from ats_detr.detector import Detector
 from ats_detr.errors import UserError

@@ -25,14 +25,14 @@ import pytest
 import torch
 from PIL import Image
 
-from ats_detr.__main__ import main, make_parser
 from ats_detr.checkpoint import load_checkpoint
+from ats_detr.cli import main, parse_arguments
 from ats_detr.config import load_config
 from ats_detr.convert import to_official
 from ats_detr.data.images import decode_image
 from ats_detr.data.synthetic import synthetic_dataset
 from ats_detr.data.transforms import evaluation_transform, image_to_tensor
-from tests.small_detector import save_small_detector
+from tests.small_detector import SMALL, save_small_detector
 
 ROOT = Path(__file__).parents[1]
 PAGES = [
@@ -82,8 +82,8 @@ NOT_RUN = ("make ", "pip ", "mkdir ", "cd ", "wget ", "unzip ", "sbatch ")
 @pytest.mark.parametrize(("page", "command"), COMMANDS, ids=[f"{p}: {c[:60]}" for p, c in COMMANDS])
 def test_every_command_names_a_script_a_config_and_settings_that_exist(page: str, command: str) -> None:
     words = shlex.split(command, comments=True)
-    if words[:3] == ["python", "-m", "ats_detr"]:
-        make_parser().parse_args(words[3:])
+    if words[0] == "ats-detr":
+        parse_arguments(words[1:])
         return
     scripts = [word for word in words if word.endswith(".py")]
     if not scripts:
@@ -126,18 +126,6 @@ def test_what_needs_coco_or_a_gpu_says_just_that(page: str) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------- page by page
-SMALL = [
-    "model.backbone.name=resnet18", "model.backbone.pretrained=false", "model.backbone.frozen_stages=0",
-    "model.backbone.frozen_norm=false", "model.backbone.options={}",
-    "model.width=32", "model.num_heads=8", "model.num_encoder_layers=2", "model.num_decoder_layers=2",
-    "model.feedforward_width=32", "model.num_queries=20", "model.selector.min_tokens=4",
-    "data.short_side=64", "data.long_side=64", "data.train_short_sides=[64]", "data.crop_short_sides=[]",
-    "data.size_multiple=32", "data.num_workers=0", "data.synthetic.num_train=16", "data.synthetic.num_val=6",
-    "data.synthetic.image_size=64", "data.synthetic.max_objects=4", "train.epochs=1", "train.drop_epochs=[]",
-    "num_pictures=1", "device=cpu",
-]  # fmt: skip
-
-
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The folder of someone who has the repository, data, pictures, a published checkpoint and a trained quickstart."""
@@ -162,8 +150,8 @@ def run_command(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     words = [found for word in shlex.split(command, comments=True) for found in glob.glob(word) or [word]]
     if command.startswith(NOT_RUN):
         return
-    if words[:3] == ["python", "-m", "ats_detr"]:
-        main(words[3:])
+    if words[0] == "ats-detr":
+        main(words[1:])
         return
     script = words[1]
     extra = (

@@ -1,7 +1,7 @@
 """Check a COCO-format data set: `ats-detr datasets check PATH`.
 
-Reads every record, decodes every image and reports all problems at once. The exit code is 1 if there are errors; warnings
-and notes do not change it.
+Reads every record, decodes every image and reports all problems at once. The exit code is 1 if there are errors;
+warnings and notes do not change it.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
-"""What a trained detector achieves: the report of one checkpoint, and the comparison of a student with its teachers."""
+"""Evaluate a checkpoint on the validation images: COCO AP, the budgets, and pictures."""
 
 from __future__ import annotations
 
 import math
+from argparse import ArgumentParser, Namespace
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,13 +12,22 @@ import torch
 from rich.table import Table
 
 from ats_detr import distributed
-from ats_detr.checkpoint import load_checkpoint, load_detector, make_folder, write_json
-from ats_detr.config import Config
+from ats_detr.checkpoint import (
+    config_of,
+    load_checkpoint,
+    load_detector,
+    make_folder,
+    resolve_checkpoint,
+    write_json,
+)
+from ats_detr.cli.options import CHECKPOINT, add_config, add_overrides
+from ats_detr.config import Config, load_config
 from ats_detr.data.coco import ClassMap
 from ats_detr.data.loader import EvaluationLoader
 from ats_detr.evaluation import Metrics, evaluate, warn_of_limits, warn_of_minimum
 from ats_detr.flops import count_flops
 from ats_detr.model import CompiledDetr, Detr
+from ats_detr.training import run_log
 from ats_detr.training.datasets import build_evaluation_loader
 from ats_detr.training.run_log import console, say
 from ats_detr.training.stages import Stage
@@ -34,6 +44,42 @@ _AP_NAMES = {
 }
 
 
+def add_arguments(parser: ArgumentParser) -> None:
+    """Declare the options."""
+    add_config(parser, default="the configuration stored in the checkpoint")
+    parser.add_argument("--checkpoint", required=True, help=CHECKPOINT)
+    parser.add_argument(
+        "--output",
+        type=Path,
+        help="folder for metrics.json and the pictures; default: evaluation/ beside the checkpoint",
+    )
+    parser.add_argument(
+        "--compile",
+        choices=("float32", "bfloat16"),
+        help="evaluate the compiled detector (Detector.compile) in this dtype",
+    )
+    parser.add_argument(
+        "--detections", type=Path, metavar="FILE", help="write all detections as COCO results (JSON)"
+    )
+    add_overrides(parser, "data.eval_batch_size=8")
+
+
+def run(arguments: Namespace) -> None:
+    """Evaluate one checkpoint."""
+    path = resolve_checkpoint(arguments.checkpoint)
+    if arguments.config:
+        config = load_config(arguments.config, arguments.overrides)
+    else:
+        config = config_of(load_checkpoint(path), path, arguments.overrides)
+    output = arguments.output or path.parent / "evaluation"
+    with distributed.process_group(config.device) as device:
+        run_log.configure()
+        compiled = getattr(torch, arguments.compile) if arguments.compile else None
+        evaluate_checkpoint(
+            config, path, output, device, compiled=compiled, detections_file=arguments.detections
+        )
+
+
 def evaluate_checkpoint(
     config: Config,
     path: Path,
@@ -42,16 +88,18 @@ def evaluate_checkpoint(
     *,
     compiled: torch.dtype | None = None,
     detections_file: Path | None = None,
-) -> Metrics:
-    """Print and write what a checkpoint achieves on the validation images of `config`.
+) -> None:
+    """Print the metrics of a checkpoint on the validation images of `config`, and write them with pictures.
 
-    `folder` gets metrics.json (with AP and AR of each class), pictures of `num_pictures` images, and, for a model with
-    a budget per image, budgets.png. With a dtype for `compiled` the metrics are those of the compiled detector.
-    `detections_file` gets all detections as COCO results. Every process of a distributed run calls it.
+    Called by every process of a distributed run; the first one writes.
+
+    Args:
+        folder: for metrics.json (with AP and AR of each class), pictures of `num_pictures` images and, for a model with
+            a budget per image, budgets.png.
+        compiled: dtype of the compiled detector. None: evaluate the model itself.
+        detections_file: for all detections, as COCO results.
     """
-    checkpoint = load_checkpoint(path)
-    model = load_detector(config, checkpoint, path).to(device)
-    class_map = ClassMap.from_dict(checkpoint["classes"])
+    model, class_map, _ = _load(config, path, device)
     loader = build_evaluation_loader(config.data, class_map)
     make_folder(folder)
     evaluated = model if compiled is None else CompiledDetr(model, dtype=compiled)
@@ -72,24 +120,22 @@ def evaluate_checkpoint(
         write_pictures(config, model, class_map, metrics, folder, device)
         say(f"written to {folder}: metrics.json and pictures")
     distributed.barrier()
-    return metrics
 
 
-def summarise(stages: Mapping[str, Stage], folder: Path, device: torch.device) -> None:
-    """Compare the finished stages on the student's validation images: a table, pictures, and last summary.json.
+def compare_stages(stages: Mapping[str, Stage], folder: Path, device: torch.device) -> None:
+    """Compare the finished stages on the student's validation images: a table, pictures, and finally summary.json.
 
-    summary.json: for each stage AP and AP50 (0..1), the mean share of the tokens kept and the encoder's giga
-    multiply-adds per image; the rank correlation of the student's budgets with the number of objects; the number of
-    images; the minutes that all trainings took (published teachers do not tell theirs). Every process of a
-    distributed run calls it.
+    summary.json contains, for each stage, AP and AP50 (0..1), the mean keep ratio, and the encoder's multiply-adds per
+    image in units of 1e9; also the rank correlation of the student's budgets with the number of objects, the number of
+    images, and the training time in minutes (without that of published teachers, which is unknown).
+
+    Called by every process of a distributed run; the first one writes.
     """
     summary: dict[str, Any] = {}
     student = stages["student"]
     seconds = 0.0
     for name, stage in stages.items():
-        checkpoint = load_checkpoint(stage.checkpoint)
-        model = load_detector(stage.config, checkpoint, stage.checkpoint).to(device)
-        class_map = ClassMap.from_dict(checkpoint["classes"])
+        model, class_map, checkpoint = _load(stage.config, stage.checkpoint, device)
         metrics = evaluate(
             model,
             build_evaluation_loader(student.config.data, class_map),
@@ -115,8 +161,15 @@ def summarise(stages: Mapping[str, Stage], folder: Path, device: torch.device) -
     distributed.barrier()
 
 
+def _load(config: Config, path: Path, device: torch.device) -> tuple[Detr, ClassMap, dict[str, Any]]:
+    """The model of `config` with the weights of a checkpoint, its classes, and the checkpoint."""
+    checkpoint = load_checkpoint(path)
+    model = load_detector(config, checkpoint, path).to(device)
+    return model, ClassMap.from_dict(checkpoint["classes"]), checkpoint
+
+
 def mean_encoder_gflops(model: Detr, loader: EvaluationLoader) -> float:
-    """Giga multiply-adds of the encoder per image, with the budgets that the images get."""
+    """Mean multiply-adds of the encoder per image, in units of 1e9, at each image's own budget."""
     total, num_images = 0.0, 0
     for batch, _ in loader:
         total += count_flops(model, batch).encoder * len(batch)
@@ -127,7 +180,7 @@ def mean_encoder_gflops(model: Detr, loader: EvaluationLoader) -> float:
 def write_pictures(
     config: Config, model: Detr, class_map: ClassMap, metrics: Metrics, folder: Path, device: torch.device
 ) -> None:
-    """pictures/ of images over the whole range of difficulty, and budgets.png where there is a choice."""
+    """Write pictures/ of images of all difficulties and, for a model with several budgets, budgets.png."""
     loader = build_evaluation_loader(config.data, class_map, shared=False, num_images=config.num_pictures)
     save_pictures(model, loader, device, folder / "pictures")
     if metrics.num_budgets:
@@ -135,7 +188,7 @@ def write_pictures(
 
 
 def print_metrics(metrics: Metrics) -> None:
-    """COCO's table, the mean keep ratio and how often each budget was chosen."""
+    """Print the COCO metrics, the mean keep ratio and a histogram of the budgets."""
     values = metrics.to_dict()
     table = Table(title=f"{len(metrics.images)} images")
     for column in ("", "", "value"):
@@ -143,17 +196,17 @@ def print_metrics(metrics: Metrics) -> None:
     for key, meaning in _AP_NAMES.items():
         table.add_row(key, meaning, _number(values[key]))
     table.add_row(
-        "keep ratio", "share of the tokens that the encoder updates, mean", f"{metrics.mean_keep_ratio:.1%}"
+        "keep ratio", "mean share of tokens that the encoder updates", f"{metrics.mean_keep_ratio:.1%}"
     )
     for budget, count in enumerate(metrics.budget_histogram):
-        table.add_row(f"budget {budget}", "images that chose it, smallest budget first", str(count))
+        table.add_row(f"budget {budget}", "images with this budget; budget 0 is the smallest", str(count))
     if metrics.num_skipped:
-        table.add_row("skipped", "images that could not be read", str(metrics.num_skipped))
+        table.add_row("skipped", "unreadable images", str(metrics.num_skipped))
     console.print(table)
 
 
 def print_comparison(summary: Mapping[str, Any]) -> None:
-    """The stages side by side."""
+    """Print a table of the stages."""
     table = Table(title=f"{summary['num_val_images']} validation images")
     for column in ("", "AP", "AP50", "mean keep ratio", "encoder GFLOPs"):
         table.add_column(column, justify="right" if column else "left")

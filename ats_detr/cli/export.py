@@ -1,7 +1,7 @@
 """Export a detector as one graph that runs without this package.
 
-The graph takes images of one padded size, in batches of any size: uint8 `images` [B, 3, H, W] and int64 `sizes` [B, 2], the
-height and width of each image within its padding.
+The graph takes images of one padded size, in batches of any size: uint8 `images` [B, 3, H, W] and int64 `sizes`
+[B, 2], the height and width of each image within its padding.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""One HTML file to look through detections: each image with its boxes, its kept tokens level by level, and its budget.
+"""An HTML page of detections: each image with its boxes, its kept tokens at each level, and its budget.
 
-Everything is in the file: it can be mailed, and opens without a server.
+The page is one file with all images in it and needs no server.
 """
 
 from __future__ import annotations
@@ -22,12 +22,13 @@ from ats_detr.detector import Result
 from ats_detr.visualize import class_colour
 
 MOST_IMAGES = 1000
-"""A page of so many images has about 60 MB; more are left out, and the page says so."""
+"""A page of this many images has about 60 MB. Further images are omitted, and the page states how many."""
 _LONG_SIDE = 720
+"""Of a thumbnail, in pixels."""
 
 
 class Gallery:
-    """Collects results and writes the page. A result takes about 60 kB until then."""
+    """Collects results, about 60 kB of memory each, and writes the page."""
 
     def __init__(self, title: str, classes: ClassMap) -> None:
         self.title, self.classes = title, classes
@@ -36,7 +37,7 @@ class Gallery:
         self.num_left_out = 0
 
     def add(self, result: Result) -> None:
-        """Add an image. Its kept tokens are shown if the result has them."""
+        """Add an image, with its kept tokens if the result has them."""
         if len(self._entries) == MOST_IMAGES:
             self.num_left_out += 1
             return
@@ -62,7 +63,7 @@ class Gallery:
         for level in range(0 if kept is None else len(kept.levels)):
             assert kept is not None
             cells, (cell_height, cell_width) = kept.in_image(level), kept.cell_size(level)
-            # How much of the image a cell covers: the last row and column may stick out of it.
+            # Share of the image that a cell covers; the last row and column may extend beyond the image.
             share = [cell_width / kept.resized_size[1], cell_height / kept.resized_size[0]]
             entry["levels"].append(
                 {
@@ -78,7 +79,7 @@ class Gallery:
         self._entries.append(_for_script(entry))
 
     def save(self, path: str | Path) -> Path:
-        """Write the page, whole or not at all."""
+        """Write the page atomically: a failure leaves no partial file."""
         path = Path(path)
         shared = {
             "left_out": self.num_left_out,
@@ -90,7 +91,7 @@ class Gallery:
                 for row in sorted(self._rows)
             },
         }
-        page = (files("ats_detr") / "gallery.html").read_text()
+        page = (files("ats_detr.cli") / "gallery.html").read_text()
         before, marker, after = page.partition("/*DATA*/")
         assert marker
         temporary = path.with_name(path.name + ".tmp")
@@ -105,13 +106,13 @@ class Gallery:
 
 
 def _for_script(value: Any) -> str:
-    """JSON that cannot end the script it stands in, whatever a file or a class is called."""
+    """JSON in which no file name or class name can close the surrounding script element."""
     text = json.dumps(value, separators=(",", ":"))
     return text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
 
 
 def _thumbnail(image: Image.Image) -> str:
-    """A JPEG of at most 720 pixels a side as a data URI."""
+    """A JPEG of at most 720 pixels on the longer side, as a data URI."""
     factor = _LONG_SIDE / max(image.size)
     if factor < 1:
         size = (max(1, round(image.width * factor)), max(1, round(image.height * factor)))

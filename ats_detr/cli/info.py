@@ -1,7 +1,8 @@
-"""What a configuration or a checkpoint is, in a few lines: `python -m ats_detr info X`."""
+"""Describe a configuration or a checkpoint: architecture, keep ratios, parameters, multiply-adds, classes, training."""
 
 from __future__ import annotations
 
+from argparse import ArgumentParser, Namespace
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,27 +17,49 @@ from ats_detr.checkpoint import (
     load_detector,
     resolve_checkpoint,
 )
-from ats_detr.config import Config, ModelConfig, load_config
+from ats_detr.cli.options import CHECKPOINT, CONFIG, add_overrides, console
+from ats_detr.config import Config, ModelConfig, load_config, shipped_configs
 from ats_detr.data.coco import ClassMap
 from ats_detr.data.transforms import resized_size
+from ats_detr.errors import UserError
 from ats_detr.flops import count_flops, num_parameters
 from ats_detr.model import Detr
 
-_ROWS_OF_A_CONFIG = 91
-"""Class rows where no data has been read: COCO's."""
+_COCO_CLASSES = 91
+"""Class indices of COCO, assumed for a configuration, whose data set is not read."""
 _LANDSCAPE = (480, 640)
-"""(height, width) of the most common images of COCO, for which multiply-adds are counted."""
+"""(height, width) of the most common COCO images, for which multiply-adds are counted."""
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """Declare the options."""
+    parser.add_argument("source", help=f"{CHECKPOINT}; or {CONFIG}")
+    add_overrides(parser, "model.num_queries=100")
+
+
+def run(arguments: Namespace) -> None:
+    """Print one line per property."""
+    rows = describe(arguments.source, arguments.overrides)
+    width = max(len(name) for name, _ in rows)
+    for name, value in rows:
+        console.print(f"{name:<{width}}  {value}")
 
 
 def describe(source: str, overrides: Sequence[str] = ()) -> list[tuple[str, str]]:
-    """(what, value) rows about a YAML file, or about anything that `Detector.from_checkpoint` takes.
+    """(property, value) pairs of a checkpoint or a configuration.
 
-    Multiply-adds are counted on one noise image of 480 x 640 resized as in evaluation, at the smallest and the largest
-    budget. Raises UserError.
+    Multiply-adds are counted on one noise image of 480 x 640, resized as in evaluation, at the smallest and the largest
+    budget.
+
+    Args:
+        source: a YAML file, anything that `Detector.from_checkpoint` accepts, or the name of a shipped configuration.
+        overrides: settings that take precedence over those of the source.
+
+    Raises UserError if there is no such source or it cannot be read.
     """
-    if Path(source).suffix in (".yaml", ".yml"):
+    if _is_config(source):
         config = load_config(source, overrides)
-        model = build_without_fetching(config, _ROWS_OF_A_CONFIG).eval()
+        model = build_without_fetching(config, _COCO_CLASSES).eval()
         return [
             ("configuration", source),
             *_about_model(config, model),
@@ -56,8 +79,21 @@ def describe(source: str, overrides: Sequence[str] = ()) -> list[tuple[str, str]
     ]
 
 
+def _is_config(source: str) -> bool:
+    """A run takes precedence over the shipped configuration of the same name."""
+    if Path(source).suffix in (".yaml", ".yml"):
+        return True
+    if source not in shipped_configs():
+        return False
+    try:
+        resolve_checkpoint(source)
+    except UserError:
+        return True
+    return False
+
+
 def name_of_model(config: ModelConfig) -> str:
-    """The family, the share of tokens and the backbone."""
+    """Model family, share of tokens and backbone in one line."""
     selector = config.selector
     if selector is None:
         name = "Efficient DETR" if config.queries_from_memory else "Deformable DETR"
@@ -93,7 +129,7 @@ def _multiply_adds(config: Config, model: Detr) -> str:
     parts = []
     for ratio in _ratios(config.model):
         if model.selector is not None:
-            model.selector.fix_ratio(ratio)  # this model is only counted, and thrown away
+            model.selector.fix_ratio(ratio)  # only this count uses the model
         flops = count_flops(model, batch)
         kept = "" if model.selector is None else f" keeping {ratio:.0%}"
         parts.append(f"{flops.total:.4g} G{kept} (encoder {flops.encoder:.3g})")
@@ -111,7 +147,7 @@ def _ratios(config: ModelConfig) -> list[float]:
 def _classes(classes: ClassMap, checkpoint: Mapping[str, Any]) -> str:
     names = classes.names
     listed = ", ".join(names[:12]) + (", ..." if len(names) > 12 else "")
-    rows = "" if len(names) == checkpoint["num_classes"] else f" in {checkpoint['num_classes']} rows"
+    rows = "" if len(names) == checkpoint["num_classes"] else f" of {checkpoint['num_classes']} class indices"
     return f"{len(names)}{rows}: {listed}"
 
 

@@ -1,25 +1,101 @@
-"""Files in, a folder of results out: what `python -m ats_detr predict` does."""
+"""Detect objects in images, folders and videos.
+
+Writes predictions.json, pictures/, videos/ and gallery.html. A file that cannot be read is reported and skipped; the
+exit code is then 1.
+"""
 
 from __future__ import annotations
 
+import sys
+from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any, Literal
 
 from PIL import Image
 from rich.progress import track
 
 from ats_detr.checkpoint import write_json
+from ats_detr.cli.gallery import Gallery
+from ats_detr.cli.options import CHECKPOINT, FAILURES, add_max_detections, console
 from ats_detr.data.images import ImageFileError, images_in, is_url, visible_files
 from ats_detr.data.video import VIDEO_SUFFIXES, VideoWriter, read_video
-from ats_detr.detector import Detector, Result
+from ats_detr.detector import THRESHOLD, Detector, Result
 from ats_detr.errors import UserError
-from ats_detr.gallery import Gallery
 from ats_detr.visualize import add_caption, draw_kept_tokens
 
 Shown = Literal["boxes", "tokens", "budget"]
 SHOWN: tuple[Shown, ...] = ("boxes", "tokens", "budget")
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """Declare the options."""
+    parser.add_argument("paths", nargs="+", metavar="PATH", help="an image, a video, or a folder of them")
+    parser.add_argument("--checkpoint", required=True, help=CHECKPOINT)
+    parser.add_argument("--out", type=Path, default=Path("predictions"), help="default: %(default)s")
+    parser.add_argument(
+        "--show",
+        type=_shown,
+        default=SHOWN,
+        metavar="boxes,tokens,budget",
+        help="what is drawn into pictures/ and videos/; default: all",
+    )
+    parser.add_argument(
+        "--threshold", type=float, default=THRESHOLD, help="minimum score; default: %(default)s"
+    )
+    add_max_detections(parser)
+    parser.add_argument(
+        "--batch-size", type=int, default=1, help="affects only the speed; default: %(default)s"
+    )
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda; default: %(default)s")
+    parser.add_argument("--allow-urls", action="store_true", help="fetch images from http(s) URLs")
+    parser.add_argument(
+        "--stored-pixels", action="store_true", help="ignore the orientation in the EXIF data of photographs"
+    )
+
+
+def _shown(text: str) -> tuple[Shown, ...]:
+    parts = tuple(part.strip() for part in text.split(","))
+    unknown = [part for part in parts if part not in SHOWN]
+    if unknown:
+        raise ArgumentTypeError(f"{unknown[0]!r}: must be one or more of {','.join(SHOWN)}")
+    return tuple(part for part in SHOWN if part in parts)
+
+
+def run(arguments: Namespace) -> None:
+    """Predict, and report what was written and what failed."""
+    inputs = find_inputs(arguments.paths)
+    detector = Detector.from_checkpoint(arguments.checkpoint, device=arguments.device)
+    if inputs.ignored:
+        listed = ", ".join(path.name for path in inputs.ignored[:5])
+        more = ", ..." if len(inputs.ignored) > 5 else ""
+        console.print(
+            f"ignored {len(inputs.ignored)} files that are neither images nor videos: {listed}{more}"
+        )
+    done = predict_files(
+        detector,
+        inputs,
+        arguments.out,
+        show=arguments.show,
+        title=f"{detector.config.name}: {', '.join(arguments.paths)}",
+        threshold=arguments.threshold,
+        max_detections=arguments.max_detections,
+        batch_size=arguments.batch_size,
+        upright=not arguments.stored_pixels,
+        allow_urls=arguments.allow_urls,
+        show_progress=console.is_terminal,
+    )
+    for failure in done.failures:
+        print(f"error: {failure}", file=sys.stderr)
+    kept = f"; on average {fmean(done.keep_ratios):.1%} of the tokens kept" if done.keep_ratios else ""
+    videos = f" and {done.num_videos} videos" if inputs.videos else ""
+    console.print(f"{done.num_images} images{videos}, {len(done.failures)} failed{kept}")
+    gallery = ", gallery.html" if done.gallery else ""
+    console.print(f"written to {arguments.out}: predictions.json, pictures{gallery}")
+    if done.failures:
+        sys.exit(FAILURES)
 
 
 @dataclass(kw_only=True)
@@ -29,25 +105,27 @@ class Inputs:
     images: list[str] = field(default_factory=list)
     videos: list[Path] = field(default_factory=list)
     ignored: list[Path] = field(default_factory=list)
-    """Files of folders that are neither by their suffix."""
+    """Files of folders with another suffix than that of an image or a video."""
 
 
 @dataclass(kw_only=True)
 class Done:
-    """What was written, and what could not be read."""
+    """Counts of the images and videos that were written, and the files that failed."""
 
     num_images: int = 0
     num_videos: int = 0
     failures: list[str] = field(default_factory=list)
     """One line for each file that could not be read."""
     keep_ratios: list[float] = field(default_factory=list)
-    """Share of the tokens kept of each image; their mean is the evaluation's mean keep ratio."""
+    """Share of the tokens kept in each image; the mean is the mean keep ratio of an evaluation."""
     gallery: Path | None = None
 
 
 def find_inputs(paths: Sequence[str]) -> Inputs:
-    """Folders become the files in them, not those of their subfolders. A file that is named is tried whatever its
-    suffix. Raises UserError for a path that does not exist, and where nothing is found at all.
+    """The images and videos among `paths`. A folder stands for its files, without subfolders; a file that is given
+    itself is used regardless of its suffix.
+
+    Raises UserError if a path does not exist, or if there are no images and videos.
     """
     inputs = Inputs()
     for text in paths:
@@ -66,9 +144,9 @@ def find_inputs(paths: Sequence[str]) -> Inputs:
         elif path.exists():
             inputs.images.append(text)
         else:
-            raise UserError(f"{text}: there is no such file or folder")
+            raise UserError(f"{text}: no such file or folder")
     if not inputs.images and not inputs.videos:
-        raise UserError(f"{', '.join(paths)}: there are no images or videos in it")
+        raise UserError(f"{', '.join(paths)}: contains no images or videos")
     return inputs
 
 
@@ -86,20 +164,20 @@ def predict_files(
     allow_urls: bool = False,
     show_progress: bool = False,
 ) -> Done:
-    """Detect objects in all inputs and write `out`.
+    """Detect objects in all inputs and write the results into the folder `out`.
 
-    It gets predictions.json (every image and every frame of a video, and what failed), gallery.html, pictures/ (boxes
-    and budget in one picture, kept tokens in another) and videos/. Files that cannot be read are told in the result;
-    the others are done.
+    The results are predictions.json (every image, every video frame, every failure), gallery.html, pictures/ (one
+    picture with boxes and budget, one with kept tokens) and videos/. A file that cannot be read is listed in the
+    returned `failures` and skipped.
 
-    Raises UserError where the folder cannot be written.
+    Raises UserError if the folder cannot be written.
     """
     done = Done()
     pictures = out / "pictures"
     try:
         pictures.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"--out {out}: cannot make this folder ({error.strerror})") from None
+        raise UserError(f"--out {out}: cannot create this folder ({error.strerror})") from None
     options: dict[str, Any] = dict(
         threshold=threshold, max_detections=max_detections, batch_size=batch_size, upright=upright
     )
@@ -116,8 +194,8 @@ def predict_files(
     for result in _track(results, "images", len(inputs.images), show_progress):
         stem = _unused(Path(result.name).stem, stems)
         try:
-            decoded = replace(result, source=result.image())  # read once for all that is drawn
-        except ImageFileError as error:  # the file may be gone by now
+            decoded = replace(result, source=result.image())  # decode once for all drawings
+        except ImageFileError as error:  # the file may have been deleted since
             done.failures.append(str(error))
             continue
         written = _write_pictures(decoded, pictures / stem, show)
@@ -154,7 +232,7 @@ def _track(results: Iterator[Result], what: str, total: int | None, show_progres
 
 
 def _unused(stem: str, used: set[str]) -> str:
-    """`stem`, or `stem_2`, ...: files of two folders may have one name, and `a_tokens.png` is one beside `a.png`."""
+    """`stem`, or `stem_2`, ... if another input has it: `a.png` in two folders, or `a.png` beside `a_tokens.png`."""
     name, number = stem, 1
     while not used.isdisjoint((name, f"{name}_tokens")):
         number += 1
@@ -196,7 +274,7 @@ def _predict_video(
     options: dict[str, Any],
     show_progress: bool,
 ) -> dict[str, Any]:
-    """Write the video with boxes; returns its frames for JSON. Raises ImageFileError where it cannot be read."""
+    """Write the video with boxes and return its frames for JSON. Raises ImageFileError if it cannot be read."""
     frames: list[dict[str, Any]] = []
     with read_video(path) as video:
         folder.mkdir(parents=True, exist_ok=True)

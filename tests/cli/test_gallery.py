@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from ats_detr.cli.gallery import Gallery
 from ats_detr.data.coco import ClassMap
 from ats_detr.detector import Result
-from ats_detr.gallery import Gallery
 from ats_detr.model.output import TokenBudget
 from ats_detr.visualize import KeptTokens, class_colour
 
@@ -92,7 +92,7 @@ def test_the_page_needs_nothing_else_and_holds_the_results(page: Path) -> None:
 
 
 def test_images_beyond_the_limit_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ats_detr.gallery.MOST_IMAGES", 2)
+    monkeypatch.setattr("ats_detr.cli.gallery.MOST_IMAGES", 2)
     gallery = Gallery("t", CLASSES)
     for name in "abcd":
         gallery.add(result(name, [0], kept=1))

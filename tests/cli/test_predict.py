@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 import ats_detr.detector
-from ats_detr.__main__ import main
+from ats_detr.cli import main
 from ats_detr.data.images import decode_image
 from ats_detr.detector import Detector, Result
 from ats_detr.errors import UserError

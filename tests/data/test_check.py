@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from ats_detr.__main__ import main
+from ats_detr.cli import main
 from ats_detr.data.check import check_dataset, find_splits, lines, plot_dataset
 from ats_detr.data.synthetic import synthetic_dataset
 from ats_detr.errors import UserError

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from ats_detr.__main__ import main
 from ats_detr.checkpoint import load_model
+from ats_detr.cli import main
 from ats_detr.config import config_from_dict
 from ats_detr.convert import to_official
 
