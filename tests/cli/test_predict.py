@@ -133,8 +133,8 @@ def test_a_format_is_known_to_every_thread_from_the_start() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["gone.jpg"], "gone.jpg: there is no such file or folder"),
-        (["."], "there are no images or videos in it"),
+        (["gone.jpg"], "gone.jpg: no such file or folder"),
+        (["."], "contains no images or videos"),
         (["http://localhost:1/a.jpg"], "allow_urls=True"),
         (["plain.png", "--threshold", "40"], r"threshold 40\.0: scores are probabilities, give 0\.\.1"),
         (["plain.png", "--threshold", "nan"], "threshold nan"),
