@@ -1,4 +1,4 @@
-"""`python -m ats_detr predict` and `info` on what people have: odd images are handled or named, the rest is done."""
+"""`ats-detr predict` and `info` on unusual input: odd images are handled, unreadable ones reported and skipped."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import ats_detr.detector
 from ats_detr.cli import main
 from ats_detr.data.images import decode_image
 from ats_detr.detector import Detector, Result
@@ -171,7 +170,7 @@ def test_a_file_is_decoded_once_to_detect_and_once_to_draw(
         decoded.append(Path(name).name)
         return decode_image(encoded, name, **options)
 
-    monkeypatch.setattr(ats_detr.detector, "decode_image", decode)
+    monkeypatch.setattr("ats_detr.data.images.decode_image", decode)
     paths = [str(odd / name) for name in ("turned.jpg", "grey.jpg")]
     main(["predict", *paths, "--checkpoint", str(model), "--out", str(tmp_path / "out")])
     assert sorted(decoded) == ["grey.jpg", "grey.jpg", "turned.jpg", "turned.jpg"]
