@@ -187,7 +187,7 @@ def test_an_impossible_backbone_is_named(name, options):
 def test_random_backbone_weights_are_an_error_only_if_they_would_be_frozen(monkeypatch, caplog):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(UserError, match=r"resnet10t.c3_in1k: .* frozen_stages = 1 .*model.backbone.weights"):
+    with pytest.raises(UserError, match=r"resnet10t.c3_in1k: .*frozen_stages = 1 .*model.backbone.weights"):
         build_model(ModelConfig(backbone=BackboneConfig(name="resnet10t.c3_in1k")), num_classes=3)
     assert "NO PRETRAINED WEIGHTS" not in caplog.text
     backbone = BackboneConfig(name="resnet10t.c3_in1k", frozen_stages=0)
