@@ -22,9 +22,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from ats_detr.kernels.gpu import attention, dam, linear, pack, select, tuning
+from ats_detr.kernels.gpu import attention, dam, linear, packing, selection, tuning
 
-ARCHITECTURES = (80, 90, 100)
+ARCHITECTURES = (80, 90, 100, 120)
 LEVELS = ((8, 8), (4, 4), (2, 2), (2, 2))  # the code does not depend on them
 HEADS, HEAD_DIM, POINTS = 8, 32, 4
 WIDTH, HIDDEN = 256, 1024
@@ -184,19 +184,17 @@ def configured(config: dict) -> Iterator[None]:
 
 
 def linear_launches(operator: str, rows: torch.dtype, dtype: torch.dtype, config: dict) -> list[Launch]:
-    """Launches of 'linear', 'linear_norm' or 'feedforward' with a capacity and everything fused into them."""
+    """Launches of 'linear', 'linear_norm' or 'feedforward' with a capacity."""
     x, wide = torch.zeros(64, WIDTH, dtype=rows), torch.zeros(64, HIDDEN, dtype=dtype)
-    memory, index = torch.zeros(2, 64, WIDTH, dtype=rows), torch.zeros(64, dtype=torch.int32)
-    to_memory = (index[:1], memory, index, index)
-    projection = torch.zeros(PROJECTED, WIDTH, dtype=dtype)
+    count = torch.zeros(1, dtype=torch.int32)
+    projection, bias = torch.zeros(PROJECTED, WIDTH, dtype=dtype), torch.zeros(PROJECTED, dtype=rows)
     square, vector = torch.zeros(WIDTH, WIDTH, dtype=dtype), torch.zeros(WIDTH, dtype=rows)
     layers = (torch.zeros(HIDDEN, WIDTH, dtype=dtype), wide[0], wide.new_zeros(WIDTH, HIDDEN), vector)
-    out = torch.zeros(64, PROJECTED)
-    norm = (vector, vector, 1e-5)
+    norm = (vector, vector, 1e-5, count)
     calls = {
-        "linear": lambda: linear.linear(x, projection, out[0], index[:1], x, False, out),
-        "linear_norm": lambda: linear.linear_norm(wide[:, :WIDTH], square, vector, x, *norm, *to_memory),
-        "feedforward": lambda: linear.fused_feedforward(x, *layers, *norm, *to_memory),
+        "linear": lambda: linear.packed_linear(x, projection, bias, count, x, torch.float32),
+        "linear_norm": lambda: linear.packed_linear_norm(wide[:, :WIDTH], square, vector, x, *norm),
+        "feedforward": lambda: linear.fused_feedforward(x, *layers, *norm),
     }
     with configured(config):
         return caught(calls[operator])
@@ -208,17 +206,19 @@ def other_launches(dtype: torch.dtype) -> list[Launch]:
     keep = torch.zeros(4, dtype=torch.int64)
     index = torch.zeros(64, dtype=torch.int32)
     slots, memory = torch.zeros(4, 64, dtype=torch.int32), torch.zeros(4, 64, 256, dtype=dtype)
+    plan, square = (index, index, slots), torch.zeros(256, 256, dtype=dtype)
     rows, references = torch.zeros(64, 256, dtype=dtype), torch.zeros(4, 64, 4, 2)
     offsets, logits = torch.zeros(64, 8, 4, 4, 2, dtype=dtype), torch.zeros(64, 8, 4, 4, dtype=dtype)
     sizes = [side for level in LEVELS for side in level]
     problem = attention.prepare(None, sizes, torch.zeros(64, 4, 4), offsets, logits, None)
     return [
-        *caught(lambda: select.select(scores, keep, mask, 100)),
-        *caught(lambda: select.select(scores[:, :9000], keep, None, 100)),
-        *caught(lambda: pack.pack(index, index, index[:1], [memory, memory, references])),
-        *caught(lambda: pack.merge(slots, rows, memory)),
-        *caught(lambda: pack.scatter_in_place(index, index, None, memory, rows)),
-        *caught(lambda: pack.zero_padding(memory, mask[:, :64])),
+        *caught(lambda: selection.select(scores, keep, mask, 100)),
+        *caught(lambda: selection.select(scores[:, :9000], keep, None, 100)),
+        *caught(lambda: packing.pack(*plan, index[:1], [memory, memory, references])),
+        *caught(lambda: packing.scatter(memory, rows, *plan, None)),
+        *caught(lambda: packing.scatter_(memory, rows, *plan, None)),
+        *caught(lambda: linear.packed_linear_(memory, rows, square, rows[0], index[:1], None, *plan)),
+        *caught(lambda: packing.zero_padding_(memory, mask[:, :64])),
         *caught(lambda: dam.add_attention_map(problem, torch.zeros(4, 84))),
     ]
 

@@ -1,368 +1,311 @@
-"""Linear layers of packed rows, for inference: the public functions and the custom operators behind them.
+"""Linear layers of packed rows, for inference.
 
-Where a plan has a capacity (`TokenPlan.num_rows`) a library computes all its rows, the kernels only those in use: with
-16-bit weights they are what CUDA runs then. `_kernel_pays` says what was measured.
+If a plan has a capacity (`TokenPlan.num_rows`), a library computes all its rows, the kernels only those in use. With
+16-bit weights the kernels then run on CUDA by default; `_kernel_pays` holds the measurements.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from ats_detr.kernels import reference
-from ats_detr.kernels.backend import choose_backend, runs_inside_graph
-from ats_detr.kernels.packing import is_evenly_spaced, scatter_tokens
+from ats_detr.kernels.dispatch import (
+    FLOATS,
+    autocast,
+    choose_backend,
+    compute_capability,
+    invalid,
+    no_transforms,
+    operator,
+)
+from ats_detr.kernels.packing import check_target, scatter_tokens
 from ats_detr.kernels.plan import TokenPlan
 
 MAX_WIDTH = 256
-"""Widest rows that a kernel normalises; wider ones are left to PyTorch's operators, all rows of the capacity."""
+"""Widest rows that a kernel normalises. PyTorch's operators compute wider ones, for all rows of the capacity."""
+MIN_CAPABILITY = (8, 0)
+"""Oldest GPUs that run the kernels: before, they spill up to 11 KB or exceed the shared memory of a program."""
 
 
 def packed_linear(
     x_KC: Tensor,
-    weight: Tensor,
-    bias: Tensor,
+    weight_FC: Tensor,
+    bias_F: Tensor,
     num_rows: Tensor | None = None,
     *,
     add_KC: Tensor | None = None,
-    activation: str | None = None,
     dtype: torch.dtype | None = None,
-    memory_BSN: Tensor | None = None,
+    memory_BSF: Tensor | None = None,
     plan: TokenPlan | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """(x + add) W^T + b of the rows in use, [K, N]. For inference: raises where a gradient would be recorded.
+    """(x + add) W^T + b of the rows in use, [K, F]. For inference only.
 
     Args:
-        x_KC: float32 or 16-bit, a slice of a wider matrix too. The sum with `add_KC` is cast to the weight's dtype.
-        add_KC: as `x_KC`.
-        weight: [N, C]. Under autocast it is cast to the autocast dtype.
-        num_rows: int32 [1] on the device: rows in use (`TokenPlan.num_rows`); later rows are neither read nor
+        x_KC, add_KC: float32 or 16-bit; may be slices of wider matrices. Their sum is cast to the weight's dtype.
+        weight_FC: under autocast, cast to the autocast dtype.
+        num_rows: integer [1] on the device: rows in use (`TokenPlan.num_rows`); later rows are neither read nor
             written. None: all.
-        activation: None or 'relu'.
-        dtype: of the result. None: the weight's. Sampling offsets want float32.
-        memory_BSN: with `plan`, write the rows to their tokens of this memory instead, in its dtype, and return it;
-            the memory may be a slice of wider rows.
-        plan: the tokens of the rows.
-        backend: 'triton' or 'reference', see `choose_backend`. None: the kernel where it is faster, that is, on CUDA
-            with 16-bit weights and `num_rows`.
+        dtype: of the result. None: the weight's. Use float32 for sampling offsets.
+        memory_BSF, plan: write the rows to their tokens of `memory_BSF` instead, in its dtype, and return it.
+            The memory may be a slice of wider rows.
+        backend: 'triton' or 'reference', see `choose_backend`. None: the kernel if it is faster, that is, on CUDA with
+            16-bit weights and `num_rows`. The kernels need compute capability 8.0.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit together, `memory_BSF` without `plan` or the reverse.
+        RuntimeError: a gradient would be recorded.
     """
-    if activation not in (None, "relu"):
-        raise ValueError(f"activation {activation!r}: None or 'relu'")
-    _check_layer(x_KC.shape[1], weight, bias)
-    _check_target(x_KC.shape[0], weight.shape[0], memory_BSN, plan)
-    _refuse_gradients(x_KC, weight, bias, add_KC, memory_BSN)
-    weight, relu = _autocast(weight), activation == "relu"
-    chosen = choose_backend(x_KC, backend, kernel_pays=_kernel_pays("packed_linear", weight, num_rows))
-    arguments = (x_KC, weight, bias, num_rows, add_KC, relu)
-    if memory_BSN is not None and chosen == "triton" and is_evenly_spaced(memory_BSN):
-        torch.ops.ats_detr.packed_linear_(
-            memory_BSN, *arguments, plan.token_index_K, plan.image_index_K, chosen
-        )
-        return memory_BSN
-    if dtype is None:
-        dtype = weight.dtype if memory_BSN is None else memory_BSN.dtype
-    if chosen == "reference" and not runs_inside_graph():
-        rows = reference.packed_linear(*arguments).to(dtype)
-    else:
-        rows = torch.ops.ats_detr.packed_linear(*arguments, dtype, chosen)
-    if memory_BSN is None:
-        return rows
-    # As asked, not as chosen for the product: to scatter pays on CUDA always, and the definition would wait there.
-    return scatter_tokens(plan, memory_BSN, rows, in_place=True, backend=backend)
+    _check_rows("x", x_KC)
+    _check_layer("weight", weight_FC, "bias", bias_F, x_KC.shape[1])
+    if add_KC is not None:
+        _check_rows("add", add_KC)
+        if add_KC.shape != x_KC.shape:
+            raise invalid("add", add_KC, f"{list(x_KC.shape)} like x")
+    if dtype is not None and dtype not in FLOATS:
+        raise ValueError(f"dtype {dtype}: must be floating point")
+    _check_num_rows(num_rows)
+    weight_FC = autocast(weight_FC)
+    _refuse_gradients(x_KC, weight_FC, bias_F, add_KC)
+    layer = (x_KC, weight_FC, bias_F, num_rows, add_KC)
+    choice: dict[str, Any] = {
+        "kernel_pays": _kernel_pays("packed_linear", weight_FC, num_rows),
+        "limitation": _limitation(x_KC),
+    }
+    if memory_BSF is None and plan is None:
+        return _packed_linear(*layer, dtype or weight_FC.dtype, backend=backend, **choice)
+    if memory_BSF is None or plan is None:
+        raise ValueError("memory and plan: pass both or neither")
+    shape = (*plan.slot_BS.shape, weight_FC.shape[0])
+    if not (memory_BSF.shape == shape and memory_BSF.dtype in FLOATS):
+        raise invalid("memory", memory_BSF, f"{list(shape)}, floats")
+    if x_KC.shape[0] != plan.token_index_K.shape[0]:
+        raise invalid("x", x_KC, f"[{plan.token_index_K.shape[0]}, C] like the plan")
+    check_target("memory", memory_BSF)
+    tensors = [tensor for tensor in (*layer, memory_BSF) if tensor is not None]
+    if choose_backend(tensors, backend, **choice) == "reference":
+        rows = _packed_linear(*layer, memory_BSF.dtype, backend="reference")
+        # With the backend as requested: unlike the product, the scatter is always faster with the kernel.
+        return scatter_tokens(plan, memory_BSF, rows, in_place=True, backend=backend)
+    index = (plan.token_index_K, plan.image_index_K, plan.slot_BS)
+    _packed_linear_into(memory_BSF, *layer, *index, backend=backend, **choice)
+    return memory_BSF
 
 
 def packed_linear_norm(
     x_KC: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    residual_KN: Tensor,
-    norm_weight: Tensor,
-    norm_bias: Tensor,
+    weight_FC: Tensor,
+    bias_F: Tensor,
+    residual_KF: Tensor,
+    norm_weight_F: Tensor,
+    norm_bias_F: Tensor,
     eps: float,
     num_rows: Tensor | None = None,
     *,
-    memory_BSN: Tensor | None = None,
-    plan: TokenPlan | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """LayerNorm(residual + x W^T + b) of the rows in use, [K, N] in the residual's dtype; sums and norm in float32.
+    """LayerNorm(residual + x W^T + b) of the rows in use, [K, F] in the residual's dtype; sums and norm in float32.
 
-    With `memory_BSN` and `plan` the rows are also written to their tokens of the memory. The rest as in
-    `packed_linear`, but that the kernel is taken without `num_rows` too.
+    As `packed_linear`, except that the kernel is also the default without `num_rows`. The kernel normalises at most 256
+    channels.
     """
-    _check_layer(x_KC.shape[1], weight, bias)
-    if residual_KN.shape != (x_KC.shape[0], weight.shape[0]):
-        raise ValueError(f"residual {tuple(residual_KN.shape)}: want [{x_KC.shape[0]}, {weight.shape[0]}]")
-    arguments = (x_KC, _autocast(weight), bias, residual_KN, norm_weight, norm_bias, eps, num_rows)
-    return _with_norm("packed_linear_norm", arguments, memory_BSN, plan, backend)
+    _check_rows("x", x_KC)
+    _check_layer("weight", weight_FC, "bias", bias_F, x_KC.shape[1])
+    width = weight_FC.shape[0]
+    _check_rows("residual", residual_KF)
+    if residual_KF.shape != (x_KC.shape[0], width):
+        raise invalid("residual", residual_KF, f"[{x_KC.shape[0]}, {width}]")
+    _check_norm(norm_weight_F, norm_bias_F, width)
+    _check_num_rows(num_rows)
+    weight_FC = autocast(weight_FC)
+    arguments = (x_KC, weight_FC, bias_F, residual_KF, norm_weight_F, norm_bias_F, eps, num_rows)
+    _refuse_gradients(*arguments)
+    return _packed_linear_norm(
+        *arguments,
+        backend=backend,
+        kernel_pays=_kernel_pays("packed_linear_norm", weight_FC, num_rows),
+        limitation=_limitation(x_KC, width),
+    )
 
 
 def packed_feedforward(
     x_KC: Tensor,
-    weight1: Tensor,
-    bias1: Tensor,
-    weight2: Tensor,
-    bias2: Tensor,
-    norm_weight: Tensor,
-    norm_bias: Tensor,
+    weight1_FC: Tensor,
+    bias1_F: Tensor,
+    weight2_CF: Tensor,
+    bias2_C: Tensor,
+    norm_weight_C: Tensor,
+    norm_bias_C: Tensor,
     eps: float,
     num_rows: Tensor | None = None,
     *,
-    memory_BSC: Tensor | None = None,
-    plan: TokenPlan | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """LayerNorm(x + relu(x W1^T + b1) W2^T + b2) of the rows in use, [K, C] in x's dtype; sums and norm in float32.
 
-    weight1 is [M, C], weight2 [C, M]. With 16-bit weights the M hidden channels are never in memory. With
-    `memory_BSC` and `plan` the rows are also written to their tokens of the memory. The rest as in `packed_linear`.
+    As `packed_linear`. With 16-bit weights the F hidden channels are never stored in memory. The kernel normalises at
+    most 256 channels.
     """
-    _check_layer(x_KC.shape[1], weight1, bias1)
-    _check_layer(weight1.shape[0], weight2, bias2)
-    if weight2.shape[0] != x_KC.shape[1]:
-        raise ValueError(f"weight2 {tuple(weight2.shape)}: want [{x_KC.shape[1]}, {weight1.shape[0]}]")
+    _check_rows("x", x_KC)
+    width = x_KC.shape[1]
+    _check_layer("weight1", weight1_FC, "bias1", bias1_F, width)
+    _check_layer("weight2", weight2_CF, "bias2", bias2_C, weight1_FC.shape[0])
+    if weight2_CF.shape[0] != width:
+        raise invalid("weight2", weight2_CF, f"[{width}, {weight1_FC.shape[0]}]")
+    if weight1_FC.dtype != weight2_CF.dtype:
+        raise invalid("weight2", weight2_CF, f"of weight1's {weight1_FC.dtype}")
+    _check_norm(norm_weight_C, norm_bias_C, width)
+    _check_num_rows(num_rows)
+    weight1_FC, weight2_CF = autocast(weight1_FC), autocast(weight2_CF)
     arguments = (
         x_KC,
-        _autocast(weight1),
-        bias1,
-        _autocast(weight2),
-        bias2,
-        norm_weight,
-        norm_bias,
+        weight1_FC,
+        bias1_F,
+        weight2_CF,
+        bias2_C,
+        norm_weight_C,
+        norm_bias_C,
         eps,
         num_rows,
     )
-    return _with_norm("packed_feedforward", arguments, memory_BSC, plan, backend)
+    _refuse_gradients(*arguments)
+    return _packed_feedforward(
+        *arguments,
+        backend=backend,
+        kernel_pays=_kernel_pays("packed_feedforward", weight1_FC, num_rows),
+        limitation=_limitation(x_KC, width),
+    )
 
 
-def _with_norm(
-    operator: str,
-    arguments: tuple,
-    memory_BSN: Tensor | None,
-    plan: TokenPlan | None,
-    backend: str | None,
-) -> Tensor:
-    """Runs an operator that ends in a norm, by kernel or by definition, and writes its rows to the memory."""
-    x_KC, weight, norm_bias, num_rows = *arguments[:2], arguments[-3], arguments[-1]
-    _check_target(x_KC.shape[0], norm_bias.shape[0], memory_BSN, plan)
-    _refuse_gradients(*arguments, memory_BSN)
-    pays = norm_bias.shape[0] <= MAX_WIDTH and _kernel_pays(operator, weight, num_rows)
-    chosen = choose_backend(x_KC, backend, kernel_pays=pays)
-    if chosen == "triton" and norm_bias.shape[0] > MAX_WIDTH:
-        raise ValueError(f"backend 'triton': rows of {norm_bias.shape[0]} channels, at most {MAX_WIDTH}")
-    by_kernel = chosen == "triton" and memory_BSN is not None and is_evenly_spaced(memory_BSN)
-    if chosen == "reference" and not runs_inside_graph():
-        rows = getattr(reference, operator)(*arguments)
-    elif by_kernel:
-        into_memory = getattr(torch.ops.ats_detr, f"{operator}_")
-        rows = into_memory(memory_BSN, *arguments, plan.token_index_K, plan.image_index_K, chosen)
-    else:
-        rows = getattr(torch.ops.ats_detr, operator)(*arguments, chosen)
-    if memory_BSN is not None and not by_kernel:
-        scatter_tokens(plan, memory_BSN, rows, in_place=True, backend=backend)
-    return rows
+# ------------------------------------------------------------------------------------------------ checks of arguments
+def _check_rows(name: str, rows: Tensor) -> None:
+    if not (rows.ndim == 2 and rows.dtype in FLOATS):
+        raise invalid(name, rows, "[K, C], floating point")
 
 
-def _check_layer(width: int, weight: Tensor, bias: Tensor) -> None:
-    if weight.ndim != 2 or weight.shape[1] != width or bias.shape != weight.shape[:1]:
-        raise ValueError(
-            f"weight {tuple(weight.shape)} and bias {tuple(bias.shape)}: want [N, {width}] and [N]"
-        )
+def _check_layer(weight_name: str, weight: Tensor, bias_name: str, bias: Tensor, width: int) -> None:
+    if not (weight.ndim == 2 and weight.shape[1] == width and weight.dtype in FLOATS):
+        raise invalid(weight_name, weight, f"[F, {width}], floating point")
+    if not (bias.shape == weight.shape[:1] and bias.dtype in FLOATS):
+        raise invalid(bias_name, bias, f"[{weight.shape[0]}], floats")
 
 
-def _check_target(num_rows: int, width: int, memory_BSN: Tensor | None, plan: TokenPlan | None) -> None:
-    if (memory_BSN is None) != (plan is None):
-        raise ValueError("memory and plan: give both or neither")
-    if memory_BSN is not None and (
-        memory_BSN.shape != (*plan.slot_BS.shape, width) or plan.token_index_K.shape[0] != num_rows
-    ):
-        raise ValueError(
-            f"memory {tuple(memory_BSN.shape)} and {num_rows} rows for a plan of {tuple(plan.slot_BS.shape)} tokens "
-            f"and {plan.token_index_K.shape[0]} rows, {width} channels"
-        )
+def _check_norm(weight: Tensor, bias: Tensor, width: int) -> None:
+    for name, vector in (("norm weight", weight), ("norm bias", bias)):
+        if not (vector.shape == (width,) and vector.dtype in FLOATS):
+            raise invalid(name, vector, f"[{width}], floating point")
+
+
+def _check_num_rows(num_rows: Tensor | None) -> None:
+    if num_rows is not None and not (num_rows.numel() == 1 and num_rows.dtype in (torch.int32, torch.int64)):
+        raise invalid("num_rows", num_rows, "one int32 or int64")
 
 
 def _refuse_gradients(*arguments: object) -> None:
     if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in arguments):
         raise RuntimeError(
             "packed linear layers have no gradient: call them under torch.no_grad(), or train with "
-            "torch.nn.functional on an exact plan's rows"
+            "torch.nn.functional on the rows of an exact plan"
         )
 
 
-def _kernel_pays(operator: str, weight: Tensor, num_rows: Tensor | None) -> bool:
+def _limitation(x: Tensor, normalised_width: int = 0) -> str | None:
+    """Why the kernels cannot compute a layer."""
+    if normalised_width > MAX_WIDTH:
+        return f"rows of {normalised_width} channels exceed the maximum of {MAX_WIDTH}"
+    capability = compute_capability(x.device)
+    if capability is not None and capability < MIN_CAPABILITY:
+        return f"compute capability {capability[0]}.{capability[1]} is below {MIN_CAPABILITY[0]}.{MIN_CAPABILITY[1]}"
+    return no_transforms()
+
+
+def _kernel_pays(name: str, weight: Tensor, num_rows: Tensor | None) -> bool:
     """Measured on an H200 for 21,384 rows of capacity, against PyTorch on all of them: with bfloat16 weights 1.0 to 2.3
-    times as fast with every row in use, 1.5 to 3.6 times with half of them. float32 weights have no tensor cores to
+    times as fast if every row is in use, 1.5 to 3.6 times with half of them. float32 weights have no tensor cores to
     use: 0.3 to 0.6 times, and 0.7 to 1.1 times.
     """
-    fused = num_rows is not None or operator == "packed_linear_norm"  # else a library's product is as fast
+    fused = num_rows is not None or name == "packed_linear_norm"  # otherwise a library's product is as fast
     return fused and weight.element_size() == 2
 
 
-def _autocast(weight: Tensor) -> Tensor:
-    device = weight.device.type
-    if torch.is_autocast_enabled(device) and weight.dtype != torch.float64:
-        return weight.to(torch.get_autocast_dtype(device))
-    return weight
-
-
 # ------------------------------------------------------------------------------------------------ the custom operators
-@torch.library.custom_op("ats_detr::packed_linear", mutates_args=())
+@operator("linear.packed_linear")
 def _packed_linear(
-    x: Tensor, weight: Tensor, bias: Tensor, num_rows: Tensor | None, add: Tensor | None, relu: bool,
-    dtype: torch.dtype, backend: str,
-) -> Tensor:  # fmt: skip
-    if backend == "triton":
-        from ats_detr.kernels.gpu import linear
-
-        with torch.cuda.device_of(x):
-            out = x.new_empty(x.shape[0], weight.shape[0], dtype=dtype)
-            linear.linear(x, weight, bias, num_rows, add, relu, out)
-            return out
-    return reference.packed_linear(x, weight, bias, num_rows, add, relu).to(dtype)
+    x: Tensor, weight: Tensor, bias: Tensor, num_rows: Tensor | None, add: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    return reference.packed_linear(x, weight, bias, num_rows, add, dtype)
 
 
 @_packed_linear.register_fake
-def _(x, weight, bias, num_rows, add, relu, dtype, backend):
+def _(
+    x: Tensor, weight: Tensor, bias: Tensor, num_rows: Tensor | None, add: Tensor | None, dtype: torch.dtype
+) -> Tensor:
     return x.new_empty(x.shape[0], weight.shape[0], dtype=dtype)
 
 
-@torch.library.custom_op("ats_detr::packed_linear_", mutates_args=("memory",))
+# Not an optional argument of `packed_linear`: Inductor cannot lower an optional argument that is mutated.
+@operator("linear.packed_linear_", mutates_args=("memory",))
 def _packed_linear_into(
-    memory: Tensor, x: Tensor, weight: Tensor, bias: Tensor, num_rows: Tensor | None, add: Tensor | None, relu: bool,
-    token_index: Tensor, image_index: Tensor, backend: str,
+    memory: Tensor, x: Tensor, weight: Tensor, bias: Tensor, num_rows: Tensor | None, add: Tensor | None,
+    token_index: Tensor, image_index: Tensor, slots: Tensor,
 ) -> None:  # fmt: skip
-    """Triton only: `memory` evenly spaced."""
-    from ats_detr.kernels.gpu import linear
-
-    with torch.cuda.device_of(x):
-        linear.linear(x, weight, bias, num_rows, add, relu, memory, token_index, image_index)
+    rows = reference.packed_linear(x, weight, bias, num_rows, add, memory.dtype)
+    reference.scatter_(memory, rows, token_index, image_index, slots, num_rows)
 
 
-@_packed_linear_into.register_fake
-def _(memory, x, weight, bias, num_rows, add, relu, token_index, image_index, backend):
-    return None
-
-
-# An operator that writes to the memory is another one than that which does not: Inductor cannot lower an argument that
-# is mutated if it is there.
-@torch.library.custom_op("ats_detr::packed_linear_norm", mutates_args=())
+@operator("linear.packed_linear_norm")
 def _packed_linear_norm(
     x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor, norm_weight: Tensor, norm_bias: Tensor, eps: float,
-    num_rows: Tensor | None, backend: str,
+    num_rows: Tensor | None,
 ) -> Tensor:  # fmt: skip
-    arguments = (x, weight, bias, residual, norm_weight, norm_bias, eps, num_rows)
-    if backend == "triton":
-        from ats_detr.kernels.gpu import linear
-
-        with torch.cuda.device_of(x):
-            return linear.linear_norm(*arguments, None, None, None)
-    return reference.packed_linear_norm(*arguments)
+    return reference.packed_linear_norm(x, weight, bias, residual, norm_weight, norm_bias, eps, num_rows)
 
 
 @_packed_linear_norm.register_fake
-def _(x, weight, bias, residual, norm_weight, norm_bias, eps, num_rows, backend):
-    return residual.new_empty(residual.shape)
-
-
-@torch.library.custom_op("ats_detr::packed_linear_norm_", mutates_args=("memory",))
-def _packed_linear_norm_into(
-    memory: Tensor, x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor, norm_weight: Tensor, norm_bias: Tensor,
-    eps: float, num_rows: Tensor | None, token_index: Tensor, image_index: Tensor, backend: str,
-) -> Tensor:  # fmt: skip
-    """Triton only: `memory` evenly spaced."""
-    from ats_detr.kernels.gpu import linear
-
-    with torch.cuda.device_of(x):
-        return linear.linear_norm(
-            x, weight, bias, residual, norm_weight, norm_bias, eps, num_rows, memory, token_index, image_index
-        )
-
-
-@_packed_linear_norm_into.register_fake
 def _(
-    memory,
-    x,
-    weight,
-    bias,
-    residual,
-    norm_weight,
-    norm_bias,
-    eps,
-    num_rows,
-    token_index,
-    image_index,
-    backend,
-):
+    x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor, norm_weight: Tensor, norm_bias: Tensor, eps: float,
+    num_rows: Tensor | None,
+) -> Tensor:  # fmt: skip
     return residual.new_empty(residual.shape)
 
 
-@torch.library.custom_op("ats_detr::packed_feedforward", mutates_args=())
+@operator("linear.packed_feedforward")
 def _packed_feedforward(
     x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor, norm_weight: Tensor, norm_bias: Tensor,
-    eps: float, num_rows: Tensor | None, backend: str,
+    eps: float, num_rows: Tensor | None,
 ) -> Tensor:  # fmt: skip
-    arguments = (x, weight1, bias1, weight2, bias2, norm_weight, norm_bias, eps, num_rows)
-    if backend == "triton":
-        from ats_detr.kernels.gpu import linear
-
-        with torch.cuda.device_of(x):
-            return linear.feedforward(*arguments, None, None, None)
-    return reference.packed_feedforward(*arguments)
+    return reference.packed_feedforward(
+        x, weight1, bias1, weight2, bias2, norm_weight, norm_bias, eps, num_rows
+    )
 
 
 @_packed_feedforward.register_fake
-def _(x, weight1, bias1, weight2, bias2, norm_weight, norm_bias, eps, num_rows, backend):
-    return x.new_empty(x.shape)
-
-
-@torch.library.custom_op("ats_detr::packed_feedforward_", mutates_args=("memory",))
-def _packed_feedforward_into(
-    memory: Tensor, x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor, norm_weight: Tensor,
-    norm_bias: Tensor, eps: float, num_rows: Tensor | None, token_index: Tensor, image_index: Tensor, backend: str,
+def _(
+    x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor, norm_weight: Tensor, norm_bias: Tensor,
+    eps: float, num_rows: Tensor | None,
 ) -> Tensor:  # fmt: skip
-    """Triton only: `memory` evenly spaced."""
-    from ats_detr.kernels.gpu import linear
-
-    arguments = (x, weight1, bias1, weight2, bias2, norm_weight, norm_bias, eps, num_rows)
-    with torch.cuda.device_of(x):
-        return linear.feedforward(*arguments, memory, token_index, image_index)
-
-
-@_packed_feedforward_into.register_fake
-def _(memory, x, weight1, bias1, weight2, bias2, norm_weight, norm_bias, eps, num_rows, token_index, image_index,
-      backend):  # fmt: skip
     return x.new_empty(x.shape)
 
 
-@register_flop_formula(torch.ops.ats_detr.packed_linear)
-def _linear_flops(x_shape, weight_shape, *args, out_shape=None, **kwargs) -> int:
-    """A multiplication and an addition per weight and row of the capacity; norms are not counted, as in PyTorch."""
-    return 2 * x_shape[0] * weight_shape[0] * weight_shape[1]
+# A multiplication and an addition per weight and row of the capacity; norms are not counted, as in PyTorch.
+@_packed_linear.register_flops
+def _(x: torch.Size, weight: torch.Size, *_: object) -> int:
+    return 2 * x[0] * weight[0] * weight[1]
 
 
-@register_flop_formula(torch.ops.ats_detr.packed_linear_)
-def _linear_into_flops(memory_shape, x_shape, weight_shape, *args, out_shape=None, **kwargs) -> int:
-    return _linear_flops(x_shape, weight_shape)
+@_packed_linear_into.register_flops
+def _(memory: torch.Size, x: torch.Size, weight: torch.Size, *_: object) -> int:
+    return 2 * x[0] * weight[0] * weight[1]
 
 
-@register_flop_formula(torch.ops.ats_detr.packed_linear_norm)
-def _linear_norm_flops(x_shape, weight_shape, *args, out_shape=None, **kwargs) -> int:
-    return _linear_flops(x_shape, weight_shape)
+@_packed_linear_norm.register_flops
+def _(x: torch.Size, weight: torch.Size, *_: object) -> int:
+    return 2 * x[0] * weight[0] * weight[1]
 
 
-@register_flop_formula(torch.ops.ats_detr.packed_linear_norm_)
-def _linear_norm_into_flops(memory_shape, x_shape, weight_shape, *args, out_shape=None, **kwargs) -> int:
-    return _linear_flops(x_shape, weight_shape)
-
-
-@register_flop_formula(torch.ops.ats_detr.packed_feedforward)
-def _feedforward_flops(x_shape, weight_shape, *args, out_shape=None, **kwargs) -> int:
-    return 2 * _linear_flops(x_shape, weight_shape)
-
-
-@register_flop_formula(torch.ops.ats_detr.packed_feedforward_)
-def _feedforward_into_flops(memory_shape, x_shape, weight_shape, *args, out_shape=None, **kwargs) -> int:
-    return 2 * _linear_flops(x_shape, weight_shape)
+@_packed_feedforward.register_flops
+def _(x: torch.Size, weight1: torch.Size, *_: object) -> int:
+    return 4 * x[0] * weight1[0] * weight1[1]

@@ -1,31 +1,45 @@
-"""Dense tokens to packed rows and back: the public functions and the custom operators behind them."""
+"""Dense tokens to packed rows and back."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ats_detr.kernels import reference
-from ats_detr.kernels.backend import choose_backend, is_exporting, runs_inside_graph
+from ats_detr.kernels.dispatch import (
+    choose_backend,
+    invalid,
+    is_exporting,
+    no_transforms,
+    operator,
+    runs_inside_graph,
+)
 from ats_detr.kernels.plan import TokenPlan
+from ats_detr.kernels.selection import check_padding_mask
+
+MAX_ROW = 16384
+"""Elements of a token that the kernels can move."""
 
 
 def pack_tokens(plan: TokenPlan, *dense: Tensor, backend: str | None = None) -> tuple[Tensor, ...]:
-    """Kept rows [K, ...] of each dense tensor [B, S, ...], in one launch.
+    """Kept rows [K, ...] of each dense tensor [B, S, ...], in one launch, with gradients.
 
-    Rows that a capacity plan does not use are not written (the reference fills them); such plans give no gradient.
+    Rows that a capacity plan does not use are unspecified. Such plans have no gradient: backward raises RuntimeError.
+
+    Raises ValueError for tensors of other images or tokens than the plan's, or on another device.
     """
-    _check(plan, *dense)
-    if not dense or (choose_backend(dense[0], backend) == "reference" and not runs_inside_graph()):
-        return reference.pack_tokens(plan, *dense)
-    backend = choose_backend(dense[0], backend)
+    for tensor in dense:
+        _check_dense("tensor", tensor, plan)
+    if not dense:
+        return ()
     return tuple(
-        torch.ops.ats_detr.pack(
-            plan.token_index_K, plan.image_index_K, plan.slot_BS, plan.num_rows, list(dense), backend
+        _pack(
+            *_index(plan), list(dense), backend=backend, limitation=_limitation(dense), registered=not plan.exact
         )
-    )
+    )  # fmt: skip
 
 
 def scatter_tokens(
@@ -36,208 +50,192 @@ def scatter_tokens(
     in_place: bool = False,
     backend: str | None = None,
 ) -> Tensor:
-    """`memory_BSC` with the kept tokens replaced by their packed rows, gradients to both; `rows_KC` takes its dtype.
+    """`memory_BSC` with the kept tokens replaced by their packed rows, with gradients to both.
 
-    in_place: overwrites `memory_BSC` and returns it, without gradients: a fraction of the bytes, for inference. Its
-        rows may be slices of longer ones (other layouts make the host wait).
+    Args:
+        memory_BSC: any [B, S, ...].
+        rows_KC: [K, ...], cast to the memory's dtype.
+        in_place: overwrite `memory_BSC` and return it, without gradients. Only the kept rows are moved if the memory's
+            rows are equally far apart (slices of one wide projection are); other layouts are copied as a whole. Under
+            torch.export the result is a new tensor.
+
+    Raises:
+        ValueError: shapes or devices that do not fit the plan; in place, a memory whose elements overlap.
+        RuntimeError: in place, if a gradient would be recorded. Backward through a capacity plan.
     """
-    _check(plan, memory_BSC)
+    _check_dense("memory", memory_BSC, plan)
+    shape = (plan.token_index_K.shape[0], *memory_BSC.shape[2:])
+    if rows_KC.shape != shape:
+        raise invalid("rows", rows_KC, f"{list(shape)} for a memory {list(memory_BSC.shape)}")
     rows_KC = rows_KC.to(memory_BSC.dtype)
-    backend = choose_backend(memory_BSC, backend)
-    if in_place and not is_exporting():  # an exported graph changes none of its tensors
-        torch.ops.ats_detr.scatter_(
-            memory_BSC, rows_KC, plan.token_index_K, plan.image_index_K, plan.num_rows, backend
-        )
-        return memory_BSC
-    if backend == "reference" and not runs_inside_graph():
-        return reference.scatter_tokens(plan, memory_BSC, rows_KC)
-    return torch.ops.ats_detr.scatter(
-        memory_BSC, rows_KC, plan.token_index_K, plan.image_index_K, plan.slot_BS, plan.num_rows, backend
-    )
+    arguments = (memory_BSC, rows_KC, *_index(plan))
+    limitation = _limitation([memory_BSC])
+    if not in_place or is_exporting():
+        return _scatter(*arguments, backend=backend, limitation=limitation, registered=not plan.exact)
+    check_target("memory", memory_BSC, rows_KC)
+    _scatter_in_place(*arguments, backend=backend, limitation=limitation)
+    return memory_BSC
 
 
 def zero_padding(dense_BSN: Tensor, padding_mask_BS: Tensor, *, backend: str | None = None) -> Tensor:
-    """Zeroes the padded tokens of `dense_BSN` in place, and returns it.
+    """Zeroes the padded tokens of a [B, S, ...] tensor in place, and returns it.
 
-    The kernel touches nothing else. Where gradients or a graph are recorded, PyTorch reads and writes all.
+    The kernel writes the padded rows only. While gradients or a graph are recorded, PyTorch reads and writes all rows.
+
+    Raises ValueError for a mask that is not bool [B, S], and for a tensor whose elements overlap.
     """
-    if padding_mask_BS.shape != dense_BSN.shape[:2] or padding_mask_BS.dtype != torch.bool:
-        raise ValueError(
-            f"padding mask {tuple(padding_mask_BS.shape)} of {padding_mask_BS.dtype} for {tuple(dense_BSN.shape)}:"
-            f" want {tuple(dense_BSN.shape[:2])} of torch.bool"
-        )
+    if dense_BSN.ndim < 2:
+        raise invalid("tensor", dense_BSN, "[B, S, ...]")
+    check_padding_mask(padding_mask_BS, dense_BSN)
+    _check_no_overlap("tensor", dense_BSN)
+    limitation = _limitation([dense_BSN])
     recorded = runs_inside_graph() or (dense_BSN.requires_grad and torch.is_grad_enabled())
-    if choose_backend(dense_BSN, backend) == "reference" or recorded:
-        return dense_BSN.masked_fill_(padding_mask_BS[..., None], 0.0)
-    torch.ops.ats_detr.zero_padding_(dense_BSN, padding_mask_BS)
+    if recorded or choose_backend(dense_BSN, backend, limitation=limitation) == "reference":
+        return dense_BSN.masked_fill_(_like(padding_mask_BS, dense_BSN), 0)
+    _zero_padding_in_place(dense_BSN, padding_mask_BS, backend="triton")
     return dense_BSN
 
 
-def is_evenly_spaced(memory: Tensor) -> bool:
-    """Whether the rows of [B, S, ...] are contiguous each and lie at one distance from each other, across images too,
-    as the kernels address them: true of slices of one wide projection."""
-    batch, num_tokens = memory.shape[:2]
-    pitch, width = memory.stride(1), memory.shape[2:].numel()
-    across = batch < 2 or memory.stride(0) == num_tokens * pitch
-    return across and pitch >= width and (memory.numel() == 0 or memory[0, 0].is_contiguous())
+# ------------------------------------------------------------------------------------------------ checks of arguments
+def _check_dense(name: str, tensor: Tensor, plan: TokenPlan) -> None:
+    if tensor.shape[:2] != plan.slot_BS.shape:
+        images, tokens = plan.slot_BS.shape
+        raise invalid(name, tensor, f"[{images}, {tokens}, ...] for a plan of {images} x {tokens} tokens")
 
 
-def _check(plan: TokenPlan, *dense: Tensor) -> None:
-    for tensor in dense:
-        if tensor.shape[:2] != plan.slot_BS.shape:
-            raise ValueError(f"tensor {tuple(tensor.shape)} for a plan of {tuple(plan.slot_BS.shape)} tokens")
+def check_target(name: str, target: Tensor, *sources: Tensor | None) -> None:
+    """Raises unless `target` may be overwritten: without gradients, and with each element in a place of its own."""
+    _check_no_overlap(name, target)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (target, *sources)):
+        raise RuntimeError(
+            f"writing to {name} in place has no gradient: call it under torch.no_grad(), or use scatter_tokens"
+        )
+
+
+def _check_no_overlap(name: str, tensor: Tensor) -> None:
+    if any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True)):
+        raise ValueError(
+            f"{name} {list(tensor.shape)} is expanded, so its elements share memory: call .contiguous() first"
+        )
+
+
+def _limitation(dense: Sequence[Tensor]) -> str | None:
+    """Why the kernels cannot move the rows of these tensors."""
+    longest = max(tensor.shape[2:].numel() for tensor in dense)
+    if longest > MAX_ROW:
+        return f"a token of {longest} elements exceeds the maximum of {MAX_ROW}"
+    if any(tensor.is_complex() for tensor in dense):
+        return "complex tensors are not supported"
+    return no_transforms()
+
+
+def _index(plan: TokenPlan) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    return plan.token_index_K, plan.image_index_K, plan.slot_BS, plan.num_rows
+
+
+def _like(mask: Tensor, dense: Tensor) -> Tensor:
+    """The mask [B, S] with the dimensions of `dense` [B, S, ...]."""
+    return mask.view(*mask.shape, *[1] * (dense.ndim - 2))
 
 
 # ------------------------------------------------------------------------------------------------ the custom operators
-def _plan(token_index: Tensor, image_index: Tensor, slots: Tensor, num_rows: Tensor | None) -> TokenPlan:
-    """A plan good enough for the reference, which does not read the offsets of an exact plan."""
-    offsets = slots.new_zeros(1) if num_rows is None else num_rows
-    return TokenPlan(token_index, image_index, offsets, slots, num_rows is None)
-
-
-@torch.library.custom_op("ats_detr::pack", mutates_args=())
+@operator("packing.pack")
 def _pack(
-    token_index: Tensor,
-    image_index: Tensor,
-    slots: Tensor,
-    num_rows: Tensor | None,
-    dense: Sequence[Tensor],
-    backend: str,
+    token_index: Tensor, image_index: Tensor, slots: Tensor, num_rows: Tensor | None, dense: Sequence[Tensor]
 ) -> list[Tensor]:
-    if backend == "triton":
-        from ats_detr.kernels.gpu import pack
-
-        with torch.cuda.device_of(token_index):
-            return pack.pack(token_index, image_index, num_rows, dense)
-    return list(reference.pack_tokens(_plan(token_index, image_index, slots, num_rows), *dense))
+    return reference.pack(token_index, image_index, slots, num_rows, dense)
 
 
 @_pack.register_fake
-def _(token_index, image_index, slots, num_rows, dense, backend):
+def _(
+    token_index: Tensor, image_index: Tensor, slots: Tensor, num_rows: Tensor | None, dense: Sequence[Tensor]
+) -> list[Tensor]:
     return [tensor.new_empty(token_index.shape[0], *tensor.shape[2:]) for tensor in dense]
 
 
-@torch.library.custom_op("ats_detr::merge", mutates_args=())
-def _merge(slots: Tensor, packed: Tensor | None, dense: Tensor | None, backend: str) -> Tensor:
-    """Dense tensor with `packed` rows (None: zeros) at the kept tokens and `dense` (None: zeros) elsewhere."""
-    if backend == "triton":
-        from ats_detr.kernels.gpu import pack
-
-        with torch.cuda.device_of(slots):
-            return pack.merge(slots, packed, dense)
-    return reference.merge(slots, packed, dense)
-
-
-@_merge.register_fake
-def _(slots, packed, dense, backend):
-    like, leading = (packed, 1) if dense is None else (dense, 2)
-    return like.new_empty(*slots.shape, *like.shape[leading:])
-
-
-@torch.library.custom_op("ats_detr::scatter", mutates_args=())
+@operator("packing.scatter")
 def _scatter(
-    memory: Tensor, rows: Tensor, token_index: Tensor, image_index: Tensor, slots: Tensor, num_rows: Tensor | None,
-    backend: str,
+    memory: Tensor | None, rows: Tensor | None, token_index: Tensor, image_index: Tensor, slots: Tensor,
+    num_rows: Tensor | None,
 ) -> Tensor:  # fmt: skip
-    if backend == "triton":
-        from ats_detr.kernels.gpu import pack
-
-        with torch.cuda.device_of(memory):
-            return pack.merge(slots, rows, memory)
-    return reference.merge(slots, rows, memory)
+    """Without memory or rows there are zeros instead. Its gradients are `pack` and itself, and those of `pack` are this
+    operator, so that both have derivatives of any order."""
+    return reference.scatter(memory, rows, token_index, image_index, slots, num_rows)
 
 
 @_scatter.register_fake
-def _(memory, rows, token_index, image_index, slots, num_rows, backend):
-    return memory.new_empty(memory.shape)
+def _(
+    memory: Tensor | None, rows: Tensor | None, token_index: Tensor, image_index: Tensor, slots: Tensor,
+    num_rows: Tensor | None,
+) -> Tensor:  # fmt: skip
+    if memory is not None:
+        return memory.new_empty(memory.shape)
+    assert rows is not None
+    return rows.new_empty(*slots.shape, *rows.shape[1:])
 
 
-@torch.library.custom_op("ats_detr::scatter_", mutates_args=("memory",))
+@operator("packing.scatter_", mutates_args=("memory",))
 def _scatter_in_place(
     memory: Tensor,
     rows: Tensor,
     token_index: Tensor,
     image_index: Tensor,
+    slots: Tensor,
     num_rows: Tensor | None,
-    backend: str,
 ) -> None:
-    if backend == "triton":
-        from ats_detr.kernels.gpu import pack
-
-        with torch.cuda.device_of(memory):
-            if is_evenly_spaced(memory):
-                pack.scatter_in_place(token_index, image_index, num_rows, memory, rows)
-                return
-    if num_rows is not None:
-        token_index, image_index, rows = (t[: int(num_rows)] for t in (token_index, image_index, rows))
-    memory[image_index.long(), token_index.long()] = rows
+    reference.scatter_(memory, rows, token_index, image_index, slots, num_rows)
 
 
-@_scatter_in_place.register_fake
-def _(memory, rows, token_index, image_index, num_rows, backend):
-    return None
-
-
-@torch.library.custom_op("ats_detr::zero_padding_", mutates_args=("dense",))
-def _zero_padding(dense: Tensor, padding_mask: Tensor) -> None:
-    from ats_detr.kernels.gpu import pack
-
-    with torch.cuda.device_of(dense):
-        if is_evenly_spaced(dense):
-            pack.zero_padding(dense, padding_mask)
-        else:
-            dense.masked_fill_(padding_mask[..., None], 0.0)
-
-
-@_zero_padding.register_fake
-def _(dense, padding_mask):
-    return None
+@operator("packing.zero_padding_", mutates_args=("dense",))
+def _zero_padding_in_place(dense: Tensor, padding_mask: Tensor) -> None:
+    dense.masked_fill_(_like(padding_mask, dense), 0)
 
 
 # ------------------------------------------------------------------------------------------------------------ gradients
 CAPACITY_ERROR = (
-    "a capacity plan has no gradient: it is for inference; select_tokens without capacity for training"
+    "a capacity plan has no gradient: it is for inference; call select_tokens without capacity for training"
 )
 
 
-def _save_pack(ctx, inputs, output) -> None:
-    _, _, slots, num_rows, dense, ctx.backend = inputs
+def _save_pack(ctx: Any, inputs: tuple, output: Any) -> None:
+    token_index, image_index, slots, num_rows, dense = inputs
     ctx.exact, ctx.num_dense = num_rows is None, len(dense)
-    ctx.save_for_backward(slots)
+    ctx.save_for_backward(token_index, image_index, slots)
 
 
-def _differentiate_pack(ctx, grads):
+def _differentiate_pack(ctx: Any, gradients: Sequence[Tensor | None]) -> tuple:
     if not ctx.exact:
         raise RuntimeError(CAPACITY_ERROR)
-    (slots,) = ctx.saved_tensors
     needed = ctx.needs_input_grad[4]
     needed = needed if isinstance(needed, (list, tuple)) else [needed] * ctx.num_dense
     dense = [
-        torch.ops.ats_detr.merge(slots, grad, None, ctx.backend) if wanted and grad is not None else None
-        for grad, wanted in zip(grads, needed, strict=True)
+        _scatter.packet(None, gradient, *ctx.saved_tensors, None, ctx.backend)
+        if wanted and gradient is not None
+        else None
+        for gradient, wanted in zip(gradients, needed, strict=True)
     ]
-    return None, None, None, None, dense, None
+    return None, None, None, None, dense
 
 
-torch.library.register_autograd("ats_detr::pack", _differentiate_pack, setup_context=_save_pack)
+_pack.register_autograd(_differentiate_pack, _save_pack)
 
 
-def _save_scatter(ctx, inputs, output) -> None:
-    _, _, token_index, image_index, slots, num_rows, ctx.backend = inputs
+def _save_scatter(ctx: Any, inputs: tuple, output: Any) -> None:
+    _, _, token_index, image_index, slots, num_rows = inputs
     ctx.exact = num_rows is None
     ctx.save_for_backward(token_index, image_index, slots)
 
 
-def _differentiate_scatter(ctx, grad):
+def _differentiate_scatter(ctx: Any, gradient: Tensor) -> tuple:
     if not ctx.exact:
         raise RuntimeError(CAPACITY_ERROR)
-    token_index, image_index, slots = ctx.saved_tensors
+    index = (*ctx.saved_tensors, None)
     memory = rows = None
     if ctx.needs_input_grad[0]:
-        memory = torch.ops.ats_detr.merge(slots, None, grad, ctx.backend)
+        memory = _scatter.packet(gradient, None, *index, ctx.backend)
     if ctx.needs_input_grad[1]:
-        (rows,) = torch.ops.ats_detr.pack(token_index, image_index, slots, None, [grad], ctx.backend)
-    return memory, rows, None, None, None, None, None
+        (rows,) = _pack.packet(*index, [gradient], ctx.backend)
+    return memory, rows, None, None, None, None
 
 
-torch.library.register_autograd("ats_detr::scatter", _differentiate_scatter, setup_context=_save_scatter)
+_scatter.register_autograd(_differentiate_scatter, _save_scatter)

@@ -1,4 +1,4 @@
-"""TokenPlan: which tokens of a batch are kept, packed image after image. Made once, passed down, never recomputed."""
+"""TokenPlan: which tokens of a batch are kept, packed image after image. Made once by the selector and passed down."""
 
 from __future__ import annotations
 
@@ -8,28 +8,44 @@ from itertools import accumulate, pairwise
 import torch
 from torch import Tensor
 
+MAX_TOKENS_OF_BATCH = 2**30
+"""Tokens of all images together; their indices are int32."""
+
 
 @dataclass(frozen=True)
 class TokenPlan:
-    """Where the kept tokens of a batch of B images lie, out of S tokens per image; K rows are packed one after another.
+    """The kept tokens of a batch of B images with S tokens each, as K rows packed one after another.
 
-    Within an image the tokens are in ascending index order: neighbouring rows then sample neighbouring pixels, which
-    keeps the gathers of deformable attention in the cache. All tensors are int32 and stay on the device.
+    Within an image the tokens are in ascending index order. Neighbouring rows then sample neighbouring pixels, which
+    keeps the gathers of deformable attention in the cache. All tensors are int32, contiguous, and on one device.
     """
 
     token_index_K: Tensor
     """Index of each kept token within its image, 0..S-1."""
     image_index_K: Tensor
-    """Image each kept token belongs to, 0..B-1, ascending."""
+    """Image of each kept token, 0..B-1, ascending."""
     offsets_B1: Tensor
     """[B+1] first packed row of each image; the last entry is the number of rows in use."""
     slot_BS: Tensor
-    """[B, S] packed row of each token, -1 where the token is not kept."""
+    """[B, S] packed row of each token, -1 for tokens that are not kept."""
     exact: bool = True
-    """Whether all K rows are in use. False: K is a capacity, only the device knows how many rows are used;
-    the others name token 0 of the last image, and the kernels neither read nor write them."""
+    """Whether all K rows are in use. False: K is a capacity, and only the device knows how many rows are in use. The
+    unused rows are at the end; they hold token 0 of the last image, and the kernels neither read nor write them."""
     row_starts: tuple[int, ...] | None = None
-    """`offsets_B1` on the host, where making the plan had to wait for the device anyway."""
+    """`offsets_B1` on the host, if creating the plan needed a device-to-host synchronisation."""
+
+    def __post_init__(self) -> None:
+        index_tensors = (self.token_index_K, self.image_index_K, self.offsets_B1, self.slot_BS)
+        if (
+            any(tensor.dtype != torch.int32 or not tensor.is_contiguous() for tensor in index_tensors)
+            or tuple(tensor.ndim for tensor in index_tensors) != (1, 1, 1, 2)
+            or self.token_index_K.shape != self.image_index_K.shape
+            or self.offsets_B1.shape[0] != self.slot_BS.shape[0] + 1
+        ):
+            raise ValueError(
+                "the tensors of a plan must be contiguous int32 of shapes [K], [K], [B+1] and [B, S], got "
+                + ", ".join(f"{list(tensor.shape)} of {tensor.dtype}" for tensor in index_tensors)
+            )
 
     @property
     def counts_B(self) -> Tensor:
@@ -38,7 +54,7 @@ class TokenPlan:
 
     @property
     def num_rows(self) -> Tensor | None:
-        """int32 [1] rows in use, on the device; None where all are."""
+        """int32 [1] number of rows in use, on the device; None if all are."""
         return None if self.exact else self.offsets_B1[-1:]
 
     @property
@@ -49,20 +65,25 @@ class TokenPlan:
 
     def image_slices(self) -> list[slice]:
         """Packed rows of each image."""
-        return [slice(a, b) for a, b in pairwise(self.starts_on_host())]
+        return [slice(start, end) for start, end in pairwise(self.starts_on_host())]
 
     def starts_on_host(self) -> tuple[int, ...]:
-        """`offsets_B1` as numbers; waits for the device unless the plan holds them already."""
+        """`offsets_B1` as integers. Synchronises with the device unless the plan holds them already."""
         return tuple(self.offsets_B1.tolist()) if self.row_starts is None else self.row_starts
 
     @staticmethod
     def from_mask(keep_BS: Tensor, capacity: int | None = None) -> TokenPlan:
         """The plan that keeps exactly the True entries of `keep_BS` (bool [B, S]).
 
-        Without a capacity there are as many rows as tokens kept (waits for the device); with one there are
-        `capacity` rows, the device is not waited for, and tokens past the capacity are dropped.
+        Without a capacity there are as many rows as kept tokens, which needs a device-to-host synchronisation. With one
+        there are `capacity` rows (at most B * S), no synchronisation, and tokens past the capacity are dropped.
         """
+        if keep_BS.ndim != 2 or keep_BS.dtype != torch.bool:
+            raise ValueError(f"keep {list(keep_BS.shape)} of {keep_BS.dtype}: must be [B, S] of torch.bool")
+        keep_BS = keep_BS.contiguous()
         batch, num_tokens = keep_BS.shape
+        if batch * num_tokens > MAX_TOKENS_OF_BATCH:
+            raise ValueError(f"{batch} x {num_tokens} tokens exceed the maximum of {MAX_TOKENS_OF_BATCH}")
         slot_BS = (keep_BS.flatten().cumsum(0) - 1).view_as(keep_BS)
         exact = capacity is None
         row_starts = None
@@ -72,9 +93,8 @@ class TokenPlan:
         else:
             capacity = min(capacity, batch * num_tokens)
             keep_BS = keep_BS & (slot_BS < capacity)
-        rows = torch.where(
-            keep_BS, slot_BS, capacity
-        ).flatten()  # tokens that are not kept share a row that is cut off
+        # Tokens that are not kept share one more row, which is cut off.
+        rows = torch.where(keep_BS, slot_BS, capacity).flatten()
         position = torch.arange(batch * num_tokens, device=keep_BS.device)
         flat_K = rows.new_full((capacity + 1,), (batch - 1) * num_tokens).scatter(0, rows, position)[
             :capacity

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ats_detr.kernels.dispatch import share_storage
 from ats_detr.kernels.plan import TokenPlan
 
 LevelShapes = Sequence[tuple[int, int]]
@@ -252,13 +253,12 @@ def _sample(
 
 # ------------------------------------------------------------------------------------------------- token selection
 def select_tokens(
-    scores_BS: Tensor, num_keep_B: Tensor, padding_mask_BS: Tensor | None = None, capacity: int | None = None
-) -> TokenPlan:
-    """The num_keep_B[i] best-scored tokens of each image i, as a plan in ascending index order.
+    scores_BS: Tensor, num_keep_B: Tensor, padding_mask_BS: Tensor | None, capacity: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The num_keep_B[i] best-scored tokens of each image i, as the tensors of a `TokenPlan` with `capacity` rows.
 
-    Ties go to the lower index, NaN counts as the largest score (as in torch.topk), and a padded token is taken only
-    when no valid one is left (padded tokens: lower index first). Asking for more than S tokens keeps all S.
-    With a capacity nothing waits for the device.
+    Ties go to the lower index, NaN counts as the largest score (as in torch.topk), and a padded token is selected only
+    if no valid one is left (padded tokens: lower index first). Asking for more than S tokens keeps all S.
     """
     # CUDA sorts 16-bit NaNs by their sign, and a cast from float32 may give a negative one.
     scores_BS = scores_BS.masked_fill(scores_BS.isnan(), torch.nan)
@@ -269,87 +269,130 @@ def select_tokens(
         valid_first = padding_mask_BS.gather(1, order).int().sort(dim=1, stable=True).indices
         order = order.gather(1, valid_first)
     kept_by_rank = torch.arange(scores_BS.shape[1], device=scores_BS.device) < num_keep_B[:, None]
-    return TokenPlan.from_mask(torch.zeros_like(kept_by_rank).scatter(1, order, kept_by_rank), capacity)
+    plan = TokenPlan.from_mask(torch.zeros_like(kept_by_rank).scatter(1, order, kept_by_rank), capacity)
+    return plan.token_index_K, plan.image_index_K, plan.offsets_B1, plan.slot_BS
 
 
-def pack_tokens(plan: TokenPlan, *dense: Tensor) -> tuple[Tensor, ...]:
-    """Kept rows [K, ...] of each dense tensor [B, S, ...]."""
-    index = plan.flat_index_K
-    return tuple(tensor.flatten(0, 1).index_select(0, index) for tensor in dense)
+# ------------------------------------------------------------------------------------ dense tokens and packed rows
+def pack(
+    token_index_K: Tensor,
+    image_index_K: Tensor,
+    slot_BS: Tensor,
+    num_rows: Tensor | None,
+    dense: Sequence[Tensor],
+) -> list[Tensor]:
+    """Kept rows [K, ...] of each dense tensor [B, S, ...]; rows past `num_rows` are rows of unspecified tokens."""
+    index_K = _flat_index(token_index_K, image_index_K, slot_BS)
+    return [tensor.flatten(0, 1).index_select(0, index_K) for tensor in dense]
 
 
-def scatter_tokens(plan: TokenPlan, memory_BSC: Tensor, rows_KC: Tensor) -> Tensor:
-    """`memory_BSC` with the kept tokens replaced by their packed rows; a new tensor, gradients to both inputs."""
-    if not plan.exact:
-        return merge(plan.slot_BS, rows_KC, memory_BSC)
-    return memory_BSC.flatten(0, 1).index_copy(0, plan.flat_index_K, rows_KC).view_as(memory_BSC)
+def scatter(
+    memory: Tensor | None,
+    rows: Tensor | None,
+    token_index_K: Tensor,
+    image_index_K: Tensor,
+    slot_BS: Tensor,
+    num_rows: Tensor | None,
+) -> Tensor:
+    """A new [B, S, ...]: the packed row (None: zeros) of each kept token, `memory` (None: zeros) at the others."""
+    if memory is None or rows is None or num_rows is not None:
+        return merge(slot_BS, rows, memory)
+    index_K = _flat_index(token_index_K, image_index_K, slot_BS)
+    return memory.flatten(0, 1).index_copy(0, index_K, rows).view_as(memory)
 
 
-def merge(slot_BS: Tensor, packed: Tensor | None, dense: Tensor | None) -> Tensor:
-    """The packed row of each kept token (None: zeros), the row of `dense` (None: zeros) of every other token."""
-    like, leading = (packed, 1) if dense is None else (dense, 2)
+def scatter_(
+    memory: Tensor,
+    rows: Tensor,
+    token_index_K: Tensor,
+    image_index_K: Tensor,
+    slot_BS: Tensor,
+    num_rows: Tensor | None,
+) -> None:
+    """`scatter` in place."""
+    if num_rows is None and not share_storage(memory, rows):
+        memory[image_index_K.long(), token_index_K.long()] = rows
+    else:
+        memory.copy_(merge(slot_BS, rows, memory))
+
+
+def merge(slot_BS: Tensor, rows: Tensor | None, memory: Tensor | None) -> Tensor:
+    """`scatter` by the packed row of each token."""
+    like, leading = (rows, 1) if memory is None else (memory, 2)
     shape = (*slot_BS.shape, *like.shape[leading:])
     kept = (slot_BS >= 0).view(*slot_BS.shape, *[1] * (len(shape) - 2))
-    rows, elsewhere = like.new_zeros(()), like.new_zeros(()) if dense is None else dense
-    if packed is not None and packed.shape[0]:
-        rows = packed.index_select(0, slot_BS.clamp(min=0).flatten().long()).view(shape)
-    return torch.where(kept, rows, elsewhere).expand(shape)
+    kept_rows = like.new_zeros(())
+    if rows is not None and rows.shape[0]:
+        kept_rows = rows.index_select(0, slot_BS.clamp(min=0).flatten().long()).view(shape)
+    return (
+        torch.where(kept, kept_rows, like.new_zeros(()) if memory is None else memory)
+        .expand(shape)
+        .contiguous()
+    )
+
+
+def _flat_index(token_index_K: Tensor, image_index_K: Tensor, slot_BS: Tensor) -> Tensor:
+    """[K] int64 row of each kept token in a [B*S, ...] view of the dense tokens."""
+    return image_index_K.long() * slot_BS.shape[1] + token_index_K.long()
 
 
 # ------------------------------------------------------------------------------------ linear layers of packed rows
 def packed_linear(
     x_KC: Tensor,
-    weight: Tensor,
-    bias: Tensor,
+    weight_FC: Tensor,
+    bias_F: Tensor,
     num_rows: Tensor | None = None,
     add_KC: Tensor | None = None,
-    relu: bool = False,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """(x + add) W^T + b in the weight's dtype, [K, N]; rows past `num_rows` (int32 [1]) mean nothing."""
+    """(x + add) W^T + b, [K, F], computed in the weight's dtype; rows past `num_rows` (int [1]) are unspecified."""
     used = _rows_in_use(x_KC, num_rows)
     x = x_KC[:used] if add_KC is None else x_KC[:used] + add_KC[:used]
-    out = F.linear(x.to(weight.dtype), weight, bias.to(weight.dtype))
-    return _to_capacity(out.relu_() if relu else out, x_KC)
+    out = F.linear(x.to(weight_FC.dtype), weight_FC, bias_F.to(weight_FC.dtype))
+    return _to_capacity(out if dtype is None else out.to(dtype), x_KC)
 
 
 def packed_linear_norm(
     x_KC: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    residual_KC: Tensor,
-    norm_weight: Tensor,
-    norm_bias: Tensor,
+    weight_FC: Tensor,
+    bias_F: Tensor,
+    residual_KF: Tensor,
+    norm_weight_F: Tensor,
+    norm_bias_F: Tensor,
     eps: float,
     num_rows: Tensor | None = None,
 ) -> Tensor:
-    """LayerNorm(residual + x W^T + b), normalised in at least float32, in the residual's dtype."""
+    """LayerNorm(residual + x W^T + b), [K, F], normalised in at least float32, in the residual's dtype."""
     used = _rows_in_use(x_KC, num_rows)
-    total = _at_least_float32(residual_KC[:used] + packed_linear(x_KC[:used], weight, bias))
-    norm_weight, norm_bias = norm_weight.to(total.dtype), norm_bias.to(total.dtype)
-    out = F.layer_norm(total, norm_weight.shape, norm_weight, norm_bias, eps)
-    return _to_capacity(out.to(residual_KC.dtype), x_KC)
+    total = _at_least_float32(residual_KF[:used] + packed_linear(x_KC[:used], weight_FC, bias_F))
+    norm_weight_F, norm_bias_F = norm_weight_F.to(total.dtype), norm_bias_F.to(total.dtype)
+    out = F.layer_norm(total, norm_weight_F.shape, norm_weight_F, norm_bias_F, eps)
+    return _to_capacity(out.to(residual_KF.dtype), x_KC)
 
 
 def packed_feedforward(
     x_KC: Tensor,
-    weight1: Tensor,
-    bias1: Tensor,
-    weight2: Tensor,
-    bias2: Tensor,
-    norm_weight: Tensor,
-    norm_bias: Tensor,
+    weight1_FC: Tensor,
+    bias1_F: Tensor,
+    weight2_CF: Tensor,
+    bias2_C: Tensor,
+    norm_weight_C: Tensor,
+    norm_bias_C: Tensor,
     eps: float,
     num_rows: Tensor | None = None,
 ) -> Tensor:
     """LayerNorm(x + relu(x W1^T + b1) W2^T + b2), the feed-forward network of a post-norm transformer layer."""
     x = x_KC[: _rows_in_use(x_KC, num_rows)]
-    hidden = packed_linear(x, weight1, bias1, relu=True)
-    return _to_capacity(packed_linear_norm(hidden, weight2, bias2, x, norm_weight, norm_bias, eps), x_KC)
+    hidden = packed_linear(x, weight1_FC, bias1_F).relu_()
+    out = packed_linear_norm(hidden, weight2_CF, bias2_C, x, norm_weight_C, norm_bias_C, eps)
+    return _to_capacity(out, x_KC)
 
 
 def _rows_in_use(x_KC: Tensor, num_rows: Tensor | None) -> int:
-    """On the CPU the rows in use; elsewhere all: their number would have to be waited for."""
-    return x_KC.shape[0] if num_rows is None or num_rows.device.type != "cpu" else int(num_rows)
+    """On the CPU the rows in use. On other devices all rows, because reading their number would synchronise."""
+    if num_rows is None or num_rows.device.type != "cpu":
+        return x_KC.shape[0]
+    return min(max(0, int(num_rows)), x_KC.shape[0])
 
 
 def _to_capacity(out: Tensor, x_KC: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Adaptive token selection: the public function and the custom operator behind it."""
+"""Adaptive token selection: the best-scored tokens of each image, in any number per image."""
 
 from __future__ import annotations
 
@@ -8,10 +8,19 @@ import torch
 from torch import Tensor
 
 from ats_detr.kernels import reference
-from ats_detr.kernels.backend import choose_backend, is_exporting, runs_inside_graph
+from ats_detr.kernels.dispatch import (
+    FLOATS,
+    INTEGERS,
+    invalid,
+    is_exporting,
+    no_transforms,
+    operator,
+    runs_inside_graph,
+)
 from ats_detr.kernels.plan import TokenPlan
 
 MAX_TOKENS = 32768
+"""Tokens per image that the kernel can select from: it holds an image's keys in registers."""
 
 
 def select_tokens(
@@ -24,61 +33,65 @@ def select_tokens(
 ) -> TokenPlan:
     """The num_keep_B[i] best-scored tokens of each image i, as a plan in ascending index order.
 
-    Ties go to the lower index, NaN counts as the largest score (as in torch.topk), and a padded token is
-    taken only when no valid one is left. Asking for more than S tokens keeps all S.
+    Ties go to the lower index, NaN counts as the largest score (as in torch.topk), and a padded token is selected only
+    if no valid one is left. The scores get no gradient.
 
     Args:
-        scores_BS: any floating dtype; float16 and bfloat16 compare as the numbers they are.
-        num_keep_B: integers on the device of the scores.
+        scores_BS: any floating dtype; float16 and bfloat16 are compared exactly.
+        num_keep_B: integers; values outside 0..S are clamped.
         padding_mask_BS: bool, True on padding.
-        capacity: rows of the plan. None: exactly as many as are kept, which the host has to wait for. With a
-            capacity (from the largest budget and the image sizes, say) nothing waits; tokens past it are
-            dropped, the last image's first.
-        backend: 'triton' or 'reference', see `choose_backend`.
+        capacity: number of rows of the plan. None: exactly as many as are kept, which needs a device-to-host
+            synchronisation. With a capacity (from the largest budget and the image sizes, for example) there is none;
+            tokens beyond it are dropped, the last image's first.
+        backend: 'triton' or 'reference', see `choose_backend`. The kernels select from at most 32,768 tokens per image.
+
+    Raises ValueError for shapes, dtypes or devices that do not fit together.
     """
+    if not (scores_BS.ndim == 2 and scores_BS.dtype in FLOATS):
+        raise invalid("scores", scores_BS, "[B, S], floating point")
     batch, num_tokens = scores_BS.shape
-    if num_keep_B.shape != (batch,) or (
-        padding_mask_BS is not None and padding_mask_BS.shape != scores_BS.shape
-    ):
-        raise ValueError(
-            f"scores {tuple(scores_BS.shape)}: want one num_keep per image and a mask of the same shape"
-        )
+    if not (num_keep_B.shape == (batch,) and num_keep_B.dtype in INTEGERS):
+        raise invalid("num_keep", num_keep_B, f"[{batch}] (one per image), integers")
+    if padding_mask_BS is not None:
+        check_padding_mask(padding_mask_BS, scores_BS)
+    if capacity is not None and capacity < 0:
+        raise ValueError(f"capacity {capacity}: must be >= 0")
     scores_BS = scores_BS.detach()
-    backend = choose_backend(scores_BS, backend)
-    if num_tokens > MAX_TOKENS:  # the kernel holds an image's keys in registers
-        backend = "reference"
-    if batch * num_tokens == 0 or (backend == "reference" and not runs_inside_graph()):
-        return reference.select_tokens(scores_BS, num_keep_B, padding_mask_BS, capacity)
     exact = capacity is None
     row_starts = None
-    if exact and runs_inside_graph():  # where a number of each image would be one unknown size more
-        capacity = int(num_keep_B.clamp(0, num_tokens).sum())
-    elif exact:
-        row_starts = (0, *accumulate(num_keep_B.clamp(0, num_tokens).tolist()))
+    if capacity is not None:
+        capacity = min(capacity, batch * num_tokens)
+    elif runs_inside_graph():  # one unknown size; a number per image would be B of them
+        capacity = int(num_keep_B.long().clamp(0, num_tokens).sum())
+    else:
+        row_starts = (0, *accumulate(num_keep_B.long().clamp(0, num_tokens).tolist()))
         capacity = row_starts[-1]
-    capacity = min(capacity, batch * num_tokens)
-    # An exported graph computes all rows of its capacity with ordinary operators; those without a slot go nowhere.
-    exact = exact or is_exporting()
-    tensors = torch.ops.ats_detr.select(scores_BS, num_keep_B, padding_mask_BS, capacity, backend)
-    return TokenPlan(*tensors, exact=exact, row_starts=row_starts)
+    limitation = no_transforms()
+    if num_tokens > MAX_TOKENS:
+        limitation = f"{num_tokens} tokens per image exceed the maximum of {MAX_TOKENS}"
+    tensors = _select(
+        scores_BS, num_keep_B, padding_mask_BS, capacity, backend=backend, limitation=limitation
+    )
+    # An exported graph computes all rows of its capacity with ordinary operators; rows without a token are discarded.
+    return TokenPlan(*tensors, exact=exact or is_exporting(), row_starts=row_starts)
 
 
-@torch.library.custom_op("ats_detr::select", mutates_args=())
+def check_padding_mask(padding_mask_BS: Tensor, dense: Tensor) -> None:
+    """Raises ValueError unless the mask is bool and has the first two dimensions of `dense`."""
+    if not (padding_mask_BS.shape == dense.shape[:2] and padding_mask_BS.dtype == torch.bool):
+        raise invalid("padding mask", padding_mask_BS, f"{list(dense.shape[:2])} of torch.bool")
+
+
+@operator("selection.select")
 def _select(
-    scores: Tensor, num_keep: Tensor, padding_mask: Tensor | None, capacity: int, backend: str
+    scores: Tensor, num_keep: Tensor, padding_mask: Tensor | None, capacity: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(token index [capacity], image index [capacity], offsets [B+1], slots [B, S]), int32."""
-    if backend == "triton":
-        from ats_detr.kernels.gpu import select
-
-        with torch.cuda.device_of(scores):
-            return select.select(scores, num_keep, padding_mask, capacity)
-    plan = reference.select_tokens(scores, num_keep, padding_mask, capacity)
-    return plan.token_index_K, plan.image_index_K, plan.offsets_B1, plan.slot_BS
+    """(token index [capacity], image index [capacity], offsets [Bp1], slots [B, S]), int32."""
+    return reference.select_tokens(scores, num_keep, padding_mask, capacity)
 
 
 @_select.register_fake
-def _(scores, num_keep, padding_mask, capacity, backend):
+def _(scores: Tensor, num_keep: Tensor, padding_mask: Tensor | None, capacity: int) -> tuple[Tensor, ...]:
     batch, num_tokens = scores.shape
     shapes = ((capacity,), (capacity,), (batch + 1,), (batch, num_tokens))
     return tuple(scores.new_empty(shape, dtype=torch.int32) for shape in shapes)

@@ -83,7 +83,7 @@ class DeformableAttention(nn.Module):
         projection = self.value_proj
         if plan.num_rows is not None:
             return packed_linear(
-                rows_KC, projection.weight, projection.bias, plan.num_rows, memory_BSN=value_BSC, plan=plan
+                rows_KC, projection.weight, projection.bias, plan.num_rows, memory_BSF=value_BSC, plan=plan
             )
         return scatter_tokens(plan, value_BSC, projection(rows_KC), in_place=not torch.is_grad_enabled())
 

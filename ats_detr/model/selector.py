@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ats_detr.kernels import select_tokens
-from ats_detr.kernels.backend import choose_backend
+from ats_detr.kernels.dispatch import choose_backend
 from ats_detr.model.output import TokenScores
 
 

@@ -57,8 +57,7 @@ class Case:
             "bias2": normal(width, dtype=self.dtype, scale=0.5),
             "norm_weight": normal(width, dtype=self.dtype, scale=0.8),
             "norm_bias": normal(width, dtype=self.dtype, scale=0.5),
-            "memory": normal(self.images, self.capacity, width, dtype=rows),
-            "values": normal(self.images, self.capacity, hidden, dtype=self.dtype),
+            "memory": normal(self.images, self.capacity, hidden, dtype=self.dtype),
         }
         if self.count is not None:
             for name in ("x", "add", "wide"):
@@ -84,20 +83,16 @@ class Case:
             t = {name: tensor.double() for name, tensor in t.items()}
             t.update({name: t[name][:used] for name in ("x", "add", "wide")})
             count, backend = None, "reference"
-        target = {} if memory is None else dict(memory_BSN=memory, plan=plan)
         norm = (t["norm_weight"], t["norm_bias"], 1e-5, count)
         if operator == "linear":
+            target = {} if memory is None else dict(memory_BSF=memory, plan=plan)
             return packed_linear(
-                t["x"], t["weight1"], t["bias1"], count, add_KC=t["add"], activation="relu", backend=backend, **target
-            )  # fmt: skip
-        if operator == "linear_norm":
-            return packed_linear_norm(
-                t["wide"], t["weight2"], t["bias2"], t["x"], *norm, backend=backend, **target
+                t["x"], t["weight1"], t["bias1"], count, add_KC=t["add"], backend=backend, **target
             )
-        if memory is not None:
-            target = dict(memory_BSC=memory, plan=plan)
+        if operator == "linear_norm":
+            return packed_linear_norm(t["wide"], t["weight2"], t["bias2"], t["x"], *norm, backend=backend)
         layers = (t["weight1"], t["bias1"], t["weight2"], t["bias2"])
-        return packed_feedforward(t["x"], *layers, *norm, backend=backend, **target)
+        return packed_feedforward(t["x"], *layers, *norm, backend=backend)
 
 
 OPERATORS = ("linear", "linear_norm", "feedforward")
@@ -145,7 +140,7 @@ def test_float32_feedforward_in_one_kernel(dtype: torch.dtype) -> None:
     case = Case(capacity=150, count=97, width=96, hidden=300, rows=SINGLE, dtype=dtype)
     t = case.tensors()
     layers = (t["weight1"], t["bias1"], t["weight2"], t["bias2"], t["norm_weight"], t["norm_bias"])
-    result = gpu.fused_feedforward(t["x"], *layers, 1e-5, case.plan().num_rows, None, None, None)
+    result = gpu.fused_feedforward(t["x"], *layers, 1e-5, case.plan().num_rows)
     assert relative_error(result[:97], case.run("feedforward", exact=True)) < TOLERANCE[SINGLE]
 
 
@@ -168,25 +163,17 @@ def test_rows_past_the_count_are_neither_read_nor_written(
 
 @pytest.mark.parametrize("strided", [False, True])
 @pytest.mark.parametrize("count", [0, 1, 30, 37])
-@pytest.mark.parametrize("operator", OPERATORS)
-def test_only_tokens_of_rows_in_use_are_written_to_the_memory(
-    operator: str, count: int, strided: bool
-) -> None:
+def test_only_tokens_of_rows_in_use_are_written_to_the_memory(count: int, strided: bool) -> None:
     case = Case(count=count, strided=strided, rows=SINGLE, dtype=HALF)
-    tensors, plan = case.tensors(), case.plan()
-    before = tensors["values" if operator == "linear" else "memory"]
-    memory, rows = before.clone(memory_format=torch.preserve_format), case.run(operator, exact=True)
+    before, plan = case.tensors()["memory"], case.plan()
+    memory, rows = before.clone(memory_format=torch.preserve_format), case.run("linear", exact=True)
     if strided:
         memory = before._base.clone()[..., before.shape[-1] : 2 * before.shape[-1]]
         surroundings = memory._base.clone()
-    result = case.run(operator, memory=memory)
+    assert case.run("linear", memory=memory) is memory
     kept = plan.slot_BS >= 0
     assert torch.equal(memory[~kept], before[~kept])
     assert relative_error(memory[kept], rows) < TOLERANCE[HALF]
-    if operator == "linear":
-        assert result is memory
-    else:
-        assert torch.equal(result[:count].to(memory.dtype), memory[kept])
     if strided:
         width = memory.shape[-1]
         assert torch.equal(memory._base[..., :width], surroundings[..., :width])
@@ -194,14 +181,13 @@ def test_only_tokens_of_rows_in_use_are_written_to_the_memory(
 
 
 @pytest.mark.parametrize("backend", ["triton", "reference"])
-@pytest.mark.parametrize("operator", OPERATORS)
-def test_memory_with_tokens_of_uneven_distance(operator: str, backend: str) -> None:
+def test_memory_with_tokens_of_uneven_distance(backend: str) -> None:
     case = Case(dtype=SINGLE)
-    memory = case.tensors()["values" if operator == "linear" else "memory"]
+    memory = case.tensors()["memory"]
     memory = torch.cat([memory, memory], dim=1)[:, : case.capacity]  # images farther apart than their tokens
-    case.run(operator, memory=memory, backend=backend)
+    case.run("linear", memory=memory, backend=backend)
     kept = case.plan().slot_BS >= 0
-    assert relative_error(memory[kept], case.run(operator, exact=True)) < TOLERANCE[SINGLE]
+    assert relative_error(memory[kept], case.run("linear", exact=True)) < TOLERANCE[SINGLE]
 
 
 @pytest.mark.parametrize("operator", OPERATORS)
@@ -210,7 +196,7 @@ def test_definition_is_the_plain_module(operator: str) -> None:
     t = {name: tensor.double() for name, tensor in case.tensors().items()}
     norm = ((case.width,), t["norm_weight"], t["norm_bias"], 1e-5)
     expected = {
-        "linear": lambda: linear(t["x"] + t["add"], t["weight1"], t["bias1"]).relu(),
+        "linear": lambda: linear(t["x"] + t["add"], t["weight1"], t["bias1"]),
         "linear_norm": lambda: layer_norm(t["x"] + linear(t["wide"], t["weight2"], t["bias2"]), *norm),
         "feedforward": lambda: layer_norm(
             t["x"] + linear(linear(t["x"], t["weight1"], t["bias1"]).relu(), t["weight2"], t["bias2"]), *norm
@@ -241,15 +227,15 @@ def test_autocast_casts_weights_and_keeps_the_residual_stream(backend: str) -> N
 
 
 def test_the_library_computes_exact_plans_and_the_kernels_capacities(monkeypatch: pytest.MonkeyPatch) -> None:
-    from ats_detr.kernels.backend import choose_backend
+    from ats_detr.kernels.dispatch import choose_backend
 
     class OnCuda:
         dtype, is_cuda = SINGLE, True
 
     monkeypatch.delenv("ATS_DETR_BACKEND", raising=False)
-    assert choose_backend(OnCuda()) == "triton"
-    assert choose_backend(OnCuda(), kernel_pays=False) == "reference"
-    assert choose_backend(OnCuda(), "triton", kernel_pays=False) == "triton"
+    assert choose_backend([OnCuda()]) == "triton"
+    assert choose_backend([OnCuda()], kernel_pays=False) == "reference"
+    assert choose_backend([OnCuda()], "triton", kernel_pays=False) == "triton"
 
 
 def test_kernels_compute_where_they_were_measured_faster() -> None:
@@ -273,21 +259,14 @@ def test_opcheck(backend: str) -> None:
     count = torch.tensor([20], dtype=torch.int32, device=DEVICE)
     norm = (t["norm_weight"], t["norm_bias"], 1e-5, count)
     operators = torch.ops.ats_detr
-    layer = (t["x"], t["weight1"], t["bias1"], count, t["add"], True)
+    layer = (t["x"], t["weight1"], t["bias1"], count, t["add"])
     torch.library.opcheck(operators.packed_linear.default, (*layer, SINGLE, backend))
+    index = (plan.token_index_K, plan.image_index_K, plan.slot_BS)
+    torch.library.opcheck(operators.packed_linear_.default, (t["memory"], *layer, *index, backend))
     layer2 = (t["wide"], t["weight2"], t["bias2"], t["x"], *norm)
     torch.library.opcheck(operators.packed_linear_norm.default, (*layer2, backend))
     layers = (t["x"], t["weight1"], t["bias1"], t["weight2"], t["bias2"], *norm)
     torch.library.opcheck(operators.packed_feedforward.default, (*layers, backend))
-    if backend == "triton":
-        indices = (plan.token_index_K, plan.image_index_K)
-        torch.library.opcheck(operators.packed_linear_.default, (t["values"], *layer, *indices, backend))
-        torch.library.opcheck(
-            operators.packed_linear_norm_.default, (t["memory"], *layer2, *indices, backend)
-        )
-        torch.library.opcheck(
-            operators.packed_feedforward_.default, (t["memory"], *layers, *indices, backend)
-        )
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -295,20 +274,19 @@ def test_compiles_into_one_graph(backend: str) -> None:
     case = Case()
     t, plan = case.tensors(), case.plan()
 
-    def step(x: Tensor, count: Tensor, memory: Tensor, values: Tensor) -> tuple[Tensor, ...]:
-        target = dict(plan=plan, backend=backend)
+    def step(x: Tensor, count: Tensor, memory: Tensor) -> tuple[Tensor, ...]:
         norm = (t["norm_weight"], t["norm_bias"], 1e-5, count)
         made = packed_linear(x, t["weight1"], t["bias1"], count, add_KC=t["add"], backend=backend)
-        x = packed_linear_norm(made, t["weight2"], t["bias2"], x, *norm, memory_BSN=memory, **target)
+        x = packed_linear_norm(made, t["weight2"], t["bias2"], x, *norm, backend=backend)
         layers = (t["weight1"], t["bias1"], t["weight2"], t["bias2"])
-        x = packed_feedforward(x, *layers, *norm, memory_BSC=memory, **target)
-        packed_linear(x, t["weight1"], t["bias1"], count, memory_BSN=values, **target)
-        return x[:23], memory, values
+        x = packed_feedforward(x, *layers, *norm, backend=backend)
+        packed_linear(x, t["weight1"], t["bias1"], count, memory_BSF=memory, plan=plan, backend=backend)
+        return x[:23], memory
 
     results = []
     for function in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):
         with torch.no_grad():
-            results.append(function(t["x"], plan.num_rows, t["memory"].clone(), t["values"].clone()))
+            results.append(function(t["x"], plan.num_rows, t["memory"].clone()))
     for result, expected in zip(*results, strict=True):
         assert relative_error(result, expected) < 1e-6
 
@@ -319,7 +297,7 @@ def test_flops_of_the_capacity() -> None:
     norm = (t["norm_weight"], t["norm_bias"], 1e-5, None, "reference")
     layers = (t["x"], t["weight1"], t["bias1"], t["weight2"], t["bias2"])
     with FlopCounterMode(display=False) as counter:
-        torch.ops.ats_detr.packed_linear(*layers[:3], None, None, False, SINGLE, "reference")
+        torch.ops.ats_detr.packed_linear(*layers[:3], None, None, SINGLE, "reference")
         torch.ops.ats_detr.packed_linear_norm(t["wide"], t["weight2"], t["bias2"], t["x"], *norm)
         torch.ops.ats_detr.packed_feedforward(*layers, *norm)
     assert counter.get_total_flops() == 4 * 2 * 20 * 32 * 48
@@ -338,15 +316,22 @@ def test_gradients_are_refused() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (dict(weight=torch.zeros(80, 63)), r"want \[N, 64\]"),
-        (dict(bias=torch.zeros(79)), r"want \[N, 64\]"),
-        (dict(activation="gelu"), "gelu"),
-        (dict(memory_BSN=torch.zeros(2, 37, 80)), "both or neither"),
-        (dict(memory_BSN=torch.zeros(2, 36, 80), plan=Case().plan()), "plan of"),
+        (dict(weight_FC=torch.zeros(80, 63)), r"weight \[80, 63\].*\[F, 64\]"),
+        (dict(bias_F=torch.zeros(79)), r"bias \[79\].*\[80\]"),
+        (dict(x_KC=torch.zeros(37, 64).int()), "floating point"),
+        (dict(add_KC=torch.zeros(1, 64)), r"add \[1, 64\].*\[37, 64\]"),
+        (dict(dtype=torch.int32), "floating point"),
+        (dict(num_rows=torch.zeros(2, dtype=torch.int32)), "one int32"),
+        (dict(num_rows=torch.zeros(1)), "one int32"),
+        (dict(memory_BSF=torch.zeros(2, 37, 80)), "both or neither"),
+        (dict(plan=Case().plan()), "both or neither"),
+        (dict(memory_BSF=torch.zeros(2, 36, 80), plan=Case().plan()), r"\[2, 37, 80\]"),
+        (dict(memory_BSF=torch.zeros(2, 37, 1).expand(2, 37, 80), plan=Case().plan()), "expanded"),
+        (dict(memory_BSF=torch.zeros(2, 37, 80), plan=Case(capacity=38).plan()), "must be"),
     ],
 )
 def test_wrong_arguments_are_named(change: dict, message: str) -> None:
-    arguments = dict(x_KC=torch.zeros(37, 64), weight=torch.zeros(80, 64), bias=torch.zeros(80))
+    arguments = dict(x_KC=torch.zeros(37, 64), weight_FC=torch.zeros(80, 64), bias_F=torch.zeros(80))
     with pytest.raises(ValueError, match=message):
         packed_linear(**{**arguments, **change})
 
@@ -379,7 +364,8 @@ def test_one_cuda_graph_serves_every_count_and_waits_for_nothing() -> None:
     def layer() -> Tensor:
         hidden = packed_linear(t["x"], t["weight1"], t["bias1"], count, add_KC=t["add"])
         x = packed_linear_norm(hidden, t["weight2"], t["bias2"], t["x"], *layers[4:], 1e-5, count)
-        return packed_feedforward(x, *layers, 1e-5, count, memory_BSC=memory, plan=plan)
+        packed_linear(x, t["weight1"], t["bias1"], count, memory_BSF=memory, plan=plan)
+        return packed_feedforward(x, *layers, 1e-5, count)
 
     expected = layer().clone()  # compiles and chooses
     stream = torch.cuda.Stream()

@@ -15,7 +15,7 @@ from ats_detr.kernels import (
     scatter_tokens,
     select_tokens,
 )
-from ats_detr.kernels.backend import choose_backend
+from ats_detr.kernels.dispatch import choose_backend
 
 from .cases import DEVICE, AttentionCase, relative_error
 
@@ -45,9 +45,16 @@ def test_opcheck(backend: str) -> None:
     torch.library.opcheck(
         torch.ops.ats_detr.scatter.default, (memory, rows, *index, plan.slot_BS, None, backend)
     )
-    torch.library.opcheck(torch.ops.ats_detr.merge.default, (plan.slot_BS, rows.detach(), None, backend))
+    for some in ((memory, None), (None, rows)):
+        torch.library.opcheck(
+            torch.ops.ats_detr.scatter.default, (*some, *index, plan.slot_BS, None, backend)
+        )
     torch.library.opcheck(
-        torch.ops.ats_detr.scatter_.default, (memory.detach().clone(), rows.detach(), *index, None, backend)
+        torch.ops.ats_detr.scatter_.default,
+        (memory.detach().clone(), rows.detach(), *index, plan.slot_BS, None, backend),
+    )
+    torch.library.opcheck(
+        torch.ops.ats_detr.zero_padding_.default, (memory.detach().clone(), scores > 0, backend)
     )
     equal = AttentionCase(levels=CASE.levels, counts=(3, 3), head_dim=8, points=2).tensors()
     torch.library.opcheck(
@@ -164,9 +171,9 @@ def test_backend_is_chosen_by_argument_then_environment_then_device(monkeypatch:
 
 
 def test_without_triton_everything_runs_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
-    from ats_detr.kernels import backend
+    from ats_detr.kernels import dispatch
 
-    monkeypatch.setattr(backend, "HAS_TRITON", False)
+    monkeypatch.setattr(dispatch, "HAS_TRITON", False)
     monkeypatch.delenv("ATS_DETR_BACKEND", raising=False)
     assert choose_backend(torch.zeros(1, device=DEVICE)) == "reference"
     with pytest.raises(ValueError, match="pip install triton"):

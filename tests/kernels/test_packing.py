@@ -15,7 +15,7 @@ from ats_detr.kernels import (
     scatter_tokens,
     zero_padding,
 )
-from ats_detr.kernels.backend import _KNOWS_EXPORT
+from ats_detr.kernels.dispatch import _KNOWS_EXPORT
 
 from .cases import DEVICE, AttentionCase, relative_error
 
@@ -81,14 +81,14 @@ def test_scatter_in_place(backend: str, contiguous: bool) -> None:
 
 @pytest.mark.parametrize("count", [0, 1, 23, 40])
 def test_rows_past_the_count_are_neither_read_nor_written(count: int) -> None:
-    from ats_detr.kernels.gpu import pack
+    from ats_detr.kernels.gpu import packing
 
     keep = torch.zeros(2, 60, dtype=torch.bool, device=DEVICE)
     keep.view(-1)[torch.randperm(120, generator=torch.Generator().manual_seed(0))[:count]] = True
     plan = TokenPlan.from_mask(keep, capacity=40)
     memory = torch.randn(2, 60, 8, device=DEVICE)
     poisoned = torch.full((40, 8), torch.nan, device=DEVICE)
-    pack._launch_moves(
+    packing._launch_moves(
         plan.token_index_K, plan.image_index_K, plan.num_rows, [memory], [poisoned], into_dense=False
     )
     assert torch.equal(poisoned[:count], memory[keep])
@@ -121,7 +121,7 @@ def test_zeroed_padding(share: float, width: int, dtype: torch.dtype) -> None:
 
 def test_a_padding_mask_of_another_shape_is_refused() -> None:
     for mask in (torch.zeros(4, 5).bool(), torch.zeros(1, 5).bool(), torch.zeros(2, 5)):
-        with pytest.raises(ValueError, match="want"):
+        with pytest.raises(ValueError, match="must be"):
             zero_padding(torch.zeros(2, 5, 3), mask)
 
 
@@ -145,7 +145,7 @@ def test_capacity_plans_refuse_gradients() -> None:
 
 def test_plan_of_another_size_is_refused() -> None:
     plan = TokenPlan.from_mask(torch.ones(1, 4, dtype=torch.bool))
-    with pytest.raises(ValueError, match="plan of"):
+    with pytest.raises(ValueError, match="for a plan"):
         pack_tokens(plan, torch.zeros(1, 5, 3))
 
 

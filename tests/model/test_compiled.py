@@ -261,7 +261,7 @@ def test_values_are_updated_in_place_in_a_fused_graph() -> None:
                 narrow.weight,
                 narrow.bias,
                 plan.num_rows,
-                memory_BSN=value_BSC,
+                memory_BSF=value_BSC,
                 plan=plan,
                 backend="triton",
             )

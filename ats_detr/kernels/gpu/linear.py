@@ -1,14 +1,13 @@
-"""Linear layers of packed rows of which only the first `count` are there. Programs past the count exit at once; rows
-past it are neither read nor written.
+"""Linear layers of packed rows of which only the first `num_rows` are in use. Programs past them exit at once; their
+rows are neither read nor written.
 
     linear_rows          (x + add) W^T + b, tile by tile; to packed rows or to their tokens of a dense memory
-    linear_norm_rows     LayerNorm(residual + x W^T + b): a program owns whole rows
-    feedforward_rows     LayerNorm(x + relu(x W1^T + b1) W2^T + b2): hidden channels are made a chunk at a time and
-                         never leave the chip; a program reads all weights once (1 MB at 256-1024-256, from L2)
+    linear_norm_rows     LayerNorm(residual + x W^T + b): a program computes whole rows
+    feedforward_rows     LayerNorm(x + relu(x W1^T + b1) W2^T + b2): hidden channels are computed in chunks and stay in
+                         registers and shared memory; a program reads all weights once (1 MB at 256-1024-256, from L2)
 
-The two with a norm may write their rows to a dense memory as well. Factors of products have the weights' dtype, sums
-are float32; float32 factors are multiplied exactly, or as TF32 where `torch.backends.cuda.matmul` allows it. Residual
-and norm are float32.
+Factors of products have the weights' dtype, sums are float32. float32 factors are multiplied exactly, or as TF32 if
+`torch.backends.cuda.matmul` allows it. Residual and norm are float32.
 """
 
 from __future__ import annotations
@@ -18,9 +17,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ats_detr.kernels.dispatch import share_storage
 from ats_detr.kernels.gpu import tuning
 from ats_detr.kernels.gpu.common import INTERPRETING
 from ats_detr.kernels.gpu.host import cdiv, next_power_of_2
+from ats_detr.kernels.gpu.packing import rows_evenly_spaced, scatter_
 
 
 @triton.jit
@@ -49,6 +50,12 @@ def _vector(ptr, column, WIDTH: tl.constexpr):
 
 
 @triton.jit
+def _relu(x):
+    """max(x, 0), NaN for NaN."""
+    return tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
 def _token_rows(token_index_ptr, image_index_ptr, row, live, num_tokens):
     """Row of each packed row's token in the memory [B * S, ...]."""
     image = tl.load(image_index_ptr + row, mask=live, other=0).to(tl.int64)
@@ -65,11 +72,10 @@ def _store(ptr, row, column, value, there, PITCH: tl.constexpr, WIDTH: tl.conste
 @triton.jit
 def _normalise(
     total,  # [rows, PADDED] float32, 0 in columns past WIDTH
-    norm_weight_ptr, norm_bias_ptr, out_ptr, memory_ptr, token_index_ptr, image_index_ptr,
-    row, live, column, num_tokens,
-    WIDTH: tl.constexpr, PADDED: tl.constexpr, MEMORY_PITCH: tl.constexpr, EPS: tl.constexpr, SCATTER: tl.constexpr,
+    norm_weight_ptr, norm_bias_ptr, out_ptr, row, live, column,
+    WIDTH: tl.constexpr, PADDED: tl.constexpr, EPS: tl.constexpr,
 ):  # fmt: skip
-    """Writes LayerNorm(total): to `out`, and where SCATTER to the rows' tokens of the memory."""
+    """Writes LayerNorm(total) to `out`."""
     total -= (tl.sum(total, axis=1) / WIDTH)[:, None]
     if WIDTH != PADDED:
         total = tl.where((column < WIDTH)[None, :], total, 0.0)
@@ -77,9 +83,6 @@ def _normalise(
     total *= scale[:, None] * _vector(norm_weight_ptr, column, WIDTH)[None, :]
     total += _vector(norm_bias_ptr, column, WIDTH)[None, :]
     _store(out_ptr, row, column, total, live, WIDTH, WIDTH)
-    if SCATTER:
-        token = _token_rows(token_index_ptr, image_index_ptr, row, live, num_tokens)
-        _store(memory_ptr, token, column, total, live, MEMORY_PITCH, WIDTH)
 
 
 @triton.jit(do_not_specialize=["num_rows", "num_tokens"])
@@ -119,13 +122,13 @@ def linear_rows(
         total = tl.dot(x.to(OPERAND), weight.to(OPERAND), total, input_precision=PRECISION)
     total += _vector(bias_ptr, column, OUT)[None, :]
     if RELU:
-        total = tl.maximum(total, 0.0)
+        total = _relu(total)
     if SCATTER:
         row = _token_rows(token_index_ptr, image_index_ptr, row, live, num_tokens)
     _store(out_ptr, row, column, total, live, OUT_PITCH, OUT)
 
 
-@triton.jit(do_not_specialize=["num_rows", "num_tokens"])
+@triton.jit(do_not_specialize=["num_rows"])
 def linear_norm_rows(
     x_ptr,  # [K, IN], X_PITCH from row to row
     weight_ptr, bias_ptr,  # [OUT, IN] contiguous, [OUT]
@@ -133,11 +136,9 @@ def linear_norm_rows(
     norm_weight_ptr, norm_bias_ptr,  # [OUT]
     count_ptr,  # int32 [1] rows in use, where COUNTED
     out_ptr,  # [K, OUT]
-    memory_ptr,  # [B, S, OUT], MEMORY_PITCH from token to token, where SCATTER
-    token_index_ptr, image_index_ptr,  # [K], where SCATTER
-    num_rows, num_tokens,
+    num_rows,
     IN: tl.constexpr, OUT: tl.constexpr, X_PITCH: tl.constexpr, RESIDUAL_PITCH: tl.constexpr,
-    MEMORY_PITCH: tl.constexpr, EPS: tl.constexpr, COUNTED: tl.constexpr, SCATTER: tl.constexpr,
+    EPS: tl.constexpr, COUNTED: tl.constexpr,
     OPERAND: tl.constexpr, PRECISION: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """One program: ROWS whole rows, COLUMNS is OUT padded to a power of two."""
@@ -158,13 +159,10 @@ def linear_norm_rows(
         x = _rows(x_ptr, row, inner, live, X_PITCH, IN, PADDED_IN)
         weight = _transposed(weight_ptr, inner, column, IN, OUT, EVEN)
         total = tl.dot(x.to(OPERAND), weight.to(OPERAND), total, input_precision=PRECISION)
-    _normalise(
-        total, norm_weight_ptr, norm_bias_ptr, out_ptr, memory_ptr, token_index_ptr, image_index_ptr, row, live, column,
-        num_tokens, OUT, COLUMNS, MEMORY_PITCH, EPS, SCATTER,
-    )  # fmt: skip
+    _normalise(total, norm_weight_ptr, norm_bias_ptr, out_ptr, row, live, column, OUT, COLUMNS, EPS)
 
 
-@triton.jit(do_not_specialize=["num_rows", "num_tokens"])
+@triton.jit(do_not_specialize=["num_rows"])
 def feedforward_rows(
     x_ptr,  # [K, WIDTH], X_PITCH from row to row
     weight1_ptr, bias1_ptr,  # [HIDDEN, WIDTH] contiguous, [HIDDEN]
@@ -172,11 +170,9 @@ def feedforward_rows(
     norm_weight_ptr, norm_bias_ptr,  # [WIDTH]
     count_ptr,  # int32 [1] rows in use, where COUNTED
     out_ptr,  # [K, WIDTH]
-    memory_ptr,  # [B, S, WIDTH], MEMORY_PITCH from token to token, where SCATTER
-    token_index_ptr, image_index_ptr,  # [K], where SCATTER
-    num_rows, num_tokens,
-    WIDTH: tl.constexpr, HIDDEN: tl.constexpr, X_PITCH: tl.constexpr, MEMORY_PITCH: tl.constexpr, EPS: tl.constexpr,
-    COUNTED: tl.constexpr, SCATTER: tl.constexpr, OPERAND: tl.constexpr,
+    num_rows,
+    WIDTH: tl.constexpr, HIDDEN: tl.constexpr, X_PITCH: tl.constexpr, EPS: tl.constexpr,
+    COUNTED: tl.constexpr, OPERAND: tl.constexpr,
     ROWS: tl.constexpr, PADDED: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """One program: ROWS whole rows; PADDED is WIDTH padded to a power of two, CHUNK the hidden channels of a step."""
@@ -196,13 +192,10 @@ def feedforward_rows(
         inner = start + tl.arange(0, CHUNK)
         weight = _transposed(weight1_ptr, column, inner, WIDTH, HIDDEN, EVEN)
         hidden = tl.dot(x, weight.to(OPERAND))
-        hidden = tl.maximum(hidden + _vector(bias1_ptr, inner, HIDDEN)[None, :], 0.0)
+        hidden = _relu(hidden + _vector(bias1_ptr, inner, HIDDEN)[None, :])
         weight = _transposed(weight2_ptr, inner, column, HIDDEN, WIDTH, EVEN)
         total = tl.dot(hidden.to(OPERAND), weight.to(OPERAND), total)
-    _normalise(
-        total, norm_weight_ptr, norm_bias_ptr, out_ptr, memory_ptr, token_index_ptr, image_index_ptr, row, live, column,
-        num_tokens, WIDTH, PADDED, MEMORY_PITCH, EPS, SCATTER,
-    )  # fmt: skip
+    _normalise(total, norm_weight_ptr, norm_bias_ptr, out_ptr, row, live, column, WIDTH, PADDED, EPS)
 
 
 # ------------------------------------------------------------------------------------------------------------ launchers
@@ -211,67 +204,92 @@ def _pitched(rows: Tensor) -> Tensor:
     return rows if rows.stride(1) == 1 else rows.contiguous()
 
 
-def _products(x: Tensor, weight: Tensor) -> dict:
+_OPERANDS = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
+
+
+def _products(weight: Tensor) -> dict:
     """How factors are multiplied; the interpreter has no bfloat16 products."""
-    types = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
-    operand = tl.float32 if INTERPRETING else types.get(weight.dtype, tl.float32)
+    operand = tl.float32 if INTERPRETING else _OPERANDS.get(weight.dtype, tl.float32)
     exact = torch.backends.cuda.matmul.fp32_precision != "tf32"
     return dict(OPERAND=operand, PRECISION="ieee" if exact else "tf32")
 
 
 def _stages(x: Tensor, weight: Tensor, num_stages: int) -> int:
-    return (
-        num_stages if x.element_size() == weight.element_size() else min(2, num_stages)
-    )  # float32 x, 16-bit weights
+    """float32 rows of 16-bit weights need twice the shared memory."""
+    return num_stages if x.element_size() == weight.element_size() else min(2, num_stages)
 
 
-def _key(x: Tensor, *weights: Tensor) -> tuning.Key:
-    names = [str(tensor.dtype).removeprefix("torch.") for tensor in (weights[0], x)]
-    return (*names, *weights[0].shape, *(weight.shape[0] for weight in weights[1:]))
+def _key(x: Tensor, weight: Tensor) -> tuning.Key:
+    names = [str(tensor.dtype).removeprefix("torch.") for tensor in (weight, x)]
+    return (*names, *weight.shape)
 
 
-def linear(
+def _padded(width: int) -> int:
+    return max(16, next_power_of_2(width))  # 16: the smallest side of a product
+
+
+def packed_linear(
+    x: Tensor, weight: Tensor, bias: Tensor, num_rows: Tensor | None, add: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """[K, OUT] (x + add) W^T + b."""
+    out = x.new_empty(x.shape[0], weight.shape[0], dtype=dtype)
+    _linear(x, weight, bias, num_rows, add, False, out)
+    return out
+
+
+def packed_linear_(
+    memory: Tensor, x: Tensor, weight: Tensor, bias: Tensor, num_rows: Tensor | None, add: Tensor | None,
+    token_index: Tensor, image_index: Tensor, slots: Tensor,
+) -> None:  # fmt: skip
+    """Writes (x + add) W^T + b to the tokens of a memory [B, S, OUT]."""
+    if rows_evenly_spaced(memory) and not share_storage(memory, x, add):
+        _linear(x, weight, bias, num_rows, add, False, memory, token_index, image_index)
+    else:
+        rows = packed_linear(x, weight, bias, num_rows, add, memory.dtype)
+        scatter_(memory, rows, token_index, image_index, slots, num_rows)
+
+
+def _linear(
     x: Tensor, weight: Tensor, bias: Tensor, count: Tensor | None, add: Tensor | None, relu: bool, out: Tensor,
     token_index: Tensor | None = None, image_index: Tensor | None = None,
 ) -> None:  # fmt: skip
     """Writes (x + add) W^T + b to `out` [K, OUT], or with indices to tokens of an evenly spaced memory [B, S, OUT]."""
-    num_rows = x.shape[0]
-    if num_rows == 0 or out.numel() == 0:
+    capacity = x.shape[0]
+    if capacity == 0 or out.numel() == 0:
         return
-    x, weight = _pitched(x), weight.contiguous()
+    x, weight, bias = _pitched(x), weight.contiguous(), bias.contiguous()
     add = None if add is None else _pitched(add)
     num_columns, depth_in = weight.shape
 
     def launch(rows: int, columns: int, depth: int, num_warps: int, num_stages: int) -> None:
-        linear_rows[(cdiv(num_rows, rows) * cdiv(num_columns, columns),)](
-            x, add, weight, bias, count, out, token_index, image_index, num_rows, out.shape[-2],
+        linear_rows[(cdiv(capacity, rows) * cdiv(num_columns, columns),)](
+            x, add, weight, bias, count, out, token_index, image_index, capacity, out.shape[-2],
             IN=depth_in, OUT=num_columns, X_PITCH=x.stride(0), ADD_PITCH=0 if add is None else add.stride(0),
             OUT_PITCH=out.stride(-2), ADD=add is not None, RELU=relu, COUNTED=count is not None,
-            SCATTER=token_index is not None, **_products(x, weight), ROWS=rows, COLUMNS=columns, DEPTH=depth,
+            SCATTER=token_index is not None, **_products(weight), ROWS=rows, COLUMNS=columns, DEPTH=depth,
             num_warps=num_warps, num_stages=_stages(x, weight, num_stages), enable_fp_fusion=True,
         )  # fmt: skip
 
-    tuning.run("linear", _key(x, weight), num_rows, x.device, launch)
+    tuning.run("linear", _key(x, weight), capacity, x.device, launch)
 
 
-def linear_norm(
+def packed_linear_norm(
     x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor, norm_weight: Tensor, norm_bias: Tensor, eps: float,
-    count: Tensor | None, memory: Tensor | None, token_index: Tensor | None, image_index: Tensor | None,
+    num_rows: Tensor | None,
 ) -> Tensor:  # fmt: skip
-    """[K, OUT] LayerNorm(residual + x W^T + b), also written to an evenly spaced `memory` [B, S, OUT]."""
+    """[K, OUT] LayerNorm(residual + x W^T + b)."""
     out = torch.empty(residual.shape, dtype=residual.dtype, device=x.device)
     if out.numel() == 0:
         return out
     x, weight, residual = _pitched(x), weight.contiguous(), _pitched(residual)
+    bias, norm_weight, norm_bias = bias.contiguous(), norm_weight.contiguous(), norm_bias.contiguous()
     num_columns, depth_in = weight.shape
 
     def launch(rows: int, depth: int, num_warps: int, num_stages: int) -> None:
         linear_norm_rows[(cdiv(x.shape[0], rows),)](
-            x, weight, bias, residual, norm_weight, norm_bias, count, out, memory, token_index, image_index,
-            x.shape[0], 0 if memory is None else memory.shape[1],
-            IN=depth_in, OUT=num_columns, X_PITCH=x.stride(0), RESIDUAL_PITCH=residual.stride(0),
-            MEMORY_PITCH=0 if memory is None else memory.stride(1), EPS=eps, COUNTED=count is not None,
-            SCATTER=memory is not None, **_products(x, weight), ROWS=rows, COLUMNS=_padded(num_columns), DEPTH=depth,
+            x, weight, bias, residual, norm_weight, norm_bias, num_rows, out, x.shape[0],
+            IN=depth_in, OUT=num_columns, X_PITCH=x.stride(0), RESIDUAL_PITCH=residual.stride(0), EPS=eps,
+            COUNTED=num_rows is not None, **_products(weight), ROWS=rows, COLUMNS=_padded(num_columns), DEPTH=depth,
             num_warps=num_warps, num_stages=_stages(x, weight, num_stages), enable_fp_fusion=True,
         )  # fmt: skip
 
@@ -279,59 +297,43 @@ def linear_norm(
     return out
 
 
-def feedforward(
+def packed_feedforward(
     x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor, norm_weight: Tensor, norm_bias: Tensor,
-    eps: float, count: Tensor | None, memory: Tensor | None, token_index: Tensor | None, image_index: Tensor | None,
+    eps: float, num_rows: Tensor | None,
 ) -> Tensor:  # fmt: skip
-    """[K, C] LayerNorm(x + relu(x W1^T + b1) W2^T + b2), also written to an evenly spaced `memory`.
+    """[K, C] LayerNorm(x + relu(x W1^T + b1) W2^T + b2).
 
-    float32 goes through memory between the two products: exact products want small tiles, on which one kernel for
-    both would read the weights too often.
+    With float32 weights the hidden channels are stored in memory between two kernels: exact products need small tiles,
+    with which one kernel for both would read the weights too often.
     """
     if weight1.dtype == torch.float32:
         hidden = torch.empty(x.shape[0], weight1.shape[0], dtype=weight1.dtype, device=x.device)
-        linear(x, weight1, bias1, count, None, True, hidden)
-        return linear_norm(
-            hidden, weight2, bias2, x, norm_weight, norm_bias, eps, count, memory, token_index, image_index
-        )
-    return fused_feedforward(
-        x,
-        weight1,
-        bias1,
-        weight2,
-        bias2,
-        norm_weight,
-        norm_bias,
-        eps,
-        count,
-        memory,
-        token_index,
-        image_index,
-    )
+        _linear(x, weight1, bias1, num_rows, None, True, hidden)
+        return packed_linear_norm(hidden, weight2, bias2, x, norm_weight, norm_bias, eps, num_rows)
+    return fused_feedforward(x, weight1, bias1, weight2, bias2, norm_weight, norm_bias, eps, num_rows)
 
 
 def fused_feedforward(
-    x, weight1, bias1, weight2, bias2, norm_weight, norm_bias, eps, count, memory, token_index, image_index
-) -> Tensor:
+    x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor, norm_weight: Tensor, norm_bias: Tensor,
+    eps: float, num_rows: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """`packed_feedforward` in one kernel."""
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if out.numel() == 0:
         return out
     x, weight1, weight2 = _pitched(x), weight1.contiguous(), weight2.contiguous()
+    vectors = [vector.contiguous() for vector in (bias1, bias2, norm_weight, norm_bias)]
+    bias1, bias2, norm_weight, norm_bias = vectors
     num_hidden, width = weight1.shape
-    operand = _products(x, weight1)["OPERAND"]
+    operand = _products(weight1)["OPERAND"]
 
     def launch(rows: int, chunk: int, num_warps: int, num_stages: int) -> None:
         feedforward_rows[(cdiv(x.shape[0], rows),)](
-            x, weight1, bias1, weight2, bias2, norm_weight, norm_bias, count, out, memory, token_index, image_index,
-            x.shape[0], 0 if memory is None else memory.shape[1],
-            WIDTH=width, HIDDEN=num_hidden, X_PITCH=x.stride(0), MEMORY_PITCH=0 if memory is None else memory.stride(1),
-            EPS=eps, COUNTED=count is not None, SCATTER=memory is not None, OPERAND=operand, ROWS=rows,
-            PADDED=_padded(width), CHUNK=chunk, num_warps=num_warps, num_stages=num_stages, enable_fp_fusion=True,
+            x, weight1, bias1, weight2, bias2, norm_weight, norm_bias, num_rows, out, x.shape[0],
+            WIDTH=width, HIDDEN=num_hidden, X_PITCH=x.stride(0), EPS=eps, COUNTED=num_rows is not None,
+            OPERAND=operand, ROWS=rows, PADDED=_padded(width), CHUNK=chunk,
+            num_warps=num_warps, num_stages=num_stages, enable_fp_fusion=True,
         )  # fmt: skip
 
     tuning.run("feedforward", _key(x, weight1), x.shape[0], x.device, launch)
     return out
-
-
-def _padded(width: int) -> int:
-    return max(16, next_power_of_2(width))  # the least that a product takes

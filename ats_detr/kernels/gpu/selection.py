@@ -1,5 +1,5 @@
-"""Adaptive token selection in two launches without a host sync: one threshold per image, then compaction in
-index order."""
+"""Adaptive token selection in two launches, without device-to-host synchronisation: one threshold per image, then
+compaction in index order."""
 
 from __future__ import annotations
 
@@ -30,15 +30,16 @@ def score_of(key):
 
 @triton.jit
 def load_keys(score_ptr, padding_ptr, image, token, num_tokens, PADDED: tl.constexpr):
-    """Keys of an image's tokens; padded ones and those past the end come last (the latter have the higher
-    index too)."""
-    inside = token < num_tokens
-    at = image * num_tokens + token
+    """Keys of an image's tokens. Padded tokens and those past the end sort last; the latter also have the higher
+    index."""
+    score_ptr += image.to(tl.int64) * num_tokens
     if PADDED:
-        last = tl.load(padding_ptr + at, mask=inside, other=1) != 0
+        padding_ptr += image.to(tl.int64) * num_tokens
+        last = tl.load(padding_ptr + token, mask=token < num_tokens, other=1) != 0
     else:
         last = token >= num_tokens
-    score = tl.load(score_ptr + at, mask=(last == 0), other=0.0)
+    # Masked by `last`, so that the mask's registers are free before the keys are made: otherwise sm_120 spills.
+    score = tl.load(score_ptr + token, mask=last == 0, other=0.0)
     return ordered_keys(score, last)
 
 
@@ -47,32 +48,38 @@ def count_true(mask, SIZE: tl.constexpr):
     return tl.sum(tl.reshape(mask.to(tl.int32), (SIZE,), can_reorder=True))
 
 
-@triton.jit(do_not_specialize=["num_tokens"])
+@triton.jit
+def clamp_keep(keep, num_tokens):
+    """Tokens to keep as int32 in 0..num_tokens, from any integer dtype."""
+    return tl.minimum(tl.maximum(keep.to(tl.int64), 0), num_tokens).to(tl.int32)
+
+
+@triton.jit(do_not_specialize=["keep_stride", "num_tokens"])
 def find_thresholds(
     score_ptr,  # [B, S]
     padding_ptr,  # [B, S] bool, where PADDED
-    keep_ptr,  # [B] tokens to keep
+    keep_ptr,  # [B] tokens to keep, keep_stride apart
     threshold_ptr,  # [B] int32 out: the keep-th largest key
     ties_ptr,  # [B] int32 out: how many of the tokens at the threshold are kept
     above_ptr,  # [B, CHUNKS] int32 out: tokens above the threshold in the chunks before this one
     equal_ptr,  # [B, CHUNKS] int32 out: tokens at the threshold in the chunks before this one
-    num_tokens,
+    keep_stride, num_tokens,
     PADDED: tl.constexpr, CHUNKS: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """One program per image, all keys in registers: a search between the smallest and the largest key.
+    """One program per image, with all keys in registers: a search between the smallest and the largest key.
 
-    Steps alternate between interpolating the score at which the count should be met and halving the range of
-    keys; at most 64, usually about ten, each one count over all keys.
+    Each step counts the keys above a guess. Guesses alternate between interpolating the score that should give the
+    wanted count and halving the range of keys. At most 64 steps, usually about ten.
     """
     image = tl.program_id(0)
     SIZE: tl.constexpr = CHUNKS * CHUNK
     token = tl.arange(0, CHUNKS)[:, None] * CHUNK + tl.arange(0, CHUNK)[None, :]
     key = load_keys(score_ptr, padding_ptr, image, token, num_tokens, PADDED)
-    keep = tl.minimum(tl.maximum(tl.load(keep_ptr + image).to(tl.int32), 0), num_tokens)
+    keep = clamp_keep(tl.load(keep_ptr + image.to(tl.int64) * keep_stride), num_tokens)
     flat = tl.reshape(key, (SIZE,), can_reorder=True)
     high = tl.max(flat)
     at_high = count_true(key == high, SIZE)
-    # The threshold is the largest key that at least `keep` keys reach: low always is one, high is none.
+    # The threshold is the largest key that at least `keep` keys reach. `low` always satisfies this, `high` never does.
     low = tl.min(flat)
     at_low = tl.zeros_like(at_high) + SIZE
     if at_high >= keep:
@@ -105,22 +112,21 @@ def find_thresholds(
     tl.store(ties_ptr + image, keep - tl.sum(above_C))
 
 
-@triton.jit(do_not_specialize=["num_images", "num_tokens", "capacity"])
+@triton.jit(do_not_specialize=["keep_stride", "num_tokens", "num_images", "capacity"])
 def compact_tokens(
     score_ptr, padding_ptr, keep_ptr, threshold_ptr, ties_ptr, above_ptr, equal_ptr,  # as in find_thresholds
     token_index_ptr, image_index_ptr,  # [capacity] int32 out
     offsets_ptr,  # [B + 1] int32 out
     slot_ptr,  # [B, S] int32 out
-    num_images, num_tokens, capacity,
+    keep_stride, num_tokens, num_images, capacity,
     PADDED: tl.constexpr, CHUNKS: tl.constexpr, CHUNK: tl.constexpr, IMAGES_PADDED: tl.constexpr,
 ):  # fmt: skip
-    """Writes the plan, one chunk of one image per program; rows that no token fills become token 0 of the
-    last image."""
+    """Writes the plan, one chunk of one image per program. Unused rows become token 0 of the last image."""
     image = tl.program_id(0)
     chunk = tl.program_id(1)
     images = tl.arange(0, IMAGES_PADDED)
-    keep_B = tl.load(keep_ptr + images, mask=images < num_images, other=0).to(tl.int32)
-    keep_B = tl.minimum(tl.maximum(keep_B, 0), num_tokens)
+    keep_B = tl.load(keep_ptr + images.to(tl.int64) * keep_stride, mask=images < num_images, other=0)
+    keep_B = clamp_keep(keep_B, num_tokens)
     start = tl.sum(tl.where(images < image, keep_B, 0))
     total = tl.minimum(tl.sum(keep_B), capacity)
     if chunk == 0:
@@ -147,17 +153,21 @@ def compact_tokens(
     kept = (above | (equal & (equal_before < ties))) & (slot < capacity) & (token < num_tokens)
     tl.store(token_index_ptr + slot, token, mask=kept)
     tl.store(image_index_ptr + slot, tl.zeros_like(token) + image, mask=kept)
-    tl.store(slot_ptr + image * num_tokens + token, tl.where(kept, slot, -1), mask=token < num_tokens)
+    tl.store(
+        slot_ptr + image.to(tl.int64) * num_tokens + token, tl.where(kept, slot, -1), mask=token < num_tokens
+    )
 
 
 def select(
     scores: Tensor, num_keep: Tensor, padding_mask: Tensor | None, capacity: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(token index, image index, offsets, slots) of a plan with `capacity` rows."""
+    """(token index [capacity], image index [capacity], offsets [Bp1], slots [B, S]) of a plan with `capacity` rows."""
     batch, num_tokens = scores.shape
     integers = dict(dtype=torch.int32, device=scores.device)
     token_index, image_index = torch.empty(capacity, **integers), torch.empty(capacity, **integers)
     offsets, slots = torch.empty(batch + 1, **integers), torch.empty(batch, num_tokens, **integers)
+    if slots.numel() == 0:
+        return token_index, image_index, offsets.zero_(), slots
     chunks = next_power_of_2(cdiv(num_tokens, CHUNK))
     scratch = torch.empty(batch * (2 * chunks + 2), **integers)
     above, equal, rest = scratch.split([batch * chunks, batch * chunks, 2 * batch])
@@ -166,10 +176,11 @@ def select(
     if padding_mask is not None:
         padding_mask = padding_mask.contiguous().view(torch.uint8)
     keys = (scores, padding_mask, num_keep, threshold, ties, above, equal)
+    sizes = (num_keep.stride(0), num_tokens)
     constants = dict(PADDED=padding_mask is not None, CHUNKS=chunks, CHUNK=CHUNK)
-    find_thresholds[(batch,)](*keys, num_tokens, **constants, num_warps=max(4, min(16, chunks)))
+    find_thresholds[(batch,)](*keys, *sizes, **constants, num_warps=max(4, min(16, chunks)))
     compact_tokens[(batch, cdiv(num_tokens, CHUNK))](
-        *keys, token_index, image_index, offsets, slots, batch, num_tokens, capacity,
+        *keys, token_index, image_index, offsets, slots, *sizes, batch, capacity,
         **constants, IMAGES_PADDED=next_power_of_2(batch), num_warps=4,
     )  # fmt: skip
     return token_index, image_index, offsets, slots

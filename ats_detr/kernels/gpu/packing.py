@@ -1,4 +1,4 @@
-"""Rows of several dense tensors into packed form, and back, one launch each. Pure copies: bytes decide the time."""
+"""Rows of several dense tensors into packed form, and back, in one launch each. Pure copies, limited by bandwidth."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ats_detr.kernels.dispatch import share_storage
 from ats_detr.kernels.gpu.host import cdiv, next_power_of_2
 
 GROUP = 4  # tensors per launch
-ELEMENTS = 1024  # about so many per tensor and program
+ELEMENTS = 1024  # per tensor and program, approximately
 
 
 @triton.jit
@@ -85,10 +86,6 @@ def merge_rows(
     tl.store(out_ptr + at, value, mask=inside)
 
 
-def _row_length(tensor: Tensor, leading: int) -> int:
-    return tensor.shape[leading:].numel()
-
-
 @triton.jit(do_not_specialize=["num_rows"])
 def clear_rows(
     mask_ptr,  # [rows] bool as uint8
@@ -106,52 +103,49 @@ def clear_rows(
         )
 
 
+# ------------------------------------------------------------------------------------------------------------ launchers
+def _row_length(tensor: Tensor, leading: int) -> int:
+    return tensor.shape[leading:].numel()
+
+
 def _block(width: int) -> int:
     return max(1, ELEMENTS // width)
 
 
-def _launch_moves(token_index, image_index, count, dense, packed, into_dense: bool) -> None:
-    num_rows, num_tokens = token_index.shape[0], dense[0].shape[1]
+def _launch_moves(token_index, image_index, num_rows, dense, packed, into_dense: bool) -> None:
+    capacity, num_tokens = token_index.shape[0], dense[0].shape[1]
     for first in range(0, len(dense), GROUP):
         some_dense, some_packed = dense[first : first + GROUP], packed[first : first + GROUP]
         lengths = [_row_length(tensor, 2) for tensor in some_dense]
         widths = [next_power_of_2(length) for length in lengths]
         block = _block(max(widths))
         absent = GROUP - len(some_dense)
-        move_rows[(cdiv(num_rows, block),)](
-            token_index, image_index, count,
-            *some_dense, *[None] * absent, *some_packed, *[None] * absent, num_rows, num_tokens,
+        move_rows[(cdiv(capacity, block),)](
+            token_index, image_index, num_rows,
+            *some_dense, *[None] * absent, *some_packed, *[None] * absent, capacity, num_tokens,
             dense[0].stride(1), *lengths, *[0] * absent, *widths, *[1] * absent,
-            COUNTED=count is not None, INTO_DENSE=into_dense, BLOCK=block, num_warps=4,
+            COUNTED=num_rows is not None, INTO_DENSE=into_dense, BLOCK=block, num_warps=4,
         )  # fmt: skip
 
 
 def pack(
-    token_index: Tensor, image_index: Tensor, count: Tensor | None, dense: Sequence[Tensor]
+    token_index: Tensor, image_index: Tensor, slots: Tensor, num_rows: Tensor | None, dense: Sequence[Tensor]
 ) -> list[Tensor]:
-    """Kept rows of each dense tensor; rows past `count` are not written."""
+    """Kept rows [K, ...] of each dense tensor [B, S, ...]; rows past `num_rows` are not written."""
     packed = [tensor.new_empty(token_index.shape[0], *tensor.shape[2:]) for tensor in dense]
-    if token_index.shape[0]:
-        pairs = [(d.contiguous(), p) for d, p in zip(dense, packed, strict=True) if p.numel()]
-        if pairs:
-            _launch_moves(token_index, image_index, count, *zip(*pairs, strict=True), into_dense=False)
+    pairs = [(d.contiguous(), p) for d, p in zip(dense, packed, strict=True) if p.numel()]
+    if pairs:
+        _launch_moves(token_index, image_index, num_rows, *zip(*pairs, strict=True), into_dense=False)
     return packed
 
 
-def scatter_in_place(
-    token_index: Tensor, image_index: Tensor, count: Tensor | None, memory: Tensor, rows: Tensor
-) -> None:
-    """Overwrites the kept tokens of `memory`, whose rows may lie evenly apart, with the packed rows."""
-    if rows.numel():
-        _launch_moves(token_index, image_index, count, [memory], [rows.contiguous()], into_dense=True)
-
-
-def merge(slots: Tensor, packed: Tensor | None, dense: Tensor | None) -> Tensor:
-    """The dense tensor whose kept tokens are the packed rows (None: zeros) and whose others are `dense`
-    (None: zeros)."""
-    like = packed if dense is None else dense
-    shape = like.shape[1:] if dense is None else like.shape[2:]
-    out = torch.empty(*slots.shape, *shape, dtype=like.dtype, device=like.device)
+def scatter(
+    memory: Tensor | None, rows: Tensor | None, token_index: Tensor, image_index: Tensor, slots: Tensor,
+    num_rows: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """A new [B, S, ...]: the packed row (None: zeros) of each kept token, `memory` (None: zeros) at the others."""
+    like, shape = (rows, rows.shape[1:]) if memory is None else (memory, memory.shape[2:])
+    out = like.new_empty(*slots.shape, *shape)
     if out.numel() == 0:
         return out
     length = shape.numel()
@@ -159,19 +153,47 @@ def merge(slots: Tensor, packed: Tensor | None, dense: Tensor | None) -> Tensor:
     block = _block(width)
     merge_rows[(cdiv(slots.numel(), block),)](
         slots,
-        None if packed is None else packed.contiguous(),
-        None if dense is None else dense.contiguous(),
-        out, slots.numel(), ROW=length, WIDTH=width, HAS_PACKED=packed is not None, HAS_DENSE=dense is not None,
+        None if rows is None else rows.contiguous(),
+        None if memory is None else memory.contiguous(),
+        out, slots.numel(), ROW=length, WIDTH=width, HAS_PACKED=rows is not None, HAS_DENSE=memory is not None,
         BLOCK=block, num_warps=4,
     )  # fmt: skip
     return out
 
 
-def zero_padding(dense: Tensor, padding_mask: Tensor) -> None:
-    """Zeroes the padded tokens of [B, S, N], whose rows lie evenly apart."""
-    num_rows, length = padding_mask.numel(), dense.shape[2]
-    if num_rows and length:
-        clear_rows[(cdiv(num_rows, 16),)](
+def scatter_(
+    memory: Tensor,
+    rows: Tensor,
+    token_index: Tensor,
+    image_index: Tensor,
+    slots: Tensor,
+    num_rows: Tensor | None,
+) -> None:
+    """Overwrites the kept tokens of `memory` with the packed rows."""
+    if not rows_evenly_spaced(memory) or share_storage(memory, rows):
+        memory.copy_(scatter(memory, rows, token_index, image_index, slots, num_rows))
+    elif rows.numel():
+        _launch_moves(token_index, image_index, num_rows, [memory], [rows.contiguous()], into_dense=True)
+
+
+def zero_padding_(dense: Tensor, padding_mask: Tensor) -> None:
+    """Zeroes the padded tokens of [B, S, ...]."""
+    num_rows, length = padding_mask.numel(), _row_length(dense, 2)
+    if not rows_evenly_spaced(dense):
+        dense.masked_fill_(padding_mask.view(*padding_mask.shape, *[1] * (dense.ndim - 2)), 0)
+    elif num_rows and length:
+        width = next_power_of_2(length)
+        block = max(1, min(16, 4 * _block(width)))
+        clear_rows[(cdiv(num_rows, block),)](
             padding_mask.contiguous().view(torch.uint8), dense, num_rows, PITCH=dense.stride(1), ROW=length,
-            WIDTH=next_power_of_2(length), BLOCK=16, num_warps=4,
+            WIDTH=width, BLOCK=block, num_warps=4,
         )  # fmt: skip
+
+
+def rows_evenly_spaced(memory: Tensor) -> bool:
+    """Whether the rows of [B, S, ...] are contiguous and equally far apart, across images too, as the kernels address
+    them. True of slices of one wide projection."""
+    batch, num_tokens = memory.shape[:2]
+    pitch, width = memory.stride(1), memory.shape[2:].numel()
+    across = batch < 2 or memory.stride(0) == num_tokens * pitch
+    return across and pitch >= width and (memory.numel() == 0 or memory[0, 0].is_contiguous())

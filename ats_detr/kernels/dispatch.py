@@ -1,0 +1,214 @@
+"""The registrar of the custom operators, and the choice between the Triton kernels and the PyTorch reference."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import os
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.utils.flop_counter import register_flop_formula
+
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+BACKENDS = ("reference", "triton")
+FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+"""Dtypes that the operators compute with; float64 in the reference only."""
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+_KNOWS_EXPORT = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 14)
+"""Whether `torch.compiler.is_exporting` is False under torch.compile: not in 2.11, and so in 2.14."""
+
+
+def choose_backend(
+    tensors: Tensor | Sequence[Tensor],
+    backend: str | None = None,
+    *,
+    kernel_pays: bool = True,
+    limitation: str | None = None,
+) -> str:
+    """'triton' or 'reference' for an operator on `tensors`.
+
+    The argument `backend` decides, then the environment variable ATS_DETR_BACKEND, then the device: on CUDA the kernels
+    run if Triton is installed, otherwise the reference does. float64 always runs the reference. On the CPU, 'triton'
+    needs Triton's interpreter (TRITON_INTERPRET=1 in the environment before Python starts).
+
+    Args:
+        kernel_pays: False if PyTorch's own operators are as fast; 'triton' then has to be requested.
+        limitation: why the kernels cannot compute this call; None if they can. The reference runs instead.
+
+    Raises ValueError for an unknown backend, and if `backend` is 'triton' but the kernels cannot run.
+    """
+    tensors = (tensors,) if isinstance(tensors, Tensor) else tensors
+    requested = backend or os.environ.get("ATS_DETR_BACKEND") or None
+    if requested is not None and requested not in BACKENDS:
+        raise ValueError(f"backend {requested!r}: must be one of {', '.join(BACKENDS)}")
+    if requested == "reference" or any(tensor.dtype == torch.float64 for tensor in tensors):
+        return "reference"
+    on_cuda = tensors[0].is_cuda
+    if requested is None:
+        return "triton" if on_cuda and HAS_TRITON and kernel_pays and limitation is None else "reference"
+    if not HAS_TRITON:
+        raise ValueError("backend 'triton': the package triton is not installed; pip install triton")
+    if not on_cuda and os.environ.get("TRITON_INTERPRET", "0") != "1":
+        raise ValueError(
+            f"backend 'triton' on a {tensors[0].device.type} tensor: set TRITON_INTERPRET=1 before Python starts"
+        )
+    if limitation is None:
+        return "triton"
+    if backend is None:  # the environment prefers the kernels
+        return "reference"
+    raise ValueError(f"backend 'triton': {limitation}; use backend='reference' or omit it")
+
+
+def runs_inside_graph() -> bool:
+    """Whether a compiler is tracing. Every operator is then one opaque call, with either backend."""
+    return torch.compiler.is_compiling()
+
+
+def is_exporting() -> bool:
+    """Whether torch.export is tracing. In PyTorch 2.11, strict export is mistaken for torch.compile."""
+    return torch.compiler.is_exporting() and (_KNOWS_EXPORT or not torch.compiler.is_dynamo_compiling())
+
+
+def no_transforms() -> str | None:
+    """The limitation of kernels that support neither forward-mode differentiation nor torch.func; None outside both."""
+    if runs_inside_graph():
+        return None
+    if forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():
+        return "forward-mode differentiation and the transforms of torch.func are not supported"
+    return None
+
+
+@torch.compiler.assume_constant_result
+def compute_capability(device: torch.device) -> tuple[int, int] | None:
+    """(major, minor) of a CUDA device; None for other devices and on machines without a GPU."""
+    return _compute_capability(device) if device.type == "cuda" else None
+
+
+@functools.cache
+def _compute_capability(device: torch.device) -> tuple[int, int] | None:
+    return torch.cuda.get_device_capability(device) if torch.cuda.is_available() else None
+
+
+def autocast(tensor: Tensor) -> Tensor:
+    """`tensor` in the autocast dtype of its device if autocast is enabled; float64 keeps its dtype."""
+    device = tensor.device.type
+    if torch.is_autocast_enabled(device) and tensor.dtype != torch.float64:
+        return tensor.to(torch.get_autocast_dtype(device))
+    return tensor
+
+
+class Operator:
+    """A custom operator: a definition in PyTorch and the launcher of its Triton kernels, which have the same signature.
+
+    The registered operator has one more argument, the chosen backend. It is opaque to torch.compile, because Inductor
+    would inline the kernels and lose their tuning. Called eagerly, the reference runs as ordinary PyTorch operators.
+    """
+
+    def __init__(self, definition: Callable[..., Any], kernel: str, mutates_args: Iterable[str]) -> None:
+        self.definition = definition
+        module, self.name = kernel.split(".")
+        schema = torch.library.infer_schema(definition, mutates_args=mutates_args)
+        signature, returns = schema.rsplit(") ->", 1)
+
+        def run(*arguments: Any) -> Any:
+            *arguments, backend = arguments
+            if backend == "reference":
+                return definition(*arguments)
+            # Imported here: Triton is optional, and reads TRITON_INTERPRET on import.
+            launch = getattr(importlib.import_module(f"ats_detr.kernels.gpu.{module}"), self.name)
+            # Triton launches on the current GPU, not on that of the tensors.
+            with torch.cuda.device_of(tensors_of(arguments)[0]):
+                return launch(*arguments)
+
+        self._registered = torch.library.custom_op(
+            f"ats_detr::{self.name}",
+            run,
+            mutates_args=mutates_args,
+            schema=f"{signature}, str backend) ->{returns}",
+        )
+        self.packet = getattr(torch.ops.ats_detr, self.name)
+        """The registered operator."""
+        if returns.strip() == "()":
+            self.register_fake(lambda *arguments: None)
+
+    def __call__(
+        self,
+        *arguments: Any,
+        backend: str | None = None,
+        kernel_pays: bool = True,
+        limitation: str | None = None,
+        registered: bool = False,
+    ) -> Any:
+        """Computes the operator with the backend that `choose_backend` chooses.
+
+        registered: call the registered operator even for an eager reference, for its gradients.
+
+        Raises ValueError if the tensors are not all on one device.
+        """
+        tensors = tensors_of(arguments)
+        if not runs_inside_graph():
+            devices = dict.fromkeys(str(tensor.device) for tensor in tensors)
+            if len(devices) > 1:
+                raise ValueError(f"{self.name}: all tensors must be on one device, got {', '.join(devices)}")
+        chosen = choose_backend(tensors, backend, kernel_pays=kernel_pays, limitation=limitation)
+        if chosen == "reference" and not registered and not runs_inside_graph():
+            return self.definition(*arguments)
+        return self.packet(*arguments, chosen)
+
+    def register_fake(self, fake: Callable[..., Any]) -> Callable[..., Any]:
+        """`fake` takes the arguments of the definition and returns empty tensors like its results."""
+        self._registered.register_fake(lambda *arguments: fake(*arguments[:-1]))
+        return fake
+
+    def register_autograd(self, backward: Callable[..., tuple], setup_context: Callable[..., None]) -> None:
+        """As `torch.library.register_autograd`, for the arguments of the definition. `ctx.backend` is the backend."""
+
+        def setup(ctx: Any, inputs: tuple, output: Any) -> None:
+            ctx.backend = inputs[-1]
+            setup_context(ctx, inputs[:-1], output)
+
+        self._registered.register_autograd(
+            lambda ctx, *gradients: (*backward(ctx, *gradients), None), setup_context=setup
+        )
+
+    def register_flops(self, count: Callable[..., int]) -> Callable[..., int]:
+        """`count` takes the definition's arguments, shapes for tensors, and returns the floating point operations."""
+
+        def formula(*arguments: Any, out_shape: Any = None, **keywords: Any) -> int:
+            return count(*arguments[:-1])
+
+        register_flop_formula(self.packet)(formula)
+        return count
+
+
+def operator(kernel: str, *, mutates_args: Iterable[str] = ()) -> Callable[[Callable[..., Any]], Operator]:
+    """Makes a definition the custom operator `ats_detr::NAME`. `kernel`: 'MODULE.NAME', the launcher in
+    `ats_detr.kernels.gpu`."""
+    return lambda definition: Operator(definition, kernel, mutates_args)
+
+
+def tensors_of(arguments: Sequence[Any]) -> list[Tensor]:
+    """The tensors among the arguments of an operator, those in lists included."""
+    tensors = []
+    for argument in arguments:
+        if isinstance(argument, Tensor):
+            tensors.append(argument)
+        elif isinstance(argument, (list, tuple)):
+            tensors += [item for item in argument if isinstance(item, Tensor)]
+    return tensors
+
+
+def share_storage(target: Tensor, *sources: Tensor | None) -> bool:
+    """Whether writing to `target` may change one of the sources before it is read."""
+    storage = target.untyped_storage().data_ptr()
+    return any(source is not None and source.untyped_storage().data_ptr() == storage for source in sources)
+
+
+def invalid(name: str, tensor: Tensor, requirement: str) -> ValueError:
+    """The error for an argument of the wrong shape or dtype: its name, shape and dtype, and what it must be."""
+    return ValueError(f"{name} {list(tensor.shape)} of {tensor.dtype}: must be {requirement}")
