@@ -11,12 +11,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from PIL import Image, ImageColor, ImageDraw, ImageFont
+from PIL import Image, ImageColor, ImageDraw
 from torch import Tensor
 
 from ats_detr.data.coco import ClassMap
 from ats_detr.data.loader import EvaluationLoader
 from ats_detr.evaluation import Metrics
+from ats_detr.fonts import font_for
 from ats_detr.model import Detr
 from ats_detr.model.output import Detections, top_detections
 
@@ -60,13 +61,14 @@ def draw_boxes(
         (image.width * factor, image.height * factor), Image.Resampling.BICUBIC
     )
     draw = ImageDraw.Draw(picture)
-    font = ImageFont.load_default(max(12, round(min(picture.size) / 42)))
+    text_size = max(12, round(min(picture.size) / 42))
     line_width = max(2, round(min(picture.size) / 240))
     boxes = (np.asarray(boxes_xyxy, np.float64) * factor).tolist()
     for box, row, caption in reversed(list(zip(boxes, rows, captions, strict=True))):
         colour = class_colour(row)
         left, top, right, bottom = _clip(box, picture.size)
         draw.rectangle((left, top, right, bottom), outline=colour, width=line_width)
+        font, caption = font_for(caption, text_size)
         _, _, text_width, text_height = draw.textbbox((0, 0), caption, font=font)
         # Above the box; inside it where the picture ends.
         text_top = top - text_height - 4 if top - text_height - 4 >= 0 else top
@@ -145,15 +147,16 @@ def draw_kept_tokens(image: Image.Image, kept: KeptTokens, *, title: str = "") -
         "RGB", (_SHEET_WIDTH, title_line + rows * (panel_height + line + _GAP)), (255, 255, 255)
     )
     draw = ImageDraw.Draw(sheet)
-    draw.text((_SHEET_WIDTH / 2, 20), title, fill=INK, font=ImageFont.load_default(20), anchor="mm")
+    font, title = font_for(title, 20)
+    draw.text((_SHEET_WIDTH / 2, 20), title, fill=INK, font=font, anchor="mm")
     panel = image.convert("RGB").resize((panel_width, panel_height), Image.Resampling.BICUBIC)
     for level in range(len(kept.levels)):
         left = _GAP + (level % columns) * (panel_width + _GAP)
         top = title_line + (level // columns) * (panel_height + line + _GAP)
         cells = kept.in_image(level)
-        text = f"stride {kept.stride(level)}: {int(cells.sum())} of {cells.size}"
+        font, text = font_for(f"stride {kept.stride(level)}: {int(cells.sum())} of {cells.size}", 15)
         place = (left + panel_width / 2, top + line / 2)
-        draw.text(place, text, fill=INK, font=ImageFont.load_default(15), anchor="mm")
+        draw.text(place, text, fill=INK, font=font, anchor="mm")
         sheet.paste(_dim_all_but(panel, kept, level), (left, top + line))
     return sheet
 
@@ -181,7 +184,7 @@ def _dim_all_but(panel: Image.Image, kept: KeptTokens, level: int) -> Image.Imag
 def add_caption(picture: Image.Image, text: str) -> Image.Image:
     """The picture with a line of text below it, or with several where it is narrow."""
     size = max(12, round(min(picture.width / 34, picture.height / 28)))
-    font = ImageFont.load_default(size)
+    font, text = font_for(text, size)
     lines = [""]
     for word in text.split():
         longer = f"{lines[-1]} {word}".strip()
