@@ -1,7 +1,7 @@
-"""Every setting of a run: a tree of frozen dataclasses, read from YAML files and `a.b=c` overrides.
+"""The settings of a run: a tree of frozen dataclasses, read from YAML files and `key.sub=value` overrides.
 
-A YAML file states differences only: from the defaults below, or from the file named by its `base:` key. `base` and
-`teachers.*.config` are paths relative to the file that states them, or names of shipped configurations; all other paths
+A YAML file holds differences only: from the defaults below, or from the file named by its `base:` key. `base` and
+`teachers.*.config` are paths relative to the file that contains them, or names of shipped configurations; all other paths
 are relative to the working directory.
 """
 
@@ -26,27 +26,39 @@ ConfigT = TypeVar("ConfigT")
 
 
 class ConfigError(UserError):
-    """A setting that cannot be: says which key, its value, and the mend."""
+    """A setting with an invalid value; the message names key, value and fix."""
 
-    def __init__(self, key: str, value: object, mend: str):
-        super().__init__(f"{key} = {value!r}: {mend}")
-        self.key, self.value, self.mend = key, value, mend
+    def __init__(self, key: str, value: object, fix: str):
+        super().__init__(f"{key} = {value!r}: {fix}")
+        self.key, self.value, self.fix = key, value, fix
 
 
-def _check(holds: bool, key: str, value: object, mend: str) -> None:
+def _check(holds: bool, key: str, value: object, fix: str) -> None:
     if not holds:
-        raise ConfigError(key, value, mend)
+        raise ConfigError(key, value, fix)
 
 
 def _check_positive(config: object, *keys: str) -> None:
     for key in keys:
         value = getattr(config, key)
-        _check(value > 0, key, value, "give a number above 0")
+        _check(value > 0, key, value, "must be > 0")
+
+
+def _check_at_least(config: object, minimum: float, *keys: str) -> None:
+    for key in keys:
+        value = getattr(config, key)
+        _check(value >= minimum, key, value, f"must be >= {minimum}")
+
+
+def _check_share(config: object, *keys: str) -> None:
+    for key in keys:
+        value = getattr(config, key)
+        _check(0 < value <= 1, key, value, "must be in (0, 1]")
 
 
 @dataclass(frozen=True, kw_only=True)
 class BackboneConfig:
-    """The image network under the pyramid: its stride 8, 16 and 32 outputs are read."""
+    """The backbone: a network with feature maps at strides 8, 16 and 32."""
 
     name: str = "resnet50.tv_in1k"
     """Any timm model that supports `features_only` and has strides 8, 16 and 32."""
@@ -65,8 +77,8 @@ class BackboneConfig:
     `ats_detr.model.backbone.OPTIONS` lists those that are allowed."""
 
     def __post_init__(self) -> None:
-        _check(bool(self.name), "name", self.name, "give the name of a timm model, such as resnet50")
-        _check(0 <= self.frozen_stages <= 4, "frozen_stages", self.frozen_stages, "give 0 to 4")
+        _check(bool(self.name), "name", self.name, "must be the name of a timm model, such as resnet50")
+        _check(0 <= self.frozen_stages <= 4, "frozen_stages", self.frozen_stages, "must be in 0..4")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,42 +86,37 @@ class SelectorConfig:
     """Which tokens the encoder updates. Fixed budget: `keep_ratio`. Adaptive: `min_ratio` and `max_ratio`."""
 
     scores: Literal["features", "proposals"] = "features"
-    """What the scoring network reads: the backbone's features (ATS-DETR) or the proposals' embedding (Sparse DETR)."""
+    """Input of the scoring network: the backbone's features (ATS-DETR) or the embedded proposals (Sparse DETR)."""
     keep_ratio: float | None = None
-    """Share of each image's valid tokens that is kept. None: the budget is chosen per image."""
+    """Fraction of the valid tokens of each image that is kept, in (0, 1]. None: adaptive budget per image."""
     min_ratio: float | None = None
-    """Share kept on the easiest images (adaptive only)."""
+    """Fraction kept on the easiest images (adaptive only)."""
     max_ratio: float | None = None
-    """Share kept on the hardest images (adaptive only)."""
+    """Fraction kept on the hardest images (adaptive only)."""
     num_budgets: int = 2
-    """Budget classes, evenly spaced from `min_ratio` to `max_ratio` inclusive (adaptive only; 2 as published)."""
+    """Number of budgets, evenly spaced from `min_ratio` to `max_ratio` inclusive (adaptive only; 2 as published)."""
     min_tokens: int = 300
-    """No image keeps fewer tokens than this (adaptive only; at least as many as the decoder has queries)."""
+    """Minimum number of kept tokens per image (adaptive only). Should be >= `num_queries`."""
     masked_mean: bool = True
-    """The scorer's global feature averages valid tokens only. False: padding too, as the published checkpoints need."""
+    """Average the scorer's global feature over valid tokens only. False: padding, too, as in published checkpoints."""
 
     def __post_init__(self) -> None:
         if self.keep_ratio is not None:
-            _check(
-                0 < self.keep_ratio <= 1, "keep_ratio", self.keep_ratio, "give a share above 0 and up to 1"
-            )
+            _check_share(self, "keep_ratio")
             for key in ("min_ratio", "max_ratio"):
-                mend = "set it to null, or set keep_ratio to null for a budget per image"
-                _check(getattr(self, key) is None, key, getattr(self, key), mend)
+                fix = "must be null where keep_ratio is set; an adaptive budget needs keep_ratio = null"
+                _check(getattr(self, key) is None, key, getattr(self, key), fix)
             return
         for key in ("min_ratio", "max_ratio"):
-            value = getattr(self, key)
-            _check(value is not None, key, value, "set keep_ratio, or both min_ratio and max_ratio")
-            _check(0 < value <= 1, key, value, "give a share above 0 and up to 1")
+            _check(
+                getattr(self, key) is not None, key, None, "set keep_ratio, or both min_ratio and max_ratio"
+            )
+            _check_share(self, key)
         assert self.min_ratio is not None and self.max_ratio is not None
-        _check(
-            self.min_ratio < self.max_ratio,
-            "max_ratio",
-            self.max_ratio,
-            f"must exceed min_ratio {self.min_ratio}",
-        )
-        _check(self.num_budgets >= 2, "num_budgets", self.num_budgets, "give at least 2")
-        _check(self.min_tokens >= 1, "min_tokens", self.min_tokens, "give at least 1")
+        fix = f"must be > min_ratio = {self.min_ratio}"
+        _check(self.min_ratio < self.max_ratio, "max_ratio", self.max_ratio, fix)
+        _check_at_least(self, 2, "num_budgets")
+        _check_at_least(self, 1, "min_tokens")
 
     @property
     def adaptive(self) -> bool:
@@ -119,104 +126,86 @@ class SelectorConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """The detector. The defaults are plain one-stage Deformable DETR; the switches below make the whole family."""
+    """The detector. The defaults are one-stage Deformable DETR; the options give the other models of the family."""
 
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
     selector: SelectorConfig | None = None
-    """None: a dense encoder, every token is updated."""
+    """None: dense encoder, all tokens are updated."""
     num_classes: int | None = None
-    """Class rows of the heads. None: counted from the annotation file (COCO: the published 91)."""
+    """Number of classes of the heads. None: from the annotation file (COCO: 91, as published)."""
     width: int = 256
     """Channels of every token and query."""
     num_heads: int = 8
     num_levels: int = 4
-    """Feature levels: strides 8, 16, 32, and then halved again for each further one."""
+    """Feature levels: strides 8, 16, 32, then each further level halves the resolution."""
     num_points: int = 4
-    """Sampled locations per head and level."""
+    """Sampling points per head and level."""
     num_encoder_layers: int = 6
     num_decoder_layers: int = 6
     feedforward_width: int = 1024
     dropout: float = 0.1
     num_queries: int = 300
     two_stage: bool = False
-    """Queries start from the best proposals of the encoder instead of learned embeddings."""
+    """Initialise queries from the encoder's best proposals instead of learned embeddings."""
     box_refine: bool = False
-    """Each decoder layer refines the boxes of the one before."""
+    """Each decoder layer refines the boxes of the previous layer."""
     queries_from_memory: bool = False
-    """The content of a two-stage query is the encoder's memory at its proposal (Efficient DETR)."""
+    """Use the encoder's memory at a proposal as the content of its query (Efficient DETR). Needs `two_stage`."""
     class_specific_proposals: bool = False
-    """Proposals are ranked by their best class instead of class 0 (Efficient DETR)."""
+    """Rank proposals by their best class instead of by class 0 (Efficient DETR). Needs `two_stage`."""
     encoder_auxiliary: bool = False
-    """Class and box heads on every encoder layer but the last, for training."""
+    """Class and box heads, with losses, on every encoder layer but the last. Used in training only."""
     adaption: bool = False
-    """A linear layer on the memory through which the strong teacher is imitated; unused in inference."""
+    """Linear layer on the memory for distillation from the strong teacher. Used in training only."""
 
     def __post_init__(self) -> None:
         _check_positive(
             self, "width", "num_heads", "num_levels", "num_points", "num_encoder_layers", "num_decoder_layers"
         )
         _check_positive(self, "feedforward_width", "num_queries")
-        _check(
-            0 <= self.dropout < 1,
-            "dropout",
-            self.dropout,
-            "give a probability from 0 up to, not including, 1",
-        )
-        _check(
-            self.num_levels >= 3,
-            "num_levels",
-            self.num_levels,
-            "give at least 3, one for each backbone output",
-        )
+        _check(0 <= self.dropout < 1, "dropout", self.dropout, "must be in [0, 1)")
+        _check_at_least(self, 3, "num_levels")  # one for each feature map of the backbone
         classes = self.num_classes
-        _check(
-            classes is None or classes > 0,
-            "num_classes",
-            classes,
-            "give a count above 0, or null to count them",
-        )
-        mend = f"give a multiple of num_heads ({self.num_heads}) that is divisible by 4"
-        _check(self.width % self.num_heads == 0 and self.width % 4 == 0, "width", self.width, mend)
+        _check(classes is None or classes > 0, "num_classes", classes, "must be > 0, or null to count them")
+        fix = f"must be a multiple of num_heads = {self.num_heads} and of 4"
+        _check(self.width % self.num_heads == 0 and self.width % 4 == 0, "width", self.width, fix)
         for key in ("queries_from_memory", "class_specific_proposals"):
             _check(self.two_stage or not getattr(self, key), key, True, "needs model.two_stage = true")
         if self.selector is not None:
             _check(self.two_stage, "selector", "set", "token selection needs model.two_stage = true")
-        _check(
-            self.selector is not None or not self.encoder_auxiliary,
-            "encoder_auxiliary",
-            True,
-            "needs a selector",
-        )
-        _check(self.selector is not None or not self.adaption, "adaption", True, "needs a selector")
+        for key in ("encoder_auxiliary", "adaption"):
+            _check(self.selector is not None or not getattr(self, key), key, True, "needs model.selector")
 
     @property
     def adaptive(self) -> bool:
-        """Whether the number of kept tokens is chosen per image, which two teachers have to teach."""
+        """Whether the budget is chosen per image, which needs two teachers in training."""
         return self.selector is not None and self.selector.adaptive
 
 
 @dataclass(frozen=True, kw_only=True)
 class SyntheticConfig:
-    """Generated images with textured shapes, from one large object to many small overlapping ones."""
+    """Generated images of textured shapes, from one large object to many small overlapping ones."""
 
     num_train: int = 2000
     num_val: int = 250
     image_size: int = 128
-    """Images have about the square of this many pixels."""
+    """Square root of the approximate number of pixels per image."""
     max_aspect_ratio: float = 1.0
-    """Aspect ratios are spread from its inverse to this; 1: all images are square."""
+    """Aspect ratios range from 1 / this to this; 1: square images."""
     num_classes: int = 4
     min_objects: int = 1
     max_objects: int = 25
-    """Images hold `min_objects` to this many objects; few are common, many are rare."""
+    """Images have `min_objects` to this many objects; large numbers are rare."""
     seed: int = 0
 
     def __post_init__(self) -> None:
         _check_positive(self, "num_train", "num_val", "num_classes", "max_objects")
-        _check(self.image_size >= 32, "image_size", self.image_size, "give at least 32 pixels")
-        _check(1 <= self.max_aspect_ratio <= 4, "max_aspect_ratio", self.max_aspect_ratio, "give 1 to 4")
-        mend = f"give 0 to max_objects ({self.max_objects})"
-        _check(0 <= self.min_objects <= self.max_objects, "min_objects", self.min_objects, mend)
+        _check_at_least(self, 32, "image_size")
+        _check(
+            1 <= self.max_aspect_ratio <= 4, "max_aspect_ratio", self.max_aspect_ratio, "must be in [1, 4]"
+        )
+        fix = f"must be in 0..{self.max_objects}, max_objects"
+        _check(0 <= self.min_objects <= self.max_objects, "min_objects", self.min_objects, fix)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -224,7 +213,7 @@ class DataConfig:
     """Images, annotations, augmentation and batches."""
 
     kind: Literal["coco", "synthetic"] = "coco"
-    """COCO-format folders, or images generated once into `root`."""
+    """Folders in COCO format, or images generated once into `root`."""
     root: str = "data/coco"
     """Folder that the four paths below are relative to."""
     train_images: str = "train2017"
@@ -232,116 +221,144 @@ class DataConfig:
     val_images: str = "val2017"
     val_annotations: str = "annotations/instances_val2017.json"
     short_side: int = 800
-    """Evaluation resizes the shorter side of each image to this many pixels ..."""
+    """Shorter side of each image in evaluation, in pixels ..."""
     long_side: int = 1333
-    """... unless the longer side would exceed this."""
+    """... unless the longer side would exceed this; also the maximum in training."""
     train_short_sides: tuple[int, ...] = (480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800)
-    """Training draws the shorter side from these."""
+    """Shorter sides in training, in pixels; one is drawn per image."""
     crop_short_sides: tuple[int, ...] = (400, 500, 600)
-    """Half of the training images are resized to one of these, cropped, and resized again. Empty: never."""
+    """Shorter sides before a random crop, applied to half of the training images. Empty: no crops."""
     crop_size: tuple[int, int] = (384, 600)
-    """Smallest and largest side of that crop in pixels."""
+    """Minimum and maximum side of that crop in pixels."""
     size_multiple: int = 64
-    """Evaluation pads each image to a multiple of this, and batches only images of one padded size."""
+    """Evaluation pads each image to a multiple of this, and batches images of equal padded size only."""
     batch_size: int = 2
-    """Training images per process and step."""
+    """Training images per process and batch."""
     eval_batch_size: int = 4
     num_workers: int = 4
-    """Loader processes of each training process. 0: load in the training process."""
+    """Loader processes per training process. 0: load in the training process."""
     cache_images: bool = False
     """Keep the encoded image files in memory."""
     on_bad_image: Literal["error", "skip"] = "error"
-    """What an unreadable image file does: stops the run and is named, or is named and left out."""
+    """Unreadable image file: `error` stops the run, `skip` reports the file and skips it."""
     synthetic: SyntheticConfig = field(default_factory=SyntheticConfig)
 
     def __post_init__(self) -> None:
         _check_positive(self, "short_side", "long_side", "size_multiple", "batch_size", "eval_batch_size")
-        _check(self.num_workers >= 0, "num_workers", self.num_workers, "give 0 or more")
-        _check(len(self.train_short_sides) > 0, "train_short_sides", (), "give at least one length in pixels")
+        _check_at_least(self, 0, "num_workers")
+        _check(len(self.train_short_sides) > 0, "train_short_sides", (), "must have at least one length")
         for key in ("train_short_sides", "crop_short_sides"):
             sides = getattr(self, key)
-            _check(min(sides, default=1) > 0, key, sides, "give lengths above 0")
+            _check(min(sides, default=1) > 0, key, sides, "all lengths must be > 0")
+        low, high = self.crop_size
         _check(
-            0 < self.crop_size[0] <= self.crop_size[1],
+            0 < low <= high,
             "crop_size",
             self.crop_size,
-            "give [smallest, largest] pixels",
+            "must be [minimum, maximum] with 0 < minimum <= maximum",
         )
         if self.crop_short_sides:
-            mend = (
-                f"the smallest crop must fit the smallest of crop_short_sides ({min(self.crop_short_sides)})"
-            )
-            _check(self.crop_size[0] <= min(self.crop_short_sides), "crop_size", self.crop_size, mend)
+            fix = f"the minimum must be <= {min(self.crop_short_sides)}, the smallest of crop_short_sides"
+            _check(low <= min(self.crop_short_sides), "crop_size", self.crop_size, fix)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossConfig:
+    """Matching costs, loss weights and focal loss. The defaults are those of the published runs."""
+
+    class_cost: float = 2.0
+    """Weight of the focal class cost in the matching."""
+    bbox_cost: float = 5.0
+    """Weight of the L1 box cost in the matching."""
+    giou_cost: float = 2.0
+    """Weight of the GIoU cost in the matching."""
+    class_weight: float = 2.0
+    """Weight of `loss_ce`, the focal loss of the classes."""
+    bbox_weight: float = 5.0
+    """Weight of `loss_bbox`, the L1 distance of the boxes."""
+    giou_weight: float = 2.0
+    """Weight of `loss_giou`."""
+    selector_weight: float = 1.0
+    """Weight of `loss_mask_prediction`, the loss of the token scores."""
+    budget_weight: float = 1.0
+    """Weight of `loss_budget`, the cross entropy of the budget logits (adaptive only)."""
+    memory_weight: float = 1.0
+    """Weight of `loss_memory`, the distillation from the strong teacher (adaptive only)."""
+    focal_alpha: float = 0.25
+    """Weight of objects in the focal loss and cost, in (0, 1); background has 1 - alpha."""
+    focal_gamma: float = 2.0
+    """Focusing exponent of the focal loss and cost."""
+    difficulty_iou: float = 0.5
+    """IoU from which a detection of the weak teacher matches an object (adaptive only)."""
+    decoder_auxiliary: bool = True
+    """Losses on every decoder layer. False: on the last only. Encoder layers: see `model.encoder_auxiliary`."""
+
+    def __post_init__(self) -> None:
+        costs = ("class_cost", "bbox_cost", "giou_cost")
+        _check_at_least(self, 0, *costs, "class_weight", "bbox_weight", "giou_weight")
+        _check_at_least(self, 0, "selector_weight", "budget_weight", "memory_weight", "focal_gamma")
+        fix = "must be > 0 where bbox_cost and giou_cost are 0"
+        _check(any(getattr(self, key) for key in costs), "class_cost", self.class_cost, fix)
+        _check(0 < self.focal_alpha < 1, "focal_alpha", self.focal_alpha, "must be in (0, 1)")
+        _check_share(self, "difficulty_iou")
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """Optimiser, schedule, and what a training run keeps."""
+    """Optimiser, schedule, precision and checkpoints."""
 
     epochs: int = 50
     learning_rate: float = 2e-4
-    """Of everything but the two groups below, before scaling."""
+    """Learning rate of all parameters but the two groups below, before scaling."""
     backbone_learning_rate: float = 2e-5
     offset_learning_rate_factor: float = 0.1
-    """Times `learning_rate` for sampling offsets and reference points."""
+    """Factor on `learning_rate` for sampling offsets and reference points."""
     scale_learning_rate: bool = True
     """Multiply the learning rates by sqrt(global batch size / 16), as the published runs do."""
     weight_decay: float = 1e-4
     clip_norm: float = 0.1
-    """Gradients are scaled down to this norm."""
+    """Maximum norm of the gradient."""
     accumulate: int = 1
-    """Batches of each process that make one step: their gradients are added, as if they were one batch."""
+    """Batches per process and step; their gradients are accumulated."""
     precision: Literal["float32", "bfloat16"] = "float32"
-    """Of the networks' passes, teachers included. bfloat16: by autocast; weights, matching and losses stay float32."""
+    """Precision of forward and backward passes, also of the teachers. bfloat16: autocast; weights, matching and losses
+    stay float32."""
     recompute: bool = False
-    """Encoder and decoder layers keep only their inputs and run again in the backward pass: slower, less memory."""
+    """Activation checkpointing of the encoder and decoder layers: slower, less memory."""
     compile: bool = False
-    """Compile the layers of encoder and decoder; where that fails, a warning says so and they run as they are."""
+    """Compile the encoder and decoder layers; where that fails they run uncompiled, with a warning."""
     ema_decay: float = 0.0
-    """Above 0: evaluate and finally keep an exponential moving average of the weights, updated in every step."""
+    """Decay of an exponential moving average of the weights, which is then evaluated and saved. 0: no average."""
     schedule: Literal["step", "one_cycle"] = "step"
     drop_epochs: tuple[int, ...] = (40,)
-    """Epochs after which the step schedule multiplies the learning rates by `drop_factor`."""
+    """Epochs after which the schedule `step` multiplies the learning rates by `drop_factor`."""
     drop_factor: float = 0.1
     warmup_share: float = 0.1
-    """Share of all steps in which one-cycle rises to the full learning rates; it falls to 0 in the rest."""
+    """Fraction of all steps in which `one_cycle` rises to the full learning rates; then it falls to 0."""
     init_from: str | None = None
-    """Checkpoint whose fitting weights the model starts from; `weak` or `strong`: the teacher of the same run."""
+    """Checkpoint of the initial weights, as far as they fit; `weak` or `strong`: the teacher of the same run."""
     resume: Literal["auto", "never"] = "auto"
-    """`auto`: go on from the checkpoint in the run's folder if there is one; `never`: start afresh."""
+    """`auto`: resume from the checkpoint in the run's folder, if any; `never`: train from step 0."""
     checkpoint_every: int = 1
     """Epochs between checkpoints."""
     checkpoint_every_steps: int = 0
-    """Steps between further checkpoints within an epoch; 0: none."""
+    """Steps between checkpoints within an epoch; 0: none."""
     evaluate_every: int = 1
-    """Epochs between evaluations; 0: only at the end."""
+    """Epochs between evaluations; 0: at the end only."""
     log_every: int = 10
-    """Steps between lines of the log; reading the losses waits for the device. Several processes that were told to stop
-    do so at such a step."""
+    """Steps between lines of the log, each with a device-to-host synchronisation. Several processes react to stop
+    signals at these steps only."""
     max_skipped_steps: int = 10
-    """A step without a finite gradient is skipped; after this many in a row the run stops."""
+    """Steps without a finite gradient are skipped; the run stops after this many in a row."""
 
     def __post_init__(self) -> None:
         _check_positive(self, "epochs", "learning_rate", "clip_norm", "accumulate", "checkpoint_every")
         _check_positive(self, "log_every", "max_skipped_steps")
-        _check(
-            0 <= self.ema_decay < 1,
-            "ema_decay",
-            self.ema_decay,
-            "give a share from 0 up to, not including, 1",
-        )
-        for key in (
-            "backbone_learning_rate",
-            "offset_learning_rate_factor",
-            "weight_decay",
-            "evaluate_every",
-            "checkpoint_every_steps",
-        ):
-            _check(getattr(self, key) >= 0, key, getattr(self, key), "give a number from 0 up")
-        _check(
-            0 < self.drop_factor <= 1, "drop_factor", self.drop_factor, "give a factor above 0 and up to 1"
-        )
-        _check(0 < self.warmup_share < 1, "warmup_share", self.warmup_share, "give a share between 0 and 1")
+        _check_at_least(self, 0, "backbone_learning_rate", "offset_learning_rate_factor", "weight_decay")
+        _check_at_least(self, 0, "evaluate_every", "checkpoint_every_steps")
+        _check(0 <= self.ema_decay < 1, "ema_decay", self.ema_decay, "must be in [0, 1)")
+        _check_share(self, "drop_factor")
+        _check(0 < self.warmup_share < 1, "warmup_share", self.warmup_share, "must be in (0, 1)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -349,34 +366,32 @@ class TeacherConfig:
     """One frozen teacher."""
 
     config: str
-    """YAML file that the teacher is trained from."""
+    """YAML file of the teacher's training."""
     checkpoint: str | None = None
-    """A finished teacher. None: trained first, in the same run."""
+    """Checkpoint of a finished teacher. None: the teacher is trained first, in the same run."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TeachersConfig:
-    """What an adaptive model learns from (dual teacher supervision)."""
+    """The teachers of an adaptive model (dual teacher supervision)."""
 
     weak: TeacherConfig
-    """Its keep ratio is the student's min_ratio: images on which it fails are hard and need more tokens."""
+    """Keeps the student's min_ratio of the tokens; images that it does not detect well need a larger budget."""
     strong: TeacherConfig
-    """Its keep ratio is the student's max_ratio: its memory is imitated."""
+    """Keeps the student's max_ratio of the tokens; its memory is the target of the distillation."""
     difficulty_bias: float = 1.0
-    """Average precision (0..1) of the weak teacher on an image from which the image counts as easy."""
+    """AP of the weak teacher on an image, in (0, 1], from which the image counts as easy."""
     level_weights: tuple[float, ...] = (0.25, 0.25, 0.25, 0.25)
-    """Weight of each feature level in the imitation of the memory."""
+    """Weight of each feature level in `loss_memory`."""
     cache_difficulty: bool = False
-    """Judge each image once, as its first augmentation shows it, instead of in every epoch (as published): the weak
-    teacher then runs in the first epoch only, but for batches with an image that was not seen in it."""
+    """Measure the difficulty of each image once, on its first augmentation, instead of in every epoch (as published).
+    The weak teacher then runs on batches with a new image only."""
 
     def __post_init__(self) -> None:
-        _check(
-            0 < self.difficulty_bias <= 1,
-            "difficulty_bias",
-            self.difficulty_bias,
-            "give an AP above 0 and up to 1",
-        )
+        _check_share(self, "difficulty_bias")
+        fix = "all weights must be >= 0, one of them > 0"
+        weights = self.level_weights
+        _check(min(weights, default=0) >= 0 and any(weights), "level_weights", weights, fix)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -392,46 +407,40 @@ class EvaluationConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """A whole run."""
+    """All settings of a run."""
 
     name: str = "run"
-    """Names the run's folder."""
+    """Name of the run and its folder."""
     output_dir: str | None = None
     """Folder of everything the run writes. None: runs/<name>."""
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     teachers: TeachersConfig | None = None
-    """Needed by, and only by, a model with a budget per image."""
+    """Needed by an adaptive model; others have none."""
     summary: bool = False
-    """After training, compare the three stages: a table, pictures, and the budget against the number of objects."""
+    """Compare the three stages after training: a table, pictures, and a plot of budgets and numbers of objects."""
     num_pictures: int = 8
-    """Images drawn with their detections and kept tokens after an evaluation."""
+    """Images drawn with detections and kept tokens after an evaluation."""
     seed: int = 42
-    """Each process adds its rank."""
+    """Seed of weights, sampling and augmentation; each process adds its rank."""
     deterministic: bool = False
-    """Only algorithms that give the same bits in every run, slower on a GPU, where PyTorch raises if it has none. On
-    the CPU they do in any case."""
+    """Use deterministic algorithms only, which are slower; PyTorch raises where it has none. Without effect on the CPU,
+    which is deterministic."""
     device: str = "auto"
-    """`auto`: CUDA if there is any, else the CPU; or a torch device."""
+    """`auto`: CUDA if available, otherwise the CPU; or the name of a torch device."""
 
     def __post_init__(self) -> None:
-        _check(bool(self.name) and "/" not in self.name, "name", self.name, "give a name without slashes")
+        _check(bool(self.name) and "/" not in self.name, "name", self.name, "must be a name without slashes")
         if not self.model.adaptive:
-            _check(
-                self.teachers is None, "teachers", "set", "only a model with a budget per image has teachers"
-            )
+            _check(self.teachers is None, "teachers", "set", "only an adaptive model has teachers")
             _check(not self.summary, "summary", True, "only a run with teachers has stages to compare")
-        levels = self.model.num_levels
         if self.teachers is not None:
-            weights = self.teachers.level_weights
-            _check(
-                len(weights) == levels,
-                "teachers.level_weights",
-                weights,
-                f"give model.num_levels = {levels} weights",
-            )
+            weights, levels = self.teachers.level_weights, self.model.num_levels
+            fix = f"must have model.num_levels = {levels} weights"
+            _check(len(weights) == levels, "teachers.level_weights", weights, fix)
 
     @property
     def run_dir(self) -> Path:
@@ -440,7 +449,7 @@ class Config:
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """The configuration in a YAML file, after `a.b=c` overrides.
+    """The configuration in a YAML file, with `key.sub=value` overrides.
 
     Args:
         path: a YAML file, or the name of a shipped configuration such as `quickstart`.
@@ -475,18 +484,15 @@ def find_config(source: str | Path, folder: Path = Path()) -> Path:
     Raises UserError with the nearest names if there is neither.
     """
     for path in (folder / source, Path(source)):
-        if os.path.exists(path) and not os.path.isdir(
-            path
-        ):  # those of pathlib raise where a folder is not readable
+        # The functions of pathlib raise where a folder is not readable.
+        if os.path.exists(path) and not os.path.isdir(path):
             return path
     path, shipped = Path(source), shipped_configs()
     name = path.name.removesuffix(".yaml")
     if name in shipped and path.parent in (Path(), Path("configs")):
         return shipped[name]
     near = ", ".join(difflib.get_close_matches(name, shipped, n=3, cutoff=0))
-    raise UserError(
-        f"{source}: no such file, and no shipped configuration of this name; the nearest are {near}"
-    )
+    raise UserError(f"{source}: no such file or shipped configuration; the nearest names are {near}")
 
 
 def _teacher_config(source: str, folder: Path) -> str:
@@ -500,21 +506,28 @@ def _teacher_config(source: str, folder: Path) -> str:
 
 
 def _check_trainable(config: Config) -> None:
-    """What a run needs beyond what its model needs in inference."""
+    """Requirements of training beyond those of inference."""
     if config.model.adaptive:
-        mend = "a model with a budget per image needs teachers.weak and teachers.strong"
-        _check(config.teachers is not None, "teachers", None, mend)
-        mend = "the strong teacher is imitated through it: set it to true"
-        _check(config.model.adaption, "model.adaption", config.model.adaption, mend)
+        fix = "an adaptive model needs teachers.weak and teachers.strong"
+        _check(config.teachers is not None, "teachers", None, fix)
+        fix = "distillation from the strong teacher needs this layer: set it to true"
+        _check(config.model.adaption, "model.adaption", config.model.adaption, fix)
+        return
+    needs = dict.fromkeys(("budget_weight", "memory_weight", "difficulty_iou"), "an adaptive model")
+    if config.model.selector is None:
+        needs["selector_weight"] = "model.selector"
+    for key, need in needs.items():
+        value = getattr(config.loss, key)
+        _check(value == getattr(LossConfig, key), f"loss.{key}", value, f"has no effect without {need}")
 
 
 def config_from_dict(tree: Mapping[str, Any]) -> Config:
-    """The inverse of `config_to_dict`; missing keys take their defaults, unknown ones are refused."""
+    """Inverse of `config_to_dict`. Missing keys get their defaults; unknown ones raise ConfigError."""
     return _build(Config, tree, "")
 
 
 def config_to_dict(config: Any) -> dict[str, Any]:
-    """Nested dictionaries and lists of plain values: what YAML, JSON and a weights-only checkpoint can hold."""
+    """Nested dictionaries and lists of plain values, as stored in YAML, JSON and checkpoints."""
 
     def plain(value: Any) -> Any:
         if isinstance(value, dict):
@@ -534,7 +547,7 @@ def save_config(config: Config, path: Path) -> None:
 def _read_tree(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     """The settings of a file merged into those of its base; `teachers.*.config` as `_teacher_config` returns it."""
     if path.resolve() in seen:
-        raise UserError(f"{path}: its base files go round in a circle")
+        raise UserError(f"{path}: its base files form a cycle")
     try:
         tree = yaml.safe_load(path.read_text())
     except OSError as error:
@@ -552,7 +565,7 @@ def _read_tree(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     if base is None:
         return tree
     if not isinstance(base, str):
-        raise UserError(f"{path}: base = {base!r}: give the name of one YAML file")
+        raise UserError(f"{path}: base = {base!r}: must be the name of one YAML file")
     try:
         base = find_config(base, path.parent)
     except UserError as error:
@@ -569,10 +582,10 @@ def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
 
 
 def apply_override(tree: dict[str, Any], override: str) -> None:
-    """Set one `a.b=c` in nested dictionaries; the value is read as YAML. Raises UserError for another form."""
+    """Apply one `key.sub=value` to nested dictionaries; the value is parsed as YAML. Raises UserError if malformed."""
     key, equals, text = override.partition("=")
     if not equals or not key:
-        raise UserError(f"override {override!r}: write it as key.sub=value")
+        raise UserError(f"override {override!r}: must have the form key.sub=value")
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError as error:
@@ -587,9 +600,9 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
 
 
 def _build(kind: type[ConfigT], tree: Any, prefix: str) -> ConfigT:
-    """An instance of the dataclass `kind` from nested dictionaries; errors name the key from the root."""
+    """An instance of the dataclass `kind` from nested dictionaries. ConfigError has the full key."""
     if not isinstance(tree, Mapping):
-        raise ConfigError(prefix.rstrip("."), tree, "expected settings of the form key: value")
+        raise ConfigError(prefix.rstrip("."), tree, "must be a mapping of settings, key: value")
     hints = typing.get_type_hints(kind)
     values = {}
     for key, value in tree.items():
@@ -602,17 +615,17 @@ def _build(kind: type[ConfigT], tree: Any, prefix: str) -> ConfigT:
     for entry in fields:
         required = entry.default is dataclasses.MISSING and entry.default_factory is dataclasses.MISSING
         if required and entry.name not in values:
-            raise ConfigError(f"{prefix}{entry.name}", None, "this setting has no default and must be given")
+            raise ConfigError(f"{prefix}{entry.name}", None, "required, it has no default")
     try:
         return kind(**values)
     except ConfigError as error:
         if not prefix:
             raise
-        raise ConfigError(f"{prefix}{error.key}", error.value, error.mend) from None
+        raise ConfigError(f"{prefix}{error.key}", error.value, error.fix) from None
 
 
 def _convert(value: Any, hint: Any, key: str) -> Any:
-    """`value`, as YAML gives it, in the type a field is annotated with."""
+    """A value parsed by YAML, converted to the annotated type of a field."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         if value is None and types.NoneType in arguments:
@@ -624,13 +637,13 @@ def _convert(value: Any, hint: Any, key: str) -> Any:
     if origin is Literal:
         if value in arguments:
             return value
-        raise ConfigError(key, value, f"give one of {', '.join(map(str, arguments))}")
+        raise ConfigError(key, value, f"must be one of {', '.join(map(str, arguments))}")
     if origin is tuple:
         return _convert_tuple(value, arguments, key)
     if origin is dict:
         if isinstance(value, dict):
             return value
-        raise ConfigError(key, value, "expected settings of the form key: value")
+        raise ConfigError(key, value, "must be a mapping of settings, key: value")
     if hint is bool and isinstance(value, bool):
         return value
     if hint is int and isinstance(value, int) and not isinstance(value, bool):
@@ -641,15 +654,15 @@ def _convert(value: Any, hint: Any, key: str) -> Any:
             return number
     if hint is str and isinstance(value, (str, int, float)) and not isinstance(value, bool):
         return str(value)
-    words = {bool: "true or false", int: "a whole number", float: "a finite number", str: "a text"}
-    raise ConfigError(key, value, f"give {words[hint]}")
+    words = {bool: "true or false", int: "an integer", float: "a finite number", str: "a string"}
+    raise ConfigError(key, value, f"must be {words[hint]}")
 
 
 def _convert_tuple(value: Any, arguments: tuple[Any, ...], key: str) -> tuple[Any, ...]:
     repeated = len(arguments) == 2 and arguments[1] is Ellipsis
     if not isinstance(value, (list, tuple)) or not (repeated or len(value) == len(arguments)):
         raise ConfigError(
-            key, value, f"give a list of {'values' if repeated else len(arguments)}, such as [1, 2]"
+            key, value, f"must be a list of {'values' if repeated else len(arguments)}, such as [1, 2]"
         )
     kinds = [arguments[0]] * len(value) if repeated else arguments
     return tuple(
@@ -658,7 +671,7 @@ def _convert_tuple(value: Any, arguments: tuple[Any, ...], key: str) -> tuple[An
 
 
 def _as_float(value: Any) -> float | None:
-    """YAML reads `1e-4` as a text: numbers are taken in either form."""
+    """A finite number or None. YAML reads `1e-4` as a string."""
     try:
         number = float(value)
     except (TypeError, ValueError):

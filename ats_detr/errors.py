@@ -1,4 +1,4 @@
-"""Mistakes a user can make and mend: shown as one line, without a traceback."""
+"""Errors that a user can fix: printed in one line, without a traceback."""
 
 from __future__ import annotations
 
@@ -11,22 +11,21 @@ from typing import NoReturn
 
 
 class UserError(ValueError):
-    """Something outside the program is wrong. The message names the culprit and what to do about it."""
+    """Invalid input or environment. The message names the cause, its value and the fix."""
 
 
 class Stopped(Exception):
-    """Somebody asked the program to stop, and it did so in order. The message says how to go on."""
+    """The run stopped on a signal, with its checkpoint written. The message says how to resume."""
 
 
 def run_cli(main: Callable[[], None]) -> None:
-    """Run `main`; a UserError or a full disk ends the process with one line on stderr and exit code 2.
+    """Run `main` and convert exceptions to exit codes.
 
-    Of the processes of torchrun only the first speaks, if it made the same mistake: the others give it five seconds, in
-    which torchrun ends them.
-
-    Stopped ends it with a line on stdout and exit code 0: a launcher must not take it for a failure and start it again.
-
-    Everything else keeps its traceback: it is a bug, and the traceback is what a report needs.
+    - UserError or a full disk: one line on stderr, exit code 2. Under torchrun, ranks above 0 wait five seconds before
+      printing; if rank 0 has the same error, torchrun ends them within that time.
+    - Stopped: one line on stdout, exit code 0, so that a launcher does not restart the run.
+    - KeyboardInterrupt: exit code 130.
+    - All others are bugs and keep their traceback for a report.
     """
     try:
         main()

@@ -119,7 +119,9 @@ def test_an_unknown_config_is_answered_with_the_nearest_names(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match=rf"^{name}: no such file.* nearest are quickstart, quickstart_"):
+    with pytest.raises(
+        UserError, match=rf"^{name}: no such file.* nearest names are quickstart, quickstart_"
+    ):
         load_config(name)
 
 
@@ -135,27 +137,35 @@ def test_a_saved_config_reads_back_equal(tmp_path: Path) -> None:
     [
         ("model.widht=3", "model.widht = 3: there is no such setting; did you mean model.width?"),
         ("trian.epochs=3", "did you mean train?"),
-        ("train.epochs=0", "train.epochs = 0: give a number above 0"),
-        ("train.epochs=2.5", "train.epochs = 2.5: give a whole number"),
-        ("train.learning_rate=fast", "train.learning_rate = 'fast': give a finite number"),
-        ("train.learning_rate=.nan", "give a finite number"),
-        ("data.kind=voc", "data.kind = 'voc': give one of coco, synthetic"),
-        ("data.cache_images=1", "data.cache_images = 1: give true or false"),
-        ("data.crop_size=[1,2,3]", "data.crop_size = [1, 2, 3]: give a list of 2"),
-        ("data.train_short_sides=[640,big]", "data.train_short_sides[1] = 'big': give a whole number"),
-        ("data.train_short_sides=[0]", "data.train_short_sides = (0,): give lengths above 0"),
-        ("data.crop_short_sides=[-400]", "data.crop_short_sides = (-400,): give lengths above 0"),
-        ("model.selector.keep_ratio=1.5", "model.selector.keep_ratio = 1.5: give a share above 0"),
+        ("train.epochs=0", "train.epochs = 0: must be > 0"),
+        ("train.epochs=2.5", "train.epochs = 2.5: must be an integer"),
+        ("train.learning_rate=fast", "train.learning_rate = 'fast': must be a finite number"),
+        ("train.learning_rate=.nan", "must be a finite number"),
+        ("data.kind=voc", "data.kind = 'voc': must be one of coco, synthetic"),
+        ("data.cache_images=1", "data.cache_images = 1: must be true or false"),
+        ("data.crop_size=[1,2,3]", "data.crop_size = [1, 2, 3]: must be a list of 2"),
+        ("data.train_short_sides=[640,big]", "data.train_short_sides[1] = 'big': must be an integer"),
+        ("data.train_short_sides=[0]", "data.train_short_sides = (0,): all lengths must be > 0"),
+        ("data.crop_short_sides=[-400]", "data.crop_short_sides = (-400,): all lengths must be > 0"),
+        ("model.selector.keep_ratio=1.5", "model.selector.keep_ratio = 1.5: must be in (0, 1]"),
         ("model.selector.min_ratio=0.1", "model.selector.max_ratio = None: set keep_ratio, or both"),
-        ("model.selector=0.1", "model.selector = 0.1: expected settings"),
-        ("model.width=100", "model.width = 100: give a multiple of num_heads (8)"),
+        ("model.selector=0.1", "model.selector = 0.1: must be a mapping of settings"),
+        ("model.width=100", "model.width = 100: must be a multiple of num_heads = 8"),
         ("model.queries_from_memory=true", "needs model.two_stage = true"),
-        ("teachers.weak.config=a.yaml", "teachers.strong = None: this setting has no default"),
-        ("seed", "override 'seed': write it as key.sub=value"),
+        ("teachers.weak.config=a.yaml", "teachers.strong = None: required, it has no default"),
+        ("loss.class_cost=-1", "loss.class_cost = -1.0: must be >= 0"),
+        ("loss={class_cost: 0, bbox_cost: 0, giou_cost: 0}", "loss.class_cost = 0.0: must be > 0 where"),
+        ("loss.focal_alpha=1", "loss.focal_alpha = 1.0: must be in (0, 1)"),
+        ("loss.difficulty_iou=0", "loss.difficulty_iou = 0.0: must be in (0, 1]"),
+        ("loss.memory_weight=2", "loss.memory_weight = 2.0: has no effect without an adaptive model"),
+        ("loss.selector_weight=2", "loss.selector_weight = 2.0: has no effect without model.selector"),
+        ("seed", "override 'seed': must have the form key.sub=value"),
         ("seed=[", "the value is not YAML"),
     ],
 )
-def test_a_wrong_setting_is_named_with_its_value_and_mend(tmp_path: Path, override: str, words: str) -> None:
+def test_a_wrong_setting_is_reported_with_its_value_and_fix(
+    tmp_path: Path, override: str, words: str
+) -> None:
     path = write(tmp_path, "seed: 1")
     with pytest.raises(UserError) as raised:
         load_config(path, [override])
@@ -177,8 +187,8 @@ def test_a_model_with_a_budget_per_image_needs_teachers(tmp_path: Path) -> None:
         ("a: [", "not YAML"),
         ("- 1", "found a list"),
         ("base: missing.yaml", "base: missing.yaml: no such file"),
-        ("base: a.yaml", "go round in a circle"),
-        ("base: [a, b]", "give the name of one YAML file"),
+        ("base: a.yaml", "form a cycle"),
+        ("base: [a, b]", "must be the name of one YAML file"),
     ],
 )
 def test_a_file_that_is_no_config_is_named(tmp_path: Path, text: str, words: str) -> None:

@@ -13,7 +13,7 @@ from ats_detr.batch import Target
 from ats_detr.boxes import cxcywh_to_xyxy, iou
 from ats_detr.model.output import Detections
 
-# Shapes: B images, N objects and D detections of an image (padded).
+# Shapes: B images; N objects and R detections (prediction rows) of an image, padded; Np1 is N + 1.
 
 
 def image_average_precision(
@@ -23,77 +23,82 @@ def image_average_precision(
     *,
     most_of_a_class: int | None = None,
 ) -> Tensor:
-    """float32 [B] average precision of each single image, mean over the classes it shows; 1 without objects.
+    """float32 [B] average precision of each image, mean over the classes in it; 1 without objects.
 
-    Detections are taken in the given order, best score first; each claims the unclaimed object of its class
-    with the highest IoU, if that reaches `iou_threshold`. The precision of a class is summed over its
-    recall steps without interpolation. Everything stays on the device and nothing waits for it.
+    Detections are matched in the given order, best score first: each takes the free object of its class with the
+    highest IoU, if that is >= `iou_threshold`. The precision is summed over the recall steps of a class without
+    interpolation. No device-to-host synchronisation.
 
-    `most_of_a_class`: no image has more objects of one class than this (see `ats_detr.batch.most_of_a_class`); saves
-    work.
+    Args:
+        most_of_a_class: largest number of objects of one class in an image (see `ats_detr.batch.most_of_a_class`),
+        which
+            limits the rounds of the matching. None: N.
     """
-    label_BD = _padded([found.labels_N for found in detections], -1)
-    boxes_BD4 = _padded([found.boxes_xyxy_N4 for found in detections], 0).float()
+    label_BR = _padded([found.labels_N for found in detections], -1)
+    boxes_BR4 = _padded([found.boxes_xyxy_N4 for found in detections], 0).float()
     label_BN = _padded([target.labels_N for target in targets], -2)
     boxes_BN4 = _padded([target.boxes_N4 for target in targets], 0).float()
     if not label_BN.shape[1]:
         return boxes_BN4.new_ones(len(targets))
-    if not label_BD.shape[1]:
+    if not label_BR.shape[1]:
         return (label_BN < 0).all(1).float()
     sizes = [(width, height, width, height) for height, width in (target.original_size for target in targets)]
     scale_B14 = torch.tensor(sizes).to(boxes_BN4, non_blocking=True)[:, None]
     boxes_BN4 = cxcywh_to_xyxy(boxes_BN4) * scale_B14
 
-    same_class_BDN = label_BD[:, :, None] == label_BN[:, None, :]
-    iou_BDN = iou(boxes_BD4[:, :, None], boxes_BN4[:, None])
-    can_match_BDN = same_class_BDN & (iou_BDN >= iou_threshold)
-    is_hit_BD = greedy_match(torch.where(can_match_BDN, iou_BDN, -1.0), most_of_a_class).float()
+    same_class_BRN = label_BR[:, :, None] == label_BN[:, None, :]
+    iou_BRN = iou(boxes_BR4[:, :, None], boxes_BN4[:, None])
+    can_match_BRN = same_class_BRN & (iou_BRN >= iou_threshold)
+    is_hit_BR = greedy_match(torch.where(can_match_BRN, iou_BRN, -1.0), most_of_a_class).float()
 
-    # Counts as products of matrices of zeros and ones: exact in float32, and few operations.
-    same_class_BDN = same_class_BDN.float()
-    seen_before_BDD = (label_BD[:, :, None] == label_BD[:, None, :]).float().tril()
-    hits_so_far_BD, seen_so_far_BD = (
-        seen_before_BDD @ torch.stack([is_hit_BD, torch.ones_like(is_hit_BD)], dim=-1)
+    # Counts as matrix products of zeros and ones: exact in float32, with few kernels.
+    same_class_BRN = same_class_BRN.float()
+    seen_before_BRR = (label_BR[:, :, None] == label_BR[:, None, :]).float().tril()
+    hits_so_far_BR, seen_so_far_BR = (
+        seen_before_BRR @ torch.stack([is_hit_BR, torch.ones_like(is_hit_BR)], dim=-1)
     ).unbind(-1)
-    gain_BD = is_hit_BD * hits_so_far_BD / seen_so_far_BD
+    gain_BR = is_hit_BR * hits_so_far_BR / seen_so_far_BR
 
-    # The precision of a class stands at each of its objects; the first one speaks for the class. Sums, not
-    # means of means: a perfect image must come out as exactly 1.
+    # Each object holds the precision of its class; only the first object of a class counts. Sums instead of means of
+    # means: a perfect image has exactly 1.
     objects_of_class_BNN = (label_BN[:, :, None] == label_BN[:, None, :]).float()
-    precision_BN = (gain_BD[:, None] @ same_class_BDN)[:, 0] / objects_of_class_BNN.sum(2)
-    speaks_BN = (objects_of_class_BNN.tril(-1).sum(2) == 0) & (label_BN >= 0)
-    num_classes_B = speaks_BN.sum(1)
-    return torch.where(num_classes_B > 0, (precision_BN * speaks_BN).sum(1) / num_classes_B.clamp(min=1), 1.0)
+    precision_BN = (gain_BR[:, None] @ same_class_BRN)[:, 0] / objects_of_class_BNN.sum(2)
+    is_first_BN = (objects_of_class_BNN.tril(-1).sum(2) == 0) & (label_BN >= 0)
+    num_classes_B = is_first_BN.sum(1)
+    return torch.where(
+        num_classes_B > 0, (precision_BN * is_first_BN).sum(1) / num_classes_B.clamp(min=1), 1.0
+    )
 
 
 def _padded(parts: Sequence[Tensor], value: float) -> Tensor:
-    """The parts as rows of one tensor, the shorter ones filled up with `value`."""
+    """The parts as rows of one tensor, padded with `value`."""
     if len({len(part) for part in parts}) == 1:  # the detections of a batch, as a rule
         return torch.stack(list(parts))
     return pad_sequence(list(parts), batch_first=True, padding_value=value)
 
 
-def greedy_match(iou_BDN: Tensor, num_rounds: int | None = None) -> Tensor:
-    """bool [B, D]: which detections get an object, each in turn taking the free object of highest IoU.
+def greedy_match(iou_BRN: Tensor, num_rounds: int | None = None) -> Tensor:
+    """bool [B, R]: which detections are matched when each in turn takes the free object of highest IoU.
 
-    Negative IoUs are no match. All detections bid at once: each for its best object that no earlier
-    detection holds, and each object goes to its earliest bidder. Round r settles the r-th detection that
-    gets an object at all (the holders before it are settled, so it can lose its bid to none of them again):
-    as many rounds are enough as objects that one detection could compete for (`num_rounds`; None: all N).
+    Negative IoUs never match. In each round every detection bids for its best object that no earlier detection holds,
+    and each object goes to its earliest bidder. After round r the r-th matched detection is final, because all matched
+    detections before it are. The number of rounds needed is at most the number of objects that one detection can
+    compete for (`num_rounds`; None: N).
     """
-    batch, num_detections, num_objects = iou_BDN.shape
-    rank_BD = torch.arange(num_detections, device=iou_BDN.device, dtype=torch.int32).expand(batch, -1)
-    rank_B1D = rank_BD.unsqueeze(1)
-    # One more object, worth more than no match and never taken, for those who find nothing: M = N + 1.
-    iou_BMD = F.pad(iou_BDN.transpose(1, 2), (0, 0, 0, 1), value=-1e-9)
-    taken_M1 = F.pad(iou_BDN.new_full((num_objects, 1), -1.0), (0, 0, 0, 1), value=-1e-9)
-    holder_BM = rank_BD.new_full((batch, num_objects + 1), num_detections)
-    may_look = iou_BDN.device.type == "cpu"  # elsewhere the host would wait for the answer
+    batch, num_detections, num_objects = iou_BRN.shape
+    rank_BR = torch.arange(num_detections, device=iou_BRN.device, dtype=torch.int32).expand(batch, -1)
+    rank_B1R = rank_BR.unsqueeze(1)
+    # A dummy object N, better than no match and never taken, for detections without an object.
+    iou_BNp1R = F.pad(iou_BRN.transpose(1, 2), (0, 0, 0, 1), value=-1e-9)
+    taken_Np11 = F.pad(iou_BRN.new_full((num_objects, 1), -1.0), (0, 0, 0, 1), value=-1e-9)
+    holder_BNp1 = rank_BR.new_full((batch, num_objects + 1), num_detections)
+    may_stop_early = iou_BRN.device.type == "cpu"  # elsewhere the test would synchronise
     for _ in range(min(num_detections, num_objects, num_rounds or num_objects)):
-        is_open_BMD = holder_BM.unsqueeze(2) >= rank_B1D
-        bid_BD = torch.where(is_open_BMD, iou_BMD, taken_M1).max(1).indices  # faster than argmax on a CPU
-        holder_before_BM, holder_BM = holder_BM, holder_BM.scatter_reduce(1, bid_BD, rank_BD, "amin")
-        if may_look and torch.equal(holder_before_BM, holder_BM):
+        is_open_BNp1R = holder_BNp1.unsqueeze(2) >= rank_B1R
+        offer_BNp1R = torch.where(is_open_BNp1R, iou_BNp1R, taken_Np11)
+        bid_BR = offer_BNp1R.max(1).indices  # faster than argmax on a CPU
+        holder_before_BNp1, holder_BNp1 = holder_BNp1, holder_BNp1.scatter_reduce(1, bid_BR, rank_BR, "amin")
+        if may_stop_early and torch.equal(holder_before_BNp1, holder_BNp1):
             break
-    holds_BD = torch.zeros(batch, num_detections + 1, dtype=torch.bool, device=iou_BDN.device)
-    return holds_BD.scatter(1, holder_BM[:, :num_objects].long(), True)[:, :num_detections]
+    holds_BR = torch.zeros(batch, num_detections + 1, dtype=torch.bool, device=iou_BRN.device)
+    return holds_BR.scatter(1, holder_BNp1[:, :num_objects].long(), True)[:, :num_detections]

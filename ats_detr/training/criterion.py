@@ -1,4 +1,4 @@
-"""Every loss of a detector's output: the set criterion of DETR, and what teaches the selector."""
+"""The losses of a detector: the set criterion of DETR, the loss of the token scores, and the sum over all losses."""
 
 from __future__ import annotations
 
@@ -19,8 +19,10 @@ from ats_detr.model.output import DetectorOutput, Prediction
 from ats_detr.training.distillation import DualTeacher
 from ats_detr.training.matcher import HungarianMatcher, Match, PendingMatches, PredictionRows
 
+# Shapes: B images; S tokens of the pyramid; T classes; N objects; R prediction rows of a layer; M matched pairs.
+
 SUMS_OVER_OBJECTS = ("loss_ce", "loss_bbox", "loss_giou")
-"""Losses that are divided by the number of objects; all others are means over images."""
+"""Losses divided by the number of objects; all others are means over images."""
 
 
 def compute_losses(
@@ -35,18 +37,22 @@ def compute_losses(
     precision: torch.dtype = torch.float32,
     metrics: bool = True,
 ) -> tuple[DetectorOutput, dict[str, Tensor], str | None]:
-    """The model's output; its losses by name with `loss`, their weighted sum; and what was not finite, if anything.
+    """One forward pass with all losses.
 
-    The mean over processes of the gradient of `loss` is the gradient for the batches of all processes taken as one.
-    Where something is not finite the gradient is NaN, on every process.
+    The gradient of `loss`, averaged over processes, is the gradient of the batches of all processes taken as one batch.
+    Where a prediction or a target is not finite, the gradient is NaN on every process.
 
     Args:
         batch: on the device.
         targets: on the host.
-        num_boxes: objects of the step, see `distributed.global_num_boxes`. None: those of `targets` and of the batches
-            that other processes have.
-        share: of this batch in the step, by which means over images (not sums over objects) are multiplied.
-        metrics: add what is only logged.
+        num_boxes: objects of the step, see `distributed.global_num_boxes`. None: objects of this batch and of those of
+            the other processes.
+        share: fraction of the step's images in this batch, by which means over images are multiplied.
+        metrics: add values that are only logged.
+
+    Returns:
+        The output; float32 scalar losses by name, with their weighted sum as `loss`; and a description of the tensor
+        that was not finite, if any.
     """
     device = batch.images_B3HW.device
     if num_boxes is None:
@@ -55,34 +61,33 @@ def compute_losses(
     with torch.autocast(device.type, precision, enabled=precision != torch.float32):
         output = model(batch)
     pending = criterion.start(output, on_device, metrics=metrics)
-    # Between start and finish: the device has these to do while the host solves the matching.
-    taught = {}
+    # Between start and finish: the device runs the teachers while the host solves the matching.
+    distillation = {}
     if teachers is not None:
-        taught = teachers(batch, on_device, output, most_of_a_class=most_of_a_class(targets))
-    losses = pending.finish(num_boxes) | taught
+        distillation = teachers(batch, on_device, output, most_of_a_class=most_of_a_class(targets))
+    losses = pending.finish(num_boxes) | distillation
     if share != 1.0:
         losses = {k: v if k.startswith(SUMS_OVER_OBJECTS) else v * share for k, v in losses.items()}
-    weights = criterion.weights | dict.fromkeys(taught, 1.0)
-    total = torch.stack([weight * losses[key] for key, weight in weights.items() if key in losses]).sum()
-    # A loss that is not finite may still have finite gradients, which other processes would take for good.
+    weighted = [weight * losses[key] for key, weight in criterion.weights.items() if key in losses]
+    total = torch.stack(weighted).sum()
+    # A loss that is not finite may have finite gradients, which the other processes would use.
     is_good = total.detach().isfinite() & (pending.matches.problem is None)
     total = total * torch.where(is_good, 1.0, torch.nan)
     return output, {"loss": total, **losses}, pending.matches.problem
 
 
 class SetCriterion(nn.Module):
-    """Focal, L1 and GIoU losses of every prediction layer, each with its own matching, and the selector's.
+    """Focal, L1 and GIoU losses of every prediction layer, each with its own matching, and the loss of the selector.
 
-    A prediction layer adds `loss_ce`, `loss_bbox` and `loss_giou` under its suffix: none for the
-    detections, `_0`, `_1`, ... for the decoder layers before the last, `_enc` for the two-stage proposals
-    (over all tokens, padded and invalid ones included, as published), `_enc_0`, ... for the encoder layers
-    before the last (over the kept tokens of each image and no others: the published code adds surplus
-    tokens where the images of a batch keep different numbers). `loss_mask_prediction` teaches the selector
-    which tokens the decoder reads.
+    Each prediction layer has `loss_ce`, `loss_bbox` and `loss_giou` with a suffix: none for the last decoder layer;
+    `_0`, `_1`, ... for the decoder layers before it; `_enc` for the two-stage proposals (over all tokens, padded and
+    invalid ones included, as published); `_enc_0`, ... for the encoder layers before the last (over the kept tokens of
+    each image only: the published code adds surplus tokens where the images of a batch keep different numbers).
+    `loss_mask_prediction` trains the token scores to predict the tokens with the most decoder attention.
     """
 
     weights: dict[str, float]
-    """Of each loss in the total: sum(weights[key] * losses[key] for key in weights if key in losses)."""
+    """Weight of each loss in the total: sum(weights[key] * losses[key] for key in weights if key in losses)."""
 
     def __init__(
         self,
@@ -94,23 +99,34 @@ class SetCriterion(nn.Module):
         class_weight: float = 2.0,
         bbox_weight: float = 5.0,
         giou_weight: float = 2.0,
-        mask_weight: float = 1.0,
+        selector_weight: float = 1.0,
+        budget_weight: float = 1.0,
+        memory_weight: float = 1.0,
         focal_alpha: float = 0.25,
         focal_gamma: float = 2.0,
+        decoder_auxiliary: bool = True,
         matcher: HungarianMatcher | None = None,
     ) -> None:
-        """`class_specific_proposals`: proposals predict classes; else their class 0 stands for any object."""
+        """
+        Args:
+            class_specific_proposals: the proposals predict all classes; False: class 0 stands for any object.
+            budget_weight, memory_weight: weights of the losses of `DualTeacher`.
+            decoder_auxiliary: losses on every decoder layer; False: on the last only.
+            matcher: None: published costs and the focal loss of this criterion.
+        """
         super().__init__()
         self.num_classes = num_classes
         self.class_specific_proposals = class_specific_proposals
         self.focal_alpha = focal_alpha
         self.focal_gamma = focal_gamma
+        self.decoder_auxiliary = decoder_auxiliary
         self.matcher = matcher or HungarianMatcher(focal_alpha=focal_alpha, focal_gamma=focal_gamma)
         suffixes = ["", *(f"_{i}" for i in range(num_decoder_layers - 1)), "_enc"]
         suffixes += [f"_enc_{i}" for i in range(num_encoder_layers - 1)]
         per_layer = {"loss_ce": class_weight, "loss_bbox": bbox_weight, "loss_giou": giou_weight}
         self.weights = {key + suffix: weight for suffix in suffixes for key, weight in per_layer.items()}
-        self.weights["loss_mask_prediction"] = mask_weight
+        self.weights["loss_mask_prediction"] = selector_weight
+        self.weights |= {"loss_budget": budget_weight, "loss_memory": memory_weight}
 
     def forward(
         self,
@@ -120,20 +136,20 @@ class SetCriterion(nn.Module):
         *,
         metrics: bool = True,
     ) -> dict[str, Tensor]:
-        """The losses by name, in float32 whatever the precision around, with metrics that carry no gradient.
+        """The losses by name, float32 scalars also under autocast.
 
         Args:
             num_boxes: objects of all processes, at least 1, divided by the number of processes.
-            metrics: add what is only logged.
+            metrics: add values that are only logged and have no gradient.
 
         Returns:
-            The losses of `weights` that this model has; and, to be logged only, `class_error` (percent of the
-            matched queries with another class, 100 without objects), `cardinality_error` of each layer (mean
-            difference between the numbers of objects and of rows whose best class is not the last one) and
+            The losses of `weights` that this model has. With `metrics` also `class_error` (percent of the matched
+            queries with another class, 100 without objects), `cardinality_error` of each layer (mean absolute
+            difference between the number of objects and the number of rows whose best class is not the last one) and
             `attention_coverage` (see the function of that name).
 
         Raises:
-            FloatingPointError: predictions or target boxes are not finite; the message names them.
+            FloatingPointError: predictions or target boxes are not finite; the message names the tensor.
             ValueError: the model has a selector but was run without its attention map.
         """
         pending = self.start(output, targets, metrics=metrics)
@@ -145,11 +161,15 @@ class SetCriterion(nn.Module):
     def start(
         self, output: DetectorOutput, targets: Sequence[Target], *, metrics: bool = True
     ) -> PendingLosses:
-        """Begin, without waiting for the device: what is put on it until `finish` runs while the host matches."""
+        """Start the matching without device-to-host synchronisation; work launched before `finish` overlaps it."""
         with torch.autocast(output.memory_BSC.device.type, enabled=False):
-            layers = prediction_layers(output, class_specific_proposals=self.class_specific_proposals)
+            layers = prediction_layers(
+                output,
+                class_specific_proposals=self.class_specific_proposals,
+                decoder_auxiliary=self.decoder_auxiliary,
+            )
             matches = self.matcher.start(list(layers.values()), targets)
-            logits = [layer.logits_RK.float() for layer in layers.values()]
+            logits = [layer.logits_RT.float() for layer in layers.values()]
             background = [background_loss(x, self.focal_alpha, self.focal_gamma) for x in logits]
             others = self._selector_losses(output, metrics) if output.selection is not None else {}
             return PendingLosses(self, layers, targets, matches, logits, background, others, metrics)
@@ -170,33 +190,50 @@ class SetCriterion(nn.Module):
 
 
 def build_criterion(config: Config, num_classes: int) -> SetCriterion:
-    """The criterion for the model of a config."""
+    """The criterion of a config."""
+    model, loss = config.model, config.loss
     return SetCriterion(
         num_classes,
-        class_specific_proposals=config.model.class_specific_proposals,
-        num_decoder_layers=config.model.num_decoder_layers,
-        num_encoder_layers=config.model.num_encoder_layers,
+        class_specific_proposals=model.class_specific_proposals,
+        num_decoder_layers=model.num_decoder_layers,
+        num_encoder_layers=model.num_encoder_layers,
+        class_weight=loss.class_weight,
+        bbox_weight=loss.bbox_weight,
+        giou_weight=loss.giou_weight,
+        selector_weight=loss.selector_weight,
+        budget_weight=loss.budget_weight,
+        memory_weight=loss.memory_weight,
+        focal_alpha=loss.focal_alpha,
+        focal_gamma=loss.focal_gamma,
+        decoder_auxiliary=loss.decoder_auxiliary,
+        matcher=HungarianMatcher(
+            class_cost=loss.class_cost,
+            bbox_cost=loss.bbox_cost,
+            giou_cost=loss.giou_cost,
+            focal_alpha=loss.focal_alpha,
+            focal_gamma=loss.focal_gamma,
+        ),
     )
 
 
 @dataclass
 class PendingLosses:
-    """The losses of one output while its matches are being made."""
+    """The losses of one output while its costs are being transferred."""
 
     criterion: SetCriterion
     layers: dict[str, PredictionRows]
     targets: Sequence[Target]
     matches: PendingMatches
     logits: list[Tensor]
-    """float32 [R, K] of each layer."""
+    """float32 [R, T] of each layer."""
     background: list[tuple[Tensor, Tensor]]
-    """`background_loss` of each."""
+    """`background_loss` of each layer."""
     others: dict[str, Tensor]
-    """Losses that need no match."""
+    """Losses that need no matching."""
     metrics: bool
 
     def finish(self, num_boxes: Tensor | float) -> dict[str, Tensor]:
-        """Wait for the matches; see `SetCriterion`. Where `matches.problem` is set then, the losses mean nothing."""
+        """The losses of `SetCriterion.forward`. If `matches.problem` is set afterwards, they are meaningless."""
         with torch.autocast(self.logits[0].device.type, enabled=False):
             matches = self.matches.finish()
             labels = torch.cat([target.labels_N for target in self.targets])
@@ -221,7 +258,6 @@ class PendingLosses:
         return losses
 
     def _box_losses(self, matches: list[Match], num_boxes: Tensor | float) -> dict[str, Tensor]:
-        """Of all layers in one go."""
         object_boxes = torch.cat([target.boxes_N4 for target in self.targets]).float()
         boxes = torch.cat(
             [layer.boxes_R4[m.rows_M] for layer, m in zip(self.layers.values(), matches, strict=True)]
@@ -239,7 +275,7 @@ class PendingLosses:
         return losses
 
     def _metrics(self, match: Match, labels: Tensor) -> dict[str, Tensor]:
-        """`match`: of the last decoder layer."""
+        """Metrics of all layers; `match` belongs to the last decoder layer."""
         num_objects_B = torch.tensor([len(target.labels_N) for target in self.targets]).to(
             labels.device, non_blocking=True
         )
@@ -255,7 +291,9 @@ class PendingLosses:
         return found
 
 
-def prediction_layers(output: DetectorOutput, *, class_specific_proposals: bool) -> dict[str, PredictionRows]:
+def prediction_layers(
+    output: DetectorOutput, *, class_specific_proposals: bool, decoder_auxiliary: bool = True
+) -> dict[str, PredictionRows]:
     """The prediction layers of an output as rows, by the suffix of their losses."""
 
     def dense(name: str, prediction: Prediction, class_agnostic: bool = False) -> PredictionRows:
@@ -263,12 +301,12 @@ def prediction_layers(output: DetectorOutput, *, class_specific_proposals: bool)
         starts = range(0, batch * num_rows + 1, num_rows)
         logits, boxes = prediction.logits.flatten(0, 1), prediction.boxes.flatten(0, 1)
         return PredictionRows(
-            name=name, logits_RK=logits, boxes_R4=boxes, starts=starts, class_agnostic=class_agnostic
+            name=name, logits_RT=logits, boxes_R4=boxes, starts=starts, class_agnostic=class_agnostic
         )
 
     starts: Sequence[int]
     layers = {"": dense("the last decoder layer", output.last)}
-    for i, prediction in enumerate(output.decoder_auxiliary):
+    for i, prediction in enumerate(output.decoder_auxiliary if decoder_auxiliary else ()):
         layers[f"_{i}"] = dense(f"decoder layer {i}", prediction)
     if output.encoder is not None:
         layers["_enc"] = dense("the encoder's proposals", output.encoder, not class_specific_proposals)
@@ -281,7 +319,7 @@ def prediction_layers(output: DetectorOutput, *, class_specific_proposals: bool)
         for i, prediction in enumerate(output.encoder_auxiliary):
             layers[f"_enc_{i}"] = PredictionRows(
                 name=f"encoder layer {i}",
-                logits_RK=prediction.logits,
+                logits_RT=prediction.logits,
                 boxes_R4=prediction.boxes,
                 starts=starts,
             )
@@ -289,7 +327,7 @@ def prediction_layers(output: DetectorOutput, *, class_specific_proposals: bool)
 
 
 def most_attended(attention_BS: Tensor, num_tokens_B: Tensor, padding_mask_BS: Tensor) -> Tensor:
-    """bool [B, S]: the num_tokens_B[i] tokens of image i with the most attention; padded tokens never."""
+    """bool [B, S]: the num_tokens_B[i] tokens of image i with the most attention, without padded tokens."""
     order = attention_BS.masked_fill(padding_mask_BS, -1).argsort(dim=1, descending=True, stable=True)
     by_rank = torch.arange(order.shape[1], device=order.device) < num_tokens_B[:, None]
     return torch.zeros_like(by_rank).scatter(1, order, by_rank) & ~padding_mask_BS
@@ -298,7 +336,7 @@ def most_attended(attention_BS: Tensor, num_tokens_B: Tensor, padding_mask_BS: T
 def attention_coverage(
     attention_BS: Tensor, kept_BS: Tensor, level_shapes: Sequence[tuple[int, int]]
 ) -> dict[str, Tensor]:
-    """Share of the decoder's attention that falls on kept tokens, mean over images; `_0`, ... for each level.
+    """Fraction of the decoder's attention on kept tokens, mean over images, in total and per level (`_0`, ...).
 
     Attention on padded tokens counts in the denominator. A level without attention has coverage 0.
     """
@@ -317,7 +355,7 @@ def attention_coverage(
 def _cardinality_error(
     best_R: Tensor, starts: Sequence[int], num_objects_B: Tensor, num_classes: int
 ) -> Tensor:
-    """Mean over images of | rows whose best class is not the last - objects |, as DETR logs it."""
+    """Mean over images of |rows whose best class is not the last - objects|, as in DETR."""
     counts = [end - start for start, end in pairwise(starts)]
     num_found_B = torch.stack([part.sum() for part in (best_R != num_classes - 1).split(counts)])
     return (num_found_B - num_objects_B).abs().float().mean()
@@ -325,14 +363,14 @@ def _cardinality_error(
 
 # --------------------------------------------------------------------------------------------------------- focal loss
 @torch.no_grad()
-def background_loss(logits_RK: Tensor, alpha: float, gamma: float) -> tuple[Tensor, Tensor]:
-    """The loss summed over all entries, each taken as background, and its derivative [R, K]; dtype of the logits.
+def background_loss(logits_RT: Tensor, alpha: float, gamma: float) -> tuple[Tensor, Tensor]:
+    """The sigmoid focal loss (Lin et al. 2017) of all entries as background: sum, and derivative [R, T].
 
     (1 - alpha) p^gamma softplus(x), whose derivative is (1 - alpha) p^gamma (gamma (1 - p) softplus(x) + p).
-    Needs no assignment of objects: the device computes it while the host makes one.
+    Independent of the matching, so the device computes it while the host solves the assignments.
     """
-    p = logits_RK.sigmoid()
-    cost = F.softplus(logits_RK)
+    p = logits_RT.sigmoid()
+    cost = F.softplus(logits_RT)
     weight = p.pow(gamma).mul_(1 - alpha)
     total = (weight * cost).sum()
     derivative = cost.mul_(1 - p).mul_(gamma).add_(p).mul_(weight)
@@ -340,34 +378,34 @@ def background_loss(logits_RK: Tensor, alpha: float, gamma: float) -> tuple[Tens
 
 
 class FocalLoss(torch.autograd.Function):
-    """The sum of the loss where entries (rows_M[i], labels_M[i]) are objects; none may occur twice.
+    """Sum of the sigmoid focal loss where the entries (rows_M[i], labels_M[i]), all distinct, are objects.
 
-    Takes what `background_loss` computed of the same logits; the backward pass only scales that derivative and writes
-    those of the objects into it.
+    Takes the results of `background_loss` for the same logits. The backward pass scales that derivative and replaces
+    the entries of objects.
     """
 
     @staticmethod
     def forward(
         ctx: Any,
-        logits_RK: Tensor,
+        logits_RT: Tensor,
         background: Tensor,
-        derivative_RK: Tensor,
+        derivative_RT: Tensor,
         rows_M: Tensor,
         labels_M: Tensor,
         alpha: float,
         gamma: float,
     ) -> Tensor:
-        x = logits_RK[rows_M, labels_M]
+        x = logits_RT[rows_M, labels_M]
         p, cost = x.sigmoid(), F.softplus(-x)
         weight = alpha * (1 - p).pow(gamma)
         as_background = (1 - alpha) * p.pow(gamma) * F.softplus(x)
-        ctx.save_for_backward(derivative_RK, rows_M, labels_M, -weight * (gamma * p * cost + (1 - p)))
+        ctx.save_for_backward(derivative_RT, rows_M, labels_M, -weight * (gamma * p * cost + (1 - p)))
         return background + (weight * cost - as_background).sum()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        derivative_RK, rows_M, labels_M, of_objects_M = ctx.saved_tensors
-        grad_RK = derivative_RK * gradient
-        grad_RK[rows_M, labels_M] = of_objects_M * gradient
-        return grad_RK, None, None, None, None, None, None
+        derivative_RT, rows_M, labels_M, of_objects_M = ctx.saved_tensors
+        grad_RT = derivative_RT * gradient
+        grad_RT[rows_M, labels_M] = of_objects_M * gradient
+        return grad_RT, None, None, None, None, None, None

@@ -1,8 +1,8 @@
-"""Dual teacher supervision (ATS-DETR): a weak teacher says how hard an image is, a strong one what to see.
+"""Dual teacher supervision (ATS-DETR): labels for the budget head, and distillation of the encoder's memory.
 
-The weak teacher keeps the fewest tokens. Where its detections are good enough, few tokens suffice, and the
-student's budget head learns to say so. The strong teacher keeps the most; the student's memory is drawn
-towards its memory.
+The weak teacher keeps as few tokens as the student's smallest budget. Its average precision on an image is the label of
+the student's budget head: where it is high, few tokens are enough. The strong teacher keeps as many as the largest
+budget; the student's memory is trained to match its memory.
 """
 
 from __future__ import annotations
@@ -20,14 +20,13 @@ from ats_detr.model.output import DetectorOutput, top_detections
 from ats_detr.training.average_precision import image_average_precision
 from ats_detr.training.frozen_stages import share_frozen_stages
 
-# Shapes: B images, R budgets, S tokens of the pyramid, C channels, N objects and D detections of an image
-# (padded).
+# Shapes: B images; S tokens of the pyramid; L levels; C channels.
 
 
 class DualTeacher:
-    """Two frozen detectors and the losses they give a student.
+    """Two frozen detectors and the losses of their student.
 
-    Not a module: its weights must not turn up among the student's parameters or in its checkpoints.
+    Not a module, so that its weights are not among the student's parameters and in its checkpoints.
     """
 
     def __init__(
@@ -40,16 +39,18 @@ class DualTeacher:
         level_weights: Sequence[float] = (0.25, 0.25, 0.25, 0.25),
         num_detections: int = 100,
         precision: torch.dtype = torch.float32,
+        iou_threshold: float = 0.5,
         cache_difficulty: bool = False,
     ) -> None:
         """Freezes both teachers.
 
         Args:
-            bias: the average precision of the weak teacher from which on an image counts as easy.
+            bias: average precision of the weak teacher, in (0, 1], from which an image counts as easy.
             level_weights: weight of each pyramid level in the memory loss.
-            num_detections: detections of the weak teacher that are judged.
-            precision: of the teachers' passes; bfloat16 by autocast.
-            cache_difficulty: judge each image once only.
+            num_detections: detections of the weak teacher per image, best first, in its average precision.
+            precision: dtype of the teachers' forward passes; bfloat16 by autocast.
+            iou_threshold: IoU from which a detection of the weak teacher matches an object.
+            cache_difficulty: measure the average precision of each image once only.
         """
         self.weak = weak.eval().requires_grad_(False)
         self.strong = strong.eval().requires_grad_(False)
@@ -58,6 +59,7 @@ class DualTeacher:
         self.level_weights = tuple(level_weights)
         self.num_detections = num_detections
         self.precision = precision
+        self.iou_threshold = iou_threshold
         self.difficulty = DifficultyCache() if cache_difficulty else None
 
     def __call__(
@@ -68,9 +70,9 @@ class DualTeacher:
         *,
         most_of_a_class: int | None = None,
     ) -> dict[str, Tensor]:
-        """`loss_budget` (cross entropy of the budget logits) and `loss_memory`, float32 scalars of weight 1.
+        """`loss_budget` (cross entropy of the budget logits) and `loss_memory`, unweighted float32 scalars.
 
-        The teachers see the same augmented batch as the student, whose forward pass has to come first.
+        The teachers run on the same augmented batch as the student, whose forward pass must come first.
 
         Args:
             most_of_a_class: see `image_average_precision`.
@@ -103,45 +105,46 @@ class DualTeacher:
             return known_B
         sizes = [target.original_size for target in targets]
         detections = top_detections(self.weak(batch).last, sizes, self.num_detections)
-        precision_B = image_average_precision(detections, targets, most_of_a_class=most_of_a_class)
+        precision_B = image_average_precision(
+            detections, targets, self.iou_threshold, most_of_a_class=most_of_a_class
+        )
         if self.difficulty is not None:
             self.difficulty.put(image_ids, precision_B)
         return precision_B
 
     def share_frozen_stages(self, student: Detr) -> list[str]:
-        """Let the teachers read what the student's frozen stages made of the batch. Returns the teachers that do.
+        """Replace the teachers' frozen backbone stages by the student's, where these are equal; see `frozen_stages`.
 
-        Only where the stages are equal, to the bit, and do the same in training as in evaluation. The student has to
-        see a batch before its teachers from now on.
+        Returns the names of the teachers that share. From then on the student must run on a batch before its teachers.
         """
         teachers = {"weak": self.weak, "strong": self.strong}
         return [name for name, teacher in teachers.items() if share_frozen_stages(student, teacher)]
 
 
 class DifficultyCache:
-    """What the weak teacher achieved on each image that it has seen. The host knows which, the device how much."""
+    """The weak teacher's average precision on each image so far; image ids on the host, values on the device."""
 
     def __init__(self) -> None:
         self._place: dict[int, tuple[int, int]] = {}
-        """(batch, position in it) of each image id."""
+        """(index into `_batches`, index into that batch) of each image id."""
         self._batches: list[Tensor] = []
 
     def get(self, image_ids: Sequence[int]) -> Tensor | None:
-        """float32 [B], or None unless all are known."""
+        """float32 [B], or None unless all images are known."""
         if not all(image_id in self._place for image_id in image_ids):
             return None
         places = [self._place[image_id] for image_id in image_ids]
         return torch.stack([self._batches[batch][position] for batch, position in places])
 
     def put(self, image_ids: Sequence[int], precision_B: Tensor) -> None:
-        """Keep what is not known yet, of images of the dataset."""
+        """Add the images that are not known yet. Targets without an image (NO_IMAGE) are ignored."""
         for position, image_id in enumerate(image_ids):
             if image_id != NO_IMAGE:
                 self._place.setdefault(image_id, (len(self._batches), position))
         self._batches.append(precision_B)
 
     def state(self) -> dict[str, Tensor]:
-        """For a checkpoint; waits for the device."""
+        """State for a checkpoint. Synchronises with the device."""
         image_ids = list(self._place)
         precision = self.get(image_ids) if image_ids else None
         return {
@@ -155,20 +158,19 @@ class DifficultyCache:
         self._place = {image_id: (0, i) for i, image_id in enumerate(state["image_ids"].tolist())}
 
 
-# --------------------------------------------------------------------------------------- how hard an image is
+# -------------------------------------------------------------------------------------------- budget of an image
 def budget_labels(average_precision_B: Tensor, bias: float = 1.0, num_budgets: int = 2) -> Tensor:
-    """int64 [B] budget class of each image, 0 the smallest: how many of R-1 thresholds its precision misses.
+    """int64 [B] budget class of each image, 0 the smallest: the number of thresholds above its average precision.
 
-    The thresholds are bias * (1, 1 - 1/(R-1), 1 - 2/(R-1), ...): an image whose precision reaches `bias` is
-    easy, and what is missing to it is divided evenly among the larger budgets. With two budgets that is the
-    published rule.
+    With n budgets the thresholds are bias * (1, 1 - 1/(n-1), ..., 1/(n-1)). With two budgets this is the published
+    rule: class 0 if the average precision is >= bias, otherwise class 1.
     """
     steps = torch.arange(num_budgets - 1, device=average_precision_B.device)
     thresholds = bias * (1 - steps / max(num_budgets - 1, 1))
     return (average_precision_B[:, None] < thresholds).sum(1)
 
 
-# ------------------------------------------------------------------------------- what the strong teacher sees
+# ---------------------------------------------------------------------------------------- distillation of the memory
 def memory_loss(
     student_BSC: Tensor,
     teacher_BSC: Tensor,
@@ -176,10 +178,10 @@ def memory_loss(
     level_shapes: Sequence[tuple[int, int]],
     level_weights: Sequence[float] = (0.25, 0.25, 0.25, 0.25),
 ) -> Tensor:
-    """Distance of two memories up to scale and offset of each channel, float32 (PKD, Cao et al. 2022).
+    """Distance of two memories [B, S, C] up to scale and offset of each channel, float32 (PKD, Cao et al. 2022).
 
-    Per level: both normalised by `standardise`, then half their mean squared difference over all elements,
-    padding included (as published: there both are 0).
+    Per level, both are normalised by `standardise`; the loss is half the mean squared difference over all elements,
+    padding included (as published; both are 0 there).
     """
     sizes = [height * width for height, width in level_shapes]
     both_BSC = torch.cat([student_BSC.float(), teacher_BSC.float()], dim=2)
@@ -193,11 +195,11 @@ def memory_loss(
 
 
 def standardise(levels_BSC: Sequence[Tensor], valid_BS: Sequence[Tensor], eps: float = 1e-6) -> list[Tensor]:
-    """Per level, each channel with zero mean and unit (population) deviation over the valid positions, 0 elsewhere.
+    """Normalise each channel of each level to zero mean and unit (population) deviation over the valid positions.
 
-    The positions are those of all processes, so that several train like one (the published code: each its own); they
-    meet twice, for all levels at once. A channel that is constant over them becomes 0 and passes no gradient; the
-    published code passes NaN.
+    Padded positions become 0. Mean and deviation are computed over the batches of all processes (in the published code,
+    of each process), with two all-reduces for all levels together. A channel that is constant becomes 0 without
+    gradient (in the published code, the gradient is NaN).
     """
     pairs = [(level, valid[..., None]) for level, valid in zip(levels_BSC, valid_BS, strict=True)]
     sum_LC = torch.stack([torch.where(valid, level, 0).sum((0, 1)) for level, valid in pairs])

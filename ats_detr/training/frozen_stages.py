@@ -12,6 +12,10 @@ from ats_detr.model import Detr
 
 
 def share_frozen_stages(student: Detr, teacher: Detr) -> bool:
+    """Let the teacher's backbone use the student's last output of the frozen stages. Returns whether it does.
+
+    Only where the stages have equal structure and weights, to the bit, and behave the same in training and evaluation.
+    """
     own: Any = student.backbone.body
     other: Any = teacher.backbone.body
     names = student.backbone.frozen_stages()
@@ -25,24 +29,24 @@ def share_frozen_stages(student: Detr, teacher: Detr) -> bool:
             return False
     for name in names:
         is_read = name == names[-1] or name in own.return_layers
-        other[name] = _Recall(own[name]) if is_read else nn.Identity()
+        other[name] = _LastOutput(own[name]) if is_read else nn.Identity()
     return True
 
 
 _DIFFERENT_IN_TRAINING = (nn.modules.batchnorm._BatchNorm, nn.Dropout, DropPath)
 
 
-class _Recall(nn.Module):
-    """Whatever its input: what another module put out last."""
+class _LastOutput(nn.Module):
+    """Returns the last output of another module, independent of its own input."""
 
     def __init__(self, source: nn.Module) -> None:
         super().__init__()
         self.output: Tensor | None = None
-        source.register_forward_hook(self._remember)
+        source.register_forward_hook(self._store)
 
-    def _remember(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    def _store(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         self.output = output
 
     def forward(self, x: Tensor) -> Tensor:
-        assert self.output is not None, "the student has to see the batch first"
+        assert self.output is not None, "the student must run on the batch first"
         return self.output

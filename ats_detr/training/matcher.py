@@ -14,40 +14,40 @@ from torch.nn.utils.rnn import pad_sequence
 from ats_detr.batch import Target
 from ats_detr.boxes import cxcywh_to_xyxy, generalized_iou
 
-# Shapes: R rows of predictions of the whole batch, image after image, of one layer or of all layers one after another;
-# K classes; B images; N objects of the image that has most of them, those of the others padded.
+# Shapes: B images; T classes; N objects, padded to the largest number per image; M matched pairs; R prediction rows of
+# the batch, ordered by image, of one layer or of all layers one after another.
 
 
 @dataclass(frozen=True, kw_only=True)
 class PredictionRows:
-    """The predictions of one layer as rows, the images one after another."""
+    """The predictions of one layer, ordered by image."""
 
     name: str
-    """Names the layer in errors."""
-    logits_RK: Tensor
+    """Name of the layer in errors."""
+    logits_RT: Tensor
     boxes_R4: Tensor
-    """cxcywh, 0..1 of the unpadded image."""
+    """cxcywh, in [0, 1] of the unpadded image."""
     starts: Sequence[int]
-    """[B+1] first row of each image and, last, the number of rows; on the host."""
+    """[Bp1] first row of each image, then the number of rows; on the host."""
     class_agnostic: bool = False
-    """The layer tells objects from background only: its targets are all of class 0."""
+    """The layer only separates objects from background: all its targets have class 0."""
 
 
 @dataclass(frozen=True)
 class Match:
-    """Matched pairs of one layer, int64: prediction row `rows_M[i]` answers for object `objects_M[i]`."""
+    """Matched pairs of one layer, int64: prediction row `rows_M[i]` belongs to object `objects_M[i]`."""
 
     rows_M: Tensor
-    """Row of the layer, 0..R-1."""
+    """Index into the rows of the layer."""
     objects_M: Tensor
-    """Index into the objects of the batch, the images one after another."""
+    """Index into the objects of the batch, ordered by image."""
 
 
 class HungarianMatcher:
     """Minimum-cost assignment per layer and image: focal class cost, L1 on cxcywh, negative GIoU, in float32.
 
-    One table holds the costs of every row of every layer for the objects of its image. It is computed on the device and
-    fetched at once; scipy assigns on the host, while the device does what was asked of it between `start` and `finish`.
+    The costs of all layers are computed on the device as one table and transferred at once. Between `start` and
+    `finish` the device can run other work while scipy solves the assignments on the host.
     """
 
     def __init__(
@@ -66,10 +66,10 @@ class HungarianMatcher:
         self.focal_gamma = focal_gamma
 
     def __call__(self, layers: Sequence[PredictionRows], targets: Sequence[Target]) -> list[Match]:
-        """The matches of each layer. An image with fewer rows than objects leaves objects unmatched.
+        """The matches of each layer. Where an image has fewer rows than objects, some objects remain unmatched.
 
         Raises:
-            FloatingPointError: a cost is NaN or infinite; the message names the tensor that is to blame.
+            FloatingPointError: a cost is NaN or infinite; the message names the tensor that caused it.
         """
         pending = self.start(layers, targets)
         matches = pending.finish()
@@ -79,12 +79,12 @@ class HungarianMatcher:
 
     @torch.no_grad()
     def start(self, layers: Sequence[PredictionRows], targets: Sequence[Target]) -> PendingMatches:
-        """Compute the costs and begin to fetch them, without waiting for the device."""
+        """Compute the costs and start their transfer, without device-to-host synchronisation."""
         costs_RN = self.costs(layers, targets)
         return PendingMatches(layers, targets, costs_RN)
 
     def costs(self, layers: Sequence[PredictionRows], targets: Sequence[Target]) -> Tensor:
-        """float32 [R, N] cost of each row of all layers for each object of its image; past those: of padding."""
+        """float32 [R, N] cost of each row of all layers for each object of its image; arbitrary for padded objects."""
         device = layers[0].boxes_R4.device
         labels_BN = pad_sequence([target.labels_N for target in targets], batch_first=True)
         boxes_BN4 = pad_sequence([target.boxes_N4.float() for target in targets], batch_first=True)
@@ -95,9 +95,9 @@ class HungarianMatcher:
         parts = zip(layers, image_R.split([int(counts.sum()) for counts in num_rows]), strict=True)
         logits_RN = torch.cat(
             [
-                layer.logits_RK[:, :1].expand(-1, labels_BN.shape[1])
+                layer.logits_RT[:, :1].expand(-1, labels_BN.shape[1])
                 if layer.class_agnostic
-                else layer.logits_RK.gather(1, labels_BN[image])
+                else layer.logits_RT.gather(1, labels_BN[image])
                 for layer, image in parts
             ]
         )
@@ -116,18 +116,18 @@ class HungarianMatcher:
 
 
 def _coordinates_first(boxes: Tensor, index: Tensor | None = None) -> Tensor:
-    """The boxes [..., 4], or those at `index`, each coordinate contiguous in memory: four times as fast on a CPU."""
+    """The boxes [..., 4], or those at `index`, each coordinate contiguous in memory: 4x faster on a CPU."""
     coordinates = boxes.movedim(-1, 0).contiguous()
     return (coordinates if index is None else coordinates[:, index]).movedim(0, -1)
 
 
 class PendingMatches:
-    """Matches that are being made: the costs are on their way to the host."""
+    """Matches whose costs are being transferred to the host."""
 
     def __init__(self, layers: Sequence[PredictionRows], targets: Sequence[Target], costs_RN: Tensor) -> None:
         self.layers, self.targets = layers, targets
         self.problem: str | None = None
-        """After `finish`: the first tensor that made a cost NaN or infinite; the matches are then arbitrary."""
+        """Set by `finish` where a cost is not finite: the tensor that caused it. The matches are then arbitrary."""
         self.costs_RN = costs_RN.to("cpu", non_blocking=True)  # from a GPU: into pinned memory
         self.arrived: torch.cuda.Event | None = None
         if costs_RN.is_cuda:
@@ -135,7 +135,7 @@ class PendingMatches:
             self.arrived.record()
 
     def finish(self) -> list[Match]:
-        """Wait for the costs and assign."""
+        """Wait for the costs and solve the assignments."""
         if self.arrived is not None:
             self.arrived.synchronize()
         costs_RN = np.asarray(self.costs_RN)
@@ -149,7 +149,7 @@ class PendingMatches:
                 start, end = layer.starts[image], layer.starts[image + 1]
                 cost = costs_RN[first_row + start : first_row + end, :count]
                 if not np.isfinite(cost).all():
-                    self.problem = self.problem or _blame(layer, image, self.targets[image])
+                    self.problem = self.problem or _describe_problem(layer, image, self.targets[image])
                     cost = np.nan_to_num(cost, nan=0.0, posinf=0.0, neginf=0.0)
                 rows, objects = linear_sum_assignment(cost)
                 pairs.append(np.stack([rows + start, objects + first_object[image]]))
@@ -160,10 +160,10 @@ class PendingMatches:
         return [Match(*part) for part in on_device.split([pairs.shape[1] for pairs in matched], dim=1)]
 
 
-def _blame(layer: PredictionRows, image: int, target: Target) -> str:
+def _describe_problem(layer: PredictionRows, image: int, target: Target) -> str:
     rows = slice(layer.starts[image], layer.starts[image + 1])
     suspects = {
-        f"logits of {layer.name}": layer.logits_RK[rows],
+        f"logits of {layer.name}": layer.logits_RT[rows],
         f"boxes of {layer.name}": layer.boxes_R4[rows],
         "target boxes": target.boxes_N4,
     }
@@ -172,4 +172,4 @@ def _blame(layer: PredictionRows, image: int, target: Target) -> str:
         bad = int((~tensor.isfinite()).sum())
         if bad:
             return f"{name} hold {bad} NaN or infinite values for {where}"
-    return f"the cost of {layer.name} is not finite for {where}: a predicted and a target box both lack area"
+    return f"the cost of {layer.name} is not finite for {where}: a predicted and a target box both have zero area"

@@ -201,9 +201,8 @@ def seeded_model(
     else:
         model = build_without_fetching(config, checkpoint["num_classes"])
     model = model.to(device)
-    torch.manual_seed(
-        config.seed + distributed.rank()
-    )  # each process draws its own augmentations and dropout
+    freeze_unused_heads(model, config)
+    torch.manual_seed(config.seed + distributed.rank())  # own augmentations and dropout on each process
     return model
 
 
@@ -230,6 +229,19 @@ def initial_model(config: Config, class_map: ClassMap, init_from: Path | None = 
     if init_from is not None:
         console.print(transfer_weights(model, class_map, init_from).table())
     return model
+
+
+def freeze_unused_heads(model: Detr, config: Config) -> None:
+    """Without auxiliary losses, the heads of the decoder layers before the last have no gradient."""
+    if config.loss.decoder_auxiliary or len(model.decoder_heads) == 1:
+        return
+    for head in model.decoder_heads[:-1]:
+        head.requires_grad_(False)
+    if config.model.box_refine:
+        logger.warning(
+            "loss.decoder_auxiliary = False: model.box_refine has almost no effect, because only the last decoder layer"
+            " has a trained head"
+        )
 
 
 def configure_layers(model: Detr, config: Config) -> None:

@@ -21,7 +21,10 @@ from ats_detr.training.trainer import train
 
 logger = logging.getLogger(__name__)
 
-_STUDENT_ONLY = ("name", "output_dir", "summary", "teachers", "model.selector", "model.adaption")
+_STUDENT_ONLY = (
+    *("name", "output_dir", "summary", "teachers", "model.selector", "model.adaption"),
+    *("loss.budget_weight", "loss.memory_weight", "loss.difficulty_iou"),
+)
 """Overrides of these keys do not apply to the teachers."""
 
 
@@ -133,6 +136,7 @@ def load_teachers(config: Config, stages: Mapping[str, Stage], device: torch.dev
             bias=config.teachers.difficulty_bias,
             num_budgets=config.model.selector.num_budgets,
             level_weights=config.teachers.level_weights,
+            iou_threshold=config.loss.difficulty_iou,
             cache_difficulty=config.teachers.cache_difficulty,
         ),
         weights={name: digest(checkpoint["model"]) for name, checkpoint in checkpoints.items()},

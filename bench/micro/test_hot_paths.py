@@ -67,7 +67,7 @@ def test_matching(benchmark: Any) -> None:
     logits, boxes = prediction.logits.flatten(0, 1), prediction.boxes.flatten(0, 1)
     layers = [
         PredictionRows(
-            name=f"layer {i}", logits_RK=logits.roll(i, 0), boxes_R4=boxes.roll(i, 0), starts=(0, 300, 600)
+            name=f"layer {i}", logits_RT=logits.roll(i, 0), boxes_R4=boxes.roll(i, 0), starts=(0, 300, 600)
         )
         for i in range(6)
     ]

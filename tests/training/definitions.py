@@ -28,7 +28,7 @@ def layer_matching(layer: PredictionRows, targets: Sequence[Target]) -> tuple[Te
     boxes = torch.cat([target.boxes_N4 for target in targets]).float()
     if layer.class_agnostic:
         labels = torch.zeros_like(labels)
-    p = layer.logits_RK.float().sigmoid()
+    p = layer.logits_RT.float().sigmoid()
     found = 0.25 * (1 - p) ** 2 * -(p + 1e-8).log()
     missed = 0.75 * p**2 * -(1 - p + 1e-8).log()
     class_cost = found[:, labels] - missed[:, labels]
@@ -52,7 +52,7 @@ def layer_losses(
 ) -> dict[str, Tensor]:
     """The three losses of one layer and what is logged of it."""
     rows, objects = layer_matching(layer, targets)
-    logits = layer.logits_RK.float()
+    logits = layer.logits_RT.float()
     labels = torch.cat([target.labels_N for target in targets])
     if layer.class_agnostic:
         labels = torch.zeros_like(labels)

@@ -3,15 +3,29 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ats_detr.batch import Target
+from ats_detr.checkpoint import config_of
+from ats_detr.config import Config, LossConfig, config_to_dict
 from ats_detr.kernels import TokenPlan
-from ats_detr.model import DetectorOutput, Prediction, TokenScores
-from ats_detr.training.criterion import SetCriterion, attention_coverage, most_attended, prediction_layers
+from ats_detr.model import DetectorOutput, Prediction, TokenScores, build_model
+from ats_detr.training import trainer
+from ats_detr.training.criterion import (
+    SetCriterion,
+    attention_coverage,
+    build_criterion,
+    compute_losses,
+    most_attended,
+    prediction_layers,
+)
+from ats_detr.training.matcher import PredictionRows
+from tests.training.small import random_batch, small_config, small_run
 
 SHAPES = ((4, 5), (2, 3), (1, 2), (1, 1))
 NUM_TOKENS = sum(height * width for height, width in SHAPES)
@@ -104,7 +118,7 @@ def test_the_losses_of_every_layer_equal_their_formulas() -> None:
             row: (labels[obj], boxes[obj])
             for row, obj in zip(match.rows_M.tolist(), match.objects_M.tolist(), strict=True)
         }
-        for key, value in formula_losses(layer.logits_RK, layer.boxes_R4, wanted).items():
+        for key, value in formula_losses(layer.logits_RT, layer.boxes_R4, wanted).items():
             assert losses[key + suffix].item() == pytest.approx(value / 2.5, rel=1e-5), key + suffix
     scores, k = output.selection.scores_BS, output.selection.num_kept_B
     total = 0.0
@@ -120,8 +134,11 @@ def test_the_weights_cover_every_loss_and_nothing_that_is_only_logged() -> None:
     targets = random_targets((3, 2), torch.Generator().manual_seed(1))
     own = criterion(num_decoder_layers=2, num_encoder_layers=3)
     losses = own(random_output(), targets, 5)
-    assert set(own.weights) == {key for key in losses if key.startswith("loss_")}
-    assert all(losses[key].requires_grad for key in own.weights)
+    assert set(own.weights) == {key for key in losses if key.startswith("loss_")} | {
+        "loss_budget",
+        "loss_memory",
+    }
+    assert all(losses[key].requires_grad for key in own.weights.keys() & losses.keys())
     logged = {key for key in losses if key not in own.weights}
     assert {"class_error", "cardinality_error_enc_1", "attention_coverage", "attention_coverage_3"} <= logged
     assert not any(losses[key].requires_grad for key in logged)
@@ -232,3 +249,85 @@ def test_a_selector_without_its_attention_map_is_an_error() -> None:
     output.attention_map_BS = None
     with pytest.raises(ValueError, match="supervision=True"):
         criterion()(output, random_targets((1, 1), torch.Generator()), 2)
+
+
+# ------------------------------------------------------------------------------------------------------ the settings
+def config_with(tmp_path: Path, loss: dict[str, object], **model: object) -> Config:
+    return small_config(tmp_path, loss=loss, model=model)
+
+
+def losses_of(config: Config) -> dict[str, Tensor]:
+    """The losses of one batch with the weights of seed 0."""
+    torch.manual_seed(0)
+    model = build_model(config.model, num_classes=3).train()
+    batch, targets = random_batch(seed=0, num_objects=[3, 1], size=64)
+    return compute_losses(model, build_criterion(config, 3), None, batch, targets)[1]
+
+
+def test_each_loss_weight_scales_its_losses_in_the_total(tmp_path: Path) -> None:
+    keys = {"class_weight": "loss_ce", "bbox_weight": "loss_bbox", "giou_weight": "loss_giou"}
+    keys["selector_weight"] = "loss_mask_prediction"
+    losses = losses_of(config_with(tmp_path, {}))
+    for setting, key in keys.items():
+        value = getattr(LossConfig(), setting)
+        doubled = losses_of(config_with(tmp_path, {setting: 2 * value}))
+        added = value * sum(loss for name, loss in losses.items() if name.startswith(key))
+        torch.testing.assert_close(doubled["loss"] - losses["loss"], added, msg=setting)
+
+
+def test_focal_alpha_and_gamma_reach_loss_and_cost(tmp_path: Path) -> None:
+    own = build_criterion(config_with(tmp_path, {"focal_alpha": 0.5, "focal_gamma": 0.0}), 3)
+    assert (own.matcher.focal_alpha, own.matcher.focal_gamma) == (0.5, 0.0)
+    output, targets = random_output(), random_targets((3, 2), torch.Generator().manual_seed(1))
+    plain = SetCriterion(NUM_CLASSES, class_specific_proposals=True, focal_alpha=0.5, focal_gamma=0.0)
+    pending = plain.start(output, targets)
+    loss = pending.finish(5)["loss_ce"]
+    match = plain.matcher([pending.layers[""]], targets)[0]
+    wanted = torch.zeros_like(pending.logits[0])
+    labels = torch.cat([target.labels_N for target in targets])
+    wanted[match.rows_M, labels[match.objects_M]] = 1
+    expected = 0.5 * F.binary_cross_entropy_with_logits(pending.logits[0], wanted, reduction="sum") / 5
+    torch.testing.assert_close(loss, expected)  # gamma 0 and alpha 0.5: half of the binary cross entropy
+
+
+@pytest.mark.parametrize("only", ["class_cost", "bbox_cost", "giou_cost"])
+def test_the_costs_decide_the_matching(tmp_path: Path, only: str) -> None:
+    """Row 0 has the best class, row 1 the best L1 distance, row 2 the best GIoU."""
+    zero = dict.fromkeys(("class_cost", "bbox_cost", "giou_cost"), 0.0)
+    matcher = build_criterion(config_with(tmp_path, {**zero, only: 1.0}), 1).matcher
+    rows = PredictionRows(
+        name="rows",
+        logits_RT=torch.tensor([[5.0], [0.0], [-5.0]]),
+        boxes_R4=torch.tensor([[0.9, 0.9, 0.1, 0.1], [0.56, 0.5, 0.1, 0.1], [0.5, 0.5, 0.15, 0.15]]),
+        starts=(0, 3),
+    )
+    target = Target(0, (64, 64), torch.tensor([0]), torch.tensor([[0.5, 0.5, 0.1, 0.1]]))
+    (match,) = matcher([rows], [target])
+    assert match.rows_M.tolist() == [("class_cost", "bbox_cost", "giou_cost").index(only)]
+
+
+def test_without_auxiliary_losses_only_the_last_decoder_layer_has_any(tmp_path: Path) -> None:
+    every, last = (losses_of(config_with(tmp_path, {"decoder_auxiliary": on})) for on in (True, False))
+    assert every.keys() - last.keys() >= {"loss_ce_0", "loss_bbox_0", "loss_giou_0"}
+    assert all(torch.equal(last[key], every[key]) for key in last.keys() - {"loss"})
+    assert {"loss_ce", "loss_ce_enc", "loss_ce_enc_0"} <= last.keys()
+
+
+@pytest.mark.parametrize("box_refine", [True, False])
+def test_a_step_without_auxiliary_losses_leaves_no_parameter_without_a_gradient(
+    tmp_path: Path, box_refine: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """DistributedDataParallel needs a gradient of every trained parameter."""
+    model = {"box_refine": box_refine, "encoder_auxiliary": box_refine}
+    run = small_run(tmp_path, config_with(tmp_path, {"decoder_auxiliary": False}, **model))
+    assert ("model.box_refine has almost no effect" in caplog.text) == box_refine
+    trainer.accumulate_gradients(run, [random_batch(0, [3, 0, 2, 1], size=64)], metrics=False)
+    trained = {name: p for name, p in run.state.model.named_parameters() if p.requires_grad}
+    assert all(parameter.grad is not None for parameter in trained.values())
+    assert any(name.startswith("decoder_heads.") for name in trained)
+
+
+def test_a_checkpoint_without_a_loss_section_has_the_published_losses(tmp_path: Path) -> None:
+    tree = config_to_dict(small_config(tmp_path))
+    del tree["loss"]
+    assert config_of({"config": tree}, "a.pt").loss == LossConfig()

@@ -7,20 +7,27 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from torch import Tensor
 
 from ats_detr.batch import Target, most_of_a_class
 from ats_detr.boxes import cxcywh_to_xyxy, xyxy_to_cxcywh
+from ats_detr.checkpoint import save_checkpoint
+from ats_detr.config import LossConfig, config_to_dict, load_config
+from ats_detr.data.coco import ClassMap
 from ats_detr.model import Detections, build_model, top_detections
 from ats_detr.training.average_precision import greedy_match, image_average_precision
+from ats_detr.training.criterion import build_criterion
 from ats_detr.training.distillation import (
     DifficultyCache,
     DualTeacher,
     budget_labels,
     memory_loss,
 )
+from ats_detr.training.setup import Stage
+from ats_detr.training.stages import load_teachers, plan_stages
 from tests.training.definitions import nested_loops_ap
-from tests.training.small import ADAPTIVE, random_batch, small_config
+from tests.training.small import ADAPTIVE, merged, random_batch, small_config, write_small_chain
 
 
 # ------------------------------------------------------------------------------ average precision of an image
@@ -215,3 +222,71 @@ def test_the_label_of_an_image_is_what_the_weak_teacher_achieves_on_it(tmp_path:
     output = student.train()(batch)
     easy_and_hard = torch.nn.functional.cross_entropy(output.selection.budget_logits, torch.tensor([0, 1]))
     assert DualTeacher(weak, weak)(batch, targets, output)["loss_budget"].item() == easy_and_hard.item()
+
+
+def test_level_weights_scale_the_levels_of_the_memory_loss() -> None:
+    student, teacher, padding = memories(torch.Generator().manual_seed(0))
+    own = [
+        memory_loss(student, teacher, padding, SHAPES, [float(i == level) for i in range(len(SHAPES))])
+        for level in range(len(SHAPES))
+    ]
+    weights = [0.5, 0.0, 2.0, 0.25][: len(SHAPES)]
+    expected = sum(weight * loss for weight, loss in zip(weights, own, strict=True))
+    torch.testing.assert_close(memory_loss(student, teacher, padding, SHAPES, weights), expected)
+    assert all(loss > 0 for loss in own)
+
+
+def test_the_difficulty_bias_lowers_all_thresholds() -> None:
+    precision = torch.tensor([0.0, 0.3, 0.5, 0.9])
+    assert budget_labels(precision, bias=1.0).tolist() == [1, 1, 1, 1]
+    assert budget_labels(precision, bias=0.5).tolist() == [1, 1, 0, 0]
+    assert budget_labels(precision, bias=0.5, num_budgets=3).tolist() == [2, 1, 0, 0]
+
+
+def test_the_settings_of_the_teachers_reach_the_losses(tmp_path: Path) -> None:
+    changes = {"loss": {"difficulty_iou": 0.7, "budget_weight": 3.0, "memory_weight": 0.5}}
+    changes["teachers"] = {"difficulty_bias": 0.4, "level_weights": [0.1, 0.2, 0.3, 0.4]}
+    path = write_small_chain(tmp_path)
+    path.write_text(yaml.safe_dump(merged(yaml.safe_load(path.read_text()), changes)))
+    stages = plan_stages(load_config(path))
+    for name in ("weak", "strong"):
+        save_random_detector(stages[name])
+    config = stages["student"].config
+    supervision = load_teachers(config, stages, torch.device("cpu")).supervision
+    assert (supervision.bias, supervision.iou_threshold) == (0.4, 0.7)
+    assert supervision.level_weights == (0.1, 0.2, 0.3, 0.4)
+    weights = build_criterion(config, 3).weights
+    assert (weights["loss_budget"], weights["loss_memory"], weights["loss_bbox_0"]) == (3.0, 0.5, 5.0)
+    assert stages["weak"].config.loss == LossConfig()
+
+
+def test_the_iou_threshold_decides_what_the_weak_teacher_has_found(tmp_path: Path) -> None:
+    """A detection with IoU 0.6 makes an image easy at threshold 0.5 and hard at 0.7."""
+    torch.manual_seed(0)
+    weak, student = (
+        build_model(small_config(tmp_path, model=model).model, num_classes=3) for model in ({}, ADAPTIVE)
+    )
+    batch, targets = random_batch(seed=0, num_objects=[1])
+    (best,) = top_detections(weak.eval()(batch).last, [(128, 128)], 1)
+    targets[0].labels_N = best.labels_N
+    box = xyxy_to_cxcywh(best.boxes_xyxy_N4 / 128).detach()
+    targets[0].boxes_N4 = box * torch.tensor([1, 1, 0.6, 1])
+    output = student.train()(batch)
+    for threshold, label in ((0.5, 0), (0.7, 1)):
+        teachers = DualTeacher(weak, weak, iou_threshold=threshold, num_detections=1)
+        expected = torch.nn.functional.cross_entropy(output.selection.budget_logits, torch.tensor([label]))
+        assert teachers(batch, targets, output)["loss_budget"].item() == expected.item()
+
+
+def save_random_detector(stage: Stage) -> None:
+    """A finished checkpoint of a stage with random weights."""
+    model = build_model(stage.config.model, num_classes=3)
+    checkpoint = {
+        "model": model.state_dict(),
+        "config": config_to_dict(stage.config),
+        "num_classes": 3,
+        "classes": ClassMap.from_categories({i: f"class {i}" for i in range(3)}).to_dict(),
+        "epoch": 1,
+        "finished": True,
+    }
+    save_checkpoint(checkpoint, stage.checkpoint)

@@ -25,7 +25,7 @@ def random_layer(
     rows = sum(counts)
     return PredictionRows(
         name=name,
-        logits_RK=torch.randn(rows, num_classes, generator=generator),
+        logits_RT=torch.randn(rows, num_classes, generator=generator),
         boxes_R4=torch.rand(rows, 4, generator=generator) * 0.4 + 0.2,
         starts=[0, *itertools.accumulate(counts)],
     )
@@ -79,7 +79,7 @@ def test_every_layer_and_image_gets_its_cheapest_assignment(seed: int) -> None:
                 continue
             cost = [
                 [
-                    pair_cost(float(layer.logits_RK[row, label]), layer.boxes_R4[row].tolist(), box.tolist())
+                    pair_cost(float(layer.logits_RT[row, label]), layer.boxes_R4[row].tolist(), box.tolist())
                     for label, box in zip(target.labels_N, target.boxes_N4, strict=True)
                 ]
                 for row in range(start, end)
@@ -93,7 +93,7 @@ def test_a_class_agnostic_layer_is_matched_by_its_class_0() -> None:
     target = random_target(3, 5, g)
     layer = random_layer("proposals", [8], 5, g)
     layer.boxes_R4[:] = torch.tensor([0.5, 0.5, 0.2, 0.2])  # boxes decide nothing
-    layer.logits_RK[:, 0] = torch.tensor([0.0, 4, -2, 5, -3, 1, 6, 2])
+    layer.logits_RT[:, 0] = torch.tensor([0.0, 4, -2, 5, -3, 1, 6, 2])
     agnostic = PredictionRows(**{**vars(layer), "class_agnostic": True})
     (match,) = HungarianMatcher()([agnostic], [target])
     assert match.rows_M.tolist() == [1, 3, 6]
@@ -114,7 +114,7 @@ def test_a_batch_without_objects_matches_nothing() -> None:
         ("logits", r"logits of decoder layer 3 hold 2 NaN or infinite values for image 1 .*id 7"),
         ("boxes", r"boxes of decoder layer 3 hold 1 NaN or infinite values for image 1"),
         ("target", r"target boxes hold 4 NaN or infinite values for image 1"),
-        ("area", r"image 1 .* lack area"),
+        ("area", r"image 1 .* zero area"),
     ],
 )
 def test_a_cost_that_is_not_finite_names_the_tensor(culprit: str, message: str) -> None:
@@ -123,7 +123,7 @@ def test_a_cost_that_is_not_finite_names_the_tensor(culprit: str, message: str) 
     layers = [random_layer("decoder layer 2", [5, 5], 3, g), random_layer("decoder layer 3", [5, 5], 3, g)]
     broken = layers[1]
     if culprit == "logits":
-        broken.logits_RK[7, :2] = float("nan")
+        broken.logits_RT[7, :2] = float("nan")
         targets[1].labels_N[:] = 0
     elif culprit == "boxes":
         broken.boxes_R4[8, 2] = float("inf")
@@ -142,7 +142,7 @@ def test_half_precision_predictions_are_matched_in_float32() -> None:
     layer = random_layer("a", [12], 3, g)
     half = PredictionRows(
         name="a",
-        logits_RK=layer.logits_RK.bfloat16(),
+        logits_RT=layer.logits_RT.bfloat16(),
         boxes_R4=layer.boxes_R4.bfloat16(),
         starts=layer.starts,
     )

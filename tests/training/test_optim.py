@@ -57,6 +57,21 @@ def test_step_schedule_drops_after_each_listed_epoch() -> None:
     assert factors == pytest.approx([1, 1, 0.1, 0.1, 0.01, 0.01])
 
 
+def test_the_drop_factor_applies_at_each_drop() -> None:
+    config = TrainConfig(epochs=6, drop_epochs=(2, 4), drop_factor=0.5)
+    assert [learning_rate_factor(config, epoch, 1) for epoch in range(6)] == [1, 1, 0.5, 0.5, 0.25, 0.25]
+
+
+def test_the_offset_factor_scales_its_group_only() -> None:
+    config = TrainConfig(learning_rate=1e-3, backbone_learning_rate=1e-4, offset_learning_rate_factor=0.5)
+    groups = build_optimizer(Named(), config, global_batch=16).param_groups
+    assert {group["name"]: group["lr"] for group in groups} == {
+        "rest": 1e-3,
+        "backbone": 1e-4,
+        "offsets": 5e-4,
+    }
+
+
 def test_one_cycle_rises_to_the_full_rate_and_ends_near_zero() -> None:
     config = TrainConfig(epochs=10, schedule="one_cycle", warmup_share=0.2)
     factors = [learning_rate_factor(config, step, 10) for step in range(100)]
