@@ -1,8 +1,8 @@
 """The settings of a run: a tree of frozen dataclasses, read from YAML files and `key.sub=value` overrides.
 
 A YAML file holds differences only: from the defaults below, or from the file named by its `base:` key. `base` and
-`teachers.*.config` are paths relative to the file that contains them, or names of shipped configurations; all other paths
-are relative to the working directory.
+`teachers.*.config` are paths relative to the file that contains them, or names of shipped configurations; all other
+paths are relative to the working directory.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ LAYERS = (
     ("convert", "checkpoint", "evaluation", "visualize", "flops"),
     ("detector", "export"),
     ("training",),
-    ("gallery", "predict", "info", "summary", "__main__"),
+    ("cli", "__main__"),
 )
 """Files and packages of ats_detr. Each imports from lower layers, and within a layer from those before it."""
 
@@ -38,7 +38,9 @@ def imports() -> dict[str, set[str]]:
                 found[name] |= {part if part in files else str(node.module) for part in names}
             elif isinstance(node, ast.Import):
                 found[name] |= {alias.name for alias in node.names}
-    return {name: {other for other in others if other in files} for name, others in found.items()}
+    return {
+        name: {other for other in others if other in files} - {"ats_detr"} for name, others in found.items()
+    }
 
 
 def unit(module: str) -> str:
