@@ -234,7 +234,8 @@ def _sample(
     num_rows, _, num_levels, num_points, _ = locations_NHLP2.shape
     num_queries = counts[0] if counts else 0
     # grid_sample is undefined for NaN and huge coordinates: -9 is outside of every map
-    grid = torch.where((locations_NHLP2 - 0.5).abs() < 4, locations_NHLP2 * 2 - 1, -9.0)
+    near = ((locations_NHLP2 - 0.5).abs() < 4).all(-1, keepdim=True)
+    grid = torch.where(near, locations_NHLP2 * 2 - 1, -9.0)
     grid = (
         grid.reshape(batch, num_queries, num_heads, num_levels, num_points, 2).transpose(1, 2).flatten(0, 1)
     )
