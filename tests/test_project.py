@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -35,3 +36,24 @@ def test_the_documentation_site_has_every_page_once() -> None:
     site = yaml.safe_load((ROOT / "mkdocs.yml").read_text())
     pages = sorted(path.relative_to(ROOT / "docs").as_posix() for path in (ROOT / "docs").rglob("*.md"))
     assert sorted(pages_of(site["nav"])) == pages
+
+
+def documented_functions(tree: ast.AST) -> Iterator[tuple[str, ast.FunctionDef]]:
+    """The docstring of each function and class, with the function whose parameters it describes."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef):
+            yield ast.get_docstring(node) or "", node
+        elif isinstance(node, ast.ClassDef):
+            for part in node.body:
+                if isinstance(part, ast.FunctionDef) and part.name == "__init__":
+                    yield ast.get_docstring(node) or "", part
+
+
+def test_docstrings_describe_parameters_that_exist() -> None:
+    """Otherwise a renamed parameter keeps its old name in the docstring, and `make docs` fails."""
+    for path in sorted((ROOT / "ats_detr").rglob("*.py")):
+        for text, function in documented_functions(ast.parse(path.read_text())):
+            section = re.split(r"\n(?=\S)", text.partition("Args:\n")[2])[0]
+            described = set(re.findall(r"^    (\S[^:\n]*):", section, re.MULTILINE))
+            parameters = {node.arg for node in ast.walk(function.args) if isinstance(node, ast.arg)}
+            assert described <= parameters, f"{path}:{function.lineno}: {described - parameters}"

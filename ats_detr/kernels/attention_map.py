@@ -47,7 +47,10 @@ def deformable_attention_map(
     """`attention_map` of one deformable attention from its raw projections, float32 [B, S]; N = B*Q rows.
 
     Args:
-        reference_points, offsets_NHLP2, logits_NHLP, level_shapes: as in `deformable_attention`.
+        reference_points: as in `deformable_attention`, like the next three.
+        offsets_NHLP2: [N, H, L, P, 2].
+        logits_NHLP: [N, H, L, P].
+        level_shapes: (height, width) of each level.
         num_images: B; N must be a multiple of it.
         into: a float32 [B, S] map to add to (and return), so that the layers of a decoder share one map.
 

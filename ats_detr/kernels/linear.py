@@ -45,13 +45,15 @@ def packed_linear(
     """(x + add) W^T + b of the rows in use, [K, F]. For inference only.
 
     Args:
-        x_KC, add_KC: float32 or 16-bit; may be slices of wider matrices. Their sum is cast to the weight's dtype.
+        x_KC: float32 or 16-bit; may be a slice of a wider matrix. The sum with `add_KC` is cast to the weight's dtype.
+        add_KC: like `x_KC`.
         weight_FC: under autocast, cast to the autocast dtype.
         num_rows: integer [1] on the device: rows in use (`TokenPlan.num_rows`); later rows are neither read nor
             written. None: all.
         dtype: of the result. None: the weight's. Use float32 for sampling offsets.
-        memory_BSF, plan: write the rows to their tokens of `memory_BSF` instead, in its dtype, and return it.
-            The memory may be a slice of wider rows.
+        memory_BSF: with `plan`, write the rows to their tokens of this memory, in its dtype, and return it. May be a
+            slice of wider rows.
+        plan: the tokens of the rows.
         backend: 'triton' or 'reference', see `choose_backend`. None: the kernel if it is faster, that is, on CUDA with
             16-bit weights and `num_rows`. The kernels need compute capability 8.0.
 

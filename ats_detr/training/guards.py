@@ -172,7 +172,9 @@ class StepGuard:
         """float32 scalar on the device, 1 where the step must be skipped; equal on all processes, as gradients are.
 
         Args:
-            step, epoch, image_ids: reported where the step is skipped.
+            step: reported if it is skipped, like `epoch` and `image_ids`.
+            epoch: counted from 0.
+            image_ids: of the batch.
             losses: scalars by name.
             gradient_norms: scalars by parameter name, in the order of the forward pass.
             total_norm: norm of the whole gradient before clipping.
