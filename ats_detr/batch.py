@@ -1,4 +1,4 @@
-"""What flows into the detector: a padded batch of images, and the targets of each image."""
+"""Inputs of the model: a padded batch of images, and the targets of each image."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 NO_IMAGE = -(2**63) - 1
-"""Image id of a target that belongs to no image of a dataset, where all ids fit into int64."""
+"""Image id of a target without an image in a data set; it cannot collide with an int64 id."""
 
 
 @dataclass
@@ -22,20 +22,21 @@ class Target:
     original_size: tuple[int, int]
     """(height, width) in pixels of the image as stored."""
     labels_N: Tensor
-    """int64 class rows of the N objects."""
+    """int64 class indices of the N objects."""
     boxes_N4: Tensor
     """float32 cxcywh, 0..1 of the unpadded image."""
 
     def to(self, device: torch.device | str) -> Target:
+        """A copy with its tensors on the device."""
         labels, boxes = (t.to(device, non_blocking=True) for t in (self.labels_N, self.boxes_N4))
         return Target(self.image_id, self.original_size, labels, boxes)
 
 
 def targets_to(targets: Sequence[Target], device: torch.device | str) -> list[Target]:
-    """The targets on the device, moved there as one tensor."""
+    """Copies of the targets with their tensors on the device, moved in one transfer."""
     counts = [len(target.labels_N) for target in targets]
     columns = [torch.cat([target.boxes_N4, target.labels_N[:, None].float()], 1) for target in targets]
-    table = torch.cat(columns)  # float32 holds every label up to 2^24
+    table = torch.cat(columns)  # float32 represents labels up to 2^24 exactly
     if torch.device(device).type == "cuda":
         table = table.pin_memory()
     table = table.to(device, non_blocking=True)
@@ -47,7 +48,7 @@ def targets_to(targets: Sequence[Target], device: torch.device | str) -> list[Ta
 
 
 def most_of_a_class(targets: Sequence[Target]) -> int:
-    """The largest number of objects of one class in one image; of targets on the host."""
+    """The largest number of objects of the same class in the same image. Targets must be on the CPU."""
     return max(
         (int(np.unique(target.labels_N, return_counts=True)[1].max(initial=0)) for target in targets),
         default=0,
@@ -56,15 +57,16 @@ def most_of_a_class(targets: Sequence[Target]) -> int:
 
 @dataclass
 class ImageBatch:
-    """Normalised images of several sizes in one tensor, zero-padded at the bottom and right."""
+    """Normalised images of different sizes in one tensor, zero-padded at the bottom and right."""
 
     images_B3HW: Tensor
+    """Float, normalised by the ImageNet mean and standard deviation."""
     sizes: list[tuple[int, int]]
-    """(height, width) of each image without padding; kept on the host."""
+    """(height, width) of each image without padding, on the host."""
 
     @staticmethod
     def collate(images: Sequence[Tensor], size_multiple: int = 1) -> ImageBatch:
-        """Pad float32 [3, h, w] images to the largest height and width among them, rounded up to `size_multiple`."""
+        """A batch of images [3, h, w], padded to their largest height and width rounded up to `size_multiple`."""
         sizes = [(image.shape[-2], image.shape[-1]) for image in images]
         height, width = bucket_size((max(h for h, _ in sizes), max(w for _, w in sizes)), size_multiple)
         batch = images[0].new_zeros(len(images), 3, height, width)
@@ -83,9 +85,11 @@ class ImageBatch:
         return below_BH[:, :, None] | right_BW[:, None, :]
 
     def to(self, device: torch.device | str) -> ImageBatch:
+        """A copy on the device."""
         return ImageBatch(self.images_B3HW.to(device, non_blocking=True), self.sizes)
 
     def pin_memory(self) -> ImageBatch:
+        """A copy in pinned memory, for asynchronous transfers to a GPU."""
         return ImageBatch(self.images_B3HW.pin_memory(), self.sizes)
 
     def __len__(self) -> int:
@@ -93,6 +97,6 @@ class ImageBatch:
 
 
 def bucket_size(size: tuple[int, int], multiple: int) -> tuple[int, int]:
-    """The padded (height, width) of an image: each side rounded up. A function of the image alone."""
+    """The padded (height, width) of an image: each side rounded up to a multiple of `multiple`."""
     height, width = size
     return math.ceil(height / multiple) * multiple, math.ceil(width / multiple) * multiple

@@ -1,4 +1,4 @@
-"""Box arithmetic that torchvision.ops does not have, and its conversions under the names used here. All in float32."""
+"""Box arithmetic in float32: conversions, and broadcasting versions of operations of torchvision.ops."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from torchvision.ops import box_convert
 
 
 def cxcywh_to_xyxy(boxes: Tensor) -> Tensor:
-    """[..., 4] centre, width and height -> corners."""
+    """Corners (x0, y0, x1, y1) [..., 4] of boxes (centre x, centre y, width, height) [..., 4]."""
     return box_convert(boxes, "cxcywh", "xyxy")
 
 
 def xyxy_to_cxcywh(boxes: Tensor) -> Tensor:
-    """[..., 4] corners -> centre, width and height."""
+    """Boxes (centre x, centre y, width, height) [..., 4] of corners (x0, y0, x1, y1) [..., 4]."""
     return box_convert(boxes, "xyxy", "cxcywh")
 
 
@@ -24,19 +24,19 @@ def inverse_sigmoid(x: Tensor, eps: float = 1e-5) -> Tensor:
 
 
 def iou(a_xyxy: Tensor, b_xyxy: Tensor) -> Tensor:
-    """Intersection over union of boxes [..., 4] that broadcast against each other (torchvision's take lists), 0..1.
+    """Intersection over union [...], 0..1, of boxes [..., 4] whose leading axes broadcast.
 
-    NaN where both boxes lack area.
+    NaN if both boxes have zero area.
     """
     overlap, union = _overlap_and_union(a_xyxy, b_xyxy)
     return overlap / union
 
 
 def generalized_iou(a_xyxy: Tensor, b_xyxy: Tensor) -> Tensor:
-    """Generalised IoU (Rezatofighi et al. 2019) of boxes [..., 4] that broadcast against each other; -1..1.
+    """Generalised IoU [...], -1..1 (Rezatofighi et al., 2019), of boxes [..., 4] whose leading axes broadcast.
 
-    Unlike torchvision's loss it does not wait for the device (that picks the overlapping pairs by a mask). NaN where
-    both boxes lack area.
+    Unlike torchvision's loss, which indexes with a mask, it does not synchronise with the device. NaN if both boxes
+    have zero area.
     """
     overlap, union = _overlap_and_union(a_xyxy, b_xyxy)
     a_left, a_top, a_right, a_bottom = a_xyxy.unbind(-1)

@@ -1,7 +1,7 @@
-"""Published checkpoints (Deformable DETR, Sparse DETR, ATS-DETR) as ours, and back.
+"""Conversion of published checkpoints (Deformable DETR, Sparse DETR, ATS-DETR) to checkpoints of this package and back.
 
-The architecture is read off the names and shapes of the tensors. What names cannot tell is taken from the command line
-that the published code stores beside them, and otherwise assumed, with a note that says so.
+The architecture is inferred from the names and shapes of the tensors. Settings that these do not determine are read
+from the command line that the published code stores in the file; otherwise defaults are assumed and noted.
 """
 
 from __future__ import annotations
@@ -42,38 +42,38 @@ COCO_CLASSES = {
     77: "cell phone", 78: "microwave", 79: "oven", 80: "toaster", 81: "sink", 82: "refrigerator", 84: "book",
     85: "clock", 86: "vase", 87: "scissors", 88: "teddy bear", 89: "hair drier", 90: "toothbrush",
 }  # fmt: skip
-"""Names of the COCO 2017 categories by id: what the rows of a published 91-row head mean."""
+"""Names of the COCO 2017 categories by id, which are the class indices of a published head with 91 classes."""
 
 ALLOWED_TYPES: list[Any] = [argparse.Namespace]
-"""What published files hold beyond tensors and plain values: their command line."""
+"""Types in published files other than tensors and plain values: the parsed command line."""
 _BODY = "backbone.0.body."
 _ADAPTION = "adaption_layer."
 _DERIVED = ".relative_position_index"
-"""Swin's buffers that follow from the window size; stored by the published code, computed by ours."""
+"""Suffix of Swin buffers that depend on the window size only; stored by the published code, computed by timm."""
 _RESNETS = {
     (True, (3, 4, 6, 3)): "resnet50.tv_in1k",
     (True, (3, 4, 23, 3)): "resnet101.tv_in1k",
     (False, (2, 2, 2, 2)): "resnet18.tv_in1k",
     (False, (3, 4, 6, 3)): "resnet34.tv_in1k",
 }
-"""(bottleneck blocks?, blocks of each stage) -> timm's name."""
+"""(has bottleneck blocks, blocks per stage) -> name in timm."""
 _SWINS = {
     (96, 6): "swin_tiny_patch4_window7_224.ms_in1k",
     (96, 18): "swin_small_patch4_window7_224.ms_in1k",
     (128, 18): "swin_base_patch4_window7_224.ms_in22k_ft_in1k",
     (192, 18): "swin_large_patch4_window7_224.ms_in22k_ft_in1k",
 }
-"""(channels of the first stage, blocks of the third) -> timm's name."""
+"""(channels of the first stage, blocks of the third) -> name in timm."""
 
 
 def is_official(content: Any) -> bool:
-    """Whether a file's content is a checkpoint of the published code (or its state dict alone)."""
+    """Whether the content of a file is a checkpoint of the published code, or the state dict of one."""
     state = _state_of(content)
     return any(name.startswith("transformer.") for name in state)
 
 
 def _state_of(content: Any) -> dict[str, Tensor]:
-    """The tensors by name, whether they are wrapped or not; empty if there are none."""
+    """The tensors of a checkpoint or a state dict by name; empty if there are none."""
     if isinstance(content, Mapping) and isinstance(content.get("model"), Mapping):
         content = content["model"]
     if not isinstance(content, Mapping):
@@ -81,18 +81,21 @@ def _state_of(content: Any) -> dict[str, Tensor]:
     return {name: value for name, value in content.items() if isinstance(value, Tensor)}
 
 
-# --------------------------------------------------------------------------------------------- published file -> ours
+# ------------------------------------------------------------------------------------------ published -> this package
 def from_official(
     content: Mapping[str, Any], *, source: str = "checkpoint", keep_adaption: bool = False
 ) -> dict[str, Any]:
-    """A published checkpoint as one of ours: what `load_checkpoint` returns, with `notes` on what was assumed or left.
+    """A published checkpoint in the format of this package, as `load_checkpoint` returns it.
+
+    Its `notes` list assumed settings and omitted content.
 
     Args:
-        source: named in errors.
+        content: content of the published file.
+        source: name of the file in error messages.
         keep_adaption: keep the adaption layer, which only distillation uses.
 
     Raises:
-        UserError: the tensors are not exactly those of a model of this family.
+        UserError: if the tensors are not exactly those of a model of this family.
     """
     state = {name: tensor for name, tensor in _state_of(content).items() if not name.endswith(_DERIVED)}
     arguments = content.get("args") if "model" in content else None
@@ -100,13 +103,13 @@ def from_official(
     notes: list[str] = []
     if not keep_adaption and any(name.startswith(_ADAPTION) for name in state):
         state = {name: tensor for name, tensor in state.items() if not name.startswith(_ADAPTION)}
-        notes.append("left out: the adaption layer, which only training uses (--keep-adaption keeps it)")
+        notes.append("omitted: the adaption layer, which only training uses (--keep-adaption keeps it)")
     if dropped := [key for key in ("optimizer", "lr_scheduler") if key in content]:
-        notes.append(f"left out: the state of {' and '.join(dropped)}")
+        notes.append(f"omitted: the state of {' and '.join(dropped)}")
     try:
         model_config = detect_model(state, arguments, notes)
     except KeyError as error:
-        raise UserError(f"{source}: not a model of this family, it has no tensor {error}") from error
+        raise UserError(f"{source}: not a model of this family (no tensor {error})") from error
     except ConfigError as error:
         raise UserError(f"{source}: not a model of this family ({error})") from error
     num_classes = len(state["class_embed.0.bias"])
@@ -129,9 +132,15 @@ def from_official(
 def detect_model(
     state: Mapping[str, Tensor], arguments: Mapping[str, Any] | None = None, notes: list[str] | None = None
 ) -> ModelConfig:
-    """The architecture behind published names and shapes; `arguments` is the command line stored with them, if any.
+    """The architecture of a published state dict.
 
-    Appends to `notes` what neither names nor arguments tell. Raises KeyError when a tensor of every such model lacks.
+    Args:
+        state: tensors by published name.
+        arguments: the command line stored in the file, if any.
+        notes: a list to which assumed settings are appended.
+
+    Raises:
+        KeyError: if a tensor that all models of this family have is missing.
     """
     arguments, notes = arguments or {}, [] if notes is None else notes
     width = len(state["transformer.level_embed"][0])
@@ -178,8 +187,8 @@ def _detect_selector(
         given = [arguments.get(key) for key in ("min_ratio", "max_ratio")]
         if None in given:
             notes.append(
-                "the file does not say its budgets; taken to be 0.1 and 0.2"
-                " (model.selector.min_ratio and max_ratio say otherwise)"
+                "the file does not contain its budgets; 0.1 and 0.2 are assumed"
+                " (model.selector.min_ratio and max_ratio override them)"
             )
         low, high = (float(value or fallback) for value, fallback in zip(given, (0.1, 0.2), strict=True))
         return SelectorConfig(min_ratio=low, max_ratio=high, masked_mean=False)
@@ -187,7 +196,7 @@ def _detect_selector(
     rho = rho[0] if isinstance(rho, (list, tuple)) and rho else rho
     if not rho:
         notes.append(
-            "the file does not say its keep ratio; taken to be 0.1 (model.selector.keep_ratio says otherwise)"
+            "the file does not contain its keep ratio; 0.1 is assumed (model.selector.keep_ratio overrides it)"
         )
     return SelectorConfig(scores=scores, keep_ratio=float(rho or 0.1), masked_mean=False)
 
@@ -202,12 +211,12 @@ def _detect_backbone(state: Mapping[str, Tensor]) -> str:
         kind = len(state[f"{_BODY}patch_embed.proj.bias"]), _count(names, r"layers\.2\.blocks\.(\d+)\.")
         found = _SWINS.get(kind)
     if found is None:
-        raise ConfigError("backbone", kind, "only ResNet-18, 34, 50, 101 and Swin-T, S, B, L are known")
+        raise ConfigError("backbone", kind, "must be ResNet-18, 34, 50, 101 or Swin-T, S, B, L")
     return found
 
 
 def _count(names: Iterable[str], pattern: str) -> int:
-    """One more than the largest number that the pattern finds at the beginning of a name; 0 if it finds none."""
+    """One more than the largest number that the pattern matches at the start of a name; 0 without a match."""
     numbers = [int(match[1]) for match in map(re.compile(pattern).match, names) if match]
     return max(numbers, default=-1) + 1
 
@@ -218,7 +227,10 @@ def _on_meta(config: ModelConfig, num_classes: int) -> Detr:
 
 
 def _rename(state: Mapping[str, Tensor], model: Detr, source: str) -> dict[str, Tensor]:
-    """Published names -> ours, exactly and with equal shapes; tensors stored several times must be equal."""
+    """The tensors of `state` under the names of `model`.
+
+    Names and shapes must match exactly, and tensors that are stored several times must be equal.
+    """
     ours, own = official_names(model), model.state_dict()
     problems = {
         "missing": [name for name in ours if name not in state],
@@ -232,21 +244,21 @@ def _rename(state: Mapping[str, Tensor], model: Detr, source: str) -> dict[str, 
     for name, tensor in state.items():
         copy = renamed.setdefault(ours[name], tensor)
         if copy is not tensor and not torch.equal(copy, tensor):
-            raise UserError(f"{source}: {name} and its copy under another name differ")
+            raise UserError(f"{source}: {name} differs from its copy under another name")
     return renamed
 
 
 def _classes(num_rows: int) -> ClassMap:
     if num_rows == 91:
         return ClassMap.from_categories(COCO_CLASSES)
-    rows = tuple(range(num_rows))  # the published code uses category ids as rows
+    rows = tuple(range(num_rows))  # the published code uses category ids as class indices
     names = tuple(f"category {row}" for row in rows)
     return ClassMap(num_rows=num_rows, rows=rows, category_ids=rows, names=names)
 
 
-# --------------------------------------------------------------------------------------------- ours -> published file
+# ------------------------------------------------------------------------------------------ this package -> published
 def to_official(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
-    """One of our checkpoints as the published code stores it: {"model": every tensor under all of its names}."""
+    """A checkpoint of this package in the published format: {"model": every tensor under all of its names}."""
     config = config_from_dict(checkpoint["config"]).model
     backbone = dataclasses.replace(config.backbone, pretrained=False)
     model = build_model(dataclasses.replace(config, backbone=backbone), checkpoint["num_classes"])
@@ -258,7 +270,7 @@ def to_official(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
 
 
 # --------------------------------------------------------------------------------------------------- names of tensors
-# (ours, published); {} stands for the same piece of a name on both sides. First match wins.
+# (own name, published name); {} matches the same part of both names. The first match applies.
 _NAMES = (
     ("backbone.body.layers_{}.{}", "backbone.0.body.layers.{}.{}"),  # Swin
     ("backbone.body.{}", "backbone.0.body.{}"),
@@ -286,17 +298,17 @@ _NAMES = (
     ("adaption.{}", "adaption_layer.{}"),
 )
 _SELECTOR = {True: "transformer.enc_mask_predictor", False: "transformer.encoder.enc_mask_predicotor.0"}
-# Swin: the published code keeps the merging of patches at the end of a stage, timm at the start of the next one.
+# Swin: patch merging is at the end of a stage in the published code, and at the start of the next stage in timm.
 _PATCH_MERGING = re.compile(r"backbone\.body\.layers_(\d+)\.downsample\.(.+)")
 _OUTPUT_NORM = re.compile(r"backbone\.output_norms\.(\d+)\.(.+)")
 _HEAD = re.compile(r"(decoder_heads|proposal_head|encoder_heads)(?:\.(\d+))?\.(classify|box)\.(.+)")
 
 
 def official_names(model: Detr) -> dict[str, str]:
-    """Every name under which the published code stores a tensor of this model -> our name of it.
+    """Mapping of published names to names of this package, for all tensors of a model.
 
-    The published state dicts hold some tensors under several names (heads that the decoder and the encoder refer to);
-    for each of our names the first one listed here is the shortest.
+    Published state dicts contain some tensors under several names (heads that decoder and encoder share). The first
+    published name of each tensor is the shortest.
     """
     return {official: name for name in model.state_dict() for official in _official(name, model)}
 
@@ -320,7 +332,7 @@ def _official(name: str, model: Detr) -> list[str]:
 
 
 def _official_head(match: re.Match[str], model: Detr) -> list[str]:
-    """The published code numbers all heads in one list: decoder layers, then the proposals', then the encoder's."""
+    """Published names of a head. All heads have one numbering: decoder layers, proposals, encoder layers."""
     group, index, kind, rest = match.groups()
     num_decoder_layers = len(model.decoder.layers)
     leaf = f"class_embed.{{}}.{rest}" if kind == "classify" else f"bbox_embed.{{}}.layers.{rest}"

@@ -1,4 +1,4 @@
-"""The detector as a user meets it: `Detector.from_checkpoint("final.pt").predict("holiday/")`."""
+"""User-facing inference: `Detector.from_checkpoint("final.pt").predict("holiday/")`."""
 
 from __future__ import annotations
 
@@ -39,47 +39,51 @@ if TYPE_CHECKING:
     import supervision
 
 THRESHOLD = 0.4
-"""Default of the smallest score that is shown; evaluation has none."""
+"""Default minimum score of `predict`; evaluation has no threshold."""
 _NUM_READERS = 4
-"""Threads that read and resize ahead of the model: Pillow works without the interpreter's lock."""
+"""Threads that read and resize images ahead of the model; Pillow releases the GIL."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Result:
-    """What was found in one image, best first."""
+    """The detections of one image, by descending score."""
 
     source: ImageSource = field(repr=False)
-    """As it was given; `draw` reads it again."""
+    """The image as passed to `predict`; `draw` reads it again."""
     name: str
-    """The file or URL, or `image 3` for the fourth of those given as pixels."""
+    """File name or URL; `image 3` for the fourth image if it was passed as pixels."""
     size: tuple[int, int]
-    """(height, width) in pixels that the boxes refer to."""
+    """(height, width) in pixels of the image that the boxes refer to."""
     boxes_xyxy: np.ndarray
-    """float32 [N, 4] corners in pixels, not clipped to the image (as they are evaluated)."""
+    """float32 [N, 4] corners in pixels, not clipped to the image (as in evaluation)."""
     scores: np.ndarray
     """float32 [N] probabilities."""
     labels: np.ndarray
-    """int64 [N] rows of the classification head."""
+    """int64 [N] class indices of the model."""
     category_ids: np.ndarray
-    """int64 [N] ids of the same classes in annotation files."""
+    """int64 [N] category ids of the annotation files."""
     names: tuple[str, ...]
-    """Names of the same classes."""
+    """Class names of the N objects."""
     budget: TokenBudget
-    """How many tokens the encoder updated."""
+    """Number of tokens, and how many of them the encoder updated."""
     kept_tokens: KeptTokens | None = field(default=None, repr=False)
-    """Which tokens these were, where it was asked for and the model selects any."""
+    """The kept tokens, with `keep_tokens=True` and a model that selects tokens."""
     upright: bool = True
-    """Whether the file was turned as its EXIF orientation says."""
+    """Whether the image was rotated according to its EXIF orientation."""
 
     def __len__(self) -> int:
         return len(self.scores)
 
     def image(self) -> Image.Image:
-        """The image as RGB, read again. Raises ImageFileError where it is gone."""
+        """The image as RGB, read again from its source.
+
+        Raises:
+            ImageFileError: if it can no longer be read.
+        """
         return read_image(self.source, self.name, upright=self.upright, allow_urls=True)
 
     def draw(self, *, min_score: float = 0.0) -> Image.Image:
-        """The image with boxes, names and scores; small images are enlarged by a whole factor."""
+        """The image with boxes, class names and scores. Small images are enlarged by an integer factor."""
         captions = [f"{name} {score:.2f}" for name, score in zip(self.names, self.scores, strict=True)]
         shown = self.scores >= min_score
         return draw_boxes(
@@ -90,7 +94,7 @@ class Result:
         )
 
     def to_coco(self, image_id: int) -> list[dict[str, Any]]:
-        """The detections as COCO results, ready for JSON and for COCO's evaluators."""
+        """The detections as COCO results: a list of JSON-serialisable dictionaries."""
         boxes = self.boxes_xyxy.astype(np.float64)
         boxes[:, 2:] -= boxes[:, :2]
         rows = zip(self.category_ids.tolist(), boxes.tolist(), self.scores.tolist(), strict=True)
@@ -100,7 +104,11 @@ class Result:
         ]
 
     def to_supervision(self) -> supervision.Detections:
-        """As `supervision.Detections`: class_id is the row, data["class_name"] the name. Needs that package."""
+        """The detections as `supervision.Detections`: `class_id` is the label, `data["class_name"]` the class name.
+
+        Raises:
+            UserError: if supervision is not installed.
+        """
         try:
             import supervision
         except ImportError:
@@ -113,7 +121,7 @@ class Result:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Ready for JSON: name, size, budget, and a list of objects."""
+        """A JSON-serialisable dictionary: name, size, budget, and a list of objects."""
         height, width = self.size
         columns = (self.names, self.category_ids.tolist(), self.scores.tolist(), self.boxes_xyxy.tolist())
         return {
@@ -137,7 +145,7 @@ class Result:
 
 @dataclass(frozen=True)
 class _Prepared:
-    """An image as the model sees it, and what its result needs."""
+    """A preprocessed image, with the properties that its result needs."""
 
     source: ImageSource
     name: str
@@ -146,13 +154,13 @@ class _Prepared:
 
 
 class Detector:
-    """A trained model together with its preprocessing and its classes. Safe to use from several threads.
+    """A trained model with its preprocessing and classes. Threads may share it.
 
     Args:
-        model: in evaluation mode, on the device it shall run on.
-        config: the model's own; of it, the sizes of the evaluation are read.
-        classes: what the rows of the classification head mean.
-        facts: other plain values of the checkpoint (epochs, metrics, ...), which `save` writes again.
+        model: the model, on the device on which it runs. It is put into evaluation mode.
+        config: the configuration of the model; its evaluation sizes are used for preprocessing.
+        classes: category ids and names of the class indices.
+        facts: further plain values of the checkpoint (epochs, metrics, ...), which `save` writes.
     """
 
     def __init__(
@@ -161,19 +169,20 @@ class Detector:
         self.model, self.config, self.classes = model.eval(), config, classes
         self.facts = facts or {}
         self.compiled: CompiledDetr | None = None
-        """What `compile` made; its `warm_up_seconds` tell how long the first batch of each size took."""
+        """The compiled model after `compile`. Its `warm_up_seconds` has the time of the first batch of each shape."""
         self._transform = evaluation_transform(config.data.short_side, config.data.long_side)
 
     @staticmethod
     def from_checkpoint(source: str | Path, *, device: str = "auto") -> Detector:
-        """The detector of a checkpoint file, of a model's folder, or of a finished run by its folder or name.
+        """A detector from a checkpoint file, a model folder, or a finished run.
 
         Args:
-            source: a file (ours or of the published code), a folder that `save` wrote, a run's folder, or the name of
-                a run under `runs/`. Of a run with teachers it is the student.
-            device: `auto` (CUDA if there is any), `cpu`, `cuda`, `cuda:1`.
+            source: a file (of this package or of the published code), a folder written by `save`, the folder of a run,
+                or the name of a run in `runs/`. For a run with teachers, the student is loaded.
+            device: `auto` (CUDA if available, otherwise the CPU), `cpu`, `cuda` or `cuda:1`.
 
-        Raises UserError where there is no such thing or it cannot be read.
+        Raises:
+            UserError: if the checkpoint does not exist or cannot be read.
         """
         chosen = choose_device(device)
         path = resolve_checkpoint(source)
@@ -189,23 +198,24 @@ class Detector:
     def compile(
         self, *, dtype: torch.dtype = torch.float32, fuse: bool = False, max_graphs: int = 32
     ) -> Detector:
-        """Prepare the model for many predictions, with a warm-up for every padded size of images; returns itself.
+        """Optimise the model for repeated prediction, in place, and return the detector.
 
-        Batch norms are folded, and on CUDA the whole pass is captured as a CUDA graph per size: the sizes are those
-        of the evaluation, and so are the detections. See `ats_detr.model.CompiledDetr` for the arguments, and
-        docs/inference.md for what bfloat16 did to the AP of the quickstart. A copy of the detector is compiled too, but
-        warms up again.
+        Batch norms are folded, and on CUDA each input shape is captured as a CUDA graph, with a warm-up at its first
+        batch. Padded sizes are those of the evaluation. See `ats_detr.model.CompiledDetr` for the arguments, and
+        docs/inference.md for the effect of bfloat16 on AP. A copy of a compiled detector is compiled, too, and repeats
+        the warm-up.
         """
         self.compiled = CompiledDetr(self.model, dtype=dtype, fuse=fuse, max_graphs=max_graphs)
         return self
 
     def save(self, path: str | Path) -> None:
-        """Write the weights, the configuration and the classes: what inference needs, without the training's state.
+        """Write weights, configuration and classes, without the training state.
 
         Args:
-            path: a folder, which gets `model.safetensors` and `config.json`; or one file, .safetensors or .pt.
+            path: a folder, in which `model.safetensors` and `config.json` are written; or a file, .safetensors or .pt.
 
-        Raises UserError where it cannot be written.
+        Raises:
+            UserError: if it cannot be written.
         """
         state = {name: tensor.detach().cpu() for name, tensor in self.model.state_dict().items()}
         path, checkpoint = Path(path), {**self.facts, "model": state}
@@ -216,6 +226,7 @@ class Detector:
 
     @property
     def device(self) -> torch.device:
+        """The device of the model."""
         return next(self.model.parameters()).device
 
     def predict(
@@ -230,25 +241,27 @@ class Detector:
         allow_urls: bool = False,
         on_bad_image: Callable[[ImageFileError], object] | None = None,
     ) -> list[Result]:
-        """The objects in each image, in the order given.
+        """The detections of each image, in the order of the images.
 
-        Preprocessing is that of the evaluation, and so are the detections: an image gets the same ones alone or among
-        others, whatever `batch_size`.
+        Preprocessing equals that of the evaluation. The detections of an image do not depend on the other images or on
+        `batch_size`.
 
         Args:
-            images: one or many of `ImageSource`, of any sizes; a folder stands for the images in it, by name.
-            threshold: detections of at least this probability.
-            max_detections: at most so many of an image, the best.
-            batch_size: images that run together, if they are padded to the same size.
-            keep_tokens: tell which tokens were kept (`Result.kept_tokens`).
-            upright: turn files as their EXIF orientation says. Evaluation does not; boxes then refer to stored pixels.
-            allow_urls: fetch images from http(s) URLs. Otherwise a URL is refused.
-            on_bad_image: called with the error of each image that cannot be read, which then has no result.
+            images: one image or several, of any types in `ImageSource` and of any sizes. A folder stands for the images
+                in it, ordered by name.
+            threshold: minimum score of a detection, 0..1.
+            max_detections: maximum number of detections per image.
+            batch_size: maximum number of images per forward pass; only images of equal padded size share a pass.
+            keep_tokens: return the kept tokens in `Result.kept_tokens`.
+            upright: rotate images according to their EXIF orientation. Evaluation does not; its boxes refer to the
+                stored pixels.
+            allow_urls: download images from http(s) URLs. False: a URL raises UserError.
+            on_bad_image: called with the error of each image that cannot be read; the image has no result.
 
         Raises:
-            ImageFileError: an image cannot be read and there is no `on_bad_image`.
-            UserError: a folder without images, an array of another shape or type, a URL without `allow_urls`, a setting
-                that is out of range.
+            ImageFileError: if an image cannot be read and `on_bad_image` is None.
+            UserError: if a folder has no images, an array has an unsupported shape or dtype, or an argument is out of
+                range.
         """
         return list(
             self.stream(
@@ -275,12 +288,15 @@ class Detector:
         allow_urls: bool = False,
         on_bad_image: Callable[[ImageFileError], object] | None = None,
     ) -> Iterator[Result]:
-        """`predict`, result by result: for more images than fit into memory. Images are read a little ahead."""
-        for setting, value in (("batch size", batch_size), ("max detections", max_detections)):
+        """Like `predict`, but yields one result at a time, for more images than fit into memory.
+
+        A few images are read in advance.
+        """
+        for setting, value in (("batch_size", batch_size), ("max_detections", max_detections)):
             if value < 1:
-                raise UserError(f"{setting} {value}: give at least 1")
-        if not 0 <= threshold <= 1:  # also where it is not a number
-            raise UserError(f"threshold {threshold}: scores are probabilities, give 0..1")
+                raise UserError(f"{setting} = {value}: must be >= 1")
+        if not 0 <= threshold <= 1:  # also true for NaN
+            raise UserError(f"threshold = {threshold}: must be in [0, 1]")
 
         def prepare(numbered: tuple[int, ImageSource]) -> _Prepared | ImageFileError:
             number, source = numbered
@@ -295,7 +311,7 @@ class Detector:
             return _Prepared(source, name, pixels, (image.height, image.width))
 
         def readable() -> Iterator[_Prepared]:
-            for prepared in _ahead(
+            for prepared in _prefetch(
                 prepare, enumerate(image_sources(images)), depth=_NUM_READERS + batch_size
             ):
                 if isinstance(prepared, _Prepared):
@@ -303,7 +319,7 @@ class Detector:
                 elif on_bad_image is not None:
                     on_bad_image(prepared)
 
-        # Batches hold images of one padded size; a window of several batches is searched for them.
+        # Batches contain images of equal padded size, which are collected from a window of several batches.
         windows, window_size = readable(), batch_size if batch_size == 1 else 4 * batch_size
         while window := list(islice(windows, window_size)):
             buckets: dict[tuple[int, int], list[int]] = defaultdict(list)
@@ -320,8 +336,10 @@ class Detector:
             yield from (results[place] for place in range(len(window)))
 
     def _batches(self, places: list[int], batch_size: int) -> Iterator[list[int]]:
-        """`places` in batches; compiled for a GPU, what does not fill one goes image by image: of every number of
-        images there would be a graph."""
+        """`places` in batches. With CUDA graphs, incomplete batches are split into single images.
+
+        Otherwise every number of images would need its own graph.
+        """
         has_graphs = self.compiled is not None and self.device.type == "cuda"
         for start in range(0, len(places), batch_size):
             batch = places[start : start + batch_size]
@@ -344,23 +362,22 @@ class Detector:
                 budget=budget,
                 kept_tokens=tokens,
                 upright=upright,
-                **self._above(found, threshold),
+                **self._fields_of(found, threshold),
             )
             for image, found, budget, tokens in zip(images, detections, budgets, kept, strict=True)
         ]
 
     def _run(self, batch: ImageBatch) -> DetectorOutput:
-        """The one place where the model is called."""
         if self.compiled is not None:
             return self.compiled(batch)
         return self.model(batch, supervision=False)
 
-    def _above(self, detections: Detections, threshold: float) -> dict[str, Any]:
-        """The fields of a result: detections of known classes of at least `threshold`."""
+    def _fields_of(self, detections: Detections, threshold: float) -> dict[str, Any]:
+        """The fields of a result: detections of named classes with scores >= `threshold`."""
         labels = detections.labels_N.cpu().numpy()
         scores = detections.scores_N.cpu().numpy()
         category_ids = self.classes.category_ids_of(labels)
-        shown = (scores >= threshold) & (category_ids >= 0)  # ten rows of COCO's 91 are no class
+        shown = (scores >= threshold) & (category_ids >= 0)  # ten of COCO's 91 class indices have no category
         return {
             "boxes_xyxy": detections.boxes_xyxy_N4.cpu().numpy()[shown],
             "scores": scores[shown],
@@ -381,8 +398,8 @@ def _kept_tokens(output: DetectorOutput, batch: ImageBatch) -> list[KeptTokens |
     ]
 
 
-def _ahead(function: Callable[[Any], Any], items: Iterable[Any], depth: int) -> Iterator[Any]:
-    """function(item) of each item, in order, the next `depth` ones computed by threads in the meantime."""
+def _prefetch(function: Callable[[Any], Any], items: Iterable[Any], depth: int) -> Iterator[Any]:
+    """Yield `function(item)` for each item, in order, while threads compute the next `depth` results."""
     items = iter(items)
     with ThreadPoolExecutor(_NUM_READERS, thread_name_prefix="ats_detr-read") as pool:
         waiting: deque[Future[Any]] = deque(pool.submit(function, item) for item in islice(items, depth))

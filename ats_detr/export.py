@@ -1,9 +1,8 @@
-"""The detector as one graph that runs without this package: ONNX for onnxruntime, or torch.export's program.
+"""Export of a detector as one graph that runs without this package: ONNX, or a torch.export program.
 
-The graph takes images of one padded size, in batches of any size, and returns detections. It holds the reference
-operators. An adaptive model keeps its budget per image, in rows of static number: rows that an image's budget leaves
-over are computed and thrown away, which costs as much as the largest budget; `keep_ratio` makes a smaller graph of one
-budget.
+The graph takes batches of any size of images of one padded size, and returns detections. It contains the reference
+operators. Adaptive models keep a budget per image, with a static number of rows: rows beyond the budget of an image are
+computed and discarded, so the cost is that of the largest budget. `keep_ratio` exports a smaller graph with one budget.
 """
 
 from __future__ import annotations
@@ -35,8 +34,8 @@ OUTPUTS = ("boxes", "scores", "labels", "kept")
 _BATCH = Dim("batch", min=1, max=1024)
 
 
-class _Deployed(nn.Module):
-    """Pixels to detections, in tensors only."""
+class _ExportModule(nn.Module):
+    """The model with normalisation and postprocessing, as a function of tensors."""
 
     mean: Tensor
     std: Tensor
@@ -73,45 +72,52 @@ def export_program(
 ) -> ExportedProgram:
     """The detector as a program of aten operators.
 
-    Inputs: `images`, uint8 RGB [B, 3, H, W], resized as in evaluation and padded at the bottom and right with anything;
-    `sizes`, int64 [B, 2], (height, width) of each image without padding. Outputs, best detection first, N =
-    max_detections: `boxes`, float32 [B, N, 4], corners in 0..1 of the unpadded image; `scores`, float32 [B, N];
-    `labels`, int64 [B, N], rows of the classification head; `kept`, int64 [B], tokens that were kept.
+    Inputs: `images`, uint8 [B, 3, H, W], RGB, resized as in evaluation and padded at the bottom and right with any
+    values; `sizes`, int64 [B, 2], (height, width) of each image without padding.
+
+    Outputs, by descending score, N = max_detections: `boxes`, float32 [B, N, 4], corners in 0..1 of the unpadded image;
+    `scores`, float32 [B, N]; `labels`, int64 [B, N], class indices; `kept`, int64 [B], number of kept tokens.
 
     Args:
-        size: (H, W) of the padded images, multiples of data.size_multiple. Default: a landscape image that fills
-            short_side x long_side. Detections equal those of `predict` for images that evaluation pads to just this
-            size; others are padded more here, which their features notice.
-        keep_ratio: every image keeps this share of its tokens; default: the model's own budgets.
+        detector: the detector; it is not modified.
+        size: (H, W) of the padded images, multiples of data.size_multiple. None: the padded size of a landscape
+        image of
+            short_side x long_side. Detections equal those of `predict` for images that evaluation pads to exactly this
+            size; images that are padded further have slightly different features.
+        max_detections: number of detections per image.
+        keep_ratio: keep ratio of all images. None: the budgets of the model.
 
-    Raises UserError for an impossible size, ratio or number of detections.
+    Raises:
+        UserError: if the size, ratio or number of detections is out of range.
     """
     data = detector.config.data
     size = size or bucket_size((data.short_side, data.long_side), data.size_multiple)
     if min(size) < 1 or size != bucket_size(size, data.size_multiple):
-        raise UserError(f"export size {size[0]}x{size[1]}: give multiples of {data.size_multiple} pixels")
+        raise UserError(
+            f"export size = {size[0]}x{size[1]}: must be positive multiples of {data.size_multiple} pixels"
+        )
     if max_detections < 1:
-        raise UserError(f"max detections {max_detections}: give at least 1")
+        raise UserError(f"max_detections = {max_detections}: must be >= 1")
     model = copy.deepcopy(detector.model).cpu().eval().requires_grad_(False)
     if keep_ratio is not None:
-        if model.selector is None or not 0 < keep_ratio < 1:
-            raise UserError(
-                f"keep ratio {keep_ratio}: give one above 0 and below 1, of a model that selects tokens"
-            )
+        if model.selector is None:
+            raise UserError(f"keep_ratio = {keep_ratio}: this model does not select tokens; omit it")
+        if not 0 < keep_ratio < 1:
+            raise UserError(f"keep_ratio = {keep_ratio}: must be in (0, 1)")
         model.selector.fix_ratio(keep_ratio)
-    deployed = _Deployed(model, max_detections).eval()
-    # A batch of 3: no other length of the model is three times a power of two, which the tracer would take for a rule.
+    exported = _ExportModule(model, max_detections).eval()
+    # The tracer unifies equal sizes. No other size in the model is three times a power of two, so the batch is 3.
     example = (torch.zeros(3, 3, *size, dtype=torch.uint8), torch.tensor([size] * 3))
     with torch.no_grad():
         program = torch.export.export(
-            deployed, example, dynamic_shapes={"images": {0: _BATCH}, "sizes": {0: _BATCH}}, strict=False
+            exported, example, dynamic_shapes={"images": {0: _BATCH}, "sizes": {0: _BATCH}}, strict=False
         )
         return program.run_decompositions(_decompositions())
 
 
-# ----------------------------------------------------------------------------------- the operators, in static shapes
+# ------------------------------------------------------------------------------------------ operators in static shapes
 def _decompositions() -> dict[Any, Any]:
-    """What replaces each operator of ats_detr.kernels in the graph."""
+    """Replacement of each operator of ats_detr.kernels in the graph."""
     operators = torch.ops.ats_detr
     return {
         **torch.export.default_decompositions(),
@@ -125,7 +131,7 @@ def _decompositions() -> dict[Any, Any]:
 def _select(
     scores: Tensor, num_keep: Tensor, padding_mask: Tensor | None, capacity: int, backend: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """As the reference, with one sort."""
+    """The reference operator, with a single sort."""
     if padding_mask is not None:
         scores = scores.masked_fill(padding_mask, -torch.inf)
     order = scores.sort(dim=1, descending=True, stable=True).indices
@@ -157,11 +163,11 @@ def _msda(
     value: Tensor, sizes: Sequence[int], reference_points: Tensor | None, offsets: Tensor, weights: Tensor,
     image_index: Tensor | None, num_rows: Tensor | None, deterministic: bool | None, backend: str,
 ) -> Tensor:  # fmt: skip
-    """Deformable attention, [N, H*D]; each level's maps of all images stacked into one tall map, which lets packed
-    rows of several images be sampled together whatever each image's number of rows is.
+    """Deformable attention [K, H * D] of packed queries.
 
-    A row of zeros above and below each image keeps its neighbours out; samples are moved there if they lie further
-    outside.
+    The maps of all images of a level are stacked into one tall map, so one call samples the packed queries of all
+    images for any number of queries per image. Each image has a row of zeros above and below it; samples further
+    outside are moved there.
     """
     shapes = list(zip(sizes[::2], sizes[1::2], strict=True))
     batch, num_queries, num_points = value.shape[0], weights.shape[0], weights.shape[-1]
@@ -169,14 +175,13 @@ def _msda(
         weights = reference.attention_weights(weights)
     if image_index is None:
         image_index = torch.arange(num_queries, device=value.device) // (num_queries // batch)
-    image_N = image_index.to(offsets.dtype)[:, None, None]
+    image_K = image_index.to(offsets.dtype)[:, None, None]
     samples = []
     for level, maps in enumerate(value.float().split([h * w for h, w in shapes], dim=1)):
         height, width = shapes[level]
-        x, y = offsets[:, :, level].unbind(-1)  # [N, H, P]
-        if (
-            reference_points is not None
-        ):  # as `reference.sampling_locations`, which makes tensors of constants
+        x, y = offsets[:, :, level].unbind(-1)  # [K, H, P]
+        if reference_points is not None:
+            # Like `reference.sampling_locations`, without its constant tensors.
             centre, side = (
                 reference_points[:, level, None, None, :2],
                 reference_points[:, level, None, None, 2:],
@@ -188,13 +193,12 @@ def _msda(
             x, y = x + centre[..., 0], y + centre[..., 1]
         maps = F.pad(maps.unflatten(1, (height, width)), (0, 0, 0, 0, 0, 0, 1, 1))  # [B, h + 2, w, H, D]
         tall = maps.permute(3, 4, 0, 1, 2).flatten(2, 3)  # [H, D, B * (h + 2), w]
-        row = (y * height - 0.5).clamp(-1, height) + 1 + image_N * (height + 2)
-        grid = torch.stack([2 * x - 1, (2 * row + 1) / (batch * (height + 2)) - 1], -1).transpose(
-            0, 1
-        )  # [H, N, P, 2]
+        row = (y * height - 0.5).clamp(-1, height) + 1 + image_K * (height + 2)
+        grid = torch.stack([2 * x - 1, (2 * row + 1) / (batch * (height + 2)) - 1], -1)
+        grid = grid.transpose(0, 1)  # [H, K, P, 2]
         samples.append(F.grid_sample(tall, grid, padding_mode="zeros", align_corners=False))
-    weights_H1NX = weights.flatten(2).transpose(0, 1)[:, None]
-    gathered = (torch.cat(samples, -1) * weights_H1NX).sum(-1)  # [H, D, N]
+    weights = weights.flatten(2).transpose(0, 1)[:, None]  # [H, 1, K, L * P]
+    gathered = (torch.cat(samples, -1) * weights).sum(-1)  # [H, D, K]
     return gathered.permute(2, 0, 1).flatten(1).to(value.dtype)
 
 
@@ -202,15 +206,17 @@ def _msda(
 def export_file(
     detector: Detector, path: str | Path, size: tuple[int, int] | None = None, **options: Any
 ) -> None:
-    """Write `export_program(detector, size, **options)`: .onnx for onnxruntime, .pt2 for `torch.export.load`.
+    """Write `export_program(detector, size, **options)` to a file: .onnx for onnxruntime, .pt2 for `torch.export.load`.
 
-    The classes and the sizes of the preprocessing go with it, as JSON: in the ONNX file's metadata under `ats_detr`, in
-    the program's extra file `ats_detr.json`. Raises UserError for another suffix, where the packages that ONNX needs
-    are missing, and where the file cannot be written.
+    The file also contains the classes and the preprocessing sizes as JSON: under `ats_detr` in the metadata of an ONNX
+    file, in the extra file `ats_detr.json` of a .pt2 file.
+
+    Raises:
+        UserError: if the suffix is another one, ONNX is not installed, or the file cannot be written.
     """
     path = Path(path)
     if path.suffix not in (".onnx", ".pt2"):
-        raise UserError(f"{path}: give it the suffix .onnx or .pt2")
+        raise UserError(f"{path}: unknown suffix {path.suffix!r}, must be .onnx or .pt2")
     if path.suffix == ".onnx":
         _import_onnx()
     try:
@@ -243,18 +249,18 @@ def _import_onnx() -> None:
         import onnx  # noqa: F401
         import onnxscript  # noqa: F401
     except ImportError:
-        raise UserError("ONNX needs onnx and onnxscript: pip install 'ats_detr[export]'") from None
+        raise UserError("ONNX export needs onnx and onnxscript: pip install 'ats_detr[export]'") from None
 
 
 def _sort(
     values: Tensor, *, stable: bool | None, dim: int = -1, descending: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """A stable sort for ONNX, whose TopK gives equal values in the order of their indices."""
+    """A stable sort by ONNX's TopK, which orders equal values by index."""
     return values.topk(values.shape[dim], dim=dim, largest=descending)
 
 
 def _as_onnx(program: ExportedProgram, facts: str) -> torch.onnx.ONNXProgram:
-    logging.getLogger("onnxscript").setLevel(logging.ERROR)  # it tells each operator that it does not fold
+    logging.getLogger("onnxscript").setLevel(logging.ERROR)  # it logs every operator that it does not fold
     program = program.run_decompositions({torch.ops.aten.sort.stable: _sort})
     converted = torch.onnx.export(
         program, (), input_names=INPUTS, output_names=OUTPUTS, dynamo=True, verbose=False

@@ -1,9 +1,9 @@
-"""How much a detector computes: multiply-adds per image, counted on the images and budgets at hand.
+"""Multiply-adds of a detector per image, counted for given images and their budgets.
 
-Two conventions. The published figures of this family count what a training-time model returns: predictions at all
-tokens, auxiliary heads, adaption layer. Inference needs only what the detections depend on, but it projects the values
-of kept tokens twice (those of all layers at once, then each layer's kept ones anew). Both count four operations per
-bilinear sample and channel; the weights of its corners are made once for all channels and not counted.
+There are two conventions. Published figures of this family include training-time outputs: predictions at all tokens,
+auxiliary heads, adaption layer. The inference count includes only operations that the detections depend on, but
+projects the values of kept tokens twice (once for all layers together, then again in each layer). Both count four
+multiply-adds per bilinear sample and channel; the weights of the corners are shared by all channels and not counted.
 """
 
 from __future__ import annotations
@@ -40,35 +40,36 @@ class Flops:
 
     total: float
     encoder: float
-    """The encoder's layers: value projections of all tokens, everything else of the kept ones."""
+    """The encoder layers: value projections of all tokens, all other operations on kept tokens."""
     by_operator: dict[str, float]
     by_module: dict[str, float]
-    """By module name, as in `model.named_modules()`; the empty name is the whole."""
+    """By module name, as in `model.named_modules()`; the empty name is the total."""
     keep_ratio: float
-    """Share of the valid tokens that was kept, mean over images; 1 for a dense encoder."""
+    """Kept share of the valid tokens, mean over images; 1 for a dense encoder."""
     num_tokens: float
-    """Tokens of an image, padding included."""
+    """Tokens per image, including padding."""
     num_kept: float
-    """Tokens that were kept, mean over images."""
+    """Kept tokens, mean over images."""
 
     @property
     def dense_encoder(self) -> float:
-        """What the encoder's layers would compute if they updated every token.
+        """The count of the encoder layers if all tokens were kept.
 
-        Exact: they project the value of every token, and everything else goes with the kept ones.
+        Exact, since all operations except the value projection of all tokens are proportional to the kept tokens.
         """
         counted, value = _value_projections(self.by_module)
         return value + (self.encoder - counted) * self.num_tokens / self.num_kept
 
 
 def count_flops(model: Detr, batch: ImageBatch, *, as_published: bool = False) -> Flops:
-    """What one pass over the batch computes, counted by fvcore.
+    """Multiply-adds of one forward pass, counted by fvcore.
+
+    Counts the reference operators, on a copy of the model on the CPU.
 
     Args:
-        as_published: count as the published figures do, see above. Default: what inference needs.
-
-    The model runs on the CPU, on a copy where it lives elsewhere: the reference operators are what is counted, whatever
-    kernels the device has.
+        model: the model; it is not modified.
+        batch: the images, on any device.
+        as_published: use the convention of published figures (see above) instead of the inference count.
     """
     model, images = _on_cpu(model, batch)
     counted = _Counted(model, images.sizes, as_published)
@@ -88,7 +89,7 @@ def count_flops(model: Detr, batch: ImageBatch, *, as_published: bool = False) -
     }
     operators = {name: count / per_image for name, count in by_operator.items()}
     if as_published:
-        _forget_second_projections(modules, operators, "linear", _parents)
+        _remove_repeated_projections(modules, operators, "linear", _parents)
     return Flops(
         total=modules[""],
         encoder=modules["encoder.layers"],
@@ -99,10 +100,10 @@ def count_flops(model: Detr, batch: ImageBatch, *, as_published: bool = False) -
 
 
 def count_flops_eager(model: Detr, batch: ImageBatch, *, as_published: bool = False) -> Flops:
-    """The same by `torch.utils.flop_counter`, which watches the operators as they run.
+    """Multiply-adds of one forward pass, counted by `torch.utils.flop_counter` during execution.
 
-    It leaves out norms, and counts whatever is executed, whether the detections depend on it or not. Its own table
-    lacks bilinear sampling and the CPU's attention kernel; both are added here.
+    It ignores norms and counts all executed operators, including those that the detections do not depend on. Bilinear
+    sampling and the CPU attention kernel, which its table does not contain, are added here.
     """
     model, images = _on_cpu(model, batch)
     counted = _Counted(model, images.sizes, as_published)
@@ -133,8 +134,8 @@ def count_flops_eager(model: Detr, batch: ImageBatch, *, as_published: bool = Fa
         if name.startswith(prefix)
     }
     by_operator = {str(name).removeprefix("aten."): n / per_image for name, n in counts["Global"].items()}
-    if as_published:  # a module's count is part of those it was called from
-        _forget_second_projections(modules, by_operator, "addmm", lambda leaf: ["", "encoder"])
+    if as_published:  # the counts of calling modules include those of called ones
+        _remove_repeated_projections(modules, by_operator, "addmm", lambda leaf: ["", "encoder"])
     return Flops(
         total=modules[""],
         encoder=modules["encoder"],
@@ -145,12 +146,12 @@ def count_flops_eager(model: Detr, batch: ImageBatch, *, as_published: bool = Fa
 
 
 def num_parameters(model: nn.Module, *, trainable_only: bool = False) -> int:
-    """Elements of all parameters, a shared one counted once."""
+    """Number of elements of all parameters; shared parameters are counted once."""
     return sum(p.numel() for p in model.parameters() if p.requires_grad or not trainable_only)
 
 
 class _Counted(nn.Module):
-    """The model as a function from tensor to tensors, which is what can be traced."""
+    """The model as a function of tensors, which fvcore can trace."""
 
     def __init__(self, model: Detr, sizes: list[tuple[int, int]], as_published: bool) -> None:
         super().__init__()
@@ -170,7 +171,7 @@ class _Counted(nn.Module):
         return (*(t for p in predictions for t in (p.logits, p.boxes)), *others)
 
     def kept(self) -> dict[str, float]:
-        """The tokens of the pass that was counted, as fields of Flops."""
+        """The token counts of the last pass, as fields of Flops."""
         assert self._output is not None
         selection, num_tokens = self._output.selection, float(self._output.padding_mask_BS.shape[1])
         if selection is None:
@@ -191,28 +192,32 @@ def _shape(value: Any) -> list[int]:
 
 
 def _sampling_macs(inputs: list[Any], outputs: list[Any]) -> int:
-    """Sums of rows of the value, four to a bilinear sample."""
+    """Weighted sums of value rows: four per bilinear sample."""
     return math.prod(_shape(inputs[1])) * _shape(inputs[0])[-1]
 
 
 def _value_projections(by_module: dict[str, float]) -> tuple[float, float]:
-    """What the encoder's value projections count as, and what they would without projecting kept tokens again.
+    """The count of the encoder's value projections, with and without repeated projections of kept tokens.
 
-    The first layer reads the raw tokens, and so projects none twice.
+    The first layer reads the raw tokens and repeats none.
     """
     counts = [n for name, n in by_module.items() if _ENCODER_VALUE.fullmatch(name)]
     return sum(counts), len(counts) * min(counts)
 
 
-def _forget_second_projections(
+def _remove_repeated_projections(
     by_module: dict[str, float],
     by_operator: dict[str, float],
     operator: str,
     counted_in: Callable[[str], list[str]],
 ) -> None:
-    """Take the second value projections of kept tokens out of the counts, in place.
+    """Subtract the repeated value projections of kept tokens from the counts, in place.
 
-    `counted_in`: the modules whose counts contain that of a module of this name.
+    Args:
+        by_module: counts by module name.
+        by_operator: counts by operator name.
+        operator: name of the operator of the projections.
+        counted_in: names of the modules whose counts include the module of a given name.
     """
     leaves = [name for name in by_module if _ENCODER_VALUE.fullmatch(name)]
     first = min(by_module[leaf] for leaf in leaves)
@@ -228,7 +233,7 @@ def _parents(name: str) -> list[str]:
 
 
 def _attention_macs(inputs: list[Any], outputs: list[Any]) -> int:
-    """Scores and weighted sum of scaled dot-product attention."""
+    """Multiply-adds of the scores and the weighted sum of scaled dot-product attention."""
     *batch, num_queries, width = _shape(inputs[0])
     num_keys, value_width = _shape(inputs[1])[-2], _shape(inputs[2])[-1]
     return math.prod(batch) * num_queries * num_keys * (width + value_width)
@@ -236,21 +241,21 @@ def _attention_macs(inputs: list[Any], outputs: list[Any]) -> int:
 
 @contextmanager
 def _reference_operators() -> Iterator[None]:
-    """Whatever ATS_DETR_BACKEND asks for: kernels are opaque to the counters, and would count as nothing."""
-    asked = os.environ.get("ATS_DETR_BACKEND")
+    """Context that selects the reference backend: kernels are opaque to the counters and would not be counted."""
+    requested = os.environ.get("ATS_DETR_BACKEND")
     os.environ["ATS_DETR_BACKEND"] = "reference"
     try:
         yield
     finally:
-        if asked is None:
+        if requested is None:
             del os.environ["ATS_DETR_BACKEND"]
         else:
-            os.environ["ATS_DETR_BACKEND"] = asked
+            os.environ["ATS_DETR_BACKEND"] = requested
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the warnings of tracing: the trace is counted and thrown away."""
+    """Context without warnings about tracing: the trace is only counted, never run."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", category=torch.jit.TracerWarning)
         warnings.simplefilter("ignore", category=FutureWarning)

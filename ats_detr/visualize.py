@@ -1,4 +1,4 @@
-"""Pictures for people: detections, the tokens a detector kept, and its budgets against the number of objects."""
+"""Pictures of detections, kept tokens, and budgets against the number of objects."""
 
 from __future__ import annotations
 
@@ -22,39 +22,47 @@ from ats_detr.model import Detr
 from ats_detr.model.output import Detections, top_detections
 
 PICTURE_SIDE = 640
-"""Images are enlarged by a whole factor to about this shorter side before anything is written on them."""
+"""Shorter side in pixels to which small images are enlarged, by an integer factor, before drawing."""
 LONGEST_SIDE = 4096
-"""... unless the longer side would exceed this."""
+"""Maximum longer side of an enlarged image in pixels."""
 DIMMED = 0.28
-"""Brightness that is left to tokens that were not kept."""
+"""Brightness factor of tokens that are not kept."""
 _SHEET_WIDTH, _GAP = 1680, 12
-"""Pixels of a picture of kept tokens, and between its panels."""
+"""Width of a picture of kept tokens, and gap between its panels, in pixels."""
 ACCENT = "#ff9f1c"
 INK = "#22303c"
 
 
-def class_colour(row: int) -> tuple[int, int, int]:
-    """RGB of a class row; neighbouring rows get hues far apart (golden-ratio steps around the colour circle)."""
-    red, green, blue = colorsys.hsv_to_rgb((0.08 + row * 0.618034) % 1, 0.78, 0.98)
+def class_colour(label: int) -> tuple[int, int, int]:
+    """RGB colour of a class index. Consecutive indices have distant hues (golden-ratio steps on the colour circle)."""
+    red, green, blue = colorsys.hsv_to_rgb((0.08 + label * 0.618034) % 1, 0.78, 0.98)
     return round(red * 255), round(green * 255), round(blue * 255)
 
 
 def draw_detections(
     image: Image.Image, detections: Detections, class_map: ClassMap, *, min_score: float = 0.4
 ) -> Image.Image:
-    """A copy of `image` (RGB, as stored) with the detections of at least `min_score`, the best one on top."""
+    """A copy of `image` (RGB, as stored) with all detections of score >= `min_score`; the best is drawn last."""
     shown = detections.scores_N >= min_score
-    rows, scores = detections.labels_N[shown].tolist(), detections.scores_N[shown].tolist()
-    captions = [f"{class_map.name_of_row(row)} {score:.2f}" for row, score in zip(rows, scores, strict=True)]
-    return draw_boxes(image, detections.boxes_xyxy_N4[shown].cpu().numpy(), rows, captions)
+    labels, scores = detections.labels_N[shown].tolist(), detections.scores_N[shown].tolist()
+    captions = [
+        f"{class_map.name_of_row(label)} {score:.2f}" for label, score in zip(labels, scores, strict=True)
+    ]
+    return draw_boxes(image, detections.boxes_xyxy_N4[shown].cpu().numpy(), labels, captions)
 
 
 def draw_boxes(
-    image: Image.Image, boxes_xyxy: np.ndarray, rows: Sequence[int], captions: Sequence[str]
+    image: Image.Image, boxes_xyxy: np.ndarray, labels: Sequence[int], captions: Sequence[str]
 ) -> Image.Image:
-    """A copy of `image` with boxes ([N, 4] in its pixels) in the colours of their class rows, the first one on top.
+    """A copy of `image` with captioned boxes in the colours of their classes; the first is drawn last.
 
-    Small images are enlarged by a whole factor, so that names and scores can be read.
+    Small images are enlarged by an integer factor to keep captions legible.
+
+    Args:
+        image: the image.
+        boxes_xyxy: [N, 4] corners in pixels of the image.
+        labels: N class indices, which select the colours.
+        captions: N texts.
     """
     factor = max(1, min(round(PICTURE_SIDE / min(image.size)), LONGEST_SIDE // max(image.size)))
     picture = image.convert("RGB").resize(
@@ -64,13 +72,13 @@ def draw_boxes(
     text_size = max(12, round(min(picture.size) / 42))
     line_width = max(2, round(min(picture.size) / 240))
     boxes = (np.asarray(boxes_xyxy, np.float64) * factor).tolist()
-    for box, row, caption in reversed(list(zip(boxes, rows, captions, strict=True))):
-        colour = class_colour(row)
+    for box, label, caption in reversed(list(zip(boxes, labels, captions, strict=True))):
+        colour = class_colour(label)
         left, top, right, bottom = _clip(box, picture.size)
         draw.rectangle((left, top, right, bottom), outline=colour, width=line_width)
         font, caption = font_for(caption, text_size)
         _, _, text_width, text_height = draw.textbbox((0, 0), caption, font=font)
-        # Above the box; inside it where the picture ends.
+        # Above the box, or inside it at the top edge of the picture.
         text_top = top - text_height - 4 if top - text_height - 4 >= 0 else top
         text_left = max(0, min(left, picture.width - text_width - 6))
         draw.rectangle(
@@ -81,7 +89,7 @@ def draw_boxes(
 
 
 def _clip(box: Sequence[float], size: tuple[int, int]) -> tuple[float, float, float, float]:
-    """A box within the picture whose corners are in order, as PIL demands."""
+    """The box clipped to the picture, with ordered corners, as PIL requires."""
     width, height = size
     left, right = sorted(min(max(x, 0), width - 1) for x in (box[0], box[2]))
     top, bottom = sorted(min(max(y, 0), height - 1) for y in (box[1], box[3]))
@@ -95,12 +103,12 @@ def _readable_on(colour: tuple[int, int, int]) -> str:
 
 @dataclass(frozen=True, eq=False)
 class KeptTokens:
-    """Which tokens of one image were kept."""
+    """Masks of the kept tokens of one image."""
 
     levels: tuple[np.ndarray, ...]
     """bool [rows, columns] of each level of the pyramid, finest first. A level covers `padded_size`."""
     resized_size: tuple[int, int]
-    """(height, width) in pixels of the model's input without padding; the image fills this area."""
+    """(height, width) in pixels of the model's input without padding."""
     padded_size: tuple[int, int]
     """(height, width) in pixels of the model's input."""
 
@@ -112,32 +120,32 @@ class KeptTokens:
         resized_size: tuple[int, int],
         padded_size: tuple[int, int],
     ) -> KeptTokens:
-        """From bool [S], level after level, row-major (`plan.slot_BS[i] >= 0`)."""
+        """Masks from the tokens of one image, bool [S], levels concatenated, row-major (`plan.slot_BS[i] >= 0`)."""
         levels = kept_S.cpu().split([math.prod(shape) for shape in level_shapes])
         maps = [level.view(shape).numpy() for level, shape in zip(levels, level_shapes, strict=True)]
         return KeptTokens(tuple(maps), resized_size, padded_size)
 
     def in_image(self, level: int) -> np.ndarray:
-        """bool [rows, columns] of a level without its padding."""
+        """Mask of a level without padding, bool [rows, columns]."""
         kept = self.levels[level]
         rows = math.ceil(self.resized_size[0] * kept.shape[0] / self.padded_size[0])
         columns = math.ceil(self.resized_size[1] * kept.shape[1] / self.padded_size[1])
         return kept[:rows, :columns]
 
     def cell_size(self, level: int) -> tuple[float, float]:
-        """(height, width) of a token of a level in pixels of the model's input."""
+        """(height, width) of a token of this level in pixels of the model's input."""
         rows, columns = self.levels[level].shape
         return self.padded_size[0] / rows, self.padded_size[1] / columns
 
     def stride(self, level: int) -> int:
-        """Nominal pixels between two tokens of a level; inputs that it does not divide have slightly smaller cells."""
+        """Nominal stride of a level in pixels; cells are slightly smaller if it does not divide the input size."""
         return 2 ** round(math.log2(max(self.cell_size(level))))
 
 
 def draw_kept_tokens(image: Image.Image, kept: KeptTokens, *, title: str = "") -> Image.Image:
-    """One panel per level of the pyramid: the image where its tokens were kept, dimmed where they were not."""
+    """A picture with one panel per level, in which tokens that are not kept are dimmed."""
     height, width = kept.resized_size
-    # Fine tokens of large images need room: two panels a row instead of all in one.
+    # Large images have small cells: two panels per row instead of one row.
     columns = len(kept.levels) if max(kept.resized_size) <= 256 else min(2, len(kept.levels))
     rows = math.ceil(len(kept.levels) / columns)
     panel_width = (_SHEET_WIDTH - _GAP * (columns + 1)) // columns
@@ -157,18 +165,18 @@ def draw_kept_tokens(image: Image.Image, kept: KeptTokens, *, title: str = "") -
         font, text = font_for(f"stride {kept.stride(level)}: {int(cells.sum())} of {cells.size}", 15)
         place = (left + panel_width / 2, top + line / 2)
         draw.text(place, text, fill=INK, font=font, anchor="mm")
-        sheet.paste(_dim_all_but(panel, kept, level), (left, top + line))
+        sheet.paste(_dim_discarded(panel, kept, level), (left, top + line))
     return sheet
 
 
-def _dim_all_but(panel: Image.Image, kept: KeptTokens, level: int) -> Image.Image:
-    """The image with the tokens of a level that were not kept dimmed, and a line around each that was."""
+def _dim_discarded(panel: Image.Image, kept: KeptTokens, level: int) -> Image.Image:
+    """The image with the discarded tokens of a level dimmed, and a border around each kept token."""
     cells, (cell_height, cell_width) = kept.in_image(level), kept.cell_size(level)
     y = (np.arange(panel.height) + 0.5) * kept.resized_size[0] / panel.height
     x = (np.arange(panel.width) + 0.5) * kept.resized_size[1] / panel.width
     row, column = (y / cell_height).astype(int), (x / cell_width).astype(int)
     is_kept = cells[row[:, None], column]
-    # Where cells are smaller than 5 pixels their own lines would hide what is in them: a line around groups then.
+    # Borders would hide cells smaller than 5 pixels: these have a border around each group of cells instead.
     by_cell = min(
         cell_height / kept.resized_size[0] * panel.height, cell_width / kept.resized_size[1] * panel.width
     )
@@ -182,7 +190,7 @@ def _dim_all_but(panel: Image.Image, kept: KeptTokens, level: int) -> Image.Imag
 
 
 def add_caption(picture: Image.Image, text: str) -> Image.Image:
-    """The picture with a line of text below it, or with several where it is narrow."""
+    """The picture with a caption below it, wrapped to its width."""
     size = max(12, round(min(picture.width / 34, picture.height / 28)))
     font, text = font_for(text, size)
     lines = [""]
@@ -204,7 +212,7 @@ def add_caption(picture: Image.Image, text: str) -> Image.Image:
 
 
 def plot_budgets(metrics: Metrics) -> Figure:
-    """Tokens kept of each image against its number of objects, and their mean for every number of objects."""
+    """A scatter plot of kept tokens against the number of objects, with the mean for each number of objects."""
     objects = np.array([record.num_objects for record in metrics.images])
     ratios = np.array([record.keep_ratio for record in metrics.images]) * 100
     figure = Figure(figsize=(6.4, 4.2), dpi=130, layout="constrained")
@@ -228,7 +236,7 @@ def plot_budgets(metrics: Metrics) -> Figure:
     )
     axis.set_xlabel("objects in the image", color=INK)
     axis.set_ylabel("tokens kept (%)", color=INK)
-    axis.set_ylim(0, 1.1 * float(ratios.max()))  # the points of a constant budget are not cut at the edge
+    axis.set_ylim(0, 1.1 * float(ratios.max()))  # keeps the points of a constant budget away from the edge
     correlation = metrics.budget_object_spearman
     found = "the budget is constant" if math.isnan(correlation) else f"Spearman r = {correlation:.2f}"
     axis.set_title(f"Budget against difficulty: {found}, {len(objects)} images", fontsize=11, color=INK)
@@ -249,9 +257,17 @@ def save_pictures(
 ) -> list[Path]:
     """Write <rank>_<image id>_detections.png and, for models that select tokens, ..._tokens.png of each image.
 
-    Rank 00 is the image with the fewest objects.
-    `loader` holds just the images to draw, e.g. EvaluationLoader(..., indices=spread_over_difficulty(dataset,
-    8)). The model is put in evaluation mode and back. Call it in one process.
+    The rank orders the images by number of objects, fewest first. Call it in one process only.
+
+    Args:
+        model: the model; its training mode is restored afterwards.
+        loader: loader of the images to draw, for example with `indices=spread_over_difficulty(dataset, 8)`.
+        device: device of the model.
+        folder: output folder; it is created.
+        min_score: minimum score of a drawn detection.
+
+    Returns:
+        The paths of the files.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)

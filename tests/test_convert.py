@@ -128,9 +128,9 @@ def test_what_had_to_be_assumed_or_was_left_out_is_said() -> None:
     assert not config_from_dict(checkpoint["config"]).model.adaption
     assert "adaption.weight" not in checkpoint["model"]
     notes = "\n".join(checkpoint["notes"])
-    assert "left out: the adaption layer" in notes
-    assert "left out: the state of optimizer" in notes
-    assert "does not say its budgets; taken to be 0.1 and 0.2" in notes
+    assert "omitted: the adaption layer" in notes
+    assert "omitted: the state of optimizer" in notes
+    assert "does not contain its budgets; 0.1 and 0.2 are assumed" in notes
     kept = from_official({"model": state}, keep_adaption=True)
     assert torch.equal(kept["model"]["adaption.weight"], state["adaption_layer.weight"])
 

@@ -152,11 +152,11 @@ def test_a_fixed_ratio_keeps_just_that(detector: Detector, images: list[Image.Im
 def test_mistakes_are_named(detector: Detector, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"\.onnx or \.pt2"):
         export_file(detector, tmp_path / "model.engine")
-    with pytest.raises(UserError, match="export size 60x96: give multiples of 32"):
+    with pytest.raises(UserError, match="export size = 60x96: must be positive multiples of 32"):
         export_program(detector, (60, 96))
-    with pytest.raises(UserError, match="max detections 0: give at least 1"):
+    with pytest.raises(UserError, match="max_detections = 0: must be >= 1"):
         export_file(detector, tmp_path / "model.onnx", SIZE, max_detections=0)
-    with pytest.raises(UserError, match=r"keep ratio 1\.5"):
+    with pytest.raises(UserError, match=r"keep_ratio = 1\.5"):
         export_program(detector, SIZE, keep_ratio=1.5)
     path = save_small_detector(tmp_path / "model")
     with pytest.raises(SystemExit):
