@@ -157,7 +157,10 @@ def test_the_91_rows_of_a_published_head_are_the_coco_categories() -> None:
         ),
         (lambda s: s.pop("transformer.level_embed"), "no tensor 'transformer.level_embed'"),
         (lambda s: s.pop("backbone.0.body.layer4.1.conv1.weight"), "1 missing"),
-        (lambda s: s.update({"class_embed.0.bias": torch.ones(7)}), "differs from its copy under another name"),
+        (
+            lambda s: s.update({"class_embed.0.bias": torch.ones(7)}),
+            "differs from its copy under another name",
+        ),
     ],
 )
 def test_a_file_that_is_not_exactly_such_a_model_is_refused(damage: Any, message: str) -> None:
