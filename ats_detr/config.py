@@ -29,8 +29,48 @@ class ConfigError(UserError):
     """A setting with an invalid value; the message names key, value and fix."""
 
     def __init__(self, key: str, value: object, fix: str):
-        super().__init__(f"{key} = {value!r}: {fix}")
+        super().__init__(f"{key} = {_shown(value)}: {fix}")
         self.key, self.value, self.fix = key, value, fix
+
+
+def _shown(value: object) -> str:
+    """`repr` of a value, shortened if it is long."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # thousands of digits, or deeply nested
+        return f"a {type(value).__name__} that is too large to be shown"
+    return text if len(text) <= 200 else f"{text[:200]}..."
+
+
+_MAXIMUM = {
+    "seed": 2**32 - 1,
+    "num_pictures": 100_000,
+    "model.width": 8192,
+    "model.num_heads": 256,
+    "model.num_levels": 8,
+    "model.num_points": 64,
+    "model.num_encoder_layers": 100,
+    "model.num_decoder_layers": 100,
+    "model.feedforward_width": 65_536,
+    "model.num_queries": 100_000,
+    "model.num_classes": 100_000,
+    "model.selector.num_budgets": 1000,
+    "data.short_side": 16_384,
+    "data.long_side": 16_384,
+    "data.train_short_sides": 16_384,
+    "data.crop_short_sides": 16_384,
+    "data.crop_size": 16_384,
+    "data.size_multiple": 4096,
+    "data.batch_size": 65_536,
+    "data.eval_batch_size": 65_536,
+    "data.num_workers": 1024,
+    "data.synthetic.seed": 2**32 - 1,
+    "data.synthetic.image_size": 16_384,
+    "data.synthetic.num_train": 10_000_000,
+    "data.synthetic.num_val": 10_000_000,
+}
+"""Largest values of integers that are read from files. A checkpoint of unknown origin must not exhaust memory."""
+_MAX_INTEGER = 2**31 - 1
 
 
 def _check(holds: bool, key: str, value: object, fix: str) -> None:
@@ -200,6 +240,7 @@ class SyntheticConfig:
 
     def __post_init__(self) -> None:
         _check_positive(self, "num_train", "num_val", "num_classes", "max_objects")
+        _check_at_least(self, 0, "seed")
         _check_at_least(self, 32, "image_size")
         _check(
             1 <= self.max_aspect_ratio <= 4, "max_aspect_ratio", self.max_aspect_ratio, "must be in [1, 4]"
@@ -433,7 +474,11 @@ class Config:
     """`auto`: CUDA if available, otherwise the CPU; or the name of a torch device."""
 
     def __post_init__(self) -> None:
-        _check(bool(self.name) and "/" not in self.name, "name", self.name, "must be a name without slashes")
+        fix = "must be the name of a folder: printable characters without slashes, not only dots, at most 200 bytes"
+        is_short = len(self.name.encode("utf-8", "replace")) <= 200
+        is_plain = self.name.isprintable() and not set(self.name) & set("/\\")
+        _check(bool(self.name.strip(". ")) and is_short and is_plain, "name", self.name, fix)
+        _check_at_least(self, 0, "seed", "num_pictures")
         if not self.model.adaptive:
             _check(self.teachers is None, "teachers", "set", "only an adaptive model has teachers")
             _check(not self.summary, "summary", True, "only a run with teachers has stages to compare")
@@ -541,7 +586,12 @@ def config_to_dict(config: Any) -> dict[str, Any]:
 
 def save_config(config: Config, path: Path) -> None:
     """Write the resolved configuration; `load_config` reads it back equal."""
-    path.write_text(yaml.safe_dump(config_to_dict(config), sort_keys=False))
+    text = yaml.safe_dump(config_to_dict(config), sort_keys=False, allow_unicode=True)
+    path.write_text(text, encoding="utf-8")
+
+
+_NOT_YAML = (yaml.YAMLError, ValueError, RecursionError)
+"""ValueError: not UTF-8, or an integer of thousands of digits. RecursionError: deep nesting."""
 
 
 def _read_tree(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
@@ -549,10 +599,10 @@ def _read_tree(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     if path.resolve() in seen:
         raise UserError(f"{path}: its base files form a cycle")
     try:
-        tree = yaml.safe_load(path.read_text())
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{path}: cannot read this configuration file ({error.strerror})") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except _NOT_YAML as error:
         raise UserError(f"{path}: not YAML ({' '.join(str(error).split())})") from error
     tree = {} if tree is None else tree
     if not isinstance(tree, dict):
@@ -588,8 +638,8 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
         raise UserError(f"override {override!r}: must have the form key.sub=value")
     try:
         value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UserError(f"override {override!r}: the value is not YAML") from error
+    except _NOT_YAML as error:
+        raise UserError(f"override {_shown(override)}: the value is not YAML") from error
     *parents, leaf = key.split(".")
     for parent in parents:
         child = tree.get(parent)
@@ -607,7 +657,8 @@ def _build(kind: type[ConfigT], tree: Any, prefix: str) -> ConfigT:
     values = {}
     for key, value in tree.items():
         if key not in hints:
-            near = difflib.get_close_matches(str(key), hints, n=1, cutoff=0)
+            key = str(key)[:100]
+            near = difflib.get_close_matches(key, hints, n=1, cutoff=0)
             hint = f"did you mean {prefix}{near[0]}?" if near else "it has no settings"
             raise ConfigError(f"{prefix}{key}", value, f"there is no such setting; {hint}")
         values[key] = _convert(value, hints[key], f"{prefix}{key}")
@@ -647,6 +698,8 @@ def _convert(value: Any, hint: Any, key: str) -> Any:
     if hint is bool and isinstance(value, bool):
         return value
     if hint is int and isinstance(value, int) and not isinstance(value, bool):
+        maximum = _MAXIMUM.get(key.split("[")[0], _MAX_INTEGER)
+        _check(abs(value) <= maximum, key, value, f"must be <= {maximum}")
         return value
     if hint is float and not isinstance(value, bool):
         number = _as_float(value)
@@ -674,6 +727,6 @@ def _as_float(value: Any) -> float | None:
     """A finite number or None. YAML reads `1e-4` as a string."""
     try:
         number = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return None
     return number if math.isfinite(number) else None

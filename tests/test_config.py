@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -201,3 +204,39 @@ def test_a_file_that_is_no_config_is_named(tmp_path: Path, text: str, words: str
 def test_every_setting_is_plain_yaml() -> None:
     tree = config_to_dict(Config())
     assert yaml.safe_load(yaml.safe_dump(tree)) == tree
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "seed=-1",
+        f"seed={10**30}",
+        "name=..",
+        "name='. .'",
+        "name='a\\b'",
+        f"name={'a' * 300}",
+        "model.num_encoder_layers=1000000",
+        f"model.width={'9' * 400}",
+        f"model.width={'9' * 5000}",
+        f"train.learning_rate={'9' * 400}",
+        "data.train_short_sides=[640, 99999999]",
+        f"model.width={'[' * 3000}{']' * 3000}",
+    ],
+)
+def test_values_that_exhaust_memory_or_leave_the_folder_are_one_short_error(override: str) -> None:
+    with pytest.raises(UserError) as raised:
+        load_config("quickstart", [override])
+    assert "\n" not in str(raised.value)
+    assert len(str(raised.value)) < 700
+
+
+def test_settings_are_utf8_whatever_the_locale(tmp_path: Path) -> None:
+    config = config_from_dict({"name": "größe", "data": {"root": "données/猫"}})
+    save_config(config, tmp_path / "config.yaml")
+    assert (tmp_path / "config.yaml").read_bytes().decode("utf-8").count("猫") == 1
+    code = (
+        "import sys; from ats_detr.config import load_config;"
+        " assert load_config(sys.argv[1]).data.root == 'donn\\xe9es/\\u732b'"
+    )
+    environment = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "config.yaml")], env=environment, check=True)
