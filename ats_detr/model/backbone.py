@@ -109,11 +109,11 @@ class Backbone(nn.Module):
         if num_stages >= NUM_STAGES:
             return {name for name, _ in _build_on_meta(name, arguments).named_parameters()}
         strides = [2 ** (num_stages + 1), 2 ** (num_stages + 2)]
-        mend = f"set it to 0, or to {NUM_STAGES} to freeze the whole backbone"
+        fix = f"set it to 0, or to {NUM_STAGES} to freeze the whole backbone"
         if any(stride not in self._levels for stride in strides):
             raise UserError(
                 f"model.backbone.frozen_stages = {num_stages}: backbone {name!r} has no stage at stride"
-                f" {strides[0]}, only at strides {list(self._levels)}; {mend}"
+                f" {strides[0]}, only at strides {list(self._levels)}; {fix}"
             )
         arguments = {**arguments, "out_indices": [self._levels[stride] for stride in strides]}
         body = _build_on_meta(name, arguments).eval()
@@ -126,7 +126,7 @@ class Backbone(nn.Module):
         if not own <= following:
             raise UserError(
                 f"model.backbone.frozen_stages = {num_stages}: the stages of backbone {name!r} exchange features, so"
-                f" its first {num_stages} cannot be frozen separately; {mend}"
+                f" its first {num_stages} cannot be frozen separately; {fix}"
             )
         return own
 
@@ -201,7 +201,7 @@ def _check_option(key: str, value: Any, depth: int) -> None:
     if isinstance(value, bool) or value is None:
         return
     if isinstance(value, (int, float)):
-        if not -_MAX_OPTION <= value <= _MAX_OPTION:  # also where it is not a number
+        if not -_MAX_OPTION <= value <= _MAX_OPTION:  # also rejects NaN
             raise UserError(f"{key} = {value!r}: must be in [-{_MAX_OPTION}, {_MAX_OPTION}]")
     elif isinstance(value, str):
         if not re.fullmatch(r"\w{0,40}", value):
