@@ -275,7 +275,8 @@ def _limit(value: Tensor | None, shapes: LevelShapes | Tensor, weights: Tensor) 
         return f"{num_points} points, at most {MAX_POINTS}"
     if not isinstance(shapes, Tensor) and any(side > MAX_SIDE for pair in shapes for side in pair):
         return f"level_shapes {list(shapes)}, sides of at most {MAX_SIDE} pixels"
-    return None
+    if runs_inside_graph():  # sizes may be unknown
+        return None
     num_rows, num_heads = weights.shape[:-3].numel(), weights.shape[-3]
     if weights.numel() >= 2**31:
         return f"{weights.numel()} samples, fewer than 2^31"

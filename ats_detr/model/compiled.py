@@ -18,6 +18,7 @@ from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from ats_detr.batch import ImageBatch
+from ats_detr.kernels.dispatch import choose_backend
 from ats_detr.model.detr import Detr
 from ats_detr.model.output import DetectorOutput
 
@@ -33,8 +34,8 @@ class CompiledDetr:
     """`Detr.forward` of a frozen, optimised copy of a model, for inference.
 
     Batch norms are folded into the preceding convolutions, weights are cast, and convolutions use the channels-last
-    layout. On CUDA, each input shape (batch, height, width) is captured as a CUDA graph at its first batch and
-    replayed afterwards, so the host performs one copy and one launch per batch. Pad batches as in evaluation
+    layout. On CUDA with Triton, each input shape (batch, height, width) is captured as a CUDA graph at its first batch
+    and replayed afterwards, so the host performs one copy and one launch per batch. Pad batches as in evaluation
     (`data.size_multiple`) to limit the number of shapes. The number of kept tokens may differ between passes.
 
     Calls from several threads run sequentially; they may use different streams. An enclosing autocast has no effect.
@@ -76,7 +77,8 @@ class CompiledDetr:
             self.model.backbone.compile(dynamic=False)
         self._graphs: OrderedDict[tuple[int, int, int], _Graph] = OrderedDict()
         self._pool: Any = None
-        if self.device.type == "cuda":
+        self._captures = _can_capture(self.device, dtype)
+        if self._captures:
             self._pool, self._done = torch.cuda.graph_pool_handle(), torch.cuda.Event()
         self._lock = threading.Lock()
 
@@ -92,7 +94,7 @@ class CompiledDetr:
         size = (len(batch), *images_B3HW.shape[-2:])
         with self._lock, _current(self.device), torch.autocast(self.device.type, enabled=False):
             started = time.perf_counter()
-            if self.device.type != "cuda":
+            if not self._captures:
                 output = self._detect(images_B3HW, padding_mask_BHW)
             else:
                 output = self._replay(size, images_B3HW, padding_mask_BHW)
@@ -118,6 +120,19 @@ class CompiledDetr:
         output = _copied(graph(*inputs))
         self._done.record(stream)
         return output
+
+
+def _can_capture(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether passes on this device can be captured; a warning says why a CUDA device cannot."""
+    if device.type != "cuda":
+        return False
+    if choose_backend(torch.empty(0, dtype=dtype, device=device)) == "reference":
+        logger.warning(
+            "running without CUDA graphs: the reference operators synchronise with the device. For CUDA graphs, "
+            "install triton, unset ATS_DETR_BACKEND, and use another dtype than float64"
+        )
+        return False
+    return True
 
 
 class _Graph:

@@ -14,8 +14,9 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 
 from ats_detr.batch import ImageBatch
 from ats_detr.config import SelectorConfig
-from ats_detr.kernels import deformable_attention, packed_linear, select_tokens
+from ats_detr.kernels import deformable_attention, dispatch, packed_linear, select_tokens
 from ats_detr.model import CompiledDetr, Detr
+from ats_detr.model import compiled as compiled_module
 from ats_detr.model.backbone import Backbone
 from ats_detr.model.compiled import fold_batch_norms
 from ats_detr.model.output import Detections, DetectorOutput, top_detections
@@ -160,6 +161,40 @@ def test_a_cuda_pass_does_not_synchronise(changes: dict) -> None:
         assert detections[0].boxes_xyxy_N4.device.type == "cuda"
         with pytest.raises(DataDependentOutputException):
             bool(detections[0].scores_N[0] > 0.5)
+
+
+@pytest.mark.parametrize(
+    ("has_triton", "requested", "dtype", "captured"),
+    [
+        (True, "", torch.bfloat16, True),
+        (True, "", torch.float64, False),
+        (True, "reference", torch.bfloat16, False),
+        (False, "", torch.bfloat16, False),
+    ],
+)
+def test_passes_of_the_reference_operators_are_not_captured(
+    has_triton: bool, requested: str, dtype: torch.dtype, captured: bool, monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    """They read the number of kept tokens on the host, which a capture does not allow."""
+    monkeypatch.setenv("ATS_DETR_BACKEND", requested)
+    monkeypatch.setattr(dispatch, "HAS_TRITON", has_triton)
+    with FakeTensorMode():
+        assert compiled_module._can_capture(torch.device("cuda"), dtype) == captured
+    assert ["install triton" in record.message for record in caplog.records] == [True] * (not captured)
+    assert not compiled_module._can_capture(torch.device("cpu"), dtype)
+
+
+@torch.no_grad()
+def test_a_pass_that_cannot_be_captured_runs_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr(compiled_module, "_can_capture", lambda *arguments: asked.append(arguments))
+    model, batch = small_model(), ImageBatch.collate(images((64, 96)))
+    compiled = CompiledDetr(model)
+    assert asked == [(torch.device("cpu"), torch.float32)]
+    for _ in range(2):
+        assert_same_detections(compiled(batch), model(batch))
+    assert not compiled._graphs
 
 
 @pytest.mark.slow
