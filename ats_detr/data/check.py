@@ -1,4 +1,4 @@
-"""Everything that is wrong with a COCO-format dataset, in one go: `python -m ats_detr datasets check PATH`."""
+"""Check a COCO-format data set and report all problems at once: `ats-detr datasets check PATH`."""
 
 from __future__ import annotations
 
