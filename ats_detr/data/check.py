@@ -1,10 +1,14 @@
-"""Check a COCO-format data set and report all problems at once: `ats-detr datasets check PATH`."""
+"""`ats-detr datasets check PATH`: every problem of a COCO-format dataset in one report.
+
+A split is opened by `CocoDetection`, as in training and evaluation, so that both accept the same data; the check also
+decodes every image.
+"""
 
 from __future__ import annotations
 
 import hashlib
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,283 +17,232 @@ from typing import Any, Literal
 import numpy as np
 from matplotlib.figure import Figure
 
-from ats_detr.data.coco import (
-    REQUIRED_FIELDS,
-    AnnotationError,
-    annotation_fault,
-    parse_annotations,
-    record_fault,
-)
-from ats_detr.data.images import IMAGE_SUFFIXES, ImageFileError, decode_image
+from ats_detr.config import EvaluationConfig, ModelConfig
+from ats_detr.data.annotations import parse_annotations
+from ats_detr.data.classes import ClassMap
+from ats_detr.data.coco import CocoDetection, ExifRule
+from ats_detr.data.findings import Finding, Findings
+from ats_detr.data.images import IMAGE_SUFFIXES, ImageFileError, decode_image, read_file
+from ats_detr.data.layout import find_annotation_files
 from ats_detr.errors import UserError
 
-Level = Literal["error", "warning", "note"]
-_TOLERANCE = 1.0
-"""Pixels by which boxes may stick out of their image: rounding of annotation tools."""
 _MOST_BARS = 40
 _SMALL, _LARGE = 32, 96
 """COCO's limits of small, medium and large: square roots of areas in pixels."""
-
-
-@dataclass
-class Finding:
-    """One kind of problem, with everything it was found at."""
-
-    level: Level
-    """error: training stops at it or learns something wrong; warning: probably not meant; note: worth knowing."""
-    what: str
-    places: list[str] = field(default_factory=list)
+_MIN_CONTRAST = 16
+"""Smallest range of pixel values (of 255) of an image that shows something."""
 
 
 @dataclass
 class Split:
     """One annotation file with its images."""
 
+    name: str
     annotations: Path
-    images: Path
-    findings: list[Finding] = field(default_factory=list)
+    images: Path | None
+    """The folder of the images; None until it is found."""
+    is_training: bool
+    """It is trained on, so it needs objects."""
+    findings: Findings = field(default_factory=lambda: Findings(""))
+    dataset: CocoDetection | None = None
+    """None where the split cannot be opened at all."""
+    num_images: int = 0
+    """Images that training or evaluation use; of a rejected split, images that are listed."""
+    num_objects: int = 0
+    """Objects in these images, without crowds and boxes without area; of a rejected split, those listed."""
     categories: dict[int, str] = field(default_factory=dict)
     sizes: list[tuple[int, int]] = field(default_factory=list)
-    """(height, width) of each image that is listed, as the annotation file says."""
+    """(height, width) in pixels of each image."""
     objects_per_image: list[int] = field(default_factory=list)
     objects_per_category: Counter[int] = field(default_factory=Counter)
     box_sides: list[float] = field(default_factory=list)
-    """Square root of the area in pixels of each usable box."""
+    """Square root of the area in pixels of each object."""
     digests: dict[bytes, str] = field(default_factory=dict)
     """File name by content, of the files that can be read."""
 
-    def add(self, level: Level, what: str, places: Iterable[str] = ()) -> None:
-        places = list(places)
-        if places:
-            self.findings.append(Finding(level, what, places))
-
     @property
     def num_errors(self) -> int:
-        return sum(finding.level == "error" for finding in self.findings)
+        return len(self.findings.of("error"))
 
 
 def find_splits(path: Path, images: Path | None = None) -> list[Split]:
-    """The annotation files under `path` and the folders of their images.
+    """The annotation files under `path`, which is such a file or a folder.
 
     Args:
-        path: an annotation file, or a folder with `annotations/*.json` (COCO: instances_train2017.json goes with
-            train2017/) or with `*/_annotations.coco.json` beside the images (Roboflow).
-        images: folder of the images, where it cannot be guessed.
+        images: folder of the images, where it cannot be found.
 
     Raises UserError where there is none.
     """
-    if path.is_file():
-        files = [path]
-    elif path.is_dir():
-        files = sorted(
-            [*path.glob("annotations/*.json"), *path.glob("*.json"), *path.glob("*/_annotations.coco.json")]
+    files = find_annotation_files(path)
+    has_training = any(file.role == "train" for file in files)
+    return [
+        Split(
+            file.name,
+            file.annotations,
+            images,
+            is_training=len(files) == 1 or file.role == "train" or (not has_training and file.role is None),
         )
-        files = [
-            file
-            for file in files
-            if not file.name.startswith(("captions_", "person_keypoints_", "image_info_"))
-        ]
-    else:
-        raise UserError(f"{path}: there is no such file or folder")
-    if not files:
-        raise UserError(f"{path}: no annotation file in it; give one, or a folder with annotations/*.json")
-    return [Split(file, images or _folder_of(file)) for file in files]
-
-
-def _folder_of(file: Path) -> Path:
-    """Where the images of an annotation file most likely are."""
-    name = file.stem.removeprefix("instances_")
-    root = file.parent.parent if file.parent.name == "annotations" else file.parent
-    for folder in (root / name, root / "images" / name, root / "images"):
-        if folder.is_dir():
-            return folder
-    return root / name if file.parent.name == "annotations" else file.parent
+        for file in files
+    ]
 
 
 def check_dataset(
-    splits: Sequence[Split], *, track: Callable[[Iterable[Any], str, int], Iterable[Any]] | None = None
-) -> list[Finding]:
-    """Look at every record and decode every image of the splits; their findings are in `Split.findings`, those about
-    several splits are returned.
+    splits: Sequence[Split],
+    *,
+    exif: ExifRule = "auto",
+    on_bad_image: Literal["error", "skip"] = "error",
+    on_bad_annotation: Literal["error", "skip"] = "error",
+    track: Callable[[Iterable[Any], str, int], Iterable[Any]] | None = None,
+) -> None:
+    """Read every record and decode every image of the splits; the results are in the splits.
 
     Args:
+        exif, on_bad_image, on_bad_annotation: as in the `data` section of a run.
         track: (items, description, number) -> the items; a progress bar.
     """
-    for split in splits:
+    class_map: ClassMap | None = None
+    for split in sorted(splits, key=lambda split: not split.is_training):
+        split.findings = Findings(split.annotations, skip_bad=on_bad_annotation == "skip")
         try:
-            content = parse_annotations(split.annotations)
-        except AnnotationError as error:
-            split.add("error", "the annotation file cannot be used", [str(error)])
+            split.dataset = CocoDetection(
+                split.images,
+                split.annotations,
+                class_map=class_map,
+                on_bad_image=on_bad_image,
+                exif=exif,
+                need_objects=split.is_training,
+                findings=split.findings,
+            )
+        except UserError as error:
+            split.findings.add("error", "dataset that cannot be opened", [error])
+            _count_listed(split)
             continue
-        images = _check_records(split, content)
-        _check_objects(split, content, images)
-        _check_files(split, images, track)
-    return _compare(splits)
+        if split.is_training and class_map is None and not split.num_errors:
+            class_map = split.dataset.class_map
+        split.images = split.dataset.image_folder
+        bad = _check_files(split, split.dataset, track)
+        _describe(split, split.dataset, bad)
+    _compare(splits)
 
 
-# ------------------------------------------------------------------------------------------------- the annotation file
-def _check_records(split: Split, content: Mapping[str, Any]) -> dict[int, Any]:
-    """Images by id, those that can be used; fills `categories` and `sizes`."""
-    by_id: dict[str, dict[int, Any]] = {}
-    for key, required in REQUIRED_FIELDS.items():
-        records: dict[int, Any] = {}
-        faults, repeated = [], []
-        for i, record in enumerate(content[key]):
-            fault = record_fault(record, required)
-            if fault is not None:
-                faults.append(f"{key}[{i}] {fault}")
-            elif record["id"] in records:
-                repeated.append(f"{key}[{i}] repeats id {record['id']}")
-            else:
-                records[record["id"]] = record
-        split.add("error", f"entries of '{key}' that cannot be used", faults)
-        split.add("error", f"ids that occur twice under '{key}'", repeated)
-        if not records:
-            split.add("error", f"no usable entries under '{key}'", [str(split.annotations)])
-        by_id[key] = records
-    images = by_id["images"]
-    flat = [image for image in images.values() if min(image["height"], image["width"]) <= 0]
-    where = (f"image {image['id']}: {image['width']} x {image['height']}" for image in flat)
-    split.add("error", "images of no height or width", where)
-    names = Counter(image["file_name"] for image in images.values())
-    split.add("warning", "files that are listed twice", (name for name, count in names.items() if count > 1))
-    split.categories = {i: category["name"] for i, category in sorted(by_id["categories"].items())}
-    twice = [name for name, count in Counter(split.categories.values()).items() if count > 1]
-    split.add("warning", "categories of one name and different ids", twice)
-    split.sizes = [(image["height"], image["width"]) for image in images.values()]
-    return images
+def report(splits: Sequence[Split]) -> dict[str, Any]:
+    """The result of a check, ready for JSON. Accepted: training and evaluation start with these splits."""
+    return {
+        "accepted": not any(split.num_errors for split in splits),
+        "splits": [
+            {
+                "name": split.name,
+                "images": None if split.images is None else str(split.images.absolute()),
+                "annotations": str(split.annotations.absolute()),
+                "num_images": split.num_images,
+                "num_objects": split.num_objects,
+                "errors": [str(finding) for finding in split.findings.of("error")],
+                "warnings": [str(finding) for finding in split.findings.of("warning")],
+            }
+            for split in splits
+        ],
+    }
 
 
-def _check_objects(split: Split, content: Mapping[str, Any], images: Mapping[int, Any]) -> None:
-    found: dict[str, list[str]] = defaultdict(list)
-    ids: set[Any] = set()
-    boxes: set[tuple[Any, ...]] = set()
-    objects: Counter[int] = Counter()
-    for i, record in enumerate(content["annotations"]):
-        where = f"annotations[{i}]"
-        fault = annotation_fault(record, images, split.categories)
-        if isinstance(record, dict) and "id" in record:
-            if str(record["id"]) in ids:
-                found["repeated"].append(f"{where} repeats id {record['id']}")
-            ids.add(str(record["id"]))
-        if fault is not None:
-            found[
-                "category" if "category_id" in fault else "image" if "image_id" in fault else "fault"
-            ].append(f"{where} {fault}")
-            continue
-        image = images[record["image_id"]]
-        where += f" of {image['file_name']}"
-        x, y, width, height = box = record["bbox"]
-        if width <= 0 or height <= 0:
-            found["flat"].append(f"{where}: {width:g} x {height:g}")
-            continue
-        sticks_out = max(-x, -y, x + width - image["width"], y + height - image["height"])
-        if min(x + width, y + height, image["width"] - x, image["height"] - y) <= 0:
-            found["outside"].append(f"{where}: {box} in {image['width']} x {image['height']}")
-            continue
-        if sticks_out > _TOLERANCE:
-            found["sticks out"].append(f"{where}: by {sticks_out:.0f} of {width:.0f} x {height:.0f} pixels")
-        key = (record["image_id"], record["category_id"], *box)
-        if key in boxes:
-            found["same"].append(f"{where}: {box}")
-        boxes.add(key)
-        if record.get("iscrowd", 0):
-            found["crowd"].append(where)
-            continue
-        objects[record["image_id"]] += 1
-        split.objects_per_category[record["category_id"]] += 1
-        split.box_sides.append(float(width * height) ** 0.5)
-    split.add("error", "annotations of unknown images", found["image"])
-    split.add("error", "annotations of unknown categories", found["category"])
-    split.add("error", "annotations that cannot be used", found["fault"])
-    split.add("error", "boxes outside their image", found["outside"])
-    split.add("warning", "boxes that stick out of their image (they are cut off)", found["sticks out"])
-    split.add("warning", "boxes without area (they are left out)", found["flat"])
-    split.add("warning", "objects that are annotated twice", found["same"])
-    split.add("warning", "annotation ids that occur twice", found["repeated"])
-    unused = [name for i, name in split.categories.items() if not split.objects_per_category[i]]
-    split.add("warning", "categories without any object", unused)
-    split.objects_per_image = [objects[image_id] for image_id in images]
-    empty = [image["file_name"] for image_id, image in images.items() if not objects[image_id]]
-    split.add("note", "images without objects (they are trained on, as background)", empty)
-    split.add("note", "crowd regions (not trained on, not counted as misses)", found["crowd"])
-
-
-# ------------------------------------------------------------------------------------------------------ the image files
-def _check_files(split: Split, images: Mapping[int, Any], track: Callable[..., Iterable[Any]] | None) -> None:
-    if not split.images.is_dir():
-        split.add(
-            "error", "the folder of the images does not exist (--images names another)", [str(split.images)]
-        )
-        return
-    missing, unreadable, sizes, same = [], [], [], []
-    with ThreadPoolExecutor(8) as pool:
-        records = list(images.values())
-        looked = pool.map(lambda image: _look_at(split.images / image["file_name"]), records)
-        results: Iterable[Any] = zip(records, looked, strict=True)
-        if track is not None:
-            results = track(results, str(split.images), len(records))
-        for image, (fault, size, digest) in results:
-            name = image["file_name"]
-            if fault == "missing":
-                missing.append(name)
-            elif fault is not None:
-                unreadable.append(fault)
-            else:
-                if digest in split.digests and split.digests[digest] != name:
-                    same.append(f"{name} and {split.digests[digest]}")
-                split.digests[digest] = name
-                if size != (image["height"], image["width"]):
-                    turned = " (turned by its EXIF data: boxes refer to stored pixels)"
-                    told = (image["height"], image["width"])
-                    sizes.append(
-                        f"{name} is {size[1]} x {size[0]}, listed as {told[1]} x {told[0]}"
-                        f"{turned if told == size[::-1] else ''}"
-                    )
-    split.add("error", "image files that are missing", missing)
-    split.add("error", "image files that cannot be read", unreadable)
-    split.add("error", "images of another size than listed", sizes)
-    split.add("warning", "files of equal content", same)
-    listed = {Path(image["file_name"]).name for image in images.values()}
-    files = (file for file in split.images.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES)
-    split.add(
-        "note", "image files that are not listed", sorted(f.name for f in files if f.name not in listed)
-    )
-
-
-def _look_at(path: Path) -> tuple[str | None, tuple[int, int], bytes]:
-    """What is wrong with the file, its size (height, width), and a digest of its content."""
+def _count_listed(split: Split) -> None:
+    """Images and objects of a file whose images cannot be found."""
     try:
-        encoded = path.read_bytes()
+        content = parse_annotations(split.annotations, need_annotations=False)
+    except UserError:
+        return
+    split.num_images, split.num_objects = len(content["images"]), len(content["annotations"])
+
+
+def _describe(split: Split, dataset: CocoDetection, bad: set[int]) -> None:
+    """Statistics of the split, and what they show."""
+    annotations, counts = dataset.annotations, dataset.num_objects
+    split.categories = annotations.categories
+    split.sizes = [(height, width) for height, width in annotations.sizes.tolist()]
+    split.objects_per_image = counts.tolist()
+    split.objects_per_category = Counter(annotations.category_ids[dataset.is_object].tolist())
+    width, height = annotations.boxes_xywh[dataset.is_object][:, 2:].T
+    split.box_sides = np.sqrt(width * height).tolist()
+    add, names = split.findings.add, [Path(annotations.file_name(i)).name for i in range(len(annotations))]
+    by_name = Counter(split.categories.values())
+    add(
+        "warning",
+        "categories of one name and different ids",
+        (n for n, count in by_name.items() if count > 1),
+    )
+    unused = (name for i, name in split.categories.items() if not split.objects_per_category[i])
+    add("warning", "categories without any object", unused)
+    for setting, limit in (
+        ("model.num_queries", ModelConfig().num_queries),
+        ("evaluation.max_detections", EvaluationConfig().max_detections),
+    ):
+        crowded = (f"{names[i]} ({counts[i]})" for i in np.flatnonzero(counts > limit))
+        add("warning", f"images with more objects than {setting} = {limit} by default", crowded)
+    use = "trained on as" if split.is_training else "evaluated as"
+    add("note", f"images without objects ({use} background)", (names[i] for i in np.flatnonzero(counts == 0)))
+    crowds = annotations.image_of_annotation()[annotations.crowd]
+    add("note", "crowd regions (not trained on, not counted as misses)", (names[i] for i in crowds))
+    if split.num_errors:
+        split.num_images, split.num_objects = annotations.num_listed
+    else:
+        split.num_images = len(annotations) - len(bad)
+        split.num_objects = int(counts.sum()) - sum(int(counts[i]) for i in bad)
+
+
+# ---------------------------------------------------------------------------------------------------- the image files
+def _check_files(
+    split: Split, dataset: CocoDetection, track: Callable[..., Iterable[Any]] | None
+) -> set[int]:
+    """Decode every image; the result is the images that cannot be used."""
+    bad = set(np.flatnonzero(dataset.unusable).tolist())
+    indices = [i for i in range(len(dataset)) if i not in bad]
+    undecodable, same, flat = [], [], []
+    with ThreadPoolExecutor(8) as pool:
+        results: Iterable[Any] = zip(
+            indices, pool.map(lambda i: _look_at(dataset.path(i)), indices), strict=True
+        )
+        if track is not None:
+            results = track(results, str(split.images), len(indices))
+        for index, (fault, digest, contrast) in results:
+            name = dataset.path(index).name
+            if fault is not None:
+                undecodable.append(fault)
+                bad.add(index)
+                continue
+            if contrast < _MIN_CONTRAST:
+                flat.append(f"{name}: values differ by {contrast} of 255")
+            if split.digests.get(digest, name) != name:
+                same.append(f"{name} and {split.digests[digest]}")
+            split.digests[digest] = name
+    dataset.report_bad_images("images that cannot be decoded", undecodable)
+    split.findings.add("warning", "images of (almost) one colour", flat)
+    split.findings.add("warning", "files of equal content", same)
+    listed = {dataset.path(i).name for i in range(len(dataset))}
+    files = (file for file in dataset.image_folder.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES)
+    unlisted = sorted(file.name for file in files if file.name not in listed)
+    split.findings.add("note", "image files that are not listed", unlisted)
+    return bad
+
+
+def _look_at(path: Path) -> tuple[str | None, bytes, int]:
+    """What is wrong with a file, a digest of its content, and the range of its pixel values."""
+    try:
+        encoded = read_file(path)
         image = decode_image(encoded, path.name)
-    except FileNotFoundError:
-        return "missing", (0, 0), b""
-    except OSError as error:
-        return f"{path.name}: {error.strerror}", (0, 0), b""
     except ImageFileError as error:
-        return str(error).removeprefix("image "), (0, 0), b""
-    return None, (image.height, image.width), hashlib.blake2b(encoded, digest_size=16).digest()
+        return str(error).removeprefix("image "), b"", 0
+    pixels = np.asarray(image)
+    contrast = int((pixels.max((0, 1)).astype(int) - pixels.min((0, 1))).max())
+    return None, hashlib.blake2b(encoded, digest_size=16).digest(), contrast
 
 
-def _compare(splits: Sequence[Split]) -> list[Finding]:
-    """What is wrong between splits."""
-    findings = []
+def _compare(splits: Sequence[Split]) -> None:
+    """Images that two splits share."""
     for i, one in enumerate(splits):
         for other in splits[i + 1 :]:
-            names = f"{one.annotations.name} and {other.annotations.name}"
-            differing = [
-                f"{category}: {one.categories.get(category, 'missing')}, {other.categories.get(category, 'missing')}"
-                for category in sorted(one.categories.keys() | other.categories.keys())
-                if one.categories.get(category) != other.categories.get(category)
-            ]
-            if differing and one.categories and other.categories:
-                findings.append(Finding("error", f"categories that differ between {names}", differing))
             shared = [
                 f"{one.digests[d]} and {other.digests[d]}" for d in one.digests.keys() & other.digests.keys()
             ]
-            if shared:
-                findings.append(Finding("warning", f"images that are in both {names}", sorted(shared)))
-    return findings
+            other.findings.add("warning", f"images that are also in {one.name}", sorted(shared))
 
 
 # --------------------------------------------------------------------------------------------------------- the picture
@@ -310,7 +263,7 @@ def plot_dataset(splits: Sequence[Split]) -> Figure:
     colours = ["#3a86c8", "#ff9f1c", "#5aa469", "#8d5a97"]
     thickness = 0.8 / len(splits)
     for number, split in enumerate(splits):
-        colour, label = colours[number % len(colours)], split.annotations.stem.removeprefix("instances_")
+        colour, label = colours[number % len(colours)], split.name
         if split.sizes:
             heights, widths = zip(*split.sizes, strict=True)
             sizes.scatter(widths, heights, s=16, alpha=0.5, color=colour, linewidths=0, label=label)
@@ -352,11 +305,12 @@ def plot_dataset(splits: Sequence[Split]) -> Figure:
     return figure
 
 
-def lines(findings: Sequence[Finding], *, most: int = 5) -> Iterator[str]:
+def lines(findings: Iterable[Finding], *, most: int = 5) -> Iterator[str]:
     """Findings as lines of text, the worst first, at most `most` places of each."""
-    order: tuple[Level, ...] = ("error", "warning", "note")
-    for finding in sorted(findings, key=lambda finding: order.index(finding.level)):
-        yield f"{finding.level}: {len(finding.places)} {finding.what}"
+    for finding in findings:
+        yield f"{finding.level}: {finding.count} {finding.what}" + (
+            f" ({finding.fix})" if finding.fix else ""
+        )
         yield from (f"    {place}" for place in finding.places[:most])
-        if len(finding.places) > most:
-            yield f"    ... and {len(finding.places) - most} more"
+        if finding.count > most:
+            yield f"    ... and {finding.count - most} more"

@@ -1,0 +1,638 @@
+"""COCO instances files of any exporter: parsed, repaired where the intended value is certain, packed into arrays."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pycocotools import mask as coco_mask
+
+from ats_detr.data.findings import AnnotationError, Findings
+
+_TOLERATED_EXCESS = 0.05
+"""Boxes may exceed their image by this share of its side plus one pixel: annotators draw them so, and they are
+clipped."""
+_MAX_NAME_BYTES = 4096
+_MAX_SIDE = 2**31
+_INT64 = range(-(2**63), 2**63)
+
+
+@dataclass(frozen=True)
+class CocoAnnotations:
+    """A COCO instances file in numpy arrays, images by ascending id, annotations grouped by image.
+
+    Packed, because Python objects that loader processes touch are copied page by page (their reference counts
+    change): with lists and dicts the host memory of a training run grows by the size of the annotations times
+    the workers.
+    """
+
+    file: Path
+    categories: dict[int, str]
+    image_ids: np.ndarray
+    """int64 [images] ids of the file; 1, 2, ... where an id of the file is not an integer."""
+    result_ids: np.ndarray | None
+    """bytes [images] JSON of the ids for COCO results, where they are not `image_ids`."""
+    sizes: np.ndarray
+    """int64 [images, 2] height, width in pixels; 0 where the file does not state them."""
+    file_names: np.ndarray
+    """bytes [images], UTF-8, as in the file"""
+    starts: np.ndarray
+    """int64 [images + 1] first annotation of each image"""
+    boxes_xywh: np.ndarray
+    """float64 [annotations, 4] in pixels, as in the file"""
+    areas: np.ndarray
+    """float64 [annotations] area of the object's mask (of its box where the file gives none)"""
+    category_ids: np.ndarray
+    """int64 [annotations]"""
+    crowd: np.ndarray
+    """bool [annotations]"""
+    num_listed: tuple[int, int]
+    """Images, and annotations that are no crowds, that the file lists, usable or not."""
+
+    @staticmethod
+    def read(
+        file: str | Path, findings: Findings | None = None, *, need_annotations: bool = True
+    ) -> CocoAnnotations:
+        """Parse and validate an instances file.
+
+        Args:
+            findings: gets every problem of single records; the records with errors are omitted. None: the first error
+                is raised.
+            need_annotations: False: an absent list of annotations is an empty one (COCO's test images).
+
+        Raises AnnotationError where the file as a whole cannot be used.
+        """
+        file = Path(file)
+        content = parse_annotations(file, need_annotations=need_annotations)
+        found = findings if findings is not None else Findings(file)
+        categories = _read_categories(content["categories"], found)
+        images = _read_images(content["images"], found)
+        annotations = _read_annotations(content["annotations"], images, categories, found)
+        if findings is None and found.of("error"):
+            raise AnnotationError(f"{file}: {found.of('error')[0]}")
+        if not len(images.ids):
+            raise AnnotationError(f"{file} lists no images" + _first(found))
+        if not categories:
+            raise AnnotationError(f"{file} lists no categories" + _first(found))
+        num_objects = sum(not _is_listed_crowd(record) for record in content["annotations"])
+        return CocoAnnotations(
+            file=file,
+            categories=categories,
+            image_ids=images.ids,
+            result_ids=images.result_ids,
+            sizes=images.sizes,
+            file_names=images.file_names,
+            num_listed=(len(content["images"]), num_objects),
+            **annotations,
+        )
+
+    def __len__(self) -> int:
+        return len(self.image_ids)
+
+    def file_name(self, index: int) -> str:
+        return self.file_names[index].decode("utf-8", "surrogatepass")
+
+    def result_id(self, index: int) -> Any:
+        """The id of an image as COCO results state it: that of the file."""
+        return int(self.image_ids[index]) if self.result_ids is None else json.loads(self.result_ids[index])
+
+    def image_of_annotation(self) -> np.ndarray:
+        """int64 [annotations] position of the image of each annotation."""
+        return np.repeat(np.arange(len(self)), np.diff(self.starts))
+
+    def indices_of(self, image_ids: Sequence[int]) -> list[int]:
+        """Positions of images that are in the dataset."""
+        return np.searchsorted(self.image_ids, np.array(image_ids, np.int64)).tolist()
+
+    def without(self, omitted: np.ndarray) -> CocoAnnotations:
+        """The same without the annotations where bool [annotations] `omitted` is set."""
+        kept = np.bincount(self.image_of_annotation()[~omitted], minlength=len(self))
+        return replace(
+            self,
+            starts=np.concatenate([[0], kept.cumsum()]).astype(np.int64),
+            boxes_xywh=self.boxes_xywh[~omitted],
+            areas=self.areas[~omitted],
+            category_ids=self.category_ids[~omitted],
+            crowd=self.crowd[~omitted],
+        )
+
+    def by_position(self, indices: Iterable[int]) -> dict[str, Any]:
+        """The ground truth of some images in COCO's layout for an evaluator: every annotation, crowds included.
+
+        Ids are positions: of an image in this dataset, of a category among the ascending category ids. Annotations
+        are numbered from 1: pycocotools reads an annotation id of 0 as "unmatched".
+        """
+        place_of = {category_id: place for place, category_id in enumerate(sorted(self.categories))}
+        images: list[dict[str, Any]] = []
+        annotations: list[dict[str, Any]] = []
+        for index in indices:
+            height, width = self.sizes[index].tolist()
+            images.append({"id": index, "height": height, "width": width})
+            for row in range(self.starts[index], self.starts[index + 1]):
+                annotations.append(
+                    {
+                        "id": len(annotations) + 1,
+                        "image_id": index,
+                        "category_id": place_of[int(self.category_ids[row])],
+                        "bbox": self.boxes_xywh[row].tolist(),
+                        "area": float(self.areas[row]),
+                        "iscrowd": int(self.crowd[row]),
+                    }
+                )
+        categories = [{"id": place, "name": self.categories[i]} for i, place in place_of.items()]
+        return {"info": {}, "images": images, "annotations": annotations, "categories": categories}
+
+
+def parse_annotations(file: Path, *, need_annotations: bool = True) -> dict[str, Any]:
+    """The JSON of an instances file with its three lists. Raises AnnotationError."""
+    if not file.is_file():
+        exists = "is not a regular file" if file.exists() else "does not exist"
+        raise AnnotationError(f"annotation file {file} {exists}")
+    try:
+        encoded = file.read_bytes()
+    except OSError as error:
+        raise AnnotationError(f"annotation file {file} cannot be read ({error.strerror})") from None
+    if encoded.startswith(b"PK\x03\x04"):
+        raise AnnotationError(f"{file} is a zip archive; unpack it and give the annotation file")
+    try:
+        content = json.loads(encoded)
+    except UnicodeDecodeError as error:
+        raise AnnotationError(
+            f"{file} is not UTF-8 ({error.reason} at byte {error.start}); convert it"
+        ) from None
+    except (ValueError, RecursionError) as error:
+        reason = "nested too deeply" if isinstance(error, RecursionError) else str(error).split(";")[0]
+        raise AnnotationError(f"{file} is not JSON ({reason}); give a COCO instances file") from None
+    if isinstance(content, dict) and not need_annotations:
+        content.setdefault("annotations", [])
+    lists = ("images", "annotations", "categories")
+    missing = [k for k in lists if not (isinstance(content, dict) and isinstance(content.get(k), list))]
+    if missing:
+        raise AnnotationError(
+            f"{file} is JSON but not a COCO instances file: no list under {', '.join(map(repr, missing))}"
+        )
+    return content
+
+
+def _first(findings: Findings) -> str:
+    """The first error, which may be the reason why nothing is left."""
+    errors = findings.of("error")
+    return f" that can be used: {errors[0]}" if errors else ""
+
+
+# ---------------------------------------------------------------------------------------------------- single values
+def _number(value: Any) -> float | None:
+    """A finite number, also of a string; None for everything else."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+        return None
+    try:
+        number = float(value)
+    except (ValueError, OverflowError):
+        return None
+    return number if math.isfinite(number) else None
+
+
+def _integer(value: Any) -> int | None:
+    """An integer, also of an integral float or a string; None for everything else. Exact at any size."""
+    if isinstance(value, bool):
+        return None
+    if isinstance(value, int):
+        return value
+    if isinstance(value, float):
+        return int(value) if value.is_integer() else None
+    if isinstance(value, str):
+        try:
+            return int(value)
+        except ValueError:
+            number = _number(value)
+            return None if number is None else _integer(number)
+    return None
+
+
+def _image_key(value: Any) -> int | str | None:
+    """What identifies an image: an integer, or a string that is none."""
+    integer = _integer(value)
+    return value if integer is None and isinstance(value, str) and value else integer
+
+
+def _crowd(value: Any) -> bool | None:
+    """Whether `iscrowd` means a crowd; None where it is unclear."""
+    if value is None or value is False or value == "" or (isinstance(value, float) and math.isnan(value)):
+        return False
+    if value is True:
+        return True
+    if isinstance(value, str) and value.strip().lower() in ("true", "false"):
+        return value.strip().lower() == "true"
+    integer = _integer(value)
+    return bool(integer) if integer in (0, 1) else None
+
+
+def _is_listed_crowd(record: Any) -> bool:
+    return isinstance(record, dict) and bool(_crowd(record.get("iscrowd")))
+
+
+def _shown(value: Any) -> str:
+    """A value for a message, shortened."""
+    try:
+        text = repr(value)
+    except ValueError:  # an integer of more digits than Python prints
+        text = "a number of thousands of digits"
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+# --------------------------------------------------------------------------------------------------------- categories
+def _read_categories(records: Sequence[Any], findings: Findings) -> dict[int, str]:
+    """Names by id, ascending."""
+    categories: dict[int, str] = {}
+    for i, record in enumerate(records):
+        where = f"categories[{i}]"
+        if not isinstance(record, dict):
+            findings.bad("entries of 'categories' that cannot be used", f"{where} is not an object")
+            continue
+        category_id, name = _integer(record.get("id")), record.get("name")
+        if category_id is None or category_id not in _INT64:
+            fault = f"{where} has id {_shown(record.get('id'))}; it must be an integer of at most 64 bits"
+            findings.bad("entries of 'categories' that cannot be used", fault)
+            continue
+        if not isinstance(record["id"], int):
+            findings.add(
+                "warning", "category ids that are not integers (converted)", [f"{where}: {record['id']!r}"]
+            )
+        if not isinstance(name, str) or not name:
+            has_name = isinstance(name, (int, float)) and not isinstance(name, bool)
+            findings.add(
+                "warning", "category names that are no text (replaced)", [f"{where}: {_shown(name)}"]
+            )
+            name = _shown(name) if has_name else f"category {category_id}"
+        if category_id not in categories:
+            categories[category_id] = name
+        elif categories[category_id] == name:
+            findings.add("warning", "categories that are listed twice", [f"{where}: {name}"])
+        else:
+            fault = f"{where} ({name}) repeats id {category_id} of {categories[category_id]}"
+            findings.bad("ids that occur twice under 'categories'", fault)
+    return dict(sorted(categories.items()))
+
+
+# ------------------------------------------------------------------------------------------------------------- images
+@dataclass(frozen=True)
+class _Images:
+    ids: np.ndarray
+    result_ids: np.ndarray | None
+    sizes: np.ndarray
+    file_names: np.ndarray
+    index_of: dict[int | str, int]
+    """Position by what identifies an image in the file."""
+
+
+def _read_images(records: Sequence[Any], findings: Findings) -> _Images:
+    found: dict[int | str, tuple[str, int, int, Any]] = {}
+    for i, record in enumerate(records):
+        fault = _read_image(i, record, found, findings)
+        if fault is not None:
+            findings.bad("entries of 'images' that cannot be used", f"images[{i}] {fault}")
+    is_numbered = all(isinstance(key, int) for key in found)
+    order = sorted(found) if is_numbered else list(found)
+    if not is_numbered:
+        first = next(key for key in found if isinstance(key, str))
+        findings.add(
+            "warning", "image ids that are not integers (numbered from 1; results have the ids)", [first]
+        )
+    values = [found[key] for key in order]
+    exact = all(type(value[3]) is int for value in values)
+    names = [value[0].encode("utf-8", "surrogatepass") for value in values]
+    twice = np.unique(np.array(names, np.bytes_), return_counts=True)
+    findings.add(
+        "warning",
+        "files that are listed under two ids (each is used with its own objects only)",
+        (name.decode("utf-8", "replace") for name in twice[0][twice[1] > 1]),
+    )
+    return _Images(
+        ids=np.array(order if is_numbered else range(1, len(order) + 1), np.int64),
+        result_ids=None
+        if exact
+        else np.array([json.dumps(value[3]).encode() for value in values], np.bytes_),
+        sizes=np.array([value[1:3] for value in values], np.int64).reshape(-1, 2),
+        file_names=np.array(names, np.bytes_),
+        index_of={key: index for index, key in enumerate(order)},
+    )
+
+
+def _read_image(
+    i: int, record: Any, found: dict[int | str, tuple[str, int, int, Any]], findings: Findings
+) -> str | None:
+    """Add an image as (file name, height, width, id as in the file); returns what makes it unusable."""
+    if not isinstance(record, dict):
+        return "is not an object"
+    key = _image_key(record.get("id"))
+    if key is None:
+        return f"has id {_shown(record.get('id'))}; it must be an integer"
+    if isinstance(key, int) and key not in _INT64:
+        return f"has id {_shown(key)}, which does not fit into 64 bits; renumber the ids"
+    if isinstance(key, int) and not isinstance(record["id"], int):
+        findings.add(
+            "warning", "image ids that are not integers (converted)", [f"images[{i}]: {record['id']!r}"]
+        )
+    name = _file_name(record)
+    if name is None:
+        return f"has file_name {_shown(record.get('file_name'))}; it must be the name of a file"
+    if record.get("file_name") != name:
+        findings.add("warning", "file names that are taken from the URL", [f"images[{i}]: {name}"])
+    height, width = (_side(record.get(side)) for side in ("height", "width"))
+    where = f"images[{i}]: width {_shown(record.get('width'))}, height {_shown(record.get('height'))}"
+    if height == 0 or width == 0:
+        height = width = 0
+        findings.add("warning", "images without a size (read from the file)", [where])
+    elif not (isinstance(record["height"], int) and isinstance(record["width"], int)):
+        findings.add("warning", "image sizes that are not integers (converted)", [where])
+    entry = (name, height, width, record["id"])
+    if key in found and found[key] != entry:
+        return f"repeats id {key} of {found[key][0]}; ids must be unique"
+    if key in found:
+        findings.add("warning", "images that are listed twice", [f"images[{i}]: {name}"])
+    found[key] = entry
+    return None
+
+
+def _file_name(record: Mapping[str, Any]) -> str | None:
+    """The file name of an image; LVIS gives a URL instead, of which the last folder and the name count."""
+    name = record.get("file_name")
+    if name in (None, "") and isinstance(record.get("coco_url"), str):
+        name = "/".join(record["coco_url"].split("/")[-2:])
+    is_name = isinstance(name, str) and 0 < len(name) <= _MAX_NAME_BYTES // 4 and "\0" not in name
+    return name if is_name else None
+
+
+def _side(value: Any) -> int:
+    """A height or width in pixels; 0 where it is missing or cannot be one."""
+    number = _number(value)
+    is_side = number is not None and number.is_integer() and 0 < number < _MAX_SIDE
+    return int(number) if is_side and number is not None else 0
+
+
+# -------------------------------------------------------------------------------------------------------- annotations
+def _read_annotations(
+    records: Sequence[Any], images: _Images, categories: Mapping[int, str], findings: Findings
+) -> dict[str, np.ndarray]:
+    """The arrays of CocoAnnotations that have an entry per annotation, and `starts`."""
+    image_index, boxes, areas, category_ids, crowd, ids = [], [], [], [], [], []
+    codes: dict[str, int] = {}
+    for i, record in enumerate(records):
+        where = f"annotations[{i}]"
+        read = _read_annotation(where, record, images, categories, findings)
+        if read is None:
+            continue
+        index, category_id, box, area, is_crowd = read
+        image_index.append(index)
+        category_ids.append(category_id)
+        boxes.append(box)
+        areas.append(area)
+        crowd.append(is_crowd)
+        given = record.get("id")
+        ids.append(-1 if given is None else codes.setdefault(_shown(given), len(codes)))
+    table = {
+        "boxes_xywh": np.array(boxes, np.float64).reshape(-1, 4),
+        "areas": np.array(areas, np.float64),
+        "category_ids": np.array(category_ids, np.int64),
+        "crowd": np.array(crowd, bool),
+    }
+    index_column = np.array(image_index, np.int64)
+    kept = _without_copies(index_column, np.array(ids, np.int64), table, images, findings)
+    index_column = index_column[kept]
+    order = kept[np.argsort(index_column, kind="stable")]
+    counts = np.bincount(index_column, minlength=len(images.ids))
+    starts = np.concatenate([[0], counts.cumsum()]).astype(np.int64)
+    return {"starts": starts, **{key: column[order] for key, column in table.items()}}
+
+
+def _without_copies(
+    image_index: np.ndarray,
+    ids: np.ndarray,
+    table: Mapping[str, np.ndarray],
+    images: _Images,
+    findings: Findings,
+) -> np.ndarray:
+    """Ascending rows without copies: annotations that agree in everything, the id included."""
+    if not len(ids):
+        return np.zeros(0, np.int64)
+    content = [image_index, table["category_ids"], *table["boxes_xywh"].T, table["crowd"]]
+    order = np.lexsort([ids, *content])  # stable: of copies the first row comes first
+    alike = np.concatenate(
+        [[False], np.all([column[order[1:]] == column[order[:-1]] for column in content], 0)]
+    )
+    same_id = np.concatenate([[False], ids[order[1:]] == ids[order[:-1]]])
+
+    def places(rows: np.ndarray) -> Iterable[str]:
+        for row in rows:
+            name = images.file_names[image_index[row]].decode("utf-8", "replace")
+            yield f"{table['boxes_xywh'][row].tolist()} of {name}"
+
+    findings.add(
+        "warning", "annotations that are listed twice (one copy is used)", places(order[alike & same_id])
+    )
+    findings.add("warning", "objects that are annotated twice", places(order[alike & ~same_id]))
+    kept = np.sort(order[~(alike & same_id)])
+    given = ids[kept][ids[kept] >= 0]
+    num_repeated = len(given) - len(np.unique(given))
+    if num_repeated:
+        places_of_ids = [f"{num_repeated} of {len(given)} ids"]
+        findings.add(
+            "warning", "annotation files with ids that occur twice (they are not used)", places_of_ids
+        )
+    return kept
+
+
+def _read_annotation(
+    where: str, record: Any, images: _Images, categories: Mapping[int, str], findings: Findings
+) -> tuple[int, int, Sequence[float], float, bool] | None:
+    """Image index, category id, box, area and crowd of an annotation; None where it cannot be used."""
+    if not isinstance(record, dict):
+        findings.bad("annotations that cannot be used", f"{where} is not an object")
+        return None
+    image_id, category_id = record.get("image_id"), record.get("category_id")
+    key = image_id if type(image_id) is int else _image_key(image_id)
+    index = None if key is None else images.index_of.get(key)
+    if index is None:
+        findings.bad(
+            "annotations of unknown images",
+            f"{where} has image_id {_shown(image_id)}, which is not under 'images'",
+        )
+        return None
+    category = category_id if type(category_id) is int else _integer(category_id)
+    if category is None or category not in categories:
+        known = f"{min(categories)}..{max(categories)}" if categories else "none"
+        findings.bad(
+            "annotations of unknown categories",
+            f"{where} has category_id {_shown(category_id)}, which is not under 'categories' (ids {known})",
+        )
+        return None
+    if type(image_id) is not int and isinstance(key, int):
+        findings.add(
+            "warning", "ids in annotations that are not integers (converted)", [f"{where}: {image_id!r}"]
+        )
+    elif type(category_id) is not int:
+        findings.add(
+            "warning", "ids in annotations that are not integers (converted)", [f"{where}: {category_id!r}"]
+        )
+    is_crowd = _read_crowd(where, record, findings)
+    box = _read_box(where, record, images, index, findings)
+    if is_crowd is None or box is None:
+        return None
+    return index, category, box, _read_area(where, record, box, findings), is_crowd
+
+
+def _read_crowd(where: str, record: Mapping[str, Any], findings: Findings) -> bool | None:
+    value = record.get("iscrowd", 0)
+    if value == 0 and type(value) is int:
+        return False
+    is_crowd = _crowd(value)
+    if is_crowd is None:
+        findings.bad(
+            "annotations that cannot be used", f"{where} has iscrowd {_shown(value)}; it must be 0 or 1"
+        )
+    elif type(value) is not int:
+        text = f"{where}: {_shown(value)} is read as {int(is_crowd)}"
+        findings.add("warning", "values of iscrowd that are not integers (converted)", [text])
+    return is_crowd
+
+
+def _read_box(
+    where: str, record: Mapping[str, Any], images: _Images, index: int, findings: Findings
+) -> Sequence[float] | None:
+    """[x, y, width, height] in pixels."""
+    given = record.get("bbox")
+    name = images.file_names[index].decode("utf-8", "replace")
+    if isinstance(given, list) and len(given) == 4:
+        box = [_number(value) for value in given]
+    else:
+        box = [None]
+    if None in box:
+        segment = _segment_box(record.get("segmentation"))
+        if segment is None:
+            hint = "; a rotated box is not supported" if isinstance(given, list) and len(given) == 5 else ""
+            findings.bad(
+                "annotations that cannot be used",
+                f"{where} of {name} needs bbox [x, y, width, height] in pixels, found {_shown(given)}{hint}",
+            )
+            return None
+        findings.add(
+            "warning", "boxes that are taken from the segmentation", [f"{where}: bbox {_shown(given)}"]
+        )
+        box = list(segment)
+    elif not all(type(value) is float or type(value) is int for value in given):
+        findings.add("warning", "boxes whose values are text (converted)", [f"{where}: {_shown(given)}"])
+    if box[2] < 0 or box[3] < 0:  # type: ignore[operator]
+        findings.bad(
+            "boxes of negative width or height", f"{where} of {name}: bbox {_shown(given)} is negative"
+        )
+        return None
+    return box  # type: ignore[return-value]
+
+
+def _segment_box(segmentation: Any) -> Sequence[float] | None:
+    """Bounding box [x, y, width, height] of polygons or of a run-length encoded mask."""
+    if isinstance(segmentation, list) and segmentation:
+        polygons = segmentation if isinstance(segmentation[0], list) else [segmentation]
+        if not all(isinstance(p, list) and len(p) >= 6 and len(p) % 2 == 0 for p in polygons):
+            return None
+        points = [_number(value) for polygon in polygons for value in polygon]
+        if None in points:
+            return None
+        corners = np.array(points, np.float64).reshape(-1, 2)
+        low, high = corners.min(0), corners.max(0)
+        return [*low.tolist(), *(high - low).tolist()]
+    if isinstance(segmentation, dict):
+        try:
+            encoded = segmentation
+            if isinstance(segmentation["counts"], list):
+                encoded = coco_mask.frPyObjects(segmentation, *segmentation["size"])
+            return coco_mask.toBbox(encoded).tolist()
+        except Exception:  # pycocotools raises whatever its C code meets
+            return None
+    return None
+
+
+def _read_area(where: str, record: Mapping[str, Any], box: Sequence[float], findings: Findings) -> float:
+    given = record.get("area")
+    area = _number(given)
+    if area is not None and area >= 0:
+        if type(given) is str:
+            findings.add("warning", "areas that are text (converted)", [f"{where}: {given!r}"])
+        return area
+    findings.add(
+        "warning", "annotations without an area (that of the box is used)", [f"{where}: {_shown(given)}"]
+    )
+    return box[2] * box[3]
+
+
+# ------------------------------------------------------------------------------------------- boxes and their images
+def check_boxes(annotations: CocoAnnotations, findings: Findings, *, need_objects: bool) -> CocoAnnotations:
+    """Find boxes that cannot be what they should be, by the sizes of their images; the result is without them.
+
+    Args:
+        need_objects: the images are to be trained on, so that there must be objects.
+    """
+    index = annotations.image_of_annotation()
+    sides = annotations.sizes[index][:, ::-1].astype(np.float64)
+    start, size = annotations.boxes_xywh[:, :2], annotations.boxes_xywh[:, 2:]
+    counted = ~annotations.crowd
+    tolerance = 1 + _TOLERATED_EXCESS * sides
+    excess = np.maximum(-start, start + size - sides)
+    flat = (size <= 0).any(1)
+    outside = counted & ~flat & ((start >= sides) | (start + size <= 0)).any(1)
+    beyond = counted & ~outside & (excess > tolerance).any(1)
+    clipped = counted & ~outside & ~beyond & (excess > 1).any(1)
+
+    def places(rows: np.ndarray) -> Iterable[str]:
+        for row in np.flatnonzero(rows):
+            box, (width, height) = annotations.boxes_xywh[row].tolist(), sides[row]
+            yield f"{annotations.file_name(index[row])}: bbox {box} in {width:.0f} x {height:.0f} pixels"
+
+    objects = counted & ~flat
+    small = objects & (annotations.boxes_xywh <= 1).all(1)
+    tiny = objects & (size < 1).all(1)
+    corners = objects & (size >= start).all(1) & (size <= sides + tolerance).all(1)
+    num_objects = int(objects.sum())
+    if num_objects and 2 * small.sum() >= num_objects:
+        fix = "multiply them by width and height of the image"
+        findings.add(
+            "error", "boxes within 0..1, which are normalised; pixels are needed", places(small), fix
+        )
+    elif num_objects and tiny.sum() == num_objects:
+        findings.add(
+            "error", "boxes smaller than one pixel, which is all of them", places(tiny), "give pixels"
+        )
+    elif num_objects and corners.sum() == num_objects and 20 * (outside | beyond).sum() >= num_objects:
+        fix = "write width and height, not the second corner"
+        what = "boxes beyond their image that look like corners [x1, y1, x2, y2] (xyxy)"
+        findings.add("error", what, places(outside | beyond), fix)
+    else:
+        findings.add("warning", "boxes smaller than one pixel", places(tiny))
+        for place in places(outside):
+            findings.bad("boxes outside their image", place)
+        for place in places(beyond):
+            findings.bad("boxes that reach far beyond their image", place)
+    findings.add("warning", "boxes that exceed their image (clipped)", places(clipped))
+    findings.add("warning", "boxes without area (not trained on)", places(counted & flat))
+    zero = objects & (annotations.areas == 0)
+    findings.add(
+        "warning", "objects of area 0 with a box (they count as small in APs, APm, APl)", places(zero)
+    )
+    omitted = outside | beyond
+    if not (objects & ~omitted).any():
+        counts = (
+            f"{int(annotations.crowd.sum())} crowds (iscrowd=1), {int((counted & flat).sum())} boxes without area,"
+            f" {int(omitted.sum())} boxes outside their image"
+        )
+        purpose = "train" if need_objects else "evaluate"
+        findings.add(
+            "error" if need_objects else "warning",
+            f"annotation file without any object to {purpose} on",
+            [f"{len(index)} usable annotations: {counts}"],
+        )
+    return annotations.without(omitted)

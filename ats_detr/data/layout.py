@@ -1,0 +1,316 @@
+"""Where the files of a dataset are: annotation files under a folder, and the image files that they list.
+
+Exporters place images beside the annotation file, in `images/`, in a folder per split, ...; and write file names
+relative to any of these, with backslashes, URL-encoded, or absolute on the machine of the annotator. Candidates are
+tried until the files exist.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import unicodedata
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import unquote
+
+import numpy as np
+
+from ats_detr.data.images import IMAGE_SUFFIXES
+from ats_detr.errors import UserError
+
+_OTHER_TASKS = ("captions_", "person_keypoints_", "image_info_", "panoptic_", "stuff_")
+"""Prefixes of COCO's files without boxes, or with the boxes of instances_*.json."""
+_ANNOTATION_FOLDERS = ("annotations", "annotation", "labels")
+_IMAGE_FOLDERS = ("images", "data", "imgs", "img", "JPEGImages")
+_SPLIT = re.compile(
+    r"(?:^|[^a-z])(train|val|test)(?:ing|val|id|idation|[-_]?dev)?(?:[^a-z]|$)", re.IGNORECASE
+)
+_NUM_SAMPLED = 20
+
+
+# ------------------------------------------------------------------------------------------------- annotation files
+@dataclass(frozen=True)
+class SplitFiles:
+    """One annotation file of a dataset."""
+
+    name: str
+    annotations: Path
+    role: str | None
+    """`train`, `val` or `test`, as file and folder are named; None where they say nothing."""
+
+
+def find_annotation_files(path: Path) -> list[SplitFiles]:
+    """The annotation files under `path`, which is such a file or a folder.
+
+    Searched are the folder, its `annotations/` and its subfolders; a JSON file there counts if it has lists of images
+    and categories, or if its name or place says that it should. Raises UserError where there is none.
+    """
+    if path.is_dir():
+        patterns = ("annotations/*.json", "*.json", "*/*.json", "*/annotations/*.json")
+        found = [file for pattern in patterns for file in sorted(path.glob(pattern))]
+        files = [file for file in dict.fromkeys(found) if _is_instances_file(file)]
+    elif path.exists():
+        files = [path]
+    else:
+        raise UserError(f"{path}: there is no such file or folder")
+    if not files:
+        archives = sorted(file.name for file in path.glob("*.zip"))
+        hint = f"; unpack {archives[0]}" if archives else ""
+        raise UserError(f"{path}: it contains no annotation file (COCO instances, .json){hint}")
+    names = [_split_name(file) for file in files]
+    return [
+        SplitFiles(name if names.count(name) == 1 else str(file.relative_to(path)), file, _role(file))
+        for name, file in zip(names, files, strict=True)
+    ]
+
+
+def choose_split(splits: Sequence[SplitFiles], role: str) -> SplitFiles | None:
+    """The split to train on (`train`) or to evaluate on (`val`); None where none can be."""
+    if role == "train":
+        if len(splits) == 1:
+            return splits[0]
+        return next((split for split in splits if split.role == "train"), None)
+    for wanted in ("val", "test"):
+        for split in splits:
+            if split.role == wanted:
+                return split
+    return None
+
+
+def _is_instances_file(file: Path) -> bool:
+    if not file.is_file() or file.name.startswith((".", *_OTHER_TASKS)):
+        return False
+    is_named_so = file.name == "_annotations.coco.json" or file.name.startswith("instances_")
+    if is_named_so or file.parent.name in _ANNOTATION_FOLDERS:
+        return True
+    try:
+        content = file.read_bytes()
+    except OSError:
+        return True  # the reader reports it
+    return b'"images"' in content and (b'"annotations"' in content or b'"categories"' in content)
+
+
+def _split_name(file: Path) -> str:
+    """Of annotations/instances_train2017.json `train2017`, of train/_annotations.coco.json `train`."""
+    stem = file.stem.removeprefix("instances_")
+    generic = stem.lower() in (
+        "_annotations.coco",
+        "labels",
+        "annotations",
+        "default",
+        "coco",
+        "result",
+        "data",
+    )
+    folder = file.parent.parent if file.parent.name in _ANNOTATION_FOLDERS else file.parent
+    return folder.name if generic and _role_of(folder.name) and not _role_of(stem) else stem
+
+
+def _role(file: Path) -> str | None:
+    folder = file.parent.parent if file.parent.name in _ANNOTATION_FOLDERS else file.parent
+    return _role_of(file.stem) or _role_of(folder.name)
+
+
+def _role_of(name: str) -> str | None:
+    found = _SPLIT.search(re.sub(r"\d+", " ", name))
+    return None if found is None else found.group(1).lower()
+
+
+# ------------------------------------------------------------------------------------------------------ image files
+@dataclass(frozen=True)
+class ImageFiles:
+    """The files that an annotation file lists."""
+
+    folder: Path
+    paths: np.ndarray
+    """bytes [images] path of each image relative to `folder`; empty where it is missing."""
+    respelled: list[str]
+    """Files that exist under another spelling than listed, as `listed -> file`."""
+    ambiguous: list[str]
+    """Listed names that could only mean a file that another name means too; their files count as missing."""
+
+
+def locate_images(names: Sequence[str], annotation_file: Path, folder: Path | None = None) -> ImageFiles:
+    """Find the images of an annotation file.
+
+    Args:
+        names: as listed.
+        folder: where the user says that they are: this folder or one that belongs to it. None: the folders that
+            exporters use are tried.
+    """
+    candidates = _candidates(annotation_file) if folder is None else _below(folder)
+    sample = [names[i] for i in np.linspace(0, len(names) - 1, min(len(names), _NUM_SAMPLED)).astype(int)]
+    best, most, seen = _Finder(folder or annotation_file.parent), 0, set()
+    for candidate in candidates:
+        if candidate in seen or not candidate.is_dir():
+            continue
+        seen.add(candidate)
+        finder = _Finder(candidate)
+        spellings = [finder.find(name)[1] for name in sample]
+        score = 3 * spellings.count(True) + 2 * spellings.count(False)  # of equals, the literal spelling wins
+        if score > most:
+            best, most = finder, score
+        if most == 3 * len(sample):
+            break
+    return _resolve(names, best)
+
+
+def _resolve(names: Sequence[str], finder: _Finder) -> ImageFiles:
+    paths: list[bytes] = []
+    by_path: dict[bytes, set[str]] = defaultdict(set)
+    inexact = []
+    for name in names:
+        path, exact = finder.find(name)
+        paths.append(path)
+        if path:
+            by_path[path].add(name)
+        if exact is False:
+            inexact.append(len(paths) - 1)
+    ambiguous = [i for i in inexact if len(by_path[paths[i]]) > 1]
+    for i in ambiguous:
+        paths[i] = b""
+    respelled = [f"{names[i]} -> {os.fsdecode(paths[i])}" for i in inexact if paths[i]]
+    return ImageFiles(finder.folder, np.array(paths, np.bytes_), respelled, [names[i] for i in ambiguous])
+
+
+def _below(folder: Path) -> Iterator[Path]:
+    yield folder
+    yield from (folder / name for name in _IMAGE_FOLDERS)
+    yield folder.parent  # names that start with the folder itself
+
+
+def _candidates(file: Path) -> Iterator[Path]:
+    """Folders that may hold the images of an annotation file, the most likely first."""
+    beside = file.parent
+    root = beside.parent if beside.name.lower() in _ANNOTATION_FOLDERS else beside
+    name = file.stem.removeprefix("instances_")
+    role = _role_of(name)
+    splits = [name]
+    if role is not None:
+        splits += {"val": ["val", "valid", "validation"]}.get(role, [role])
+    for split in splits:
+        yield root / split
+        yield from (root / images / split for images in _IMAGE_FOLDERS)
+        yield from (root / split / images for images in _IMAGE_FOLDERS)
+    yield from (root / images for images in _IMAGE_FOLDERS)
+    yield from (root, beside)
+    yield from (beside / images for images in _IMAGE_FOLDERS)
+    if _role_of(root.name) is not None or root != beside:
+        # labels/train/coco.json with images/train/, or train/coco.json with images/
+        yield from (root.parent / images / root.name for images in _IMAGE_FOLDERS)
+        yield from (root.parent / images for images in _IMAGE_FOLDERS)
+        yield root.parent
+    own = role or _role_of(root.name)
+    for folder in (root, *(root / images for images in _IMAGE_FOLDERS)):
+        yield from (sub for sub in _subfolders(folder) if _role_of(sub.name) in (None, own))
+
+
+def _subfolders(folder: Path) -> list[Path]:
+    try:
+        with os.scandir(folder) as entries:
+            return sorted(Path(entry.path) for entry in entries if entry.is_dir())
+    except OSError:
+        return []
+
+
+class _Finder:
+    """Finds listed names below one folder, listing every directory once."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._listings: dict[str, _Listing] = {}
+
+    def find(self, name: str) -> tuple[bytes, bool | None]:
+        """Path relative to the folder, and whether it is spelled as listed; (b"", None) where it is missing."""
+        for spelling in _spellings(name):
+            path, exact = self._find_spelling(spelling)
+            if path:
+                return path, exact and spelling == name
+        for stem in _stems(name):
+            paths = {self._find_spelling(stem + suffix)[0] for suffix in IMAGE_SUFFIXES} - {b""}
+            if len(paths) == 1:
+                return paths.pop(), False
+        return b"", None
+
+    def _find_spelling(self, spelling: str) -> tuple[bytes, bool]:
+        directory, _, base = spelling.rpartition("/")
+        if spelling.startswith("/") and not directory:
+            directory = "/"
+        listing = self._listing(directory)
+        found = listing.find(base)
+        if not found:
+            return b"", False
+        return os.path.join(listing.directory, found), listing.is_exact and found == _encode(base)
+
+    def _listing(self, directory: str) -> _Listing:
+        if directory not in self._listings:
+            listing = _Listing(self.folder, _encode(directory), is_exact=True)
+            if not listing.exists and directory not in ("", "/"):
+                found, _ = self._find_spelling(directory)  # another spelling of the directory
+                listing = _Listing(self.folder, found, is_exact=False) if found else listing
+            self._listings[directory] = listing
+        return self._listings[directory]
+
+
+class _Listing:
+    """The names in one directory, found whatever their Unicode normal form and case."""
+
+    def __init__(self, folder: Path, directory: bytes, *, is_exact: bool) -> None:
+        self.directory, self.is_exact, self.exists = directory, is_exact, True
+        try:
+            self._names = set(os.listdir(os.path.join(os.fsencode(folder), directory)))
+        except (OSError, ValueError):  # ValueError: a null character
+            self._names, self.exists = set(), False
+        self._by_key: dict[str, list[bytes]] | None = None
+
+    def find(self, base: str) -> bytes:
+        """The name as the directory has it; empty where it is missing or two names differ in case only."""
+        encoded = _encode(base)
+        if encoded in self._names:
+            return encoded
+        if self._by_key is None:
+            self._by_key = defaultdict(list)
+            for name in self._names:
+                self._by_key[_key(name.decode("utf-8", "surrogateescape"))].append(name)
+        alike = self._by_key.get(_key(base), [])
+        return alike[0] if len(alike) == 1 else b""
+
+
+def _encode(name: str) -> bytes:
+    """UTF-8; undecodable bytes of a file name, which JSON holds as single surrogates, are themselves."""
+    try:
+        return name.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:
+        return b"\0"  # no file
+
+
+def _key(name: str) -> str:
+    return unicodedata.normalize("NFC", name).casefold()
+
+
+def _spellings(name: str) -> Iterator[str]:
+    """What a listed name may mean as a path relative to some folder, the most literal first."""
+    yield name
+    path = name
+    if "://" in path or "?" in path:  # of Label Studio: /data/local-files/?d=images/a.jpg
+        path = path.split("?d=")[-1].split("?")[0].split("://")[-1]
+    decoded = unquote(path)
+    variants = dict.fromkeys((path, path.replace("\\", "/"), decoded, decoded.replace("\\", "/")))
+    yield from (variant for variant in variants if variant != name)
+    for variant in variants:
+        parts = _parts(variant)
+        yield from ("/".join(parts[start:]) for start in range(len(parts)))
+
+
+def _stems(name: str) -> Iterator[str]:
+    """Spellings of a name without suffix."""
+    if os.path.splitext(name)[1].lower() not in IMAGE_SUFFIXES:
+        parts = _parts(name.replace("\\", "/"))
+        yield from ("/".join(parts[start:]) for start in range(len(parts)))
+
+
+def _parts(path: str) -> list[str]:
+    return [part for part in path.split("/") if part not in ("", ".", "..")]
