@@ -257,10 +257,19 @@ class DataConfig:
     """Folders in COCO format, or images generated once into `root`."""
     root: str = "data/coco"
     """Folder that the four paths below are relative to."""
-    train_images: str = "train2017"
-    train_annotations: str = "annotations/instances_train2017.json"
-    val_images: str = "val2017"
-    val_annotations: str = "annotations/instances_val2017.json"
+    train_annotations: str | None = None
+    """Annotation file to train on. None: the one under `root` whose name or folder says `train`, or the only one."""
+    train_images: str | None = None
+    """Folder of its images. None: the folders that exporters use are tried until the files exist."""
+    val_annotations: str | None = None
+    """Annotation file to evaluate on. None: the one under `root` whose name or folder says `val`, otherwise `test`;
+    without any, the training images, with a warning."""
+    val_images: str | None = None
+    """Folder of its images, found like `train_images`."""
+    exif: Literal["auto", "stored", "upright"] = "auto"
+    """Which pixels the boxes refer to. `stored`: as stored; `upright`: turned as the EXIF orientation says, as viewers
+    show them; `auto`: as the listed sizes prove, otherwise stored. Training and evaluation follow it; prediction, where
+    no sizes are listed, turns images upright unless this is `stored`."""
     short_side: int = 800
     """Shorter side of each image in evaluation, in pixels ..."""
     long_side: int = 1333
@@ -281,11 +290,18 @@ class DataConfig:
     cache_images: bool = False
     """Keep the encoded image files in memory."""
     on_bad_image: Literal["error", "skip"] = "error"
-    """Unreadable image file: `error` stops the run, `skip` reports the file and skips it."""
+    """At an image that is missing or cannot be read: stop with its name, or omit it with a warning."""
+    on_bad_annotation: Literal["error", "skip"] = "error"
+    """At a record of an annotation file that cannot be used: stop with its place, or omit it with a warning."""
+    max_image_pixels: int | None = None
+    """Larger images than PIL.Image.MAX_IMAGE_PIXELS = 89,478,485 raise a warning, twice as large ones an error; this
+    raises that limit."""
     synthetic: SyntheticConfig = field(default_factory=SyntheticConfig)
 
     def __post_init__(self) -> None:
         _check_positive(self, "short_side", "long_side", "size_multiple", "batch_size", "eval_batch_size")
+        if self.max_image_pixels is not None:
+            _check_positive(self, "max_image_pixels")
         _check_at_least(self, 0, "num_workers")
         _check(len(self.train_short_sides) > 0, "train_short_sides", (), "must have at least one length")
         for key in ("train_short_sides", "crop_short_sides"):

@@ -126,9 +126,13 @@ class DetectionTable:
         """COCO results, ready for JSON, with the image ids of the annotation file."""
         columns = (self.image_indices, self.category_ids, self.boxes_xywh, self.scores)
         rows = zip(*(column.tolist() for column in columns), strict=True)
-        image_ids = annotations.image_ids.tolist()
         return [
-            {"image_id": image_ids[index], "category_id": category_id, "bbox": box, "score": score}
+            {
+                "image_id": annotations.result_id(index),
+                "category_id": category_id,
+                "bbox": box,
+                "score": score,
+            }
             for index, category_id, box, score in rows
         ]
 

@@ -224,9 +224,9 @@ def test_bad_files_stop_the_work_or_are_told(detector: Detector, paths: list[Pat
     bad: list[ImageFileError] = []
     found = detector.predict([broken, paths[0], tmp_path / "gone.png"], on_bad_image=bad.append)
     assert [result.name for result in found] == [str(paths[0])]
-    assert [str(error).split(" cannot")[0] for error in bad] == [
-        f"image {broken}",
-        f"image {tmp_path}/gone.png",
+    assert [str(error).split(": ")[0] for error in bad] == [
+        f"image {broken} cannot be read",
+        f"image {tmp_path}/gone.png does not exist",
     ]
 
 

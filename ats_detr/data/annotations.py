@@ -597,7 +597,7 @@ def check_boxes(annotations: CocoAnnotations, findings: Findings, *, need_object
     small = objects & (annotations.boxes_xywh <= 1).all(1)
     tiny = objects & (size < 1).all(1)
     corners = objects & (size >= start).all(1) & (size <= sides + tolerance).all(1)
-    num_objects = int(objects.sum())
+    num_objects, is_implausible = int(objects.sum()), True
     if num_objects and 2 * small.sum() >= num_objects:
         fix = "multiply them by width and height of the image"
         findings.add(
@@ -612,6 +612,7 @@ def check_boxes(annotations: CocoAnnotations, findings: Findings, *, need_object
         what = "boxes beyond their image that look like corners [x1, y1, x2, y2] (xyxy)"
         findings.add("error", what, places(outside | beyond), fix)
     else:
+        is_implausible = False
         findings.add("warning", "boxes smaller than one pixel", places(tiny))
         for place in places(outside):
             findings.bad("boxes outside their image", place)
@@ -624,7 +625,7 @@ def check_boxes(annotations: CocoAnnotations, findings: Findings, *, need_object
         "warning", "objects of area 0 with a box (they count as small in APs, APm, APl)", places(zero)
     )
     omitted = outside | beyond
-    if not (objects & ~omitted).any():
+    if not (objects & ~omitted).any() and not is_implausible:
         counts = (
             f"{int(annotations.crowd.sum())} crowds (iscrowd=1), {int((counted & flat).sum())} boxes without area,"
             f" {int(omitted.sum())} boxes outside their image"

@@ -128,7 +128,7 @@ def check_dataset(
 def report(splits: Sequence[Split]) -> dict[str, Any]:
     """The result of a check, ready for JSON. Accepted: training and evaluation start with these splits."""
     return {
-        "accepted": not any(split.num_errors for split in splits),
+        "accepted": bool(splits) and not any(split.num_errors for split in splits),
         "splits": [
             {
                 "name": split.name,

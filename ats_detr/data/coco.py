@@ -208,7 +208,7 @@ class CocoDetection(Dataset):
                     faults.append(str(found).removeprefix("image "))
                     self.unusable[index] = True
         self.report_bad_images("images that cannot be read", faults)
-        if len(faults) == len(present):
+        if faults and len(faults) == len(present):
             raise ImageFileError(f"{self.findings.source}: none of its images can be read, first {faults[0]}")
         return self._orient(annotations, headers)
 

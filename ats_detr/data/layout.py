@@ -45,13 +45,15 @@ class SplitFiles:
 def find_annotation_files(path: Path) -> list[SplitFiles]:
     """The annotation files under `path`, which is such a file or a folder.
 
-    Searched are the folder, its `annotations/` and its subfolders; a JSON file there counts if it has lists of images
+    Searched are the folder and two levels of subfolders; a JSON file there counts if it has lists of images
     and categories, or if its name or place says that it should. Raises UserError where there is none.
     """
     if path.is_dir():
-        patterns = ("annotations/*.json", "*.json", "*/*.json", "*/annotations/*.json")
+        patterns = ("annotations/*.json", "*.json", "*/*.json", "*/*/*.json")
         found = [file for pattern in patterns for file in sorted(path.glob(pattern))]
         files = [file for file in dict.fromkeys(found) if _is_instances_file(file)]
+        if not files and len(found) == 1:
+            files = found  # the reader reports what is wrong with it
     elif path.exists():
         files = [path]
     else:
@@ -62,21 +64,19 @@ def find_annotation_files(path: Path) -> list[SplitFiles]:
         raise UserError(f"{path}: it contains no annotation file (COCO instances, .json){hint}")
     names = [_split_name(file) for file in files]
     return [
-        SplitFiles(name if names.count(name) == 1 else str(file.relative_to(path)), file, _role(file))
+        SplitFiles(name if names.count(name) == 1 else file.relative_to(path).as_posix(), file, _role(file))
         for name, file in zip(names, files, strict=True)
     ]
 
 
 def choose_split(splits: Sequence[SplitFiles], role: str) -> SplitFiles | None:
-    """The split to train on (`train`) or to evaluate on (`val`); None where none can be."""
-    if role == "train":
-        if len(splits) == 1:
-            return splits[0]
-        return next((split for split in splits if split.role == "train"), None)
-    for wanted in ("val", "test"):
-        for split in splits:
-            if split.role == wanted:
-                return split
+    """The split to train on (`train`) or to evaluate on (`val`); None where none can be, or several could."""
+    if role == "train" and len(splits) == 1:
+        return splits[0]
+    for wanted in ("train",) if role == "train" else ("val", "test"):
+        found = [split for split in splits if split.role == wanted]
+        if found:
+            return found[0] if len(found) == 1 else None
     return None
 
 
@@ -198,11 +198,15 @@ def _candidates(file: Path) -> Iterator[Path]:
     yield from (root / images for images in _IMAGE_FOLDERS)
     yield from (root, beside)
     yield from (beside / images for images in _IMAGE_FOLDERS)
-    if _role_of(root.name) is not None or root != beside:
-        # labels/train/coco.json with images/train/, or train/coco.json with images/
-        yield from (root.parent / images / root.name for images in _IMAGE_FOLDERS)
-        yield from (root.parent / images for images in _IMAGE_FOLDERS)
-        yield root.parent
+    if root.parent.name.lower() in _ANNOTATION_FOLDERS:  # labels/train/coco.json with images/train/
+        above = root.parent.parent
+        yield above / root.name
+    else:
+        above = root.parent
+    if _role_of(root.name) is not None:  # train/coco.json with images/train/ or images/
+        yield from (above / images / root.name for images in _IMAGE_FOLDERS)
+        yield from (above / images for images in _IMAGE_FOLDERS)
+        yield above
     own = role or _role_of(root.name)
     for folder in (root, *(root / images for images in _IMAGE_FOLDERS)):
         yield from (sub for sub in _subfolders(folder) if _role_of(sub.name) in (None, own))

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from ats_detr import distributed
 from ats_detr.config import DataConfig
 from ats_detr.data.coco import ClassMap, CocoDetection, spread_over_difficulty
+from ats_detr.data.layout import choose_split, find_annotation_files
 from ats_detr.data.loader import EvaluationLoader, TrainingLoader
 from ats_detr.data.synthetic import synthetic_dataset
 from ats_detr.data.transforms import training_transform
+from ats_detr.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -24,13 +30,7 @@ class Loaders:
 
 def build_loaders(config: DataConfig, seed: int, *, pin_memory: bool = False) -> Loaders:
     """Training and validation loaders of this process. The classes are those of the training annotations."""
-    root = data_root(config)
-    train_set = CocoDetection(
-        root / config.train_images,
-        root / config.train_annotations,
-        cache_images=config.cache_images,
-        on_bad_image=config.on_bad_image,
-    )
+    train_set = open_dataset(config, "train")
     transform = training_transform(
         short_sides=config.train_short_sides,
         long_side=config.long_side,
@@ -65,14 +65,7 @@ def build_evaluation_loader(
         shared: each process gets its share of the images; False: all of them.
         num_images: only this many, from the one with the fewest objects to the one with the most.
     """
-    root = data_root(config)
-    dataset = CocoDetection(
-        root / config.val_images,
-        root / config.val_annotations,
-        class_map=class_map,
-        cache_images=config.cache_images,
-        on_bad_image=config.on_bad_image,
-    )
+    dataset = open_dataset(config, "val", class_map)
     return EvaluationLoader(
         dataset,
         short_side=config.short_side,
@@ -85,6 +78,50 @@ def build_evaluation_loader(
         indices=None if num_images is None else spread_over_difficulty(dataset, num_images),
         pin_memory=pin_memory,
     )
+
+
+def open_dataset(
+    config: DataConfig, role: Literal["train", "val"], class_map: ClassMap | None = None
+) -> CocoDetection:
+    """The training or the validation images. Raises UserError."""
+    root = data_root(config)
+    given, images = (
+        (config.train_annotations, config.train_images)
+        if role == "train"
+        else (config.val_annotations, config.val_images)
+    )
+    return CocoDetection(
+        None if images is None else root / images,
+        root / given if given is not None else _find_annotations(root, role),
+        class_map=class_map,
+        cache_images=config.cache_images,
+        on_bad_image=config.on_bad_image,
+        on_bad_annotation=config.on_bad_annotation,
+        exif=config.exif,
+        need_objects=role == "train",
+        max_image_pixels=config.max_image_pixels,
+    )
+
+
+def _find_annotations(root: Path, role: Literal["train", "val"]) -> Path:
+    """The annotation file under `root` to train or evaluate on."""
+    if not root.exists():
+        raise UserError(f"data.root = {str(root)!r}: there is no such folder")
+    splits = find_annotation_files(root)
+    chosen = choose_split(splits, role)
+    if chosen is None and role == "val":
+        chosen = choose_split(splits, "train")
+        if chosen is not None:
+            logger.warning(
+                "%s: no annotation file for validation, so the evaluation uses the training images of %s; set"
+                " data.val_annotations",
+                root,
+                chosen.annotations.name,
+            )
+    if chosen is None:
+        files = ", ".join(str(split.annotations.relative_to(root)) for split in splits)
+        raise UserError(f"{root}: which file to use is unclear ({files}); set data.{role}_annotations")
+    return chosen.annotations
 
 
 def data_root(config: DataConfig) -> Path:

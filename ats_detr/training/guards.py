@@ -19,37 +19,22 @@ from ats_detr.data.loader import TrainingLoader
 from ats_detr.data.transforms import resized_size
 from ats_detr.errors import UserError
 
-_TOLERATED_EXCESS = 0.05
-"""Boxes may exceed their image by this share of its side plus one pixel, as in real annotations; they are clipped."""
 _ROUNDING = 1e-4
 """Tolerance of normalised boxes."""
 
 
 # ---------------------------------------------------------------------------------------------- labels and boxes
 def check_annotations(dataset: CocoDetection, num_classes: int) -> None:
-    """Raise UserError, with image and value, where a class or a box of the training annotations is out of range."""
+    """Raise UserError, with image and value, where a class of the training annotations is out of range."""
     annotations = dataset.annotations
-    image_of_box = np.repeat(np.arange(len(annotations)), np.diff(annotations.starts))
-    height, width = annotations.sizes[image_of_box].T
-    x, y, w, h = annotations.boxes_xywh.T
-    excess_x = np.maximum(-x, x + w - width) > 1 + _TOLERATED_EXCESS * width
-    excess_y = np.maximum(-y, y + h - height) > 1 + _TOLERATED_EXCESS * height
-    counted = ~annotations.crowd
-    wrong_box = counted & ((w < 0) | (h < 0) | excess_x | excess_y)
-    wrong_label = counted & ((dataset.label_rows < 0) | (dataset.label_rows >= num_classes))
-    for wrong, what in ((wrong_label, "category"), (wrong_box, "box")):
-        if wrong.any():
-            first = int(wrong.argmax())
-            image = image_of_box[first]
-            value = (
-                f"bbox {annotations.boxes_xywh[first].tolist()} outside its {width[first]} x {height[first]} pixels"
-                if what == "box"
-                else f"category_id {annotations.category_ids[first]}, beyond the model's {num_classes} classes"
-            )
-            raise UserError(
-                f"{annotations.file}: image {annotations.image_ids[image]} has an object with {value}"
-                f" ({int(wrong.sum())} such objects): correct the annotations"
-            )
+    wrong = ~annotations.crowd & ((dataset.label_rows < 0) | (dataset.label_rows >= num_classes))
+    if wrong.any():
+        first = int(wrong.argmax())
+        raise UserError(
+            f"{annotations.file}: image {annotations.image_ids[annotations.image_of_annotation()[first]]} has an object"
+            f" with category_id {annotations.category_ids[first]}, beyond the model's {num_classes} classes"
+            f" ({int(wrong.sum())} such objects): correct the annotations"
+        )
 
 
 def check_targets(targets: Sequence[Target], num_classes: int) -> None:

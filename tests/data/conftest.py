@@ -68,7 +68,7 @@ def annotation_content() -> dict:
             {"id": 1, "image_id": 7, "category_id": 20, "bbox": [1, 2, 10, 12], "area": 100, "iscrowd": 0},
             {"id": 2, "image_id": 7, "category_id": 5, "bbox": [0, 0, 40, 30], "area": 900, "iscrowd": 1},
             {"id": 3, "image_id": 7, "category_id": 5, "bbox": [4, 4, 0, 9], "area": 0, "iscrowd": 0},
-            {"id": 4, "image_id": 7, "category_id": 5, "bbox": [30, 20, 50, 50], "area": 90, "iscrowd": 0},
+            {"id": 4, "image_id": 7, "category_id": 5, "bbox": [30, 20, 12, 10.5], "area": 90, "iscrowd": 0},
         ],
         "categories": [{"id": 20, "name": "cup"}, {"id": 5, "name": "cat"}],
     }

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +10,10 @@ import pytest
 from PIL import Image
 
 from ats_detr.cli import main
-from ats_detr.data.check import check_dataset, find_splits, lines, plot_dataset
+from ats_detr.data.check import check_dataset, find_splits, lines, plot_dataset, report
 from ats_detr.data.synthetic import synthetic_dataset
 from ats_detr.errors import UserError
+from tests.data.exporters import save_picture
 
 
 @pytest.fixture(scope="module")
@@ -34,10 +34,11 @@ def broken(tmp_path: Path) -> Path:
     """A folder in which everything is wrong once."""
     images = tmp_path / "train"
     images.mkdir()
-    for name, shade in (("a.jpg", 10), ("b.jpg", 20), ("turned.jpg", 30), ("extra.png", 40)):
-        Image.new("RGB", (40, 30), (shade, 0, 0)).save(images / name)
+    for name in ("a.jpg", "b.jpg", "turned.jpg", "extra.png"):
+        save_picture(images / name, size=(40, 30))
+    Image.new("RGB", (40, 30), (9, 9, 9)).save(images / "grey.png")
     (images / "copy.jpg").write_bytes((images / "a.jpg").read_bytes())
-    (images / "cut.jpg").write_bytes((images / "a.jpg").read_bytes()[:200])
+    (images / "cut.jpg").write_bytes((images / "a.jpg").read_bytes()[:-300])
 
     def image(i: int, name: str, **changes: Any) -> dict[str, Any]:
         return {"id": i, "file_name": name, "height": 30, "width": 40} | changes
@@ -49,23 +50,26 @@ def broken(tmp_path: Path) -> Path:
         "images": [
             image(1, "a.jpg"),
             image(2, "b.jpg"),
-            image(2, "b.jpg"),  # an id twice
+            image(2, "a.jpg"),  # an id twice
             image(3, "gone.jpg"),
             image(4, "cut.jpg"),
             image(5, "copy.jpg"),
             image(6, "turned.jpg", height=40, width=30),
-            image(7, "flat.jpg", height=0),
+            image(7, "grey.png", height=0),
             {"id": 8, "height": 30, "width": 40},  # no name
         ],
         "annotations": [
             box(1, 2, 2, 10, 10),
-            box(1, 2, 2, 10, 10),  # an id twice, and the object
-            box(2, 0, 0, 60, 10),  # sticks out
+            box(1, 3, 2, 10, 10),  # an id twice
+            box(9, 2, 2, 10, 10),  # an object twice
+            box(2, 0, 0, 60, 10),  # far beyond
+            box(10, 0, 0, 42, 10),  # beyond
             box(3, 50, 0, 10, 10),  # outside
             box(4, 5, 5, 0, 9),  # no area
             box(5, 1, 1, 5, 5, image_id=99),
             box(6, 1, 1, 5, 5, category_id=99),
             box(7, 1, 1, 5),
+            box(11, 9, 9, -5, -5),
             box(8, 0, 0, 40, 30, image_id=5, iscrowd=1),
         ],
         "categories": [{"id": 1, "name": "cat"}, {"id": 2, "name": "dog"}, {"id": 3, "name": "dog"}],
@@ -77,42 +81,56 @@ def broken(tmp_path: Path) -> Path:
 
 EXPECTED = {
     "error": {
-        "entries of 'images' that cannot be used": 1,
-        "ids that occur twice under 'images'": 1,
-        "images of no height or width": 1,
+        "entries of 'images' that cannot be used": 2,
         "annotations of unknown images": 1,
         "annotations of unknown categories": 1,
         "annotations that cannot be used": 1,
+        "boxes of negative width or height": 1,
         "boxes outside their image": 1,
-        "image files that are missing": 2,
-        "image files that cannot be read": 1,
+        "boxes that reach far beyond their image": 1,
+        "images that are missing from {folder}": 1,
+        "images that cannot be decoded": 1,
         "images of another size than listed": 1,
     },
     "warning": {
+        "annotation files with ids that occur twice (they are not used)": 1,
+        "annotations without an area (that of the box is used)": 8,
+        "boxes that exceed their image (clipped)": 1,
+        "boxes without area (not trained on)": 1,
         "categories of one name and different ids": 1,
-        "boxes that stick out of their image (they are cut off)": 1,
-        "boxes without area (they are left out)": 1,
-        "objects that are annotated twice": 1,
-        "annotation ids that occur twice": 1,
         "categories without any object": 2,
         "files of equal content": 1,
+        "images of (almost) one colour": 1,
+        "images without a size (read from the file)": 1,
+        "objects that are annotated twice": 1,
     },
     "note": {
-        "images without objects (they are trained on, as background)": 6,
         "crowd regions (not trained on, not counted as misses)": 1,
         "image files that are not listed": 1,
+        "images without objects (trained on as background)": 6,
     },
 }
 
 
 def test_every_fault_is_found_in_one_go(broken: Path) -> None:
     (split,) = find_splits(broken)
+    check_dataset([split])
     assert split.images == broken / "train"
-    assert check_dataset([split]) == []
-    found: dict[str, Counter[str]] = {level: Counter() for level in EXPECTED}
+    found: dict[str, dict[str, int]] = {level: {} for level in EXPECTED}
     for finding in split.findings:
-        found[finding.level][finding.what] += len(finding.places)
-    assert {level: dict(counts) for level, counts in found.items()} == EXPECTED
+        found[finding.level][finding.what.replace(str(split.images), "{folder}")] = finding.count
+    for level, expected in EXPECTED.items():
+        assert found[level] == expected
+    assert (split.num_images, split.num_objects) == (9, 11), "of a rejected split, what is listed"
+
+
+def test_what_cannot_be_used_is_omitted_on_request(broken: Path) -> None:
+    (split,) = find_splits(broken)
+    check_dataset([split], on_bad_image="skip", on_bad_annotation="skip")
+    assert split.num_errors == 0
+    # Images 1, 2, 5 and 7; the objects are boxes 1, 1 again, 9 and 10.
+    assert (split.num_images, split.num_objects) == (4, 4)
+    assert report([split])["accepted"]
 
 
 def test_places_say_where_and_are_cut_to_a_few(broken: Path) -> None:
@@ -120,11 +138,8 @@ def test_places_say_where_and_are_cut_to_a_few(broken: Path) -> None:
     check_dataset(splits)
     text = list(lines(splits[0].findings, most=1))
     assert text[0].startswith("error: ")
-    assert "    annotations[3] of a.jpg: [50, 0, 10, 10] in 40 x 30" in text
-    assert (
-        "    turned.jpg is 40 x 30, listed as 30 x 40 (turned by its EXIF data: boxes refer to stored pixels)"
-        in text
-    )
+    assert "    a.jpg: bbox [50.0, 0.0, 10.0, 10.0] in 40 x 30 pixels" in text
+    assert "    turned.jpg is 40 x 30 pixels but listed as 30 x 40; width and height look swapped" in text
     assert "    ... and 1 more" in text
     levels = [line.split(":")[0] for line in text if not line.startswith(" ")]
     assert levels == sorted(levels, key=["error", "warning", "note"].index)
@@ -132,9 +147,9 @@ def test_places_say_where_and_are_cut_to_a_few(broken: Path) -> None:
 
 def test_a_clean_dataset_has_no_findings(clean: Path) -> None:
     splits = find_splits(clean)
+    check_dataset(splits)
     assert [split.images.name for split in splits] == ["train2017", "val2017"]
-    assert check_dataset(splits) == []
-    assert [split.findings for split in splits] == [[], []]
+    assert [list(split.findings) for split in splits] == [[], []]
     assert (
         sum(splits[0].objects_per_image)
         == sum(splits[0].objects_per_category.values())
@@ -142,45 +157,41 @@ def test_a_clean_dataset_has_no_findings(clean: Path) -> None:
     )
 
 
-def test_splits_that_disagree_or_share_images_are_told(clean: Path, tmp_path: Path) -> None:
-    train, val = find_splits(clean)
+def test_splits_that_disagree_or_share_images_are_reported(clean: Path, tmp_path: Path) -> None:
+    train, _ = find_splits(clean)
     content = json.loads(train.annotations.read_text())
     content["categories"][0]["name"] = "renamed"
-    other = tmp_path / "other.json"
+    other = tmp_path / "val.json"
     other.write_text(json.dumps(content))
-    splits = [train, find_splits(other, train.images)[0], val]
-    findings = check_dataset(splits)
-    assert [(f.level, f.what.split(" between")[0].split(" that are")[0]) for f in findings] == [
-        ("error", "categories that differ"),
-        ("warning", "images"),
-        ("error", "categories that differ"),
-    ]
-    assert len(findings[1].places) == 6
+    splits = [train, find_splits(other, train.annotations.parents[1] / "train2017")[0]]
+    splits[1].is_training = False
+    check_dataset(splits)
+    assert not list(splits[0].findings)
+    found = {finding.what: finding for finding in splits[1].findings}
+    assert "renamed" in found["annotation file with other categories than the model"].places[0]
+    assert found["images that are also in train2017"].count == 6
 
 
 def test_an_unusable_file_is_an_error_like_the_others(broken: Path) -> None:
     (broken / "annotations" / "val.json").write_text("{")
-    train, val = find_splits(broken)
-    check_dataset([train, val])
-    assert train.num_errors > 5
-    assert val.num_errors == 1
-
-
-@pytest.mark.parametrize("layout", ["roboflow", "flat"])
-def test_other_layouts_are_found(clean: Path, tmp_path: Path, layout: str) -> None:
-    text = (clean / "annotations/instances_val2017.json").read_text()
-    folder = tmp_path / "valid" if layout == "roboflow" else tmp_path
-    folder.mkdir(exist_ok=True)
-    (folder / ("_annotations.coco.json" if layout == "roboflow" else "labels.json")).write_text(text)
-    (split,) = find_splits(tmp_path)
-    assert split.images == folder
+    splits = find_splits(broken)
+    check_dataset(splits)
+    assert splits[0].num_errors > 5
+    assert splits[1].num_errors == 1
+    assert [split["num_images"] for split in report(splits)["splits"]] == [9, 0]
 
 
 def test_nothing_to_check_is_named(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no annotation file in it"):
+    with pytest.raises(UserError, match="contains no annotation file"):
         find_splits(tmp_path)
     with pytest.raises(UserError, match="no such file or folder"):
         find_splits(tmp_path / "gone")
+    (tmp_path / "dataset.zip").write_bytes(b"PK\x03\x04")
+    with pytest.raises(UserError, match=r"unpack dataset\.zip"):
+        find_splits(tmp_path)
+    (split,) = find_splits(tmp_path / "dataset.zip")
+    check_dataset([split])
+    assert "zip archive" in str(split.findings.of("error")[0])
 
 
 def test_the_picture_has_a_bar_for_each_class_and_split(clean: Path) -> None:
@@ -204,6 +215,17 @@ def test_the_command_tells_by_its_exit_code(
         main(["datasets", "check", str(broken), "--picture", str(picture)])
     assert end.value.code == 1
     assert "10 kinds of errors" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main(["datasets", "check", str(broken), "--json", str(tmp_path / "result.json")])
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert not result["accepted"]
+    assert [split["name"] for split in result["splits"]] == ["train"]
+    assert result["splits"][0].keys() == {
+        *("name", "images", "annotations", "num_images", "num_objects", "errors", "warnings")
+    }
+    assert len(result["splits"][0]["errors"]) == 10
+    with pytest.raises(UserError, match=r"--json .*: cannot write this file"):
+        main(["datasets", "check", str(clean), "--json", str(tmp_path)])
     with pytest.raises(UserError, match=r"--picture .*sizes\.foo: .*not supported"):
         main(["datasets", "check", str(clean), "--picture", str(tmp_path / "sizes.foo")])
 

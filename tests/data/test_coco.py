@@ -9,7 +9,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from pycocotools.coco import COCO
 
 from ats_detr.data.coco import (
@@ -94,7 +94,7 @@ def test_category_ids_outside_the_models_classes_are_refused(make_dataset):
 
 
 def test_category_of_another_name_is_refused(make_dataset):
-    with pytest.raises(AnnotationError, match="calls category 5 'cat', the model calls it 'dog'"):
+    with pytest.raises(AnnotationError, match=r"5 \(cat, in the model dog\)"):
         make_dataset(class_map=ClassMap.from_categories({5: "dog", 20: "cup"}))
 
 
@@ -103,12 +103,42 @@ def test_every_mode_becomes_rgb(make_dataset, mode):
     assert make_dataset(modes=(mode, mode))[0][0].mode == "RGB"
 
 
-def test_exif_rotation_is_not_applied(make_dataset):
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("listed_upright", [False, True])
+@pytest.mark.parametrize("rule", ["auto", "stored", "upright"])
+def test_pixels_are_those_that_the_exif_rule_says(make_dataset, orientation, rule, listed_upright):
+    """The second image, of orientation 6, proves by its listed size what the annotation tool showed."""
     dataset = make_dataset()
     exif = Image.Exif()
-    exif[274] = 6  # turn by 90 degrees to view
+    marked = Image.fromarray(np.arange(1200, dtype=np.uint16).reshape(30, 40).astype(np.uint8))
+    for path, turn in ((dataset.path(0), orientation), (dataset.path(1), 6)):
+        exif[0x0112] = turn
+        marked.save(path, exif=exif)
+    pixels = Image.open(dataset.path(0)).convert("RGB")
+    upright = ImageOps.exif_transpose(Image.open(dataset.path(0))).convert("RGB")
+    content = annotation_content() | {"annotations": []}
+    listed = {7: (30, 40), 3: upright.size} if listed_upright else {7: (40, 30), 3: (40, 30)}
+    for image in content["images"]:
+        image["width"], image["height"] = listed[image["id"]]
+    dataset.annotations.file.write_text(json.dumps(content))
+    if rule != "auto" and (rule == "upright") != listed_upright:
+        with pytest.raises(UserError, match="is .* pixels but listed as"):
+            CocoDetection(dataset.image_folder, dataset.annotations.file, exif=rule).read_image(1)
+        return
+    read = CocoDetection(dataset.image_folder, dataset.annotations.file, exif=rule).read_image(0)
+    np.testing.assert_array_equal(np.asarray(read), np.asarray(upright if listed_upright else pixels))
+
+
+def test_orientations_without_a_proof_are_read_as_stored_and_counted(make_dataset, caplog):
+    dataset = make_dataset()
+    exif = Image.Exif()
+    exif[0x0112] = 3
     Image.new("RGB", (40, 30)).save(dataset.path(0), exif=exif)
-    assert dataset.read_image(0).size == (40, 30)
+    with caplog.at_level(logging.WARNING):
+        dataset = CocoDetection(dataset.image_folder, dataset.annotations.file)
+    assert not dataset.upright.any()
+    assert "1 images with an EXIF orientation other than 1, read as stored" in caplog.text
+    assert "a.jpg" in caplog.text
 
 
 def test_sixteen_bit_gray_is_scaled_not_clipped(make_dataset):
@@ -133,7 +163,7 @@ def test_files_that_are_not_coco_are_refused_in_one_line(make_dataset, tmp_path,
     file = tmp_path / "annotations.json"
     file.write_text(text)
     with pytest.raises(AnnotationError, match=message) as raised:
-        CocoDetection(tmp_path / "images", file)
+        CocoDetection(tmp_path / "images", file, need_objects=True)
     assert str(file) in str(raised.value)
     assert "\n" not in str(raised.value)
     assert isinstance(raised.value, UserError)
@@ -142,16 +172,14 @@ def test_files_that_are_not_coco_are_refused_in_one_line(make_dataset, tmp_path,
 @pytest.mark.parametrize(
     ("key", "field", "value", "message"),
     [
-        ("images", "height", None, r"images\[0\] needs 'height' of type int, found None"),
-        ("images", "height", 0, "image 7 has height 0"),
-        ("images", "id", 3, r"images\[1\] repeats id 3"),
-        ("annotations", "image_id", 99, r"annotations\[0\] names image_id 99"),
-        ("annotations", "image_id", [7], r"annotations\[0\] names image_id \[7\]"),
+        ("images", "id", 3, r"images\[1\] repeats id 3 of b.jpg"),
+        ("annotations", "image_id", 99, r"annotations\[0\] has image_id 99"),
+        ("annotations", "image_id", [7], r"annotations\[0\] has image_id \[7\]"),
         ("annotations", "category_id", 6, r"annotations\[0\] has category_id 6, .* \(ids 5..20\)"),
-        ("annotations", "bbox", [1, 2, 3], r"annotations\[0\] needs 'bbox'"),
-        ("annotations", "bbox", [1, 2, 3, float("nan")], r"annotations\[0\] needs 'bbox'"),
-        ("annotations", "area", "big", r"annotations\[0\] needs a number as 'area'"),
-        ("categories", "name", 5, r"categories\[0\] needs 'name' of type str"),
+        ("annotations", "bbox", [1, 2, 3], r"annotations\[0\] of b.jpg needs bbox"),
+        ("annotations", "bbox", [1, 2, 3, float("nan")], r"annotations\[0\] of b.jpg needs bbox"),
+        ("annotations", "bbox", [1, 2, -3, 4], r"annotations\[0\] of b.jpg: bbox .* is negative"),
+        ("annotations", "bbox", [50, 2, 3, 4], r"1 boxes outside their image: b.jpg: bbox \[50"),
     ],
 )
 def test_broken_records_are_named(make_dataset, key, field, value, message):
@@ -169,24 +197,42 @@ def test_missing_folder_and_missing_file_are_named(tmp_path, make_dataset):
         CocoDetection(tmp_path, tmp_path / "nothing.json")
 
 
+def test_bad_records_are_omitted_on_request_and_counted(make_dataset, caplog):
+    content = annotation_content()
+    content["annotations"] += [{**content["annotations"][0], "id": 10 + i, "image_id": 99} for i in range(3)]
+    content["annotations"] += [{**content["annotations"][0], "id": 20, "bbox": [99, 9, 9, 9]}]
+    with pytest.raises(
+        AnnotationError, match=r"3 annotations of unknown images: annotations\[4\] .* and 2 more"
+    ) as raised:
+        make_dataset(content=content)
+    assert "data.on_bad_annotation=skip" in str(raised.value)
+    with caplog.at_level(logging.WARNING):
+        dataset = make_dataset(content=content, on_bad_annotation="skip")
+    assert dataset.num_objects.tolist() == [0, 2]
+    assert len(dataset.annotations.by_position([0, 1])["annotations"]) == 4, "evaluated without them, too"
+    assert "3 annotations of unknown images (omitted)" in caplog.text
+    assert "1 boxes outside their image (omitted)" in caplog.text
+
+
 @pytest.mark.parametrize("cache_images", [False, True])
 def test_missing_image_is_named_at_once_or_left_to_the_loaders(make_dataset, caplog, cache_images):
     whole = make_dataset()
     whole.path(0).unlink()
     folder, file = whole.image_folder, whole.annotations.file
-    with pytest.raises(ImageFileError, match=r"1 of 2 images of .* are missing, first .*a\.jpg"):
+    with pytest.raises(UserError, match=r"1 images that are missing from .*: a\.jpg"):
         CocoDetection(folder, file, cache_images=cache_images)
     with caplog.at_level(logging.WARNING):
         dataset = CocoDetection(folder, file, cache_images=cache_images, on_bad_image="skip")
-    assert "1 of 2 images" in caplog.text
+    assert "1 images that are missing" in caplog.text
     with pytest.raises(ImageFileError, match=r"image .*a\.jpg does not exist"):
         dataset.read_image(0)
     dataset.read_image(1)
 
 
 def test_a_folder_without_any_of_the_images_is_an_error_even_when_skipping(make_dataset, tmp_path):
-    with pytest.raises(ImageFileError, match="2 of 2 images"):
-        CocoDetection(tmp_path, make_dataset().annotations.file, on_bad_image="skip")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ImageFileError, match="none of its 2 images is in"):
+        CocoDetection(tmp_path / "empty", make_dataset().annotations.file, on_bad_image="skip")
 
 
 @pytest.mark.parametrize("cache_images", [False, True])
@@ -200,15 +246,17 @@ def test_truncated_image_is_named(make_dataset, cache_images):
     with pytest.raises(ImageFileError, match=r"image .*b\.jpg cannot be read: .*truncated"):
         dataset.read_image(1)
     path.write_bytes(b"")
-    with pytest.raises(ImageFileError, match=r"image .*b\.jpg cannot be read"):
-        CocoDetection(path.parent, dataset.annotations.file).read_image(1)
+    with pytest.raises(UserError, match=r"images that cannot be read: .*b\.jpg"):
+        CocoDetection(path.parent, dataset.annotations.file)
 
 
 def test_image_of_another_size_than_annotated_is_named(make_dataset):
     dataset = make_dataset()
     Image.new("RGB", (30, 40)).save(dataset.path(0))
-    with pytest.raises(ImageFileError, match=r"a\.jpg is 30x40 pixels but .* says 40x30"):
+    with pytest.raises(ImageFileError, match=r"a\.jpg is 30 x 40 pixels but listed as 40 x 30; .* swapped"):
         dataset.read_image(0)
+    with pytest.raises(UserError, match=r"1 images of another size than listed: a\.jpg is 30 x 40"):
+        CocoDetection(dataset.image_folder, dataset.annotations.file)
 
 
 def test_cache_serves_the_same_images_without_the_files(make_dataset):
