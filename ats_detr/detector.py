@@ -237,7 +237,7 @@ class Detector:
         max_detections: int = MAX_DETECTIONS,
         batch_size: int = 1,
         keep_tokens: bool = False,
-        upright: bool = True,
+        upright: bool | None = None,
         allow_urls: bool = False,
         on_bad_image: Callable[[ImageFileError], object] | None = None,
     ) -> list[Result]:
@@ -253,8 +253,8 @@ class Detector:
             max_detections: maximum number of detections per image.
             batch_size: maximum number of images per forward pass; only images of equal padded size share a pass.
             keep_tokens: return the kept tokens in `Result.kept_tokens`.
-            upright: rotate images according to their EXIF orientation. Evaluation does not; its boxes refer to the
-                stored pixels.
+            upright: rotate files according to their EXIF orientation, as viewers do. None: unless the detector was
+                trained with `data.exif=stored`.
             allow_urls: download images from http(s) URLs. False: a URL raises UserError.
             on_bad_image: called with the error of each image that cannot be read; the image has no result.
 
@@ -284,7 +284,7 @@ class Detector:
         max_detections: int = MAX_DETECTIONS,
         batch_size: int = 1,
         keep_tokens: bool = False,
-        upright: bool = True,
+        upright: bool | None = None,
         allow_urls: bool = False,
         on_bad_image: Callable[[ImageFileError], object] | None = None,
     ) -> Iterator[Result]:
@@ -298,11 +298,13 @@ class Detector:
         if not 0 <= threshold <= 1:  # also true for NaN
             raise UserError(f"threshold = {threshold}: must be in [0, 1]")
 
+        turn = self.config.data.exif != "stored" if upright is None else upright
+
         def prepare(numbered: tuple[int, ImageSource]) -> _Prepared | ImageFileError:
             number, source = numbered
             name = str(source) if isinstance(source, (str, Path)) else f"image {number}"
             try:
-                image = read_image(source, name, upright=upright, allow_urls=allow_urls)
+                image = read_image(source, name, upright=turn, allow_urls=allow_urls)
             except ImageFileError as error:
                 if on_bad_image is None:
                     raise
@@ -330,7 +332,7 @@ class Detector:
             for places in buckets.values():
                 for chosen in self._batches(places, batch_size):
                     found = self._detect(
-                        [window[i] for i in chosen], threshold, max_detections, keep_tokens, upright
+                        [window[i] for i in chosen], threshold, max_detections, keep_tokens, turn
                     )
                     results.update(zip(chosen, found, strict=True))
             yield from (results[place] for place in range(len(window)))

@@ -399,10 +399,8 @@ def average_precision(
         run.evaluate()
         run.accumulate()
     precision, recall = (np.asarray(run.eval[key])[..., 0] for key in ("precision", "recall"))
-    counts = np.bincount(
-        [entry["category_id"] for entry in truth["annotations"] if not entry["iscrowd"]],
-        minlength=len(category_ids),
-    )
+    places = [entry["category_id"] for entry in truth["annotations"] if not entry["iscrowd"]]
+    counts = np.bincount(np.array(places, np.int64), minlength=len(category_ids))
     return AveragePrecision(
         ap=_mean(precision[..., 0]),
         ap50=_mean(precision[0, ..., 0]),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import gc
 import pickle
 import resource
@@ -248,6 +249,12 @@ def test_a_photograph_is_turned_upright_unless_stored_pixels_are_asked_for(
     assert upright.image().size == image.size
     (stored,) = detector.predict(tmp_path / "turned.png", threshold=0, upright=False)
     assert stored.size == upright.size[::-1]
+    data = dataclasses.replace(detector.config.data, exif="stored")
+    trained_on_stored = Detector(
+        detector.model, dataclasses.replace(detector.config, data=data), detector.classes
+    )
+    (default,) = trained_on_stored.predict(tmp_path / "turned.png", threshold=0)
+    assert_same(default, stored)
     assert stored.image().size == image.size[::-1]
 
 

@@ -158,6 +158,42 @@ def test_detections_are_written_as_coco_results(dataset, tmp_path):
         evaluate(Oracle(dataset), loader, "cpu", detections_file=tmp_path)
 
 
+@pytest.mark.parametrize("evaluator", ["pycocotools", "hotcoco"])
+def test_images_without_annotations_are_detected_and_have_no_ap(dataset, tmp_path, evaluator):
+    """Like COCO's test-dev: the file lists no annotations at all, and a server computes the AP."""
+    if evaluator == "hotcoco":
+        pytest.importorskip("hotcoco")
+    content = json.loads(dataset.annotations.file.read_text())
+    del content["annotations"]
+    (tmp_path / "image_info_test.json").write_text(json.dumps(content))
+    test_set = CocoDetection(dataset.image_folder, tmp_path / "image_info_test.json")
+    file = tmp_path / "detections.json"
+    loader = EvaluationLoader(test_set, batch_size=4, **SIZES)
+    metrics = evaluate(Oracle(dataset), loader, "cpu", evaluator=evaluator, detections_file=file)
+    assert metrics.to_dict()["AP"] is None
+    assert all(entry["AP"] is None for entry in metrics.per_class())
+    truth = COCO(dataset.annotations.file)
+    found = truth.loadRes(str(file))
+    assert set(truth.getImgIds()) >= {entry["image_id"] for entry in json.loads(file.read_text())}
+    assert len(found.getAnnIds()) > len(truth.getAnnIds())
+
+
+def test_results_have_the_image_ids_of_the_file(dataset, tmp_path):
+    """Ids that are no integers are numbered inside, and exact in the results."""
+    content = json.loads(dataset.annotations.file.read_text())
+    for record in content["images"]:
+        record["id"] = f"image {record['id']}"
+    for record in content["annotations"]:
+        record["image_id"] = f"image {record['image_id']}"
+    (tmp_path / "text_ids.json").write_text(json.dumps(content))
+    named = CocoDetection(dataset.image_folder, tmp_path / "text_ids.json")
+    loader = EvaluationLoader(named, **SIZES)
+    metrics = evaluate(Oracle(dataset), loader, "cpu", detections_file=tmp_path / "results.json")
+    assert metrics.precision.ap == pytest.approx(1)
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert {entry["image_id"] for entry in results} == {record["id"] for record in content["images"]}
+
+
 def test_images_with_more_objects_than_a_limit_are_counted_in_a_warning(dataset, caplog):
     counts = dataset.num_objects
     assert counts.tolist() == [len(dataset.objects(i)[1]) for i in range(NUM_IMAGES)]

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from rich.markup import escape
 from rich.progress import track
 
 from ats_detr.cli.options import FAILURES, console
@@ -52,7 +53,7 @@ def run(arguments: Namespace) -> None:
         raise
 
     def progress(items: Iterable[Any], what: str, number: int) -> Iterable[Any]:
-        return track(items, what, total=number, transient=True, disable=not console.is_terminal)
+        return track(items, escape(what), total=number, transient=True, disable=not console.is_terminal)
 
     check_dataset(
         splits,

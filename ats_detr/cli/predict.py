@@ -83,7 +83,7 @@ def run(arguments: Namespace) -> None:
         threshold=arguments.threshold,
         max_detections=arguments.max_detections,
         batch_size=arguments.batch_size,
-        upright=not arguments.stored_pixels,
+        upright=False if arguments.stored_pixels else None,
         allow_urls=arguments.allow_urls,
         show_progress=console.is_terminal,
     )
@@ -160,7 +160,7 @@ def predict_files(
     threshold: float,
     max_detections: int,
     batch_size: int,
-    upright: bool = True,
+    upright: bool | None = None,
     allow_urls: bool = False,
     show_progress: bool = False,
 ) -> Done:

@@ -25,6 +25,7 @@ from ats_detr.data.findings import Finding, Findings
 from ats_detr.data.images import IMAGE_SUFFIXES, ImageFileError, decode_image, read_file
 from ats_detr.data.layout import find_annotation_files
 from ats_detr.errors import UserError
+from ats_detr.fonts import legible
 
 _MOST_BARS = 40
 _SMALL, _LARGE = 32, 96
@@ -293,7 +294,9 @@ def plot_dataset(splits: Sequence[Split]) -> Figure:
     sides.minorticks_off()
     more = f" (the {_MOST_BARS} commonest of {len(names)})" if num_left_out else ""
     bars.set(title=f"Objects per class{more}", xlabel="objects")
-    bars.set_yticks(np.arange(len(classes)), [names[i] for i in classes], fontsize=9)
+    bars.set_yticks(
+        np.arange(len(classes)), [legible(names[i]) for i in classes], fontsize=9, parse_math=False
+    )
     bars.set_ylim(len(classes) - 0.4, -0.6)
     if total and max(total.values()) > 50 * max(1, min(total.values())):
         bars.set(xscale="log", xlim=(0.7, None))

@@ -45,6 +45,7 @@ WITHOUT_INFLUENCE = (
     *("teachers.weak.config", "teachers.weak.checkpoint"),  # their weights are compared instead
     *("teachers.strong.config", "teachers.strong.checkpoint"),
     *("data.num_workers", "data.cache_images", "data.on_bad_image", "data.eval_batch_size"),
+    *("data.max_image_pixels", "evaluation.max_detections"),
     *("train.resume", "train.checkpoint_every", "train.checkpoint_every_steps", "train.evaluate_every"),
     *("train.log_every", "train.max_skipped_steps", "train.recompute", "train.compile", "deterministic"),
 )
