@@ -1,4 +1,4 @@
-"""A detector small enough for tests, with random weights that choose different budgets and find different things."""
+"""A small detector for tests, with random weights that give images different budgets and detections."""
 
 from __future__ import annotations
 
@@ -29,7 +29,10 @@ SMALL = [
 
 
 def small_detector(*, seed: int = 0, **changes: Any) -> Detector:
-    """Images of up to 64 x 128, in steps of 32; keeps 30 or 60 % of the tokens. `changes` are settings of the model."""
+    """A detector for images of up to 64 x 128 (multiples of 32) that keeps 30 or 60 % of the tokens.
+
+    `changes` are settings of the model.
+    """
     tree = {
         "name": "small",
         "model": merged(merged(SMALL_MODEL, {**ADAPTIVE, "adaption": False}), changes),
@@ -45,7 +48,7 @@ def small_detector(*, seed: int = 0, **changes: Any) -> Detector:
         for head in model.decoder_heads:
             head.classify.bias.fill_(-1.0)
         if model.selector is not None and model.selector.budget is not None:
-            model.selector.budget[-1].weight.mul_(100)  # images differ in little: small differences decide
+            model.selector.budget[-1].weight.mul_(100)  # amplifies small differences between the images
     classes = CLASSES.to_dict()
     facts = {
         "config": config_to_dict(config),

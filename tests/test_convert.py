@@ -1,4 +1,4 @@
-"""Checkpoints of the published code: read without trusting them, recognised by their names, used directly."""
+"""Checkpoints of the published code: safe loading, detection of the architecture, and direct use."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ ADAPTIVE = SelectorConfig(min_ratio=0.1, max_ratio=0.2, masked_mean=False)
 
 
 def small_config(**changes: Any) -> ModelConfig:
-    """Small in everything that names and shapes can tell; the backbone must be one that has been published."""
+    """A small model whose settings follow from names and shapes. Its backbone must be a published one."""
     base: dict[str, Any] = {
         "backbone": BackboneConfig(name="resnet18.tv_in1k", pretrained=False),
         "selector": SelectorConfig(keep_ratio=0.1, masked_mean=False),
@@ -55,14 +55,14 @@ def small_config(**changes: Any) -> ModelConfig:
 
 
 def official_state(config: ModelConfig, num_classes: int = 7) -> dict[str, Tensor]:
-    """A model's tensors under the published names."""
+    """The tensors of a model under their published names."""
     torch.manual_seed(0)
     model = build_model(config, num_classes)
     state = model.state_dict()
     return {name: state[own] for name, own in official_names(model).items()}
 
 
-# ------------------------------------------------------------------------------------------------- what is recognised
+# ------------------------------------------------------------------------------------------------------- architecture
 @pytest.mark.parametrize(
     "changes",
     [
@@ -95,7 +95,7 @@ def official_state(config: ModelConfig, num_classes: int = 7) -> dict[str, Tenso
     ],
     ids=["teacher", "sparse", "adaptive", "efficient", "two-stage", "one-stage refined", "plain"],
 )
-def test_the_architecture_is_read_off_names_and_shapes(changes: dict[str, Any]) -> None:
+def test_the_architecture_is_inferred_from_names_and_shapes(changes: dict[str, Any]) -> None:
     config = small_config(**changes)
     state = official_state(config)
     checkpoint = from_official(state)
@@ -106,7 +106,7 @@ def test_the_architecture_is_read_off_names_and_shapes(changes: dict[str, Any]) 
     assert all(torch.equal(back[name], state[name]) for name in state)
 
 
-def test_what_names_cannot_tell_comes_from_the_stored_command_line() -> None:
+def test_other_settings_come_from_the_stored_command_line() -> None:
     arguments = argparse.Namespace(nheads=4, num_queries=25, rho=[0.3], eff_specific_head=False, dropout=0.0)
     content = {
         "model": official_state(small_config(num_heads=4, num_points=4)),
@@ -122,7 +122,7 @@ def test_what_names_cannot_tell_comes_from_the_stored_command_line() -> None:
     assert checkpoint["notes"] == []
 
 
-def test_what_had_to_be_assumed_or_was_left_out_is_said() -> None:
+def test_assumed_settings_and_omitted_content_are_noted() -> None:
     state = official_state(small_config(selector=ADAPTIVE, adaption=True))
     checkpoint = from_official({"model": state, "optimizer": {}})
     assert not config_from_dict(checkpoint["config"]).model.adaption
@@ -163,14 +163,14 @@ def test_the_91_rows_of_a_published_head_are_the_coco_categories() -> None:
         ),
     ],
 )
-def test_a_file_that_is_not_exactly_such_a_model_is_refused(damage: Any, message: str) -> None:
+def test_a_file_that_does_not_match_a_model_exactly_is_rejected(damage: Any, message: str) -> None:
     state = official_state(small_config())
     damage(state)
     with pytest.raises(UserError, match=message):
         from_official(state, source="x.pth")
 
 
-# ------------------------------------------------------------------------------------------------------ what is trusted
+# -------------------------------------------------------------------------------------------------------- safe loading
 class Hostile:
     def __init__(self, marker: Path) -> None:
         self.marker = marker
@@ -180,7 +180,7 @@ class Hostile:
 
 
 def hostile_file(place: str, marker: Path, path: Path) -> None:
-    """A file that makes the folder `marker` when it is unpickled without care."""
+    """A file that creates the folder `marker` when it is unpickled without restrictions."""
     content: dict[str, Any] = {"model": official_state(small_config())}
     if place == "model":
         torch.save({**content, "extra": Hostile(marker)}, path)
@@ -198,7 +198,7 @@ def hostile_file(place: str, marker: Path, path: Path) -> None:
 
 
 @pytest.mark.parametrize("place", ["model", "arguments", "old format", "bare pickle", "eval"])
-def test_a_hostile_file_is_refused_and_nothing_of_it_runs(place: str, tmp_path: Path) -> None:
+def test_a_hostile_file_is_rejected_without_executing_it(place: str, tmp_path: Path) -> None:
     marker, path = tmp_path / "was-here", tmp_path / "hostile.pth"
     hostile_file(place, marker, path)
     message = "not a checkpoint" if place == "bare pickle" else r"refused .*nothing of it was executed"
@@ -212,12 +212,12 @@ def test_a_hostile_file_is_refused_and_nothing_of_it_runs(place: str, tmp_path: 
     else:
         with contextlib.suppress(EOFError):  # the hand-written file ends after its command
             torch.load(path, weights_only=False)
-    assert marker.exists()  # the file is hostile indeed
+    assert marker.exists(), "the file is not hostile"
 
 
 @pytest.mark.parametrize("damage", ["cut", "text", "empty", "flipped", "missing"])
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
-def test_a_damaged_file_is_named_in_one_line(damage: str, suffix: str, tmp_path: Path) -> None:
+def test_a_damaged_file_is_reported_in_one_line(damage: str, suffix: str, tmp_path: Path) -> None:
     path = tmp_path / f"damaged{suffix}"
     save_checkpoint(from_official(official_state(small_config())), path)
     content = path.read_bytes()
@@ -236,8 +236,8 @@ def test_a_damaged_file_is_named_in_one_line(damage: str, suffix: str, tmp_path:
     assert "\n" not in str(raised.value)
 
 
-# -------------------------------------------------------------------------------------------------------- what is used
-def test_convert_writes_a_file_that_detects_the_same(tmp_path: Path) -> None:
+# ---------------------------------------------------------------------------------------------------------------- use
+def test_converted_files_give_equal_predictions(tmp_path: Path) -> None:
     source = tmp_path / "official.pth"
     torch.save({"model": official_state(small_config(selector=ADAPTIVE, adaption=True))}, source)
     for name in ("ours.safetensors", "ours.pt"):
@@ -257,7 +257,7 @@ def test_convert_writes_a_file_that_detects_the_same(tmp_path: Path) -> None:
     assert all(torch.equal(back[name], state[name]) for name in back)
 
 
-def test_published_weights_average_over_padding_whatever_the_config_says() -> None:
+def test_published_weights_average_over_padding_regardless_of_the_config() -> None:
     checkpoint = from_official(official_state(small_config()))
     config = config_from_dict(checkpoint["config"])
     tree = {**checkpoint["config"], "model": {**checkpoint["config"]["model"]}}
@@ -266,7 +266,7 @@ def test_published_weights_average_over_padding_whatever_the_config_says() -> No
     assert model.selector.masked_mean is config.model.selector.masked_mean is False
 
 
-def test_convert_speaks_in_one_line_and_exits_with_2(tmp_path: Path) -> None:
+def test_convert_reports_errors_in_one_line_with_exit_code_2(tmp_path: Path) -> None:
     (tmp_path / "text.pth").write_text("hello")
     run = subprocess.run(
         [sys.executable, "-m", "ats_detr", "convert", "text.pth", "out.pt"],
@@ -281,7 +281,7 @@ def test_convert_speaks_in_one_line_and_exits_with_2(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["text.pth"]
 
 
-def test_ours_are_not_mistaken_for_published_ones() -> None:
+def test_published_checkpoints_are_recognised() -> None:
     state = official_state(small_config())
     assert is_official(state)
     assert is_official({"model": state})
@@ -289,8 +289,8 @@ def test_ours_are_not_mistaken_for_published_ones() -> None:
     assert not is_official([1, 2])
 
 
-def test_checkpoints_that_differ_only_in_what_they_score_are_told_apart() -> None:
-    """Sparse DETR's scorer has the names and shapes of ATS-DETR's, but reads the proposals' embedding."""
+def test_checkpoints_that_differ_only_in_the_input_of_the_scorer_are_distinguished() -> None:
+    """The scorer of Sparse DETR has the names and shapes of ATS-DETR's, but reads the embedded proposals."""
     sparse = SelectorConfig(scores="proposals", keep_ratio=0.1, masked_mean=False)
     sparse_checkpoint = from_official(official_state(small_config(selector=sparse)))
     teacher = config_from_dict(from_official(official_state(small_config()))["config"])

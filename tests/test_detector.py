@@ -1,4 +1,4 @@
-"""The detector in a user's hands: the evaluation's detections, from whatever people have as an image."""
+"""`Detector` gives the detections of the evaluation, for all image types."""
 
 from __future__ import annotations
 
@@ -67,11 +67,11 @@ def assert_same(one: Result, other: Result, tolerance: float = 0.0) -> None:
         np.testing.assert_array_equal(one.boxes_xyxy, other.boxes_xyxy)
 
 
-# ------------------------------------------------------------------------------------------------- as evaluated
+# ------------------------------------------------------------------------------------------- parity with evaluation
 def test_detections_and_budgets_are_those_of_the_evaluation(
     detector: Detector, dataset: CocoDetection, results: list[Result]
 ) -> None:
-    """To the last bit, image by image; the loader decodes, resizes, pads and batches, `top_detections` reads."""
+    """Bit-equal, image by image: the loader decodes, resizes, pads and batches; `top_detections` postprocesses."""
     data = detector.config.data
     loader = EvaluationLoader(
         dataset, short_side=data.short_side, long_side=data.long_side, size_multiple=data.size_multiple
@@ -91,9 +91,8 @@ def test_detections_and_budgets_are_those_of_the_evaluation(
 
 
 def _relabelled(loader: EvaluationLoader) -> EvaluationLoader:
-    loader.dataset.class_map = (
-        CLASSES  # the synthetic classes' ids are others; the budgets do not depend on them
-    )
+    # The synthetic classes have different ids; budgets do not depend on them.
+    loader.dataset.class_map = CLASSES
     return loader
 
 
@@ -103,14 +102,14 @@ def test_the_budgets_of_the_test_images_differ(results: list[Result]) -> None:
 
 
 @pytest.mark.parametrize("batch_size", [2, 7])
-def test_an_image_is_detected_alike_in_any_grouping_and_order(
+def test_detections_do_not_depend_on_batches_and_order(
     detector: Detector, paths: list[Path], results: list[Result], batch_size: int
 ) -> None:
     order = np.random.default_rng(batch_size).permutation(len(paths))
     shuffled = detector.predict([paths[i] for i in order], threshold=0, batch_size=batch_size)
     for place, result in zip(order, shuffled, strict=True):
         assert result.name == str(paths[place])
-        assert_same(result, results[place], tolerance=2e-5)  # products of other shapes round otherwise
+        assert_same(result, results[place], tolerance=2e-5)  # products of different shapes round differently
 
 
 def test_a_compiled_detector_detects_the_same(paths: list[Path], results: list[Result]) -> None:
@@ -120,8 +119,8 @@ def test_a_compiled_detector_detects_the_same(paths: list[Path], results: list[R
     assert compiled.compiled is not None and len(compiled.compiled.warm_up_seconds) >= 1
 
 
-def test_a_compiled_detector_can_be_copied_and_sent(paths: list[Path]) -> None:
-    """After use, too. Its lock, and on CUDA its graphs, cannot; a copy has its own."""
+def test_a_compiled_detector_can_be_copied_and_pickled(paths: list[Path]) -> None:
+    """Also after use. Its lock and its CUDA graphs are not copied; a copy creates its own."""
     compiled = small_detector().compile(dtype=torch.bfloat16, max_graphs=3)
     (expected,) = compiled.predict(paths[0], threshold=0)
     for other in (copy.deepcopy(compiled), pickle.loads(pickle.dumps(compiled))):
@@ -132,8 +131,8 @@ def test_a_compiled_detector_can_be_copied_and_sent(paths: list[Path]) -> None:
         assert other.compiled.warm_up_seconds
 
 
-def test_four_threads_get_what_one_gets_and_leave_nothing_behind(detector: Detector) -> None:
-    """200 random images of random sizes, dealt out to the threads."""
+def test_threads_give_equal_results_and_leak_no_memory(detector: Detector) -> None:
+    """200 random images of random sizes, distributed over four threads."""
     random = np.random.default_rng(0)
     images = [random.integers(0, 256, (*random.integers(20, 90, 2), 3), dtype=np.uint8) for _ in range(200)]
     serial = detector.predict(images, threshold=0)
@@ -161,13 +160,11 @@ def test_four_threads_get_what_one_gets_and_leave_nothing_behind(detector: Detec
     once()
     gc.collect()
     assert threading.active_count() == num_threads
-    assert len(gc.get_objects()) < num_objects + 100, "not one object for each image"
+    assert len(gc.get_objects()) < num_objects + 100, "no objects are kept per image"
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < before + 50_000, "kilobytes"
 
 
-def test_prediction_leaves_the_random_numbers_of_a_training_alone(
-    detector: Detector, paths: list[Path]
-) -> None:
+def test_prediction_does_not_change_the_random_state(detector: Detector, paths: list[Path]) -> None:
     torch.manual_seed(0)
     expected = torch.rand(3)
     torch.manual_seed(0)
@@ -175,8 +172,8 @@ def test_prediction_leaves_the_random_numbers_of_a_training_alone(
     assert torch.equal(torch.rand(3), expected)
 
 
-# ---------------------------------------------------------------------------------------------- what an image can be
-def test_a_path_a_folder_pil_arrays_and_tensors_are_the_same_image(
+# ------------------------------------------------------------------------------------------------------- image types
+def test_paths_folders_pil_images_arrays_and_tensors_give_equal_results(
     detector: Detector, paths: list[Path], results: list[Result], tmp_path: Path
 ) -> None:
     (tmp_path / "a.jpg").write_bytes(paths[0].read_bytes())
@@ -212,12 +209,14 @@ def test_a_mixed_list_keeps_its_order_and_names(detector: Detector, paths: list[
         ([3], "image 0: a int|int"),
     ],
 )
-def test_what_cannot_be_an_image_is_named_with_the_mend(detector: Detector, source, message: str) -> None:
+def test_unsupported_images_raise_errors_with_the_fix(detector: Detector, source, message: str) -> None:
     with pytest.raises(UserError, match=message):
         detector.predict(source)
 
 
-def test_bad_files_stop_the_work_or_are_told(detector: Detector, paths: list[Path], tmp_path: Path) -> None:
+def test_unreadable_files_raise_or_are_reported(
+    detector: Detector, paths: list[Path], tmp_path: Path
+) -> None:
     broken = tmp_path / "broken.jpg"
     broken.write_bytes(paths[0].read_bytes()[:300])
     with pytest.raises(ImageFileError, match="broken.jpg"):
@@ -231,17 +230,17 @@ def test_bad_files_stop_the_work_or_are_told(detector: Detector, paths: list[Pat
     ]
 
 
-def test_an_empty_folder_is_named(detector: Detector, tmp_path: Path) -> None:
+def test_an_empty_folder_is_reported(detector: Detector, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"there are no images in it \(.*\.jpg"):
         detector.predict(tmp_path)
     assert detector.predict([]) == []
 
 
-def test_a_photograph_is_turned_upright_unless_stored_pixels_are_asked_for(
+def test_images_are_rotated_by_their_exif_orientation_unless_upright_is_false(
     detector: Detector, paths: list[Path], results: list[Result], tmp_path: Path
 ) -> None:
     exif = Image.Exif()
-    exif[0x0112] = 6  # shown after a quarter turn clockwise
+    exif[0x0112] = 6  # displayed after a clockwise rotation by 90 degrees
     image = Image.open(paths[0]).convert("RGB")
     image.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "turned.png", exif=exif)
     (upright,) = detector.predict(tmp_path / "turned.png", threshold=0)
@@ -259,7 +258,7 @@ def test_a_photograph_is_turned_upright_unless_stored_pixels_are_asked_for(
 
 
 # ------------------------------------------------------------------------------------------------------- the results
-def test_threshold_and_max_detections_cut_the_same_list(
+def test_threshold_and_max_detections_truncate_the_same_list(
     detector: Detector, paths: list[Path], results
 ) -> None:
     everything = results[0]
@@ -271,7 +270,7 @@ def test_threshold_and_max_detections_cut_the_same_list(
     np.testing.assert_array_equal(five.boxes_xyxy, everything.boxes_xyxy[:5])
 
 
-def test_a_result_is_plain_and_consistent(results: list[Result]) -> None:
+def test_the_fields_of_a_result_are_consistent(results: list[Result]) -> None:
     result = results[3]
     number = len(result)
     assert result.boxes_xyxy.shape == (number, 4)
@@ -292,7 +291,7 @@ def test_supervision_gets_the_same_boxes(results: list[Result]) -> None:
     assert len(found[found.confidence > 2]) == 0
 
 
-def test_kept_tokens_are_as_many_as_the_budget_and_none_is_padding(
+def test_the_number_of_kept_tokens_equals_the_budget_and_none_is_padding(
     detector: Detector, paths: list[Path]
 ) -> None:
     for result in detector.predict(paths[:6], keep_tokens=True, batch_size=3):
@@ -304,7 +303,7 @@ def test_kept_tokens_are_as_many_as_the_budget_and_none_is_padding(
         assert sum(level.size for level in inside) == result.budget.num_valid_tokens
 
 
-def test_models_that_keep_everything_have_no_map(paths: list[Path]) -> None:
+def test_dense_models_have_no_mask_of_kept_tokens(paths: list[Path]) -> None:
     (result,) = small_detector(selector=None, encoder_auxiliary=False).predict(paths[0], keep_tokens=True)
     assert result.kept_tokens is None
     assert result.budget.keep_ratio == 1
@@ -344,7 +343,7 @@ def test_a_run_is_found_by_folder_and_by_name(tmp_path: Path, monkeypatch: pytes
     assert isinstance(Detector.from_checkpoint("mine/weak", device="cpu"), Detector)
 
 
-def test_a_models_folder_that_is_not_whole_is_named(tmp_path: Path) -> None:
+def test_an_incomplete_model_folder_is_reported(tmp_path: Path) -> None:
     folder = save_small_detector(tmp_path / "model")
     assert {path.name for path in folder.iterdir()} == {"config.json", "model.safetensors"}
     (folder / "model.safetensors").write_bytes(b"damaged")

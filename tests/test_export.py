@@ -1,4 +1,4 @@
-"""An exported graph finds what the detector finds, without this package, for any batch and every budget."""
+"""Exported graphs give the detections of the detector for any batch size and every budget."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.small_detector import save_small_detector, small_detector
 pytestmark = pytest.mark.xdist_group("export")  # one worker: the exported graphs are shared
 SIZE = (64, 96)
 TOLERANCE = 1e-3
-"""Of boxes in pixels and of scores. What is left is float32 rounding: 3e-7 where both stay in 0..1."""
+"""Absolute, of boxes in pixels and of scores. The difference is float32 rounding: 3e-7 for values in 0..1."""
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +31,7 @@ def detector() -> Detector:
 
 @pytest.fixture(scope="module")
 def images() -> list[Image.Image]:
-    """Of sizes that evaluation pads to 64 x 96, each differently; coarse patterns."""
+    """Coarse patterns of different sizes that evaluation pads to 64 x 96."""
     random = np.random.default_rng(4)
     sizes = [(96, 64), (80, 60), (90, 70), (640, 480), (66, 64)]
     patterns = [random.integers(0, 256, (2, 2, 3), dtype=np.uint8) for _ in sizes]
@@ -39,8 +39,8 @@ def images() -> list[Image.Image]:
 
 
 def prepared(images: list[Image.Image], detector: Detector) -> dict[str, np.ndarray]:
-    """What a user of the graph does, with Pillow and numpy alone."""
-    batch = np.full((len(images), 3, *SIZE), 77, np.uint8)  # anything is padding
+    """Preprocessing by a user of the graph, with Pillow and numpy only."""
+    batch = np.full((len(images), 3, *SIZE), 77, np.uint8)  # the content of padding is arbitrary
     sizes = np.zeros((len(images), 2), np.int64)
     for i, image in enumerate(images):
         height, width = resized_size(
@@ -78,7 +78,7 @@ def onnx_file(detector: Detector, tmp_path_factory: pytest.TempPathFactory) -> P
     return folder / "model.onnx"
 
 
-def test_onnxruntime_finds_the_same_alone_and_in_batches(
+def test_onnxruntime_gives_equal_detections_for_single_images_and_batches(
     onnx_file: Path, detector: Detector, images: list[Image.Image]
 ) -> None:
     runtime = pytest.importorskip("onnxruntime")
@@ -90,7 +90,7 @@ def test_onnxruntime_finds_the_same_alone_and_in_batches(
         assert_as_predicted(session.run(None, prepared(chosen, detector)), chosen, detector)
 
 
-def test_the_onnx_file_says_what_its_rows_mean(onnx_file: Path) -> None:
+def test_the_onnx_file_contains_classes_and_sizes(onnx_file: Path) -> None:
     runtime = pytest.importorskip("onnxruntime")
     session = runtime.InferenceSession(onnx_file, providers=["CPUExecutionProvider"])
     facts = json.loads(session.get_modelmeta().custom_metadata_map["ats_detr"])
@@ -104,7 +104,7 @@ def test_the_onnx_file_says_what_its_rows_mean(onnx_file: Path) -> None:
     assert [value.name for value in session.get_outputs()] == ["boxes", "scores", "labels", "kept"]
 
 
-def test_a_saved_program_holds_no_operator_of_ours_and_finds_the_same(
+def test_a_saved_program_contains_no_custom_operator_and_gives_equal_detections(
     detector: Detector, images: list[Image.Image], tmp_path: Path
 ) -> None:
     export_file(detector, tmp_path / "model.pt2", SIZE)
@@ -140,16 +140,16 @@ def test_every_family_exports(kind: str, images: list[Image.Image]) -> None:
 
 
 @pytest.mark.slow
-def test_a_fixed_ratio_keeps_just_that(detector: Detector, images: list[Image.Image]) -> None:
+def test_keep_ratio_applies_to_all_images(detector: Detector, images: list[Image.Image]) -> None:
     program = export_program(detector, SIZE, keep_ratio=0.2, max_detections=7)
     boxes, _, _, kept = run(program, images, detector)
     assert boxes.shape == (len(images), 7, 4)
     valid = [result.budget.num_valid_tokens for result in detector.predict(images)]
     assert kept.tolist() == [int(number * 0.2) + 1 for number in valid]
-    assert detector.model.selector.budget is not None, "the detector itself is as it was"
+    assert detector.model.selector.budget is not None, "the detector itself is not modified"
 
 
-def test_mistakes_are_named(detector: Detector, tmp_path: Path) -> None:
+def test_invalid_arguments_raise_user_errors(detector: Detector, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"\.onnx or \.pt2"):
         export_file(detector, tmp_path / "model.engine")
     with pytest.raises(UserError, match="export size = 60x96: must be positive multiples of 32"):

@@ -1,4 +1,4 @@
-"""The operation counts against sums made by hand, and the two counters against each other."""
+"""Operation counts against manual sums, and the two counters against each other."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def batch() -> ImageBatch:
 
 
 def encoder_by_hand(num_tokens: int, num_kept: int, projected_twice: int) -> int:
-    """Multiply-adds of the encoder's layers on one image, norms left out."""
+    """Multiply-adds of the encoder layers for one image, without norms."""
     points = HEADS * 4 * 4
     value = num_tokens * WIDTH * WIDTH
     queries = num_kept * WIDTH * (points * 2 + points + WIDTH) + num_kept * 2 * WIDTH * HIDDEN
@@ -52,7 +52,7 @@ def encoder_by_hand(num_tokens: int, num_kept: int, projected_twice: int) -> int
 
 
 @pytest.mark.parametrize("keep_ratio", [0.1, 0.4, None])
-def test_the_encoder_costs_what_its_kept_tokens_cost(keep_ratio: float | None) -> None:
+def test_the_encoder_count_is_that_of_its_kept_tokens(keep_ratio: float | None) -> None:
     model = small_model(None if keep_ratio is None else SelectorConfig(keep_ratio=keep_ratio))
     output = model.eval()(batch())
     num_tokens = output.memory_BSC.shape[1]
@@ -60,7 +60,7 @@ def test_the_encoder_costs_what_its_kept_tokens_cost(keep_ratio: float | None) -
     for as_published in (False, True):
         again = 0 if as_published or keep_ratio is None else 1
         by_hand = sum(encoder_by_hand(num_tokens, k, again * k) for k in kept) / 2
-        norms = 5 * 2 * LAYERS * WIDTH * sum(kept) / 2  # fvcore: five operations for each normalised number
+        norms = 5 * 2 * LAYERS * WIDTH * sum(kept) / 2  # fvcore: five operations per normalised value
         result = count_flops(model, batch(), as_published=as_published)
         assert result.encoder * 1e9 == pytest.approx(by_hand + norms, rel=1e-9)
         eager = count_flops_eager(model, batch(), as_published=as_published)
@@ -69,7 +69,7 @@ def test_the_encoder_costs_what_its_kept_tokens_cost(keep_ratio: float | None) -
         assert result.keep_ratio == eager.keep_ratio == share
 
 
-def test_the_dense_encoder_is_told_from_a_sparse_one() -> None:
+def test_the_dense_encoder_count_is_derived_from_a_sparse_one() -> None:
     sparse, dense = (
         count_flops(small_model(selector), batch()) for selector in (SelectorConfig(keep_ratio=0.1), None)
     )
@@ -78,7 +78,7 @@ def test_the_dense_encoder_is_told_from_a_sparse_one() -> None:
     assert dense.dense_encoder == pytest.approx(dense.encoder, rel=1e-9)
 
 
-def test_the_published_convention_adds_what_only_training_needs() -> None:
+def test_the_published_convention_includes_training_outputs() -> None:
     model = small_model(SelectorConfig(keep_ratio=0.3), encoder_auxiliary=True, adaption=True)
     published = count_flops(model, batch(), as_published=True)
     needed = count_flops(model, batch())
@@ -88,18 +88,18 @@ def test_the_published_convention_adds_what_only_training_needs() -> None:
     assert published.by_module["adaption"] * 2e9 == pytest.approx(2 * num_tokens * WIDTH * WIDTH)
     assert published.by_module["encoder_heads"] * 2e9 == pytest.approx(rows * head)
     assert needed.by_module.get("adaption", 0) == needed.by_module.get("encoder_heads", 0) == 0
-    # Class logits of the decoder layers before the last decide nothing, nor do boxes of tokens that start no query.
+    # Not needed for detections: class logits of decoder layers before the last, and boxes of tokens without a query.
     unused = 2 * QUERIES * WIDTH * 3
     assert (published.by_module["decoder_heads"] - needed.by_module["decoder_heads"]) * 2e9 == pytest.approx(
         unused
     )
     boxes = 2 * (num_tokens - QUERIES) * (2 * WIDTH * WIDTH + WIDTH * 4)
-    ranking = 2 * num_tokens * WIDTH * 3  # the class logits of all tokens, in float32 outside of the head
+    ranking = 2 * num_tokens * WIDTH * 3  # class logits of all tokens, in float32, outside the head
     saved = published.by_module["proposal_head"] - needed.by_module["proposal_head"]
     assert saved * 2e9 == pytest.approx(boxes + ranking)
 
 
-def test_the_two_counters_agree_on_everything_but_norms_and_the_resized_masks() -> None:
+def test_the_counters_agree_except_for_norms_and_resized_masks() -> None:
     model = small_model(SelectorConfig(keep_ratio=0.3), encoder_auxiliary=True, adaption=True)
     traced = count_flops(model, batch(), as_published=True)
     eager = count_flops_eager(model, batch(), as_published=True)
@@ -107,7 +107,7 @@ def test_the_two_counters_agree_on_everything_but_norms_and_the_resized_masks() 
     assert eager.total == pytest.approx(traced.total - only_traced, rel=1e-9)
 
 
-def test_counting_leaves_the_model_as_it_was() -> None:
+def test_counting_does_not_modify_the_model() -> None:
     model = small_model(SelectorConfig(keep_ratio=0.3)).train()
     count_flops(model, batch())
     assert model.training
@@ -116,7 +116,7 @@ def test_counting_leaves_the_model_as_it_was() -> None:
 
 
 def test_the_count_does_not_depend_on_the_backend(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A kernel is opaque to both counters; it must not count as nothing."""
+    """Kernels are opaque to both counters and would not be counted."""
     model = small_model(SelectorConfig(keep_ratio=0.3))
     expected = count_flops(model, batch()), count_flops_eager(model, batch())
     monkeypatch.setenv("ATS_DETR_BACKEND", "triton")

@@ -52,7 +52,7 @@ class Block:
 
     @property
     def needs(self) -> str | None:
-        """What the block says it needs."""
+        """The requirements in its first line, or None."""
         match = re.match(r"# needs (.*)\n", self.text)
         return match[1] if match else None
 
@@ -76,11 +76,11 @@ COMMANDS = [
     for c in block.commands
 ]
 NOT_RUN = ("make ", "pip ", "mkdir ", "cd ", "wget ", "unzip ", "sbatch ")
-"""`make demo` is the training that runs below; `make test` is this."""
+"""Commands that are not executed. `make demo` is the training that runs below; `make test` runs this file."""
 
 
 @pytest.mark.parametrize(("page", "command"), COMMANDS, ids=[f"{p}: {c[:60]}" for p, c in COMMANDS])
-def test_every_command_names_a_script_a_config_and_settings_that_exist(page: str, command: str) -> None:
+def test_scripts_configs_and_settings_of_every_command_exist(page: str, command: str) -> None:
     words = shlex.split(command, comments=True)
     if words[0] == "ats-detr":
         parse_arguments(words[1:])
@@ -103,32 +103,32 @@ def test_every_make_target_exists(command: str) -> None:
     assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
 
 
-def test_make_demo_is_the_training_that_the_readme_names() -> None:
+def test_make_demo_runs_the_training_of_the_readme() -> None:
     rule = re.search(r"^demo:.*\n\t(.*)", (ROOT / "Makefile").read_text(), re.MULTILINE)[1]
     assert ("README.md", rule.replace("$(BIN)/", "")) in COMMANDS
 
 
 @pytest.mark.parametrize("page", EVERY_PAGE)
-def test_every_file_that_is_linked_exists(page: str) -> None:
+def test_linked_files_exist(page: str) -> None:
     for link in re.findall(r"\]\((?!http)([^)#]+)\)", (ROOT / page).read_text()):
         assert ((ROOT / page).parent / link).exists(), link
 
 
-def test_every_config_that_is_named_exists() -> None:
+def test_configs_in_the_readme_exist() -> None:
     for stem, choices in re.findall(r"`(\w+_r50_?)\{([\w.,]+)\}`", (ROOT / "README.md").read_text()):
         for choice in choices.split(","):
             assert (ROOT / "configs" / f"{stem}{choice}.yaml").exists(), f"{stem}{choice}"
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_what_needs_coco_or_a_gpu_says_just_that(page: str) -> None:
+def test_requirements_of_blocks_are_coco_or_a_gpu(page: str) -> None:
     assert {block.needs for block in blocks_of(page)} <= {None, "COCO", "COCO and a GPU", "a GPU"}
 
 
 # ------------------------------------------------------------------------------------------------------- page by page
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder of someone who has the repository, data, pictures, a published checkpoint and a trained quickstart."""
+    """A folder with configs, data, pictures, a published checkpoint and a trained quickstart."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     drawn = synthetic_dataset(
@@ -159,7 +159,7 @@ def run_command(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
         if script == "train.py"
         else [s for s in SMALL if s.startswith(("data.", "num_pictures", "device"))]
     )
-    # What the page sets wins, except how long it trains.
+    # Settings of the page override the small ones, except the length of the training.
     given = {word.partition("=")[0] for word in words if "=" in word} - {"train.epochs", "train.drop_epochs"}
     arguments = [*words[2:], *(s for s in extra if s.partition("=")[0] not in given)]
     monkeypatch.setattr(sys, "argv", [script, *arguments])
@@ -199,7 +199,7 @@ def test_the_page_runs_as_written(page: str, place: Path, monkeypatch: pytest.Mo
 
 
 @pytest.mark.slow
-def test_the_page_about_export_runs_as_written(
+def test_the_export_page_runs_as_written(
     place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("onnxruntime")
@@ -208,10 +208,10 @@ def test_the_page_about_export_runs_as_written(
     assert re.search(r"(cup|cat|kite) 0\.\d+ \[", capsys.readouterr().out), "the example prints detections"
 
 
-def test_the_example_of_onnxruntime_prepares_the_pixels_that_predict_sees(
+def test_the_onnxruntime_example_prepares_the_pixels_of_predict(
     place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of images of any size, where the graph is large enough; otherwise it shrinks them. Exported is nothing here."""
+    """For images of any size that fit into the graph; larger ones are scaled down. Nothing is exported here."""
     seen: dict[str, np.ndarray] = {}
     facts = {"classes": {}, "short_side": 64, "long_side": 128}
 
@@ -228,7 +228,7 @@ def test_the_example_of_onnxruntime_prepares_the_pixels_that_predict_sees(
     transform = evaluation_transform(facts["short_side"], facts["long_side"])
     sizes = [(1, 1), (64, 64), (1, 500), (300, 2), (90, 60), *random.integers(2, 400, (100, 2)).tolist()]
     exif = Image.Exif()
-    exif[0x0112] = 6  # turned by a quarter
+    exif[0x0112] = 6  # rotated by 90 degrees
     for padded_size in ([128, 128], [32, 64]):
         session = functools.partial(run_graph, padded_size=padded_size)
         monkeypatch.setitem(sys.modules, "onnxruntime", SimpleNamespace(InferenceSession=session))

@@ -1,4 +1,4 @@
-"""Pictures show the right thing at the right place, measured in their pixels."""
+"""Pictures show boxes, tokens and budgets at the right positions, measured in pixels."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def near(pixels: np.ndarray, colour: tuple[int, int, int]) -> np.ndarray:
     return (abs(pixels.astype(int) - colour) <= 12).all(-1)
 
 
-def test_boxes_are_drawn_in_their_class_colour_at_their_place_and_weak_ones_are_not():
+def test_boxes_above_min_score_are_drawn_at_their_position_in_their_class_colour():
     image = Image.new("RGB", (700, 650))
     picture = np.asarray(
         draw_detections(
@@ -52,7 +52,7 @@ def test_boxes_are_drawn_in_their_class_colour_at_their_place_and_weak_ones_are_
     assert picture.shape == (650, 700, 3)
     ys, xs = near(picture, class_colour(0)).nonzero()
     assert (xs.min(), xs.max(), ys.max()) == (100, 300, 400)
-    assert 170 < ys.min() < 200  # the name stands above the box
+    assert 170 < ys.min() < 200  # the name is above the box
     assert not near(picture, class_colour(1)).any()
 
 
@@ -66,23 +66,23 @@ def test_small_images_are_enlarged_with_their_boxes():
 @pytest.mark.parametrize(
     "box", [[-20, -30, 900, 800], [700, 650, 720, 660], [50, 5, 20, 2], [-9, -9, -5, -5]]
 )
-def test_boxes_beyond_the_image_or_degenerate_do_not_break_the_picture(box):
+def test_degenerate_boxes_and_boxes_outside_the_image_can_be_drawn(box):
     assert draw_detections(Image.new("RGB", (700, 650)), detections((0.9, 0, box)), CLASSES).size == (
         700,
         650,
     )
 
 
-def test_no_detections_leave_the_picture_as_it_is():
+def test_without_detections_the_image_is_unchanged():
     image = Image.effect_noise((640, 640), 50).convert("RGB")
     empty = Detections(torch.zeros(0), torch.zeros(0, dtype=torch.int64), torch.zeros(0, 4))
     assert np.array_equal(np.asarray(draw_detections(image, empty, CLASSES)), np.asarray(image))
 
 
-def test_kept_tokens_are_bright_at_their_place_and_the_others_dimmed():
-    """A white image of 64 x 96 in 64 x 128: tokens kept in the fine level's right half, in no coarse one."""
+def test_discarded_tokens_are_dimmed():
+    """A white image of 64 x 96 padded to 64 x 128; kept are tokens of the right part of the fine level only."""
     fine = torch.zeros(8, 16, dtype=torch.bool)
-    fine[:, 6:] = True  # columns 12.. are padding
+    fine[:, 6:] = True  # columns from 12 on are padding
     kept_S = torch.cat([fine.flatten(), torch.zeros(4 * 8, dtype=torch.bool)])
     kept = KeptTokens.from_flat(kept_S, [(8, 16), (4, 8)], resized_size=(64, 96), padded_size=(64, 128))
     assert [(int(kept.in_image(i).sum()), kept.in_image(i).size) for i in (0, 1)] == [(48, 96), (0, 24)]
@@ -93,7 +93,7 @@ def test_kept_tokens_are_bright_at_their_place_and_the_others_dimmed():
     top, bottom = heights[0].min(), heights[0].max()
     widths = (abs(panels[0][top:bottom] - 71.0) < 3).all(-1).any(0).nonzero()[0]
     left = widths.min()
-    right = left + 1.5 * (bottom - top)  # the panel is as wide for its height as the image
+    right = left + 1.5 * (bottom - top)  # the panel has the aspect ratio of the image
 
     def brightness(x: float, y: float) -> float:
         column, row = left + x / 96 * (right - left), top + y / 64 * (bottom - top)
@@ -104,10 +104,10 @@ def test_kept_tokens_are_bright_at_their_place_and_the_others_dimmed():
     assert brightness(52, 4) > 240
     assert brightness(92, 60) > 240
     dimmed = (abs(panels[1][heights[1].min() : heights[1].max()] - 71.0) < 3).all(-1)
-    assert dimmed.mean() > 0.9, "nothing of the coarse level was kept"
+    assert dimmed.mean() > 0.9, "no token of the coarse level is kept"
 
 
-def test_lines_surround_tokens_that_are_large_enough_and_groups_of_smaller_ones():
+def test_borders_surround_large_tokens_and_groups_of_small_ones():
     def accent_share(cells: int) -> float:
         kept = KeptTokens((np.ones((cells, cells), bool),), (512, 512), (512, 512))
         sheet = np.asarray(draw_kept_tokens(Image.new("RGB", (64, 64), "white"), kept))
@@ -118,7 +118,7 @@ def test_lines_surround_tokens_that_are_large_enough_and_groups_of_smaller_ones(
     assert accent_share(400) == 0
 
 
-def test_a_caption_stands_below_the_picture_and_fits():
+def test_a_caption_is_below_the_picture_and_fits_its_width():
     picture = Image.new("RGB", (120, 300), "white")
     captioned = np.asarray(add_caption(picture, "keeps 123 of 4567 tokens (3%), 12 objects"))
     assert captioned.shape[1] == 120
@@ -126,7 +126,7 @@ def test_a_caption_stands_below_the_picture_and_fits():
     bar = captioned[300:]
     assert bar[0, 0].tolist() == [34, 48, 60]
     assert (bar > 200).any(), "there is text"
-    assert (bar[:, [0, -1]] < 100).all(), "it does not run over the edge"
+    assert (bar[:, [0, -1]] < 100).all(), "the text does not reach the edge"
 
 
 def metrics(num_kept: list[int]) -> Metrics:
@@ -147,7 +147,7 @@ def test_budget_figure_shows_the_correlation_and_the_means():
     assert math.isclose(axis.lines[1].get_ydata()[0], 25)
     constant = plot_budgets(metrics([10, 10, 10])).axes[0]
     assert "the budget is constant" in constant.get_title()
-    assert constant.get_ylim()[1] > 10.5, "the points are not cut at the edge"
+    assert constant.get_ylim()[1] > 10.5, "the points are inside the axes"
 
 
 @pytest.fixture(scope="module")
@@ -167,7 +167,7 @@ def test_chosen_images_span_the_difficulty(dataset):
 
 
 class Stub(nn.Module):
-    """Finds one object, keeps the first three of four tokens, or does not select at all."""
+    """Predicts one object, and keeps the first three of four tokens or does not select tokens."""
 
     def __init__(self, *, selects: bool) -> None:
         super().__init__()

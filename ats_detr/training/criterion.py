@@ -110,7 +110,8 @@ class SetCriterion(nn.Module):
         """
         Args:
             class_specific_proposals: the proposals predict all classes; False: class 0 stands for any object.
-            budget_weight, memory_weight: weights of the losses of `DualTeacher`.
+            budget_weight: weight of `loss_budget`, which `DualTeacher` computes.
+            memory_weight: weight of `loss_memory`, which `DualTeacher` computes.
             decoder_auxiliary: losses on every decoder layer; False: on the last only.
             matcher: None: published costs and the focal loss of this criterion.
         """

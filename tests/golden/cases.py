@@ -47,7 +47,7 @@ class Case:
         return json.loads((self.path.parent / self.info[key]).read_text())
 
     def model(self) -> Detr:
-        """The case's model with its deterministic weights, in evaluation mode."""
+        """The model of the case with its deterministic weights, in evaluation mode."""
         info, manifest = self.info, self.manifest()
         model = build_model(model_config(info["argv"], info["repo"]), num_classes=91)
         weights = self.recipe.fill(manifest, info["weight_seed"], overrides=info.get("overrides"))
@@ -65,7 +65,7 @@ class Case:
 
 
 def load_official(model: Detr, weights: dict[str, np.ndarray]) -> None:
-    """Load tensors under their published names; every tensor of the model must be among them."""
+    """Load weights with published names, which must include every tensor of the model."""
     ours = official_names(model)
     state = {ours[name]: torch.from_numpy(array) for name, array in weights.items()}
     missing = model.load_state_dict(state, strict=False).missing_keys
@@ -73,7 +73,7 @@ def load_official(model: Detr, weights: dict[str, np.ndarray]) -> None:
 
 
 def model_config(argv: list[str], repo: str) -> ModelConfig:
-    """Our configuration of a published command line."""
+    """The configuration of this package for a published command line."""
     flags = {key.lstrip("-"): value for key, value in zip(argv, [*argv[1:], ""], strict=False)}
     selector = None
     scores = "proposals" if repo == "sparse" else "features"

@@ -1,8 +1,8 @@
-"""Parity with the published implementation: cases are found by their JSON `kind` in the folder that --golden names.
+"""Parity with the published implementation. Cases are selected by the `kind` in their JSON files.
 
-Without --golden the folder is $ATS_DETR_GOLDEN, else ../shared/golden beside the checkout; where neither exists the
-tests of this folder are skipped. `--backend triton` runs the operators' cases through the kernels, in Triton's
-interpreter where there is no GPU.
+`--golden` sets the folder of the cases; the default is $ATS_DETR_GOLDEN, then ../shared/golden beside the checkout. If
+there is no folder, the tests are skipped. `--backend triton` runs the operators with the Triton kernels, in Triton's
+interpreter if there is no GPU.
 """
 
 from __future__ import annotations
@@ -29,14 +29,12 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ["ATS_DETR_BACKEND"] = "triton"
         import torch
 
-        if (
-            not torch.cuda.is_available()
-        ):  # read when the kernels are first imported, so before any test module
+        if not torch.cuda.is_available():  # Triton reads it when the kernels are imported by a test module
             os.environ["TRITON_INTERPRET"] = "1"
 
 
 def golden_folder(config: pytest.Config) -> Path | None:
-    """The folder of cases, None when there is none."""
+    """The folder of the cases, or None."""
     named = config.getoption("--golden", None) or os.environ.get("ATS_DETR_GOLDEN")
     if named:
         folder = Path(named)
@@ -47,7 +45,7 @@ def golden_folder(config: pytest.Config) -> Path | None:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """A test with the marker `golden(kind, ...)` and a parameter `case` runs once per case file of those kinds."""
+    """Parametrize tests with the marker `golden(kind, ...)` by the case files of these kinds."""
     marker = metafunc.definition.get_closest_marker("golden")
     if marker is None:
         return

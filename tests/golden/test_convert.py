@@ -1,4 +1,4 @@
-"""Files with published names become ours and come back without loss, and compute what the published code computes."""
+"""Published checkpoints convert to this package and back without loss, and give the published outputs."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def official_file(case: Case, manifest: dict[str, Any], argv: list[str]) -> dict[str, Any]:
-    """What the published code would have saved, its command line included."""
+    """The content of a checkpoint of the published code, including its command line."""
     weights = case.recipe.fill(
         manifest, case.info.get("weight_seed", 7), overrides=case.info.get("overrides")
     )
     state = {name: torch.from_numpy(array) for name, array in weights.items()}
-    for entry in manifest["entries"]:  # Swin's index buffers: any content, they are computed
+    for entry in manifest["entries"]:  # Swin's index buffers are recomputed, so their content is arbitrary
         if "int" in entry["dtype"]:
             state[entry["name"]] = torch.zeros(entry["shape"], dtype=torch.int64)
     flags = {
@@ -57,7 +57,7 @@ def official_file(case: Case, manifest: dict[str, Any], argv: list[str]) -> dict
 
 
 @torch.no_grad()
-def test_a_published_file_survives_the_way_there_and_back_and_computes_the_golden_outputs(
+def test_a_published_file_converts_both_ways_and_gives_the_golden_outputs(
     manifest_path: Path, tmp_path: Path
 ) -> None:
     manifest = json.loads(manifest_path.read_text())
@@ -85,7 +85,7 @@ def test_a_published_file_survives_the_way_there_and_back_and_computes_the_golde
 
 
 def first_model_case(manifest_path: Path) -> Case:
-    """The first case of a whole model with these names; the manifest alone where there is none."""
+    """The first case of a complete model with these names, or a case with the manifest only."""
     for path in sorted(manifest_path.parent.glob("model_*.json")):
         info = json.loads(path.read_text())
         if info.get("state_dict_manifest") == manifest_path.name:

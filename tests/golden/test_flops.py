@@ -1,4 +1,4 @@
-"""The figures that `python -m bench.flops --compare-published` compares with are the published counter's own."""
+"""The published counts of `python -m bench.flops --compare-published` are those of the published counter."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def golden(request: pytest.FixtureRequest) -> dict[str, dict]:
     return json.loads(path.read_text())["models"]
 
 
-def test_the_shipped_counts_are_the_published_counters(golden: dict[str, dict]) -> None:
+def test_the_shipped_counts_equal_the_published_counter(golden: dict[str, dict]) -> None:
     shipped = json.loads(PUBLISHED_COUNTS.read_text())["models"]
     for name, counts in shipped.items():
         assert counts == {
@@ -34,7 +34,7 @@ def test_the_shipped_counts_are_the_published_counters(golden: dict[str, dict]) 
         }, name
 
 
-def test_every_published_model_is_compared_and_has_as_many_parameters() -> None:
+def test_every_published_model_is_compared_and_has_the_published_number_of_parameters() -> None:
     assert set(published_models()) == set(json.loads(PUBLISHED_COUNTS.read_text())["models"])
     for key in published_models():
         with torch.device("meta"):

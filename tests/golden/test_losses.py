@@ -1,8 +1,8 @@
-"""One training step of deterministic weights against the published implementation: losses, gradients, update.
+"""One training step with deterministic weights against the published implementation: losses, gradients, update.
 
-Where the images of a batch keep different numbers of tokens, the published code pads each image to the largest number
-and lets the surplus rows into the auxiliary encoder losses. Ours never computes them, so those losses and the gradients
-(which they reach) are compared where all numbers are equal; everything else is compared in every case.
+If the images of a batch keep different numbers of tokens, the published code pads each image to the largest number, and
+the surplus rows enter the auxiliary encoder losses. This package never computes them, so these losses and the gradients
+(which depend on them) are compared only if all numbers are equal. All other losses are compared in every case.
 """
 
 from __future__ import annotations
@@ -29,13 +29,14 @@ LOSS_TOLERANCE = 1e-5
 """Relative; float64 differs from float32 by up to 6e-7 (float64_check of the cases)."""
 GRADIENT_NORM_TOLERANCE = 2e-3
 GRADIENT_TOLERANCE = 1e-2
-"""Of the gradient's norm. Rounding moves values across the kinks of ReLU and of bilinear sampling: our float32
-gradients of backbone weights differ from our float64 ones by up to 5e-3, which in turn lie within 2e-4 of the published
-ones; those of sampling offsets by up to 2e-3 (loss_ats_teacher_equal)."""
+"""Relative to the norm of the gradient. Rounding moves values across the kinks of ReLU and bilinear sampling: our
+float32 gradients of backbone weights differ from our float64 gradients by up to 5e-3, and these from the published ones
+by up to 2e-4; those of sampling offsets by up to 2e-3 (loss_ats_teacher_equal)."""
 UPDATE_TOLERANCE = 2e-2
-"""Of the update's norm: Adam's first step is the sign of the gradient, and gradients near 0 are rounding noise."""
+"""Relative to the norm of the update. Adam's first step is the sign of the gradient; gradients near 0 are rounding
+noise."""
 MEANINGLESS_GRADIENTS = {"adaption_layer.bias"}
-"""The memory loss removes the mean of every channel, so this gradient is 0 up to rounding."""
+"""Gradients that are 0 up to rounding: the memory loss subtracts the mean of every channel."""
 
 
 @pytest.mark.golden("loss", "distill_step")
@@ -78,7 +79,7 @@ def case_targets(case: Case) -> list[Target]:
 def check_matching(
     case: Case, criterion: SetCriterion, output: DetectorOutput, targets: list[Target]
 ) -> None:
-    """The queries of the last decoder layer, by the token they started from, answer for the same objects."""
+    """The queries of the last decoder layer, identified by their initial tokens, are matched to the same objects."""
     layers = prediction_layers(output, class_specific_proposals=criterion.class_specific_proposals)
     (match,) = criterion.matcher([layers[""]], targets)
     index_BQ = output.query_index_BQ
@@ -110,7 +111,7 @@ def check_losses(case: Case, output: DetectorOutput, losses: dict[str, Tensor], 
 
 
 def check_coverage(case: Case, output: DetectorOutput, golden: dict[str, float], no_surplus: bool) -> None:
-    """The published ATS-DETR logs the coverage of the decoder's queries under this name, Sparse DETR of kept tokens."""
+    """Under this name, the published ATS-DETR logs the coverage of the queries, Sparse DETR that of the kept tokens."""
     if case.info["repo"] == "ats":
         kept = torch.zeros_like(output.padding_mask_BS).scatter(1, output.query_index_BQ, True)
     elif no_surplus:
@@ -174,7 +175,7 @@ def check_update(case: Case, model: Detr) -> None:
 
 
 def by_official_name(case: Case, model: Detr):
-    """The case's parameters by published name, and a function giving each one's random probe."""
+    """The parameters of the case by published name, and a function that returns the random probe of each."""
     ours, by_name = official_names(model), dict(model.named_parameters())
     parameters = {name: by_name[ours[name]] for name in case.info["param_names"]}
     assert {id(p) for p in parameters.values()} == {id(p) for p in model.parameters() if p.requires_grad}

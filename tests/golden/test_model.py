@@ -1,8 +1,8 @@
-"""Whole models with deterministic weights against the published implementation's outputs.
+"""Complete models with deterministic weights against the outputs of the published implementation.
 
-Tolerance 1e-4 of each array's scale: float32 sums in another order differ by up to 2e-5 (float64_check of each case).
-Near-ties make the order of queries and tokens arbitrary, so selections are compared as sets and rows are aligned by the
-token they belong to.
+The tolerance is 1e-4 of the scale of each array: float32 sums in another order differ by up to 2e-5 (float64_check of
+each case). Near-ties make the order of queries and tokens arbitrary, so selections are compared as sets, and rows are
+aligned by their tokens.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def test_model(case):
 
 
 def compare(case, model) -> None:
-    """Every array of the case against what the model computes."""
+    """Compare every array of the case with the model's output."""
     batch = case.batch()
     seen: dict[str, Tokens] = {}
     tokenize = model.tokenize
@@ -43,7 +43,7 @@ def compare(case, model) -> None:
 
 
 class Checker:
-    """Compares tensors with the case's arrays and notes which arrays were used."""
+    """Compares tensors with the arrays of a case and records which arrays were compared."""
 
     def __init__(self, case) -> None:
         self.case = case
@@ -82,7 +82,7 @@ def check_geometry(check: Checker, output: DetectorOutput, tokens: Tokens, level
     check.close("src_first16", tokens.features_BSC[:, :16])
     check.close(
         "pos_first16", tokens.positions_BSC[:, :16] - level_embed_LC[0]
-    )  # stored without the level's embedding
+    )  # stored without the level embedding
 
 
 def check_memory(check: Checker, output: DetectorOutput, tokens: Tokens) -> None:
@@ -123,7 +123,7 @@ def check_selection(check: Checker, output: DetectorOutput) -> None:
     assert output.attention_map_BS is not None
     check.close("dec_attn_map", output.attention_map_BS)
 
-    # Rows of image b in the published order: its own first k_b; the surplus rows beyond are not computed here.
+    # The first k_b published rows of image b belong to its kept tokens; the surplus rows are not computed here.
     indices = check.golden("enc_topk_idx").long()
     boxes = check.golden("enc_aux_boxes")
     stats = check.golden("enc_aux_logits_stats")
@@ -131,7 +131,7 @@ def check_selection(check: Checker, output: DetectorOutput) -> None:
     for image, rows in enumerate(selection.plan.image_slices()):
         own = indices[image, : selection.num_kept_B[image]]
         kept = selection.plan.token_index_K[rows].long()
-        assert torch.equal(own.sort().values, kept), f"image {image} keeps other tokens"
+        assert torch.equal(own.sort().values, kept), f"image {image} keeps different tokens"
         slots = selection.plan.slot_BS[image, own].long()
         num_rows = len(own)
         for layer, auxiliary in enumerate(output.encoder_auxiliary):
@@ -164,8 +164,10 @@ def check_decoder(check: Checker, output: DetectorOutput) -> None:
         golden_index = check.golden("dec_topk_idx").long()
         assert output.query_index_BQ is not None
         ours = output.query_index_BQ.sort(1)
-        assert torch.equal(ours.values, golden_index.sort(1).values), "the queries start from other tokens"
-        # Position of each of the published queries among ours.
+        assert torch.equal(ours.values, golden_index.sort(1).values), (
+            "the queries have different initial tokens"
+        )
+        # Position of each published query in our order.
         order = ours.indices.gather(1, golden_index.argsort(1).argsort(1))
         layers = [Prediction(take(layer.logits, order), take(layer.boxes, order)) for layer in layers]
     check.close("pred_logits", layers[-1].logits)
@@ -180,9 +182,9 @@ def check_decoder(check: Checker, output: DetectorOutput) -> None:
 
 
 def statistics(logits: Tensor) -> Tensor:
-    """[..., 3]: maximum, mean and population standard deviation over classes."""
+    """Maximum, mean and population standard deviation over classes, [..., 3]."""
     return torch.stack([logits.amax(-1), logits.mean(-1), logits.std(-1, correction=0)], -1)
 
 
-def take(tensor_BQX: Tensor, order_BQ: Tensor) -> Tensor:
-    return tensor_BQX.gather(1, order_BQ[..., None].expand(-1, -1, tensor_BQX.shape[-1]))
+def take(tensor_BQF: Tensor, order_BQ: Tensor) -> Tensor:
+    return tensor_BQF.gather(1, order_BQ[..., None].expand(-1, -1, tensor_BQF.shape[-1]))

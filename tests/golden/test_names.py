@@ -1,4 +1,4 @@
-"""The table of published names covers every manifest in both directions."""
+"""Published names and names of this package correspond one to one, for every manifest."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ def pytest_generate_tests(metafunc):
     metafunc.parametrize("manifest_path", paths, ids=lambda path: path.stem if path else "none")
 
 
-def test_published_and_own_names_cover_each_other(manifest_path):
+def test_published_and_own_names_correspond(manifest_path):
     manifest = json.loads(manifest_path.read_text())
     with torch.device("meta"):
         model = build_model(model_config(manifest["argv"], manifest["repo"]), num_classes=91)
     ours = official_names(model)
     own = model.state_dict()
-    # Swin stores an index that follows from the window size; timm computes it.
+    # Swin stores an index that depends on the window size only; timm computes it.
     entries = [e for e in manifest["entries"] if not e["name"].endswith("relative_position_index")]
     published = {e["name"]: e for e in entries}
     assert set(published) == set(ours)

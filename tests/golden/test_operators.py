@@ -1,4 +1,4 @@
-"""Operators and geometry against the published implementation's numbers."""
+"""Operators and geometry against numbers of the published implementation."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from ats_detr.model.tokens import Tokens
 
 
 def assert_close(name: str, ours: Tensor, golden: Tensor, tolerance: float) -> None:
-    """Largest error within `tolerance` of the golden's scale (standard deviation)."""
+    """The largest error is within `tolerance` times the standard deviation of `golden`."""
     assert ours.shape == golden.shape, name
     finite = golden.isfinite()
-    assert torch.equal(ours.isfinite(), finite), f"{name}: other entries are infinite"
+    assert torch.equal(ours.isfinite(), finite), f"{name}: different entries are infinite"
     ours, golden = ours[finite].double(), golden[finite].double()
     error, scale = (ours - golden).abs().max().item(), golden.std().item()
     assert error <= tolerance * scale, f"{name}: error {error:.3g} at scale {scale:.3g}"
@@ -43,8 +43,8 @@ def test_deformable_attention(case, request):
         assert_close("out", out.detach(), case.tensor(f"s{index}_out"), tolerance)
         assert_close("grad_value", value.grad, case.tensor(f"s{index}_grad_value"), tolerance)
         assert_close("grad_attn", weights.grad, case.tensor(f"s{index}_grad_attn"), tolerance)
-        # Where a pixel coordinate is an integer the gradient is one-sided, and another rounding may take the other
-        # side; exactly at -1 implementations differ by design.
+        # At integer pixel coordinates the gradient is one-sided, and rounding determines the side; exactly at -1,
+        # implementations differ by design.
         kink, minus_one = case.recipe.msda_kinks(shapes, arrays["loc"])
         smooth = torch.from_numpy(~(kink | minus_one))
         golden = case.tensor(f"s{index}_grad_loc")
