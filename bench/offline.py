@@ -172,7 +172,7 @@ def attention_launches(
 
 @contextlib.contextmanager
 def configured(config: dict) -> Iterator[None]:
-    """Launchers take this configuration, whatever they would choose."""
+    """Context in which launchers use this configuration."""
     choose, tiles_from = tuning._choose, tuning.TILES_FROM
     tuning._chosen.clear()
     tuning._choose, tuning.TILES_FROM = lambda *_: config, 10**9

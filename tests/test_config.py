@@ -1,4 +1,4 @@
-"""Settings: what is read, what wins, and what is refused with which words."""
+"""Settings: parsing, precedence, and the errors for invalid values."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_a_file_states_differences_from_its_base_and_overrides_win(tmp_path: Pat
     )
 
 
-def test_null_replaces_what_the_base_set_and_an_override_can_fill_it_again(tmp_path: Path) -> None:
+def test_null_replaces_a_section_and_an_override_can_fill_it_again(tmp_path: Path) -> None:
     write(tmp_path, "model: {two_stage: true, selector: {keep_ratio: 0.1}}", "b.yaml")
     path = write(tmp_path, "base: b.yaml\nmodel: {selector: null}")
     assert load_config(path).model.selector is None
@@ -194,7 +194,7 @@ def test_a_model_with_a_budget_per_image_needs_teachers(tmp_path: Path) -> None:
         ("base: [a, b]", "must be the name of one YAML file"),
     ],
 )
-def test_a_file_that_is_no_config_is_named(tmp_path: Path, text: str, words: str) -> None:
+def test_a_file_that_is_not_a_config_is_reported(tmp_path: Path, text: str, words: str) -> None:
     with pytest.raises(UserError, match=words) as raised:
         load_config(write(tmp_path, text))
     assert str(tmp_path) in str(raised.value)
@@ -230,7 +230,7 @@ def test_values_that_exhaust_memory_or_leave_the_folder_are_one_short_error(over
     assert len(str(raised.value)) < 700
 
 
-def test_settings_are_utf8_whatever_the_locale(tmp_path: Path) -> None:
+def test_settings_are_utf8_in_every_locale(tmp_path: Path) -> None:
     config = config_from_dict({"name": "größe", "data": {"root": "données/猫"}})
     save_config(config, tmp_path / "config.yaml")
     assert (tmp_path / "config.yaml").read_bytes().decode("utf-8").count("猫") == 1

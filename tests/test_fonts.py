@@ -29,7 +29,7 @@ SCRIPTS = {
 
 @pytest.fixture
 def no_system_fonts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A machine that has no fonts beside Matplotlib's."""
+    """A machine without fonts other than Matplotlib's."""
     fonts._system_font.cache_clear()
     monkeypatch.setattr(fonts, "_system_fonts", lambda: ())
     yield
@@ -86,7 +86,7 @@ def test_names_that_differ_look_different_on_pictures() -> None:
 
 
 @pytest.mark.parametrize("name", ["two\nlines", "tab\tbell\x07", "lone \ud800 surrogate", "", "  "])
-def test_names_that_are_no_line_of_text_are_drawn_too(name: str) -> None:
+def test_names_with_control_characters_are_drawn(name: str) -> None:
     draw_boxes(Image.new("RGB", (64, 64)), np.array([[10, 10, 30, 30]]), [0], [name])
     assert add_caption(Image.new("RGB", (64, 64)), name).height > 64
     assert "\n" not in fonts.font_for(name, 20)[1]

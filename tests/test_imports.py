@@ -62,7 +62,7 @@ def test_imports_point_down() -> None:
 
 def test_imports_have_no_cycles() -> None:
     modules = imports()
-    modules["ats_detr"] = set()  # it imports the detector when it is asked for it
+    modules["ats_detr"] = set()  # it imports the detector lazily
     TopologicalSorter(modules).prepare()  # raises CycleError
 
 

@@ -114,6 +114,14 @@ def test_linked_files_exist(page: str) -> None:
         assert ((ROOT / page).parent / link).exists(), link
 
 
+@pytest.mark.parametrize("page", EVERY_PAGE)
+def test_source_files_that_a_page_names_exist(page: str) -> None:
+    folders = [ROOT, ROOT / "ats_detr", ROOT / "ats_detr" / "kernels"]
+    for name in re.findall(r"`([\w/]+\.py)`", (ROOT / page).read_text()):
+        is_test = name.startswith("test_") and list((ROOT / "tests").rglob(name))
+        assert is_test or any((folder / name).exists() for folder in folders), name
+
+
 def test_configs_in_the_readme_exist() -> None:
     for stem, choices in re.findall(r"`(\w+_r50_?)\{([\w.,]+)\}`", (ROOT / "README.md").read_text()):
         for choice in choices.split(","):

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.xdist_group("wheel")
 
 
 def run(command: list[str | Path], folder: Path) -> str:
-    """Run a command that cannot see the checkout; returns its output."""
+    """Run a command without access to the checkout and return its output."""
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     environment |= {"OMP_NUM_THREADS": "1", "COLUMNS": "200"}
     done = subprocess.run(
@@ -37,7 +37,7 @@ def run(command: list[str | Path], folder: Path) -> str:
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The wheel, built from the source distribution as `python -m build` does it."""
+    """The wheel, built from the source distribution like by `python -m build`."""
     folder = tmp_path_factory.mktemp("build")
     source = folder / "source"
     unwanted = shutil.ignore_patterns("__pycache__", ".*")

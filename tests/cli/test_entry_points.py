@@ -1,4 +1,4 @@
-"""One command line behind four entry points; what needs no model loads no torch."""
+"""All entry points run the same command line, and torch is imported only if a model is needed."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_every_command_describes_itself(name: str, capsys: pytest.CaptureFixture
         ("ats_detr/__main__.py", [], "ats-detr: error: the following arguments are required: COMMAND"),
     ],
 )
-def test_mistakes_end_with_usage_and_exit_code_2(
+def test_usage_errors_have_exit_code_2(
     script: str,
     arguments: list[str],
     usage: str,
@@ -90,7 +90,7 @@ def test_the_package_has_its_public_names() -> None:
     ],
     ids=["import", "load_config", "help"],
 )
-def test_what_needs_no_model_does_not_load_torch(code: str) -> None:
+def test_torch_is_not_imported_without_a_model(code: str) -> None:
     check = f"{code}\nimport sys\nsys.exit('torch' in sys.modules)"
     done = subprocess.run(
         [sys.executable, "-c", check], cwd=ROOT, capture_output=True, timeout=60, check=False

@@ -1,4 +1,4 @@
-"""The gallery shows what was found, in a real browser where there is one."""
+"""The gallery shows the detections, tested in a browser if one is installed."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this
 
 
 def result(name: str, rows: list[int], *, kept: int, size: tuple[int, int] = (64, 96)) -> Result:
-    """White, with one box per row; the first `kept` of 12 tokens of 3 x 4, of which the last column is padding."""
+    """A white image with one box per row and the first `kept` of 3 x 4 tokens; the last column is padding."""
     number = len(rows)
     cells = np.zeros((3, 4), bool)
     order = [(row, column) for row in range(3) for column in range(3)]
@@ -57,7 +57,7 @@ def page(tmp_path: Path) -> Path:
 
 
 def browse(page: Path, folder: Path, fragment: str = "", *arguments: str) -> tuple[str, str]:
-    """(the page as the browser has it after its scripts, what the console said)."""
+    """The page after its scripts have run, and the messages of the browser's console."""
     assert CHROMIUM is not None
     command = [
         CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
@@ -71,13 +71,13 @@ def browse(page: Path, folder: Path, fragment: str = "", *arguments: str) -> tup
 
 
 def titles(dom: str) -> list[str]:
-    """Names of the images that are shown, in their order."""
+    """Names of the visible images, in order."""
     cards = re.findall(r"<article(.*?)>(.*?)</article>", dom, re.DOTALL)
     shown = [body for attributes, body in cards if "hidden" not in attributes]
     return [html.unescape(re.search(r"<h2.*?>(.*?)</h2>", body, re.DOTALL)[1]) for body in shown]
 
 
-def test_the_page_needs_nothing_else_and_holds_the_results(page: Path) -> None:
+def test_the_page_is_self_contained_and_has_the_results(page: Path) -> None:
     text = page.read_text()
     assert "{{" not in text
     assert "<title>cats &amp; &lt;dogs&gt;</title>" in text
@@ -126,7 +126,7 @@ def test_a_screenshot_has_the_boxes_and_dimmed_tokens(page: Path, tmp_path: Path
         pixels = np.asarray(Image.open(shot).convert("RGB")).astype(int)
         return (abs(pixels - colour) <= 10).all(-1).mean()
 
-    for _ in range(3):  # on a busy machine the shot may be taken before the images are decoded
+    for _ in range(3):  # the screenshot may be taken before the images are decoded
         _, console = browse(page, tmp_path, "#level=0", f"--screenshot={shot}")
         assert console == ""
         if share(dimmed) > 0.02:

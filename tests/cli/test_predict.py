@@ -30,7 +30,7 @@ def noise(width: int, height: int) -> Image.Image:
 
 @pytest.fixture
 def odd(tmp_path: Path) -> Path:
-    """A folder of everything that is not a plain photograph, and one that is."""
+    """A folder with unusual images and one plain photograph."""
     folder = tmp_path / "odd"
     folder.mkdir()
     image = noise(90, 60)
@@ -60,7 +60,7 @@ GOOD = {
 }  # fmt: skip
 
 
-def test_odd_images_are_handled_or_named_and_the_rest_is_done(
+def test_unusual_images_are_processed_or_reported(
     model: Path, odd: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
@@ -86,14 +86,14 @@ def test_odd_images_are_handled_or_named_and_the_rest_is_done(
 
 
 def test_sixteen_bit_pixels_are_scaled_not_clipped(model: Path, odd: Path) -> None:
-    """Stored times 256, the picture is the grey one again."""
+    """Grey values times 256 give the 8-bit image again."""
     detector = Detector.from_checkpoint(model, device="cpu")
     (sixteen,) = detector.predict(odd / "sixteen.png", threshold=0)
     grey = np.asarray(Image.open(odd / "plain.jpg").convert("L")).astype(int)
     assert abs(np.asarray(sixteen.image())[..., 0].astype(int) - grey).mean() < 40
 
 
-def test_all_done_is_exit_code_0_and_show_chooses_the_pictures(
+def test_success_has_exit_code_0_and_show_selects_the_pictures(
     model: Path, odd: Path, tmp_path: Path
 ) -> None:
     for show, kinds in (("boxes", ["plain.jpg"]), ("tokens", ["plain_tokens.jpg"])):
@@ -112,7 +112,7 @@ def test_files_of_one_name_do_not_overwrite_each_other(model: Path, odd: Path, t
     assert {path.name for path in (tmp_path / "out/pictures").iterdir()} == {"plain.jpg", "plain_2.jpg"}
 
 
-def test_a_name_that_ends_like_a_picture_of_tokens_overwrites_none(model: Path, tmp_path: Path) -> None:
+def test_a_name_with_the_suffix_of_token_pictures_overwrites_nothing(model: Path, tmp_path: Path) -> None:
     for name in ("a.png", "a_tokens.png"):
         noise(50, 40).save(tmp_path / name)
     out = tmp_path / "out"
@@ -124,7 +124,7 @@ def test_a_name_that_ends_like_a_picture_of_tokens_overwrites_none(model: Path, 
 
 
 def test_a_format_is_known_to_every_thread_from_the_start() -> None:
-    """Pillow's late loading of formats is not made for threads: one may miss what another is loading."""
+    """Pillow's lazy loading of formats is not thread-safe: a thread may miss formats that another is loading."""
     code = "import ats_detr.data.images\nfrom PIL import Image\nassert {'WEBP', 'TIFF'} <= {*Image.OPEN}"
     subprocess.run([sys.executable, "-c", code], check=True)
 
@@ -141,7 +141,7 @@ def test_a_format_is_known_to_every_thread_from_the_start() -> None:
         (["plain.png", "--max-detections", "0"], "max_detections = 0: must be >= 1"),
     ],
 )
-def test_mistakes_are_one_line(
+def test_errors_are_one_line(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], message: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -153,7 +153,7 @@ def test_mistakes_are_one_line(
         main(["predict", *arguments, "--checkpoint", str(model), "--show", "everything"])
 
 
-def test_a_url_that_does_not_answer_is_named(model: Path, tmp_path: Path, capsys) -> None:
+def test_an_unreachable_url_is_reported(model: Path, tmp_path: Path, capsys) -> None:
     url = "http://localhost:1/a.jpg"
     with pytest.raises(SystemExit) as end:
         main(["predict", url, "--checkpoint", str(model), "--out", str(tmp_path), "--allow-urls"])
@@ -178,10 +178,10 @@ def test_a_file_is_decoded_once_to_detect_and_once_to_draw(
     assert tall.height > tall.width, "turned upright, and not twice"
 
 
-def test_what_cannot_be_read_any_more_does_not_end_the_run(
+def test_files_that_become_unreadable_do_not_end_the_run(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A file that is gone when its picture is drawn, and a video on a machine without PyAV."""
+    """A file that is deleted before its picture is drawn, and a video without PyAV."""
     folder, out = tmp_path / "in", tmp_path / "out"
     folder.mkdir()
     for name in ("a.png", "b.png"):
@@ -206,7 +206,7 @@ def test_what_cannot_be_read_any_more_does_not_end_the_run(
     assert (out / "gallery.html").is_file()
 
 
-def test_a_video_gets_boxes_and_a_list_of_frames(model: Path, tmp_path: Path, capsys) -> None:
+def test_a_video_has_boxes_and_a_list_of_frames(model: Path, tmp_path: Path, capsys) -> None:
     av = pytest.importorskip("av")
     from ats_detr.data.video import VideoWriter
 
@@ -230,7 +230,7 @@ def test_a_video_gets_boxes_and_a_list_of_frames(model: Path, tmp_path: Path, ca
     assert [path.name for path in (out / "videos").iterdir()] == ["clip.mp4"]
 
 
-def test_info_tells_what_a_checkpoint_and_a_configuration_are(
+def test_info_describes_checkpoints_and_configurations(
     model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     main(["info", str(model)])

@@ -23,7 +23,7 @@ from ats_detr.training.matcher import PredictionRows
 # ------------------------------------------------------------------------------------------------ the set criterion
 @torch.no_grad()
 def layer_matching(layer: PredictionRows, targets: Sequence[Target]) -> tuple[Tensor, Tensor]:
-    """Rows and objects of one layer: costs of all rows for all objects of the batch, then image by image."""
+    """Matched rows and objects of one layer: all costs of the batch, then one assignment per image."""
     labels = torch.cat([target.labels_N for target in targets])
     boxes = torch.cat([target.boxes_N4 for target in targets]).float()
     if layer.class_agnostic:
@@ -50,7 +50,7 @@ def layer_matching(layer: PredictionRows, targets: Sequence[Target]) -> tuple[Te
 def layer_losses(
     layer: PredictionRows, targets: Sequence[Target], num_boxes: float, suffix: str
 ) -> dict[str, Tensor]:
-    """The three losses of one layer and what is logged of it."""
+    """The three losses and the logged metrics of one layer."""
     rows, objects = layer_matching(layer, targets)
     logits = layer.logits_RT.float()
     labels = torch.cat([target.labels_N for target in targets])
@@ -78,7 +78,7 @@ def layer_losses(
 
 
 def set_losses(output: DetectorOutput, targets: Sequence[Target], num_boxes: float) -> dict[str, Tensor]:
-    """The losses of every layer, one after another, and of the selector."""
+    """The losses of every layer, computed sequentially, and of the selector."""
     losses: dict[str, Tensor] = {}
     for suffix, layer in prediction_layers(output, class_specific_proposals=True).items():
         losses |= layer_losses(layer, targets, num_boxes, suffix)
@@ -91,9 +91,9 @@ def set_losses(output: DetectorOutput, targets: Sequence[Target], num_boxes: flo
 
 # ------------------------------------------------------------------------------------- average precision of an image
 def nested_loops_ap(found: Detections, target: Target, threshold: float) -> float:
-    """The definition of an image's average precision: classes, detections and objects in nested loops over tensors.
+    """The definition of the average precision of an image: nested loops over classes, detections and objects.
 
-    Each comparison waits for the device, as in the published code.
+    Each comparison synchronises with the device, as in the published code.
     """
     height, width = target.original_size
     scale = target.boxes_N4.new_tensor([width, height, width, height])

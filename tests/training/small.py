@@ -1,4 +1,4 @@
-"""A detector, batches and configs small enough to train in a test."""
+"""A small detector, batches and configs for training tests."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ ADAPTIVE: dict[str, Any] = {
 
 
 def merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
-    """`above` laid over `below`, dictionary by dictionary."""
+    """`below` updated recursively by `above`."""
     result = dict(below)
     for key, value in above.items():
         old = result.get(key)
@@ -72,7 +72,7 @@ def merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
 
 
 def small_tree(folder: Path, **changes: Any) -> dict[str, Any]:
-    """Settings of a run that keeps its data and results in `folder`."""
+    """Settings of a run with data and results in `folder`."""
     data = merged(SMALL_DATA, {"root": str(folder / "data")})
     base = {"model": SMALL_MODEL, "data": data, "train": SMALL_TRAIN, "output_dir": str(folder / "run")}
     return merged({**base, "name": "small", "num_pictures": 1, "device": "cpu"}, changes)
@@ -90,7 +90,7 @@ def small_run(folder: Path, config: Config | None = None, device: str = "cpu", *
 
 
 def write_small_chain(folder: Path, **changes: Any) -> Path:
-    """YAML files of two teachers and their student; returns the student's."""
+    """Write YAML files of two teachers and their student. Returns the path of the student's file."""
     tree = small_tree(folder, **changes)
     strong = {"model": {"selector": {"keep_ratio": 0.6}}, "train": {"init_from": "weak"}}
     teachers = {name: {"config": f"{name}.yaml"} for name in ("weak", "strong")}
@@ -102,7 +102,7 @@ def write_small_chain(folder: Path, **changes: Any) -> Path:
 
 @contextmanager
 def files_of_at_most(num_bytes: int) -> Iterator[None]:
-    """Writes beyond this size fail, as on a full disk."""
+    """Context in which writes beyond this file size fail, as on a full disk."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, hard))
@@ -116,7 +116,7 @@ def files_of_at_most(num_bytes: int) -> Iterator[None]:
 def random_batch(
     seed: int, num_objects: list[int], size: int = 128, num_classes: int = 3
 ) -> tuple[ImageBatch, list[Target]]:
-    """Square noise images of one size with the given numbers of objects."""
+    """Square noise images of equal size with the given numbers of objects."""
     g = torch.Generator().manual_seed(seed)
     images = [torch.randn(3, size, size, generator=g) for _ in num_objects]
     targets = [

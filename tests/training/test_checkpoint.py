@@ -1,4 +1,4 @@
-"""Checkpoints: whole or not at all, and refused in one line when they do not fit."""
+"""Checkpoints are written completely or not at all, and rejected in one line if they do not fit."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def checkpoint_of(folder: Path, **changes: Any) -> dict[str, Any]:
     }
 
 
-def test_a_model_comes_back_as_it_was_saved(tmp_path: Path) -> None:
+def test_a_saved_model_is_loaded_equal(tmp_path: Path) -> None:
     checkpoint = checkpoint_of(tmp_path)
     save_checkpoint(checkpoint, tmp_path / "a.pt")
     model, loaded = load_model(tmp_path / "a.pt")
@@ -43,7 +43,7 @@ def test_a_model_comes_back_as_it_was_saved(tmp_path: Path) -> None:
         assert torch.equal(tensor, checkpoint["model"][name]), name
 
 
-def test_a_full_disk_leaves_the_old_checkpoint_whole_and_nothing_else(tmp_path: Path) -> None:
+def test_a_full_disk_keeps_the_old_checkpoint_and_no_temporary_file(tmp_path: Path) -> None:
     path = tmp_path / "a.pt"
     save_checkpoint(checkpoint_of(tmp_path), path)
     before = path.read_bytes()
@@ -57,14 +57,14 @@ def test_a_full_disk_leaves_the_old_checkpoint_whole_and_nothing_else(tmp_path: 
     assert [file.name for file in tmp_path.iterdir()] == ["a.pt"]
 
 
-def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_created_is_reported(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"file/a\.pt: cannot write .* nothing was written"):
         save_checkpoint({"model": {}}, tmp_path / "file" / "a.pt")
 
 
 @pytest.mark.parametrize("damage", ["missing", "truncated", "text", "foreign"])
-def test_what_is_no_checkpoint_is_refused_in_one_line(tmp_path: Path, damage: str) -> None:
+def test_other_files_are_rejected_in_one_line(tmp_path: Path, damage: str) -> None:
     path = tmp_path / "a.pt"
     if damage == "truncated":
         save_checkpoint(checkpoint_of(tmp_path), path)
@@ -78,7 +78,7 @@ def test_what_is_no_checkpoint_is_refused_in_one_line(tmp_path: Path, damage: st
     assert "\n" not in str(raised.value)
 
 
-def test_a_checkpoint_of_another_architecture_is_refused_with_what_differs(tmp_path: Path) -> None:
+def test_a_checkpoint_of_another_architecture_is_rejected_with_the_difference(tmp_path: Path) -> None:
     state = checkpoint_of(tmp_path, model={"num_decoder_layers": 3, "feedforward_width": 16})["model"]
     model = build_without_fetching(small_config(tmp_path), 3)
     with pytest.raises(UserError, match=r"another architecture .*unknown.*of another shape") as raised:

@@ -1,4 +1,4 @@
-"""train.py and eval.py as a user calls them: the whole chain, resuming after a kill, and mistakes in one line."""
+"""train.py and eval.py: all three stages, resuming after a kill, and errors in one line."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ import yaml
 from tests.training.small import files_of_at_most, small_tree, write_small_chain
 
 ROOT = Path(__file__).parents[2]
-pytestmark = pytest.mark.xdist_group("cli")  # one worker: the trained chain is shared
+pytestmark = pytest.mark.xdist_group("cli")  # one worker: the trained stages are shared
 
 
 @dataclass
 class Done:
-    """What a command left behind."""
+    """The output and exit code of a command."""
 
     code: int
     out: str
@@ -35,7 +35,7 @@ class Done:
 
 
 def run(script: str, *arguments: str | Path) -> Done:
-    """A script of the project, in this process: starting Python and torch takes longer than these trainings."""
+    """Run a script in this process, since starting Python and torch takes longer than these trainings."""
     out, err = io.StringIO(), io.StringIO()
     code = 0
     with (
@@ -53,7 +53,7 @@ def run(script: str, *arguments: str | Path) -> Done:
 
 
 def run_apart(*arguments: str | Path) -> Done:
-    """A Python process in the project's folder."""
+    """Start a Python process in the folder of the project."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
     command = [sys.executable, *map(str, arguments)]
     done = subprocess.run(
@@ -106,18 +106,18 @@ def test_finished_stages_are_not_trained_again(chain: Path) -> None:
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
 
-def test_a_finished_stage_of_other_settings_is_not_taken_for_the_wanted_one(chain: Path) -> None:
+def test_a_finished_stage_with_other_settings_is_not_reused(chain: Path) -> None:
     done = run("train.py", "--config", chain / "student.yaml", "train.epochs=3")
     assert done.code == 2
     assert "was trained with other settings (train.epochs = 2, now 3)" in done.err
 
 
-def test_a_finished_stage_that_started_from_another_one_is_refused(chain: Path) -> None:
+def test_a_finished_stage_with_another_initialisation_is_rejected(chain: Path) -> None:
     done = run("train.py", "--config", chain / "student.yaml", "train.init_from=weak")
     assert_one_line(done, "was trained with other settings (train.init_from = 'strong', now 'weak')")
 
 
-def test_a_finished_student_of_other_teachers_is_refused(chain: Path, tmp_path: Path) -> None:
+def test_a_finished_student_of_other_teachers_is_rejected(chain: Path, tmp_path: Path) -> None:
     other = tmp_path / "weak.pt"
     spoil_checkpoint(
         chain / "run" / "weak" / "final.pt", other, lambda c: next(iter(c["model"].values())).add_(1)
@@ -132,7 +132,7 @@ def spoil_checkpoint(source: Path, destination: Path, spoil: Callable[[dict[str,
     torch.save(checkpoint, destination)
 
 
-def test_evaluation_prints_and_writes_the_same_numbers_as_training(chain: Path, tmp_path: Path) -> None:
+def test_evaluation_gives_the_metrics_of_training(chain: Path, tmp_path: Path) -> None:
     arguments = ("--detections", tmp_path / "detections.json", "num_pictures=1")
     done = run("eval.py", "data.eval_batch_size=3", *evaluation_of(chain, tmp_path), *arguments)
     assert done.code == 0, done.err
@@ -170,7 +170,7 @@ def assert_equal_metrics(folder: Path, expected_folder: Path) -> None:
         assert found[key] == (pytest.approx(value, abs=1e-6) if isinstance(value, float) else value), key
 
 
-def test_a_killed_run_goes_on_to_the_same_weights(tmp_path: Path) -> None:
+def test_a_killed_run_resumes_to_the_same_weights(tmp_path: Path) -> None:
     undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
     for folder in (undisturbed, killed):
         folder.mkdir()
@@ -196,9 +196,7 @@ def test_a_killed_run_goes_on_to_the_same_weights(tmp_path: Path) -> None:
     assert steps == [1, 2, 3, 4, 4, 5, 6, 7, 8, 8], "train and evaluation entries, none twice"
 
 
-def test_a_teacher_of_another_architecture_is_refused_before_anything_is_written(
-    chain: Path, tmp_path: Path
-) -> None:
+def test_a_teacher_of_another_architecture_is_rejected_before_writing(chain: Path, tmp_path: Path) -> None:
     teacher = chain / "run" / "strong" / "final.pt"
     config = write_small_chain(tmp_path, model={"num_encoder_layers": 3})
     given = [f"teachers.{name}.checkpoint={teacher}" for name in ("weak", "strong")]
@@ -207,7 +205,7 @@ def test_a_teacher_of_another_architecture_is_refused_before_anything_is_written
     assert not (tmp_path / "run").exists()
 
 
-def test_teachers_in_each_others_place_are_refused(chain: Path, tmp_path: Path) -> None:
+def test_swapped_teachers_are_rejected(chain: Path, tmp_path: Path) -> None:
     given = [
         f"teachers.{name}.checkpoint={chain / 'run' / other / 'final.pt'}"
         for name, other in (("weak", "strong"), ("strong", "weak"))
@@ -217,7 +215,7 @@ def test_teachers_in_each_others_place_are_refused(chain: Path, tmp_path: Path) 
     assert not (tmp_path / "run").exists()
 
 
-def test_a_teacher_with_other_classes_is_refused(chain: Path, tmp_path: Path) -> None:
+def test_a_teacher_with_other_classes_is_rejected(chain: Path, tmp_path: Path) -> None:
     def rename(checkpoint: dict[str, Any]) -> None:
         checkpoint["classes"]["categories"][2]["name"] = "newcomer"
 
@@ -234,26 +232,26 @@ def test_a_teacher_with_other_classes_is_refused(chain: Path, tmp_path: Path) ->
     assert not (tmp_path / "run").exists()
 
 
-def test_a_teacher_with_another_budget_than_the_students_is_refused(chain: Path) -> None:
+def test_a_teacher_with_a_budget_unlike_the_students_is_rejected(chain: Path) -> None:
     done = run("train.py", "--config", chain / "student.yaml", "model.selector.min_ratio=0.2")
     assert_one_line(
         done, "has model.selector.keep_ratio 0.3, must equal model.selector.min_ratio 0.2 of its student"
     )
 
 
-def test_a_given_teacher_that_does_not_exist_is_named(chain: Path) -> None:
+def test_a_missing_teacher_is_reported(chain: Path) -> None:
     done = run("train.py", "--config", chain / "student.yaml", "teachers.weak.checkpoint=/nowhere.pt")
     assert_one_line(done, "teachers.weak.checkpoint = '/nowhere.pt': no such file")
 
 
-def test_a_backbone_that_timm_does_not_have_is_named(tmp_path: Path) -> None:
+def test_an_unknown_backbone_is_reported(tmp_path: Path) -> None:
     config = write_small_chain(tmp_path)
     done = run("train.py", "--config", config, "model.backbone.name=resnet19")
     assert_one_line(done, "timm cannot create backbone 'resnet19'")
     assert not (tmp_path / "run").exists()
 
 
-def test_two_processes_train_the_whole_chain_with_images_without_objects(tmp_path: Path) -> None:
+def test_two_processes_train_all_stages_with_images_without_objects(tmp_path: Path) -> None:
     synthetic = {"min_objects": 0, "max_objects": 1}
     config = write_small_chain(tmp_path, data={"batch_size": 1, "synthetic": synthetic}, train={"epochs": 1})
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
@@ -265,7 +263,7 @@ def test_two_processes_train_the_whole_chain_with_images_without_objects(tmp_pat
     assert log[-1]["num_images"] == 7
 
 
-def test_a_mistake_is_told_by_one_of_several_processes(chain: Path) -> None:
+def test_one_of_several_processes_reports_an_error(chain: Path) -> None:
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
     done = run_apart(*launcher, "train.py", "--config", chain / "student.yaml", "train.epochs=3")
     assert done.code != 0
@@ -273,12 +271,12 @@ def test_a_mistake_is_told_by_one_of_several_processes(chain: Path) -> None:
 
 
 @pytest.mark.parametrize("device", ["meta", "abacus"])
-def test_a_device_that_cannot_train_is_refused(chain: Path, device: str) -> None:
+def test_an_unavailable_device_is_rejected(chain: Path, device: str) -> None:
     done = run("train.py", "--config", chain / "student.yaml", f"device={device}")
     assert_one_line(done, f"device = {device!r}: must be auto, cpu or cuda")
 
 
-def test_budgets_that_the_minimum_makes_void_are_warned_of(chain: Path, tmp_path: Path) -> None:
+def test_budgets_below_the_minimum_raise_a_warning(chain: Path, tmp_path: Path) -> None:
     command = ("eval.py", *evaluation_of(chain, tmp_path))
     assert "model.selector.min_tokens" not in run(*command).out
     assert (
@@ -287,7 +285,7 @@ def test_budgets_that_the_minimum_makes_void_are_warned_of(chain: Path, tmp_path
     )
 
 
-def test_an_unknown_setting_is_refused_with_the_nearest_name(chain: Path) -> None:
+def test_an_unknown_setting_is_rejected_with_the_nearest_name(chain: Path) -> None:
     assert_one_line(
         run("train.py", "--config", chain / "student.yaml", "train.epoch=1"), "did you mean train.epochs?"
     )
@@ -295,7 +293,7 @@ def test_an_unknown_setting_is_refused_with_the_nearest_name(chain: Path) -> Non
 
 @pytest.fixture
 def coco(chain: Path, tmp_path: Path) -> Path:
-    """A COCO-format data set in `coco` and the config of a training on it; both may be spoiled."""
+    """A COCO-format data set and a training config for it, which a test may damage."""
     (source,) = (chain / "data").glob("synthetic-*")
     shutil.copytree(source, tmp_path / "coco")
     data = {"kind": "coco", "root": str(tmp_path / "coco"), "cache_images": False}
@@ -356,16 +354,14 @@ def missing_image(data: Path) -> str:
     ],
     ids=lambda function: function.__name__,
 )
-def test_data_that_cannot_be_used_is_named_before_anything_is_written(
-    coco: Path, spoil: Callable[[Path], str]
-) -> None:
+def test_invalid_data_is_reported_before_writing(coco: Path, spoil: Callable[[Path], str]) -> None:
     words = spoil(coco / "coco")
     assert_one_line(run("train.py", "--config", coco / "config.yaml"), words)
     assert not (coco / "run").exists()
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
-def test_a_truncated_image_stops_the_run_and_is_named_or_is_left_out(coco: Path, num_workers: int) -> None:
+def test_a_truncated_image_stops_the_run_or_is_skipped(coco: Path, num_workers: int) -> None:
     path = coco / "coco" / "train2017" / "000005.jpg"
     path.write_bytes(path.read_bytes()[:300])
     command = ("train.py", "--config", coco / "config.yaml", f"data.num_workers={num_workers}")
@@ -376,14 +372,14 @@ def test_a_truncated_image_stops_the_run_and_is_named_or_is_left_out(coco: Path,
     assert f"skipped: image {path}" in done.out
 
 
-def test_a_full_disk_stops_the_run_in_one_line_and_leaves_no_half_checkpoint(coco: Path) -> None:
+def test_a_full_disk_stops_the_run_in_one_line_without_a_partial_checkpoint(coco: Path) -> None:
     with files_of_at_most(200_000):
         done = run("train.py", "--config", coco / "config.yaml")
     assert_one_line(done, "cannot write this checkpoint")
     assert not list((coco / "run").glob("*.pt*"))
 
 
-def test_evaluation_refuses_classes_that_the_checkpoint_does_not_know(chain: Path, coco: Path) -> None:
+def test_evaluation_rejects_classes_that_the_checkpoint_lacks(chain: Path, coco: Path) -> None:
     words = categories_that_the_model_lacks(coco / "coco")
     checkpoint = chain / "run" / "weak" / "final.pt"
     arguments = ("--config", coco / "config.yaml", "--checkpoint", checkpoint, "--output", coco / "out")

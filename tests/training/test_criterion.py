@@ -1,4 +1,4 @@
-"""The set criterion against its formulas, layer by layer, and what must not change its losses."""
+"""The set criterion against its formulas for each layer, and invariances of its losses."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def random_prediction(*shape: int, g: torch.Generator) -> Prediction:
 
 
 def random_output(num_kept: tuple[int, ...] = (6, 9), *, seed: int = 0) -> DetectorOutput:
-    """A full output: two decoder layers, proposals, two auxiliary encoder layers, a selector."""
+    """A complete output: two decoder layers, proposals, two auxiliary encoder layers, a selector."""
     g = torch.Generator().manual_seed(seed)
     batch = len(num_kept)
     scores = torch.randn(batch, NUM_TOKENS, generator=g)
@@ -79,7 +79,7 @@ def criterion(**changes: object) -> SetCriterion:
 def formula_losses(
     logits: Tensor, boxes: Tensor, wanted: dict[int, tuple[int, list[float]]]
 ) -> dict[str, float]:
-    """Sums over rows in plain floats; `wanted`: row -> (label, box) of its object."""
+    """Sums over rows in Python floats. `wanted` maps rows to the (label, box) of their objects."""
     loss_ce = 0.0
     for row, row_logits in enumerate(logits.tolist()):
         for label, x in enumerate(row_logits):
@@ -130,7 +130,7 @@ def test_the_losses_of_every_layer_equal_their_formulas() -> None:
     assert losses["loss_mask_prediction"].item() == pytest.approx(total / (2 * NUM_TOKENS), rel=1e-5)
 
 
-def test_the_weights_cover_every_loss_and_nothing_that_is_only_logged() -> None:
+def test_every_loss_has_a_weight_and_logged_metrics_have_none() -> None:
     targets = random_targets((3, 2), torch.Generator().manual_seed(1))
     own = criterion(num_decoder_layers=2, num_encoder_layers=3)
     losses = own(random_output(), targets, 5)
@@ -144,7 +144,7 @@ def test_the_weights_cover_every_loss_and_nothing_that_is_only_logged() -> None:
     assert not any(losses[key].requires_grad for key in logged)
 
 
-def test_class_agnostic_proposals_are_all_of_class_0() -> None:
+def test_class_agnostic_proposals_have_class_0() -> None:
     output, targets = random_output(), random_targets((3, 2), torch.Generator().manual_seed(1))
     agnostic = SetCriterion(NUM_CLASSES)(output, targets, 5)
     for target in targets:
@@ -157,7 +157,7 @@ def test_class_agnostic_proposals_are_all_of_class_0() -> None:
 
 # -------------------------------------------------------------------------------------- what must make no difference
 def test_a_batch_without_objects_gives_zero_box_losses_and_gradients_to_every_head() -> None:
-    """Under DDP a process without objects must still reduce the gradient of every parameter."""
+    """With DDP, a process without objects must reduce the gradient of every parameter, too."""
     output, targets = random_output(), random_targets((0, 0), torch.Generator())
     own = criterion()
     losses = own(output, targets, 1)
@@ -169,8 +169,8 @@ def test_a_batch_without_objects_gives_zero_box_losses_and_gradients_to_every_he
         assert prediction.logits.grad.abs().sum() > 0
 
 
-def test_images_contribute_the_same_alone_and_in_a_batch_of_unequal_budgets() -> None:
-    """The auxiliary encoder losses read the kept tokens of each image only, however many its neighbours keep."""
+def test_losses_of_an_image_do_not_depend_on_the_budgets_of_its_batch() -> None:
+    """The auxiliary encoder losses use the kept tokens of each image only."""
     output = random_output((6, 9))
     targets = random_targets((3, 2), torch.Generator().manual_seed(1))
     together = criterion()(output, targets, 5)
@@ -203,7 +203,7 @@ def test_images_contribute_the_same_alone_and_in_a_batch_of_unequal_budgets() ->
             ), key
 
 
-def test_the_order_of_queries_and_of_objects_makes_no_difference() -> None:
+def test_losses_do_not_depend_on_the_order_of_queries_and_objects() -> None:
     output, targets = random_output(), random_targets((4, 3), torch.Generator().manual_seed(2))
     expected = criterion()(output, targets, 7)
     order = torch.randperm(8, generator=torch.Generator().manual_seed(3))
@@ -226,25 +226,25 @@ def test_the_losses_are_float32_under_autocast() -> None:
 
 
 # ------------------------------------------------------------------------------------------------------ the selector
-def test_padded_tokens_are_never_wanted_even_when_more_tokens_are_kept_than_are_valid() -> None:
+def test_padded_tokens_are_never_targets_even_if_more_tokens_are_kept_than_valid() -> None:
     attention = torch.tensor([[5.0, 1, 9, 3], [5.0, 1, 9, 3]])
     padding = torch.tensor([[False, False, True, False], [True, True, True, False]])
     wanted = most_attended(attention, torch.tensor([2, 3]), padding)
     assert wanted.tolist() == [[True, False, False, True], [False, False, False, True]]
 
 
-def test_attention_coverage_is_the_share_of_attention_on_kept_tokens_in_all_and_per_level() -> None:
+def test_attention_coverage_is_the_share_of_attention_on_kept_tokens() -> None:
     attention = torch.tensor([[1.0, 3, 4, 0], [2.0, 2, 0, 0]])
     kept = torch.tensor([[True, False, True, True], [True, True, False, False]])
     coverage = attention_coverage(attention, kept, ((1, 2), (1, 2)))
     assert {key: value.item() for key, value in coverage.items()} == {
         "attention_coverage": pytest.approx((5 / 8 + 1) / 2),
         "attention_coverage_0": pytest.approx((1 / 4 + 1) / 2),
-        "attention_coverage_1": pytest.approx((1 + 0) / 2),  # no attention at all: 0, not NaN
+        "attention_coverage_1": pytest.approx((1 + 0) / 2),  # without attention: 0, not NaN
     }
 
 
-def test_a_selector_without_its_attention_map_is_an_error() -> None:
+def test_a_selector_without_an_attention_map_is_an_error() -> None:
     output = random_output()
     output.attention_map_BS = None
     with pytest.raises(ValueError, match="supervision=True"):
@@ -291,7 +291,7 @@ def test_focal_alpha_and_gamma_reach_loss_and_cost(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("only", ["class_cost", "bbox_cost", "giou_cost"])
-def test_the_costs_decide_the_matching(tmp_path: Path, only: str) -> None:
+def test_the_costs_determine_the_matching(tmp_path: Path, only: str) -> None:
     """Row 0 has the best class, row 1 the best L1 distance, row 2 the best GIoU."""
     zero = dict.fromkeys(("class_cost", "bbox_cost", "giou_cost"), 0.0)
     matcher = build_criterion(config_with(tmp_path, {**zero, only: 1.0}), 1).matcher
@@ -306,7 +306,7 @@ def test_the_costs_decide_the_matching(tmp_path: Path, only: str) -> None:
     assert match.rows_M.tolist() == [("class_cost", "bbox_cost", "giou_cost").index(only)]
 
 
-def test_without_auxiliary_losses_only_the_last_decoder_layer_has_any(tmp_path: Path) -> None:
+def test_without_auxiliary_losses_only_the_last_decoder_layer_has_losses(tmp_path: Path) -> None:
     every, last = (losses_of(config_with(tmp_path, {"decoder_auxiliary": on})) for on in (True, False))
     assert every.keys() - last.keys() >= {"loss_ce_0", "loss_bbox_0", "loss_giou_0"}
     assert all(torch.equal(last[key], every[key]) for key in last.keys() - {"loss"})
@@ -314,7 +314,7 @@ def test_without_auxiliary_losses_only_the_last_decoder_layer_has_any(tmp_path: 
 
 
 @pytest.mark.parametrize("box_refine", [True, False])
-def test_a_step_without_auxiliary_losses_leaves_no_parameter_without_a_gradient(
+def test_without_auxiliary_losses_every_parameter_has_a_gradient(
     tmp_path: Path, box_refine: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
     """DistributedDataParallel needs a gradient of every trained parameter."""

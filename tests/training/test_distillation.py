@@ -34,7 +34,7 @@ from tests.training.small import ADAPTIVE, merged, random_batch, small_config, w
 def noisy_scene(
     g: torch.Generator, num_objects: int, num_found: int, num_classes: int
 ) -> tuple[Detections, Target]:
-    """Detections scattered around the objects, several for each, labels sometimes wrong: contested matches."""
+    """Several detections around each object, some with wrong labels, which compete for matches."""
     size = torch.rand(num_objects, 2, generator=g) * 0.2 + 0.1
     boxes = torch.cat([torch.rand(num_objects, 2, generator=g) * 0.4 + 0.3, size], dim=1)
     labels = torch.randint(num_classes, (num_objects,), generator=g)
@@ -60,14 +60,14 @@ def test_image_ap_equals_the_nested_loops(threshold: float) -> None:
     most = most_of_a_class(targets)
     result = image_average_precision(detections, targets, threshold, most_of_a_class=most)
     expected = torch.tensor([nested_loops_ap(d, t, threshold) for d, t in scenes])
-    assert ((expected > 0.05) & (expected < 0.95)).sum() > 10  # the scenes say something
+    assert ((expected > 0.05) & (expected < 0.95)).sum() > 10  # neither trivial value
     torch.testing.assert_close(result, expected, atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("num_objects", [1, 2, 3, 7, 10, 37, 49, 64])
 @pytest.mark.parametrize("num_classes", [1, 3])
 def test_a_perfect_image_has_ap_of_exactly_one(num_objects: int, num_classes: int) -> None:
-    """The easy class asks for AP >= 1: a last-bit error would make every image hard."""
+    """The easy class needs AP >= 1: a rounding error would make every image hard."""
     g = torch.Generator().manual_seed(num_objects)
     _, target = noisy_scene(g, num_objects, 0, num_classes)
     boxes = cxcywh_to_xyxy(target.boxes_N4) * torch.tensor([640, 480, 640, 480])
@@ -84,7 +84,7 @@ def test_a_batch_without_objects_and_one_without_detections() -> None:
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_bidding_at_once_equals_taking_turns(seed: int) -> None:
+def test_parallel_matching_equals_sequential_matching(seed: int) -> None:
     g = torch.Generator().manual_seed(seed)
     iou_BDN = torch.rand(3, 40, 12, generator=g)
     iou_BDN = torch.where(iou_BDN < torch.rand(3, 40, 1, generator=g), -1.0, iou_BDN)
@@ -99,13 +99,13 @@ def test_bidding_at_once_equals_taking_turns(seed: int) -> None:
 
 
 # ---------------------------------------------------------------------------------------------- budget labels
-def test_two_budgets_label_as_published() -> None:
+def test_labels_of_two_budgets_are_as_published() -> None:
     ap = torch.tensor([0.0, 0.5, 0.75, 0.99999, 1.0])
     assert budget_labels(ap).tolist() == [1, 1, 1, 1, 0]
     assert budget_labels(ap, bias=0.75).tolist() == [1, 1, 0, 0, 0]
 
 
-def test_more_budgets_divide_what_is_missing_evenly() -> None:
+def test_more_budgets_have_evenly_spaced_thresholds() -> None:
     ap = torch.tensor([1.0, 0.9, 0.75, 0.7, 0.5, 0.26, 0.2, 0.0])
     assert budget_labels(ap, num_budgets=5).tolist() == [0, 1, 1, 2, 2, 3, 4, 4]
     assert budget_labels(ap, bias=0.5, num_budgets=3).tolist() == [0, 0, 0, 0, 0, 1, 2, 2]
@@ -135,7 +135,7 @@ def test_the_memory_loss_ignores_scale_and_offset_of_a_channel_and_padded_tokens
     assert expected.item() > 0.1
 
 
-def test_a_constant_channel_passes_no_gradient_instead_of_nan() -> None:
+def test_a_constant_channel_has_a_zero_gradient_instead_of_nan() -> None:
     g = torch.Generator().manual_seed(0)
     student, teacher, padding = memories(g)
     student[..., 2] = 1.5
@@ -156,7 +156,7 @@ def test_the_memory_loss_is_float32_for_half_precision_memories() -> None:
 
 
 # ---------------------------------------------------------------------------------------------------- the two teachers
-def test_the_teachers_teach_and_stay_as_they_are(tmp_path: Path) -> None:
+def test_the_student_has_gradients_and_the_teachers_do_not_change(tmp_path: Path) -> None:
     torch.manual_seed(0)
     weak, strong, student = (
         build_model(small_config(tmp_path, model=model).model, num_classes=3)
@@ -179,12 +179,10 @@ def test_the_teachers_teach_and_stay_as_they_are(tmp_path: Path) -> None:
     ):
         assert student.get_parameter(name).grad.abs().sum() > 0, name
     for name in ("decoder_heads.0.classify.weight", "selector.score.4.weight"):
-        assert student.get_parameter(name).grad is None, (
-            name
-        )  # detections and scores are the criterion's to teach
+        assert student.get_parameter(name).grad is None, name  # the criterion trains detections and scores
 
 
-def test_a_cached_difficulty_is_found_once_and_survives_a_checkpoint(tmp_path: Path) -> None:
+def test_a_cached_difficulty_is_computed_once_and_stored_in_checkpoints(tmp_path: Path) -> None:
     torch.manual_seed(0)
     weak, student = (
         build_model(small_config(tmp_path, model=model).model, num_classes=3) for model in ({}, ADAPTIVE)
@@ -208,8 +206,8 @@ def test_a_cached_difficulty_is_found_once_and_survives_a_checkpoint(tmp_path: P
     assert teachers.difficulty.get([-99]) is not None, "ids may be negative"
 
 
-def test_the_label_of_an_image_is_what_the_weak_teacher_achieves_on_it(tmp_path: Path) -> None:
-    """Its own detections as objects make an image easy; objects it has not found make it hard."""
+def test_the_label_of_an_image_depends_on_the_ap_of_the_weak_teacher(tmp_path: Path) -> None:
+    """Its detections as objects make an image easy; objects that it does not detect make it hard."""
     torch.manual_seed(0)
     weak, student = (
         build_model(small_config(tmp_path, model=model).model, num_classes=3) for model in ({}, ADAPTIVE)
@@ -260,7 +258,7 @@ def test_the_settings_of_the_teachers_reach_the_losses(tmp_path: Path) -> None:
     assert stages["weak"].config.loss == LossConfig()
 
 
-def test_the_iou_threshold_decides_what_the_weak_teacher_has_found(tmp_path: Path) -> None:
+def test_the_iou_threshold_determines_the_matches_of_the_weak_teacher(tmp_path: Path) -> None:
     """A detection with IoU 0.6 makes an image easy at threshold 0.5 and hard at 0.7."""
     torch.manual_seed(0)
     weak, student = (

@@ -1,4 +1,4 @@
-"""Several processes train like one on their batches taken together."""
+"""Several processes train like one process on their concatenated batches."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.training.small import ADAPTIVE, merged, random_batch, small_tree
 
 ROOT = Path(__file__).parents[2]
 OBJECTS_OF_STEPS = ([2, 1, 3, 4], [3, 2, 0, 0], [1, 0, 2, 1])
-"""Objects of the four images of each step; two processes take two images each, the second has none in step two."""
+"""Objects of the four images of each step. Each process has two images; the second has no objects in step two."""
 
 
 def train_three_steps(tree: dict[str, Any], rank: int, world_size: int) -> dict[str, dict[str, Tensor]]:
@@ -77,8 +77,8 @@ def run_process(rank: int, folder: str, tree: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("kind", ["teacher", "student"])
 def test_two_processes_equal_one_in_every_gradient_and_parameter(tmp_path: Path, kind: str) -> None:
-    # Two channels in each group of the group norms: with one, the gradient of the bias in front is rounding noise,
-    # from which Adam makes whole steps. So is the gradient of the adaption's bias, which the memory loss removes.
+    # Two channels per group of the group norms: with one, the gradient of the preceding bias is rounding noise,
+    # which Adam turns into full steps. So is the gradient of the adaption bias, which the memory loss subtracts.
     tree = small_tree(tmp_path, model={"width": 64})
     if kind == "student":
         teachers = {name: {"config": f"{name}.yaml"} for name in ("weak", "strong")}
@@ -94,8 +94,8 @@ def test_two_processes_equal_one_in_every_gradient_and_parameter(tmp_path: Path,
             assert difference < 1e-5 or noise, f"{what}: {name} differs by {difference}"
 
 
-def test_every_trained_parameter_gets_a_gradient_also_without_objects(tmp_path: Path) -> None:
-    """DDP waits for the gradient of every parameter: one that gets none would hang it."""
+def test_every_trained_parameter_has_a_gradient_also_without_objects(tmp_path: Path) -> None:
+    """DDP waits for the gradient of every parameter; a missing gradient would be a deadlock."""
     config = config_from_dict(small_tree(tmp_path))
     model = build_model(config.model, num_classes=3).train()
     batch, targets = random_batch(0, [0, 0])

@@ -1,4 +1,4 @@
-"""Processes that die are started again by torchrun, and the run ends as if nothing had happened."""
+"""torchrun restarts failed processes, and the run ends with the same result as an uninterrupted one."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def workers_of(launcher: subprocess.Popen[bytes]) -> list[int]:
 
 
 def run_to_end(folder: Path, num_processes: int, *, kills: int = 0, seed: int = 0) -> dict[str, Any]:
-    """Train; kill one random worker at `kills` random steps; the final checkpoint."""
+    """The final checkpoint of a training in which a random worker is killed at `kills` random steps."""
     config = write_run(folder, num_processes)
     load_config(config)
     generator = random.Random(seed)
@@ -65,7 +65,7 @@ def run_to_end(folder: Path, num_processes: int, *, kills: int = 0, seed: int = 
                 time.sleep(0.002)
             os.kill(generator.choice(workers_of(launcher)), signal.SIGKILL)
             while launcher.poll() is None and log.read_bytes().count(b"\n") >= lines:
-                # The next moment counts from where the restarted run resumes, which rewrites the log.
+                # The next step counts from the step at which the restarted run resumes, which rewrites the log.
                 if (folder / "output").read_bytes().count(b"resuming from") > moments.index(lines):
                     break
                 time.sleep(0.01)
@@ -78,23 +78,23 @@ def assert_restarts_change_nothing(tmp_path: Path, num_processes: int, kills: in
     expected = run_to_end(tmp_path / "undisturbed", num_processes)
     killed = run_to_end(tmp_path / "killed", num_processes, kills=kills)
     output = (tmp_path / "killed" / "output").read_text()
-    assert output.count("resuming from") == kills, "one process says so after each restart"
+    assert output.count("resuming from") == kills, "one process reports it after each restart"
     assert killed["step"] == expected["step"] == EPOCHS * IMAGES // 4
     for name, tensor in expected["model"].items():
         assert torch.equal(killed["model"][name], tensor), name
 
 
-def test_two_processes_survive_a_killed_one_with_the_same_parameters(tmp_path: Path) -> None:
+def test_two_processes_recover_from_a_killed_one_with_the_same_parameters(tmp_path: Path) -> None:
     assert_restarts_change_nothing(tmp_path, 2, kills=1)
 
 
 @pytest.mark.slow
-def test_four_processes_survive_two_killed_ones_with_the_same_parameters(tmp_path: Path) -> None:
+def test_four_processes_recover_from_two_killed_ones_with_the_same_parameters(tmp_path: Path) -> None:
     assert_restarts_change_nothing(tmp_path, 4, kills=2)
 
 
 @pytest.mark.parametrize("told", ["a worker", "the launcher"])
-def test_two_processes_told_to_stop_do_so_in_order(tmp_path: Path, told: str) -> None:
+def test_two_processes_save_and_stop_together_on_a_signal(tmp_path: Path, told: str) -> None:
     config = write_run(tmp_path / "signalled", 2)
     log = tmp_path / "signalled" / "run" / "log.jsonl"
     with (tmp_path / "output").open("wb") as output:

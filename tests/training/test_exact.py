@@ -1,4 +1,4 @@
-"""Exact to resume: however a run is interrupted, it ends with the bits of one that was not."""
+"""Resuming is exact: an interrupted run ends with the same bits as an uninterrupted one."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from ats_detr.training.resume import PREVIOUS, RESUMABLE
 from ats_detr.training.stages import plan_stages, train_stages
 from tests.training.small import small_tree
 
-pytestmark = pytest.mark.xdist_group("exact")  # the undisturbed run is shared
+pytestmark = pytest.mark.xdist_group("exact")  # the uninterrupted run is shared
 
 EPOCHS, STEPS = 4, 4
 SETTINGS: dict[str, Any] = {
@@ -30,7 +30,7 @@ SETTINGS: dict[str, Any] = {
     "deterministic": True,
 }
 FORKS = multiprocessing.get_context("forkserver")
-"""Children of a process that has imported everything and used nothing: they start at once, and no thread is lost."""
+"""Fork server that has imported everything: its children start quickly and inherit no threads."""
 FORKS.set_forkserver_preload(["ats_detr.training.stages", "tests.training.test_exact"])
 
 
@@ -44,21 +44,21 @@ def write_run(folder: Path, **changes: Any) -> None:
 
 
 def train(folder: Path) -> None:
-    """The run in `folder`, to its end."""
+    """Train the run in `folder` to its end."""
     torch.set_num_threads(1)
     config = load_config(folder / "config.yaml")
     train_stages(plan_stages(config), "all", torch.device("cpu"))
 
 
 def train_quietly(folder: Path) -> None:
-    """In a process of its own."""
+    """Train in a separate process."""
     with open(os.devnull, "w") as nowhere:
         os.dup2(nowhere.fileno(), 1)
     train(folder)
 
 
 def train_until(folder: Path, condition: Callable[[], bool], number: int = signal.SIGKILL) -> int | None:
-    """Train in another process and send it a signal once `condition` holds; its exit code."""
+    """Train in another process and send it a signal once `condition` holds. Returns its exit code."""
     process = FORKS.Process(target=train_quietly, args=(folder,))
     process.start()
     while process.is_alive() and not condition():
@@ -116,7 +116,7 @@ def test_two_deterministic_runs_on_a_gpu_are_equal(tmp_path: Path) -> None:
 
 
 def kill_at_random(undisturbed: Path, seed: int) -> None:
-    """Kill, at a moment drawn from the whole run: at a step, between steps, in a save or an evaluation; then go on."""
+    """Kill a run at a random moment (in a step, between steps, in a save or an evaluation), then resume it."""
     folder = undisturbed.parent / f"killed-{seed}"
     write_run(folder)
     generator = random.Random(seed)
@@ -161,7 +161,7 @@ def test_a_signal_saves_and_ends_the_run_in_order(undisturbed: Path, number: int
     assert all(torch.equal(own[name], other[name]) for name in other)
 
 
-def test_a_stop_in_order_is_told_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stop_by_signal_is_reported_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from ats_detr.training import trainer
 
     write_run(tmp_path / "run")
@@ -191,7 +191,7 @@ def truncate(path: Path) -> None:
 
 
 def zero_the_middle(path: Path) -> None:
-    """What a crash of the machine leaves of pages that never reached the disk."""
+    """Zero a range of a file, as after a crash of the machine before all pages are on disk."""
     size = path.stat().st_size
     with path.open("r+b") as file:
         file.seek(size // 2)
@@ -199,7 +199,7 @@ def zero_the_middle(path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", [truncate, zero_the_middle])
-def test_a_damaged_checkpoint_is_noticed_and_the_one_before_it_is_used(
+def test_a_damaged_checkpoint_is_detected_and_the_previous_one_is_used(
     undisturbed: Path, damage: Callable[[Path], None], caplog: pytest.LogCaptureFixture
 ) -> None:
     folder = undisturbed.parent / damage.__name__
@@ -212,7 +212,7 @@ def test_a_damaged_checkpoint_is_noticed_and_the_one_before_it_is_used(
     assert_same_result(folder, undisturbed)
 
 
-def test_without_a_whole_checkpoint_the_run_is_refused(tmp_path: Path) -> None:
+def test_without_an_intact_checkpoint_the_run_is_rejected(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     run = interrupted(folder)
     truncate(run / RESUMABLE)

@@ -1,4 +1,4 @@
-"""A disk that is really full: a small tmpfs (needs root; otherwise skipped)."""
+"""Training on a full disk: a small tmpfs (needs root; skipped otherwise)."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def train(config: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_a_full_disk_ends_the_run_in_one_line_and_nothing_is_lost(small_disk: Path, tmp_path: Path) -> None:
+def test_a_full_disk_ends_the_run_in_one_line_without_loss(small_disk: Path, tmp_path: Path) -> None:
     tree = small_tree(tmp_path, train={"epochs": 3, "checkpoint_every_steps": 1})
     runs = {name: folder / "run" for name, folder in (("full", small_disk), ("undisturbed", tmp_path))}
     configs = {}

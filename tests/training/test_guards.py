@@ -1,4 +1,4 @@
-"""What goes wrong is skipped and recorded, or stops the run in one line that names it."""
+"""Faults in training are skipped and logged, or stop the run with one line that states the cause."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def spoil_image(batch: Any) -> None:
 
 
 @pytest.mark.parametrize("accumulated", [1, 2])
-def test_a_bad_step_changes_nothing_and_the_next_one_counts(tmp_path: Path, accumulated: int) -> None:
+def test_a_step_that_is_not_finite_changes_nothing(tmp_path: Path, accumulated: int) -> None:
     run = small_run(tmp_path, model=BATCH_NORM, train={"accumulate": accumulated})
     good, bad = (random_batch(seed, [3, 0, 2, 1], size=64) for seed in (0, 1))
     spoil_image(bad)
@@ -65,7 +65,7 @@ def test_a_bad_step_changes_nothing_and_the_next_one_counts(tmp_path: Path, accu
     assert all(tensor.isfinite().all() for tensor in state_of(run).values())
 
 
-def test_a_nan_in_the_weights_gradient_alone_is_found_too(tmp_path: Path) -> None:
+def test_a_nan_in_a_gradient_alone_is_detected(tmp_path: Path) -> None:
     run = small_run(tmp_path)
     parameter = run.state.model.get_parameter("encoder.layers.0.attention.value_proj.weight")
     parameter.register_hook(lambda gradient: gradient * torch.inf)
@@ -77,7 +77,7 @@ def test_a_nan_in_the_weights_gradient_alone_is_found_too(tmp_path: Path) -> Non
 
 
 def spoil_steps(patch: pytest.MonkeyPatch, steps: set[int]) -> None:
-    """The images of these steps (1 is the first) get a NaN."""
+    """Put a NaN into the images of these steps (counted from 1)."""
     step = trainer.train_step
 
     def spoiled_step(run: Run, epoch: int, micro_batches: Any, *, metrics: bool) -> Any:
@@ -117,7 +117,7 @@ def test_a_run_without_finite_gradients_stops_and_names_the_first_bad_tensor(
         train(tmp_path, train={"max_skipped_steps": 3})
     assert [entry["step"] for entry in logged(tmp_path, "skipped")] == [3, 5, 6, 7]
     checkpoint = torch.load(tmp_path / "run" / "checkpoint.pt")
-    assert checkpoint["step"] == 4, "the last one from before is there to go on from"
+    assert checkpoint["step"] == 4, "the last checkpoint before the fault remains"
 
 
 # --------------------------------------------------------------------------------------------------- labels and boxes
@@ -139,7 +139,7 @@ def test_a_box_out_of_range_stops_the_run_before_its_first_step(
     assert not (tmp_path / "run").exists()
 
 
-def test_a_category_that_there_is_not_stops_the_run_before_its_first_step(tmp_path: Path) -> None:
+def test_an_unknown_category_stops_the_run_before_its_first_step(tmp_path: Path) -> None:
     spoiled_annotations(tmp_path, {"category_id": 99})
     with pytest.raises(UserError, match=r"annotations\[4\] has category_id 99"):
         train(tmp_path)
@@ -147,7 +147,7 @@ def test_a_category_that_there_is_not_stops_the_run_before_its_first_step(tmp_pa
 
 
 def spoiled_annotations(folder: Path, changes: dict[str, Any]) -> list[Path]:
-    data_root(small_config(folder).data)  # draws the images
+    data_root(small_config(folder).data)  # generates the images
     files = list(folder.glob("data/*/annotations/instances_train2017.json"))
     for file in files:
         content = json.loads(file.read_text())
@@ -156,7 +156,7 @@ def spoiled_annotations(folder: Path, changes: dict[str, Any]) -> list[Path]:
     return files
 
 
-def test_annotators_may_draw_a_little_beyond_the_border(tmp_path: Path) -> None:
+def test_boxes_may_slightly_exceed_the_image(tmp_path: Path) -> None:
     spoiled_annotations(tmp_path, {"bbox": [-2, 30, 20, 37]})
     assert small_run(tmp_path).num_steps == 4
 
@@ -170,7 +170,7 @@ def test_annotators_may_draw_a_little_beyond_the_border(tmp_path: Path) -> None:
         (0, [1.5, 0.5, 0.1, 0.1], r"image 7: box \[1\.5, .* must be in \[0, 1\]"),
     ],
 )
-def test_a_target_out_of_range_is_named_with_its_image(label: int, box: list[float], words: str) -> None:
+def test_a_target_out_of_range_is_reported_with_its_image(label: int, box: list[float], words: str) -> None:
     with pytest.raises(UserError, match=words):
         check_targets([Target(7, (64, 64), torch.tensor([label]), torch.tensor([box]))], 3)
 
@@ -183,7 +183,7 @@ def test_a_target_out_of_range_is_named_with_its_image(label: int, box: list[flo
         RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: you tried"),
     ],
 )
-def test_out_of_memory_names_the_batch_and_its_sizes(tmp_path: Path, error: RuntimeError) -> None:
+def test_out_of_memory_is_reported_with_the_batch_and_its_sizes(tmp_path: Path, error: RuntimeError) -> None:
     run = small_run(tmp_path)
 
     def out_of_memory(*_: Any) -> None:
@@ -204,7 +204,7 @@ def test_other_errors_keep_their_traceback(tmp_path: Path) -> None:
         trainer.train_step(run, 0, [random_batch(0, [1, 1, 1, 1], size=64)], metrics=False)
 
 
-def test_the_memory_preflight_runs_the_largest_batch_and_leaves_no_trace(tmp_path: Path) -> None:
+def test_the_memory_preflight_runs_the_largest_batch_and_restores_all_state(tmp_path: Path) -> None:
     data = {"train_short_sides": [48, 96], "long_side": 160, "synthetic": {"max_aspect_ratio": 2.0}}
     run = small_run(tmp_path, model=BATCH_NORM | {"dropout": 0.1}, data=data)
     sizes = []

@@ -1,4 +1,4 @@
-"""The matcher finds the cheapest one-to-one assignment of each layer and image, or says what is wrong."""
+"""The matcher finds the assignment of lowest cost for each layer and image, or raises an error."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def random_layer(
 
 
 def pair_cost(logit: float, box: list[float], object_box: list[float]) -> float:
-    """The published cost of one prediction and one object, in plain floats."""
+    """The published cost of one prediction and one object, in Python floats."""
     p = 1 / (1 + math.exp(-logit))
     focal = 0.25 * (1 - p) ** 2 * -math.log(p + 1e-8) - 0.75 * p**2 * -math.log(1 - p + 1e-8)
     l1 = sum(abs(a - b) for a, b in zip(box, object_box, strict=True))
@@ -46,7 +46,7 @@ def pair_cost(logit: float, box: list[float], object_box: list[float]) -> float:
 
 
 def cheapest(cost: list[list[float]]) -> set[tuple[int, int]]:
-    """All assignments tried: the (row, object) pairs of the cheapest; the fewer of the two all take part."""
+    """The (row, object) pairs of the assignment of lowest cost, by exhaustive search."""
     num_rows, num_objects = len(cost), len(cost[0])
     if num_rows >= num_objects:
         options = [
@@ -62,7 +62,7 @@ def cheapest(cost: list[list[float]]) -> set[tuple[int, int]]:
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_every_layer_and_image_gets_its_cheapest_assignment(seed: int) -> None:
+def test_every_layer_and_image_has_the_assignment_of_lowest_cost(seed: int) -> None:
     g = torch.Generator().manual_seed(seed)
     targets = [random_target(n, 5, g) for n in (3, 0, 4, 1)]
     layers = [
@@ -92,7 +92,7 @@ def test_a_class_agnostic_layer_is_matched_by_its_class_0() -> None:
     g = torch.Generator().manual_seed(0)
     target = random_target(3, 5, g)
     layer = random_layer("proposals", [8], 5, g)
-    layer.boxes_R4[:] = torch.tensor([0.5, 0.5, 0.2, 0.2])  # boxes decide nothing
+    layer.boxes_R4[:] = torch.tensor([0.5, 0.5, 0.2, 0.2])  # equal boxes
     layer.logits_RT[:, 0] = torch.tensor([0.0, 4, -2, 5, -3, 1, 6, 2])
     agnostic = PredictionRows(**{**vars(layer), "class_agnostic": True})
     (match,) = HungarianMatcher()([agnostic], [target])
@@ -117,7 +117,7 @@ def test_a_batch_without_objects_matches_nothing() -> None:
         ("area", r"image 1 .* zero area"),
     ],
 )
-def test_a_cost_that_is_not_finite_names_the_tensor(culprit: str, message: str) -> None:
+def test_a_cost_that_is_not_finite_is_reported_with_the_tensor(culprit: str, message: str) -> None:
     g = torch.Generator().manual_seed(0)
     targets = [random_target(2, 3, g), random_target(3, 3, g)]
     layers = [random_layer("decoder layer 2", [5, 5], 3, g), random_layer("decoder layer 3", [5, 5], 3, g)]

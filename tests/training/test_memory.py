@@ -1,4 +1,4 @@
-"""The host's memory does not grow from epoch to epoch."""
+"""Host memory does not grow between epochs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.training.small import small_tree
 
 
 def mebibytes_in_use() -> float:
-    """Proportional share of this process and its children: what they share is counted once."""
+    """Proportional set size of this process and its children, which counts shared pages once."""
     children = (Path(f"/proc/self/task/{os.getpid()}") / "children").read_text().split()
     total = 0
     for process in ("self", *children):

@@ -1,4 +1,4 @@
-"""Ways to train that must not change what is learnt: accumulation, recomputation, compilation, bfloat16, sharing."""
+"""Training modes with equal results: accumulation, recomputation, compilation, bfloat16, shared stages."""
 
 from __future__ import annotations
 
@@ -49,8 +49,8 @@ def train(folder: Path, **changes: Any) -> Path:
 
 
 def test_four_batches_of_four_are_one_of_sixteen(tmp_path: Path) -> None:
-    """Gradients within 1e-5, however unevenly objects fall on the four; logged losses too."""
-    # Two channels in each group of the group norms, see test_distributed.
+    """Gradients agree within 1e-5 for any distribution of objects over the batches; so do logged losses."""
+    # Two channels per group of the group norms, see test_distributed.
     run = small_run(tmp_path, model={"width": 64}, train={"accumulate": 4})
     objects = [3, 0, 2, 1, 0, 0, 0, 0, 4, 4, 4, 4, 1, 0, 0, 2]
     batch, targets = random_batch(0, objects, size=64)
@@ -69,7 +69,7 @@ def test_four_batches_of_four_are_one_of_sixteen(tmp_path: Path) -> None:
             assert values[1][key] == pytest.approx(value, abs=1e-5, rel=1e-5), key
 
 
-def test_a_run_of_accumulated_batches_takes_the_steps_of_large_ones(tmp_path: Path) -> None:
+def test_a_run_with_accumulation_has_the_steps_of_larger_batches(tmp_path: Path) -> None:
     large = train(tmp_path / "large", data={"batch_size": 16}, train={"epochs": 2})
     small = train(tmp_path / "small", data={"batch_size": 4}, train={"epochs": 2, "accumulate": 4})
     losses = []
@@ -81,7 +81,7 @@ def test_a_run_of_accumulated_batches_takes_the_steps_of_large_ones(tmp_path: Pa
 
 
 # ------------------------------------------------------------------------------------- recomputation and compilation
-def test_recomputed_layers_give_the_same_gradients_and_keep_less(tmp_path: Path) -> None:
+def test_recomputed_layers_give_the_same_gradients_with_less_memory(tmp_path: Path) -> None:
     batch = random_batch(0, [3, 0, 2, 1], size=128)
     found = {}
     for recompute in (False, True):
@@ -94,7 +94,7 @@ def test_recomputed_layers_give_the_same_gradients_and_keep_less(tmp_path: Path)
             return tensor
 
         run.parallel_model.train()
-        torch.manual_seed(1)  # of the dropout
+        torch.manual_seed(1)  # seed of the dropout
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             losses = compute_losses(run.parallel_model, run.criterion, None, *batch)[1]
         losses["loss"].backward()
@@ -106,7 +106,7 @@ def test_recomputed_layers_give_the_same_gradients_and_keep_less(tmp_path: Path)
 
 
 @pytest.mark.slow
-def test_compiled_layers_learn_the_same_at_every_size(tmp_path: Path) -> None:
+def test_compiled_layers_give_the_same_gradients_at_every_size(tmp_path: Path) -> None:
     batches = [random_batch(seed, [3, 0, 2, 1], size=size) for seed, size in ((0, 64), (1, 96), (2, 128))]
     plain = [gradients(small_run(tmp_path), [batch]) for batch in batches]
     run = small_run(tmp_path, train={"compile": True})
@@ -114,7 +114,7 @@ def test_compiled_layers_learn_the_same_at_every_size(tmp_path: Path) -> None:
         assert_close(gradients(run, [batch]), expected, 1e-5)
 
 
-def test_a_model_that_cannot_be_compiled_says_so_and_trains(
+def test_a_failed_compilation_is_reported_and_training_continues(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def no_compiler(*_: Any, **__: Any) -> None:
@@ -135,7 +135,7 @@ def test_a_model_that_cannot_be_compiled_says_so_and_trains(
 
 
 # ------------------------------------------------------------------------------------------------------ moving average
-def test_the_average_is_what_is_evaluated_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_moving_average_is_evaluated_and_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     evaluated: list[Detr] = []
     evaluate = trainer.evaluate
     monkeypatch.setattr(
@@ -151,7 +151,7 @@ def test_the_average_is_what_is_evaluated_and_kept(tmp_path: Path, monkeypatch: 
     assert not torch.equal(kept["level_embed"], trained["level_embed"])
 
 
-def test_the_average_follows_its_formula() -> None:
+def test_the_moving_average_equals_its_formula() -> None:
     torch.manual_seed(0)
     model: Any = nn.BatchNorm1d(3)
     average = MovingAverage(model, 0.5)
@@ -229,7 +229,7 @@ def student_and_teachers(folder: Path, **changes: Any) -> tuple[Detr, Detr, Detr
     ]
     for teacher in models[1:]:
         teacher.backbone.load_state_dict(models[0].backbone.state_dict())
-        with torch.no_grad():  # the stages that are trained have drifted apart
+        with torch.no_grad():  # trained stages differ
             list(teacher.backbone.parameters())[-1].add_(0.1)
     return models[0], models[1], models[2]
 

@@ -28,8 +28,10 @@ DEVICE = "cuda"
 def test_training_steps_through_the_kernels(
     path: Path, deterministic: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The first loss is the reference's; two steps have finite losses and gradients, the sampling's among them. With
-    deterministic algorithms PyTorch would raise at an operator that has none."""
+    """The first loss equals the reference, and two steps have finite losses and gradients.
+
+    With deterministic algorithms, PyTorch raises at an operator without one.
+    """
     with determinism(deterministic):
         take_steps(load_config(path, OVERRIDES), monkeypatch)
 
@@ -52,10 +54,10 @@ def take_steps(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     with torch.backends.cudnn.flags(deterministic=True, allow_tf32=False):
         for backend in ("reference", "triton"):
             monkeypatch.setenv("ATS_DETR_BACKEND", backend)
-            torch.manual_seed(1)  # which blocks of a Swin are left out
-            # A copy: statistics of batches move on with every pass.
+            torch.manual_seed(1)  # seed of stochastic depth in Swin
+            # A copy, since every pass updates batch statistics.
             first[backend] = loss_of(copy.deepcopy(model)).item()
-    # Differences of 1e-6 may change which of two equal proposals is taken.
+    # Differences of 1e-6 may change the choice between equal proposals.
     assert first["triton"] == pytest.approx(first["reference"], rel=1e-2)
     for _ in range(2):
         loss = loss_of(model)

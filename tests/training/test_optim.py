@@ -12,7 +12,7 @@ from ats_detr.training.optim import build_optimizer, learning_rate_factor, set_l
 
 
 class Named(nn.Module):
-    """A module with the parameter names that the groups are told apart by."""
+    """A module with the parameter names that determine the groups."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -46,12 +46,12 @@ def test_three_groups_with_rates_scaled_by_the_square_root_of_the_global_batch()
     assert all(group["weight_decay"] == 1e-4 for group in optimizer.param_groups)
 
 
-def test_rates_are_taken_as_written_when_scaling_is_off() -> None:
+def test_rates_are_unscaled_without_scaling() -> None:
     config = TrainConfig(scale_learning_rate=False)
     assert build_optimizer(Named(), config, global_batch=64).param_groups[0]["lr"] == 2e-4
 
 
-def test_step_schedule_drops_after_each_listed_epoch() -> None:
+def test_the_step_schedule_drops_after_each_listed_epoch() -> None:
     config = TrainConfig(epochs=50, drop_epochs=(45, 40))
     factors = [learning_rate_factor(config, epoch * 7 + 6, 7) for epoch in (0, 39, 40, 44, 45, 49)]
     assert factors == pytest.approx([1, 1, 0.1, 0.1, 0.01, 0.01])

@@ -1,4 +1,4 @@
-"""A run resumes exactly, or is rejected: never with other settings, never from the checkpoint of another training."""
+"""A run resumes exactly, or is rejected: never with other settings or from the checkpoint of a different run."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def train(folder: Path, *overrides: str) -> None:
 
 
 def train_until_killed(folder: Path, *overrides: str, num_saved: int) -> None:
-    """Train; the process ends just before it would save for the `num_saved` + 1-th time."""
+    """Train, and end the process just before save number `num_saved` + 1."""
     saved = []
 
     def save_or_die(checkpoint: Any, path: Path, **keywords: Any) -> None:
@@ -54,7 +54,7 @@ def half_done(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_a_run_goes_on_with_the_learning_rates_and_weight_decay_that_are_asked_for(half_done: Path) -> None:
+def test_a_run_resumes_with_changed_learning_rates_and_weight_decay(half_done: Path) -> None:
     rates = ("train.learning_rate=1e-4", "train.backbone_learning_rate=1e-5", "train.weight_decay=0.5")
     train_until_killed(half_done, *rates, "train.epochs=3", num_saved=1)
     log = [json.loads(line) for line in (half_done / "run" / "log.jsonl").read_text().splitlines()]
@@ -76,14 +76,12 @@ def test_a_run_goes_on_with_the_learning_rates_and_weight_decay_that_are_asked_f
         ("data.synthetic.seed=1", "data.synthetic.seed = 0, now 1"),
     ],
 )
-def test_a_run_does_not_go_on_with_what_would_make_it_another(
-    half_done: Path, override: str, words: str
-) -> None:
+def test_a_run_does_not_resume_with_other_settings(half_done: Path, override: str, words: str) -> None:
     with pytest.raises(UserError, match=words):
         train(half_done, override)
 
 
-def test_a_run_does_not_go_on_with_other_classes_or_processes(half_done: Path) -> None:
+def test_a_run_does_not_resume_with_other_classes_or_processes(half_done: Path) -> None:
     path = half_done / "run" / "checkpoint.pt"
     checkpoint = torch.load(path)
     torch.save(checkpoint | {"num_processes": 2}, path)
@@ -98,12 +96,12 @@ def test_a_run_does_not_go_on_with_other_classes_or_processes(half_done: Path) -
         train(half_done)
 
 
-def test_fewer_epochs_than_are_done_are_refused(half_done: Path) -> None:
+def test_fewer_epochs_than_completed_are_rejected(half_done: Path) -> None:
     with pytest.raises(UserError, match=r"train\.epochs = 1: must be > 1, the completed epochs"):
         train(half_done, "train.epochs=1")
 
 
-def test_what_torchrun_starts_again_goes_on_even_if_it_was_to_start_afresh(
+def test_a_run_restarted_by_torchrun_resumes_even_with_resume_never(
     half_done: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
@@ -113,7 +111,7 @@ def test_what_torchrun_starts_again_goes_on_even_if_it_was_to_start_afresh(
     assert torch.load(half_done / "run" / "final.pt")["step"] == 8
 
 
-def test_a_killed_retraining_leaves_nothing_of_the_training_before_it(tmp_path: Path) -> None:
+def test_a_killed_retraining_removes_the_previous_training(tmp_path: Path) -> None:
     write_config(tmp_path, train={"epochs": 1})
     train(tmp_path)
     first = torch.load(tmp_path / "run" / "final.pt")["model"]
@@ -123,7 +121,7 @@ def test_a_killed_retraining_leaves_nothing_of_the_training_before_it(tmp_path: 
     assert digest(torch.load(tmp_path / "run" / "final.pt")["model"]) != digest(first)
 
 
-def test_a_retraining_of_all_stages_leaves_no_later_result_to_go_on_from(
+def test_a_retraining_of_all_stages_removes_later_results(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     overrides = ["train.resume=never"]
@@ -140,10 +138,10 @@ def test_a_retraining_of_all_stages_leaves_no_later_result_to_go_on_from(
 
 
 @pytest.mark.parametrize("fails", ["loaders", "memory"])
-def test_a_retraining_that_is_refused_loses_nothing_and_is_not_finished(
+def test_a_rejected_retraining_keeps_previous_results_and_is_not_finished(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: str
 ) -> None:
-    """Not even when a launcher starts it again: what lies there is the training's before it."""
+    """Also if a launcher restarts it: the files in the folder belong to the previous training."""
 
     def fail(*_: Any, **__: Any) -> None:
         raise UserError("not today")
@@ -163,5 +161,5 @@ def test_a_retraining_that_is_refused_loses_nothing_and_is_not_finished(
     train(tmp_path, "seed=1", "train.resume=never")
     assert final.read_bytes() != before
     trained = final.read_bytes()
-    train(tmp_path, "seed=1", "train.resume=never")  # started once more, it has nothing left to do
+    train(tmp_path, "seed=1", "train.resume=never")  # a second start has nothing to do
     assert final.read_bytes() == trained

@@ -1,4 +1,4 @@
-"""Faster than the definitions by at least what is promised: side by side, in processor time, medians."""
+"""Speed relative to the definitions: medians of CPU time, measured alternately."""
 
 from __future__ import annotations
 

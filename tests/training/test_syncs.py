@@ -1,4 +1,4 @@
-"""How often a training step waits for the device: two transfers to the host, and nothing else that would."""
+"""A training step makes two device-to-host transfers and no other synchronisation."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ats_detr.training import trainer
 from tests.training.small import random_batch, small_run
 
 _READS_DEVICE = {
-    torch.ops.aten._local_scalar_dense.default,  # item, int, float, bool, indexing by a number on the device
+    torch.ops.aten._local_scalar_dense.default,  # item, int, float, bool, indexing with a tensor
     torch.ops.aten.nonzero.default,
     torch.ops.aten.masked_select.default,
     torch.ops.aten.equal.default,
@@ -26,14 +26,14 @@ _READS_DEVICE = {
     torch.ops.aten.is_nonzero.default,
 }
 _STANDS_IN_FOR_A_KERNEL = "kernels/reference.py"
-"""On a GPU a kernel does this operator, from what is on the device; the definition, for the CPU, splits by image."""
+"""On a GPU, a kernel computes this operator without synchronisation; the CPU definition splits by image."""
 
 
 class Transfers:
-    """Counts, by the line of the package that asks for it, what on a GPU would wait for the device.
+    """Counts operations that would synchronise on a GPU, by the line of the package that calls them.
 
-    Two modes: operators that need the values of a tensor, and the methods that copy one to the host (on the CPU they
-    copy nothing and reach no operator).
+    Two modes: operators that read the values of a tensor, and methods that copy a tensor to the host (which on the CPU
+    copy nothing and call no operator).
     """
 
     def __init__(self) -> None:
@@ -84,17 +84,17 @@ class Transfers:
 def test_a_step_makes_two_transfers(tmp_path: Path, recompute: bool) -> None:
     run = small_run(tmp_path, train={"recompute": recompute})
     batch = random_batch(0, [3, 0, 2, 1], size=64)
-    trainer.train_step(run, 0, [batch], metrics=False)  # the optimiser makes its state
+    trainer.train_step(run, 0, [batch], metrics=False)  # creates the optimiser state
     with Transfers() as transfers:
         trainer.train_step(run, 0, [batch], metrics=False)
     allowed = {
-        "plan.py:from_mask: tolist": 1,  # how many rows each image keeps
+        "plan.py:from_mask: tolist": 1,  # number of kept rows per image
         "matcher.py:__init__: to": 1,  # the costs
     }
     assert transfers.places == allowed
 
 
-def test_what_is_logged_is_one_transfer_more(tmp_path: Path) -> None:
+def test_logging_makes_one_further_transfer(tmp_path: Path) -> None:
     run = small_run(tmp_path)
     batch = random_batch(0, [3, 0, 2, 1], size=64)
     trainer.train_step(run, 0, [batch], metrics=True)
@@ -103,7 +103,7 @@ def test_what_is_logged_is_one_transfer_more(tmp_path: Path) -> None:
     assert transfers.places.total() == 3
 
 
-def test_the_counter_counts() -> None:
+def test_the_counter_counts_transfers() -> None:
     x = torch.arange(3.0)
     with Transfers() as transfers:
         transfers.note = lambda what: transfers.places.update([what])  # type: ignore[method-assign]
@@ -112,7 +112,7 @@ def test_the_counter_counts() -> None:
 
 
 @pytest.mark.gpu
-def test_a_step_waits_for_the_gpu_only_where_it_is_allowed_to(tmp_path: Path) -> None:
+def test_a_step_synchronises_with_the_gpu_only_where_allowed(tmp_path: Path) -> None:
     run = small_run(tmp_path, device="cuda")
     batch = random_batch(0, [3, 0, 2, 1], size=64)
     for _ in range(3):

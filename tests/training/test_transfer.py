@@ -48,7 +48,7 @@ def rendered(transfer: Transfer) -> str:
     return capture.get()
 
 
-def test_rows_of_classes_with_equal_names_are_copied_and_all_else_starts_anew(tmp_path: Path) -> None:
+def test_classes_of_equal_name_are_copied_and_others_reinitialised(tmp_path: Path) -> None:
     path, source = saved_model(tmp_path, ANIMALS)
     torch.manual_seed(2)
     model = build_without_fetching(small_config(tmp_path), PETS.num_rows)
@@ -70,7 +70,7 @@ def test_rows_of_classes_with_equal_names_are_copied_and_all_else_starts_anew(tm
     assert "class rows copied by name: 2 (dog, cat)" in rendered(result)
 
 
-def test_equal_row_counts_do_not_hide_other_classes(tmp_path: Path) -> None:
+def test_equal_numbers_of_classes_do_not_hide_other_names(tmp_path: Path) -> None:
     renamed = ClassMap(num_rows=3, rows=(0, 1, 2), category_ids=(1, 2, 3), names=("cat", "dog", "horse"))
     path, source = saved_model(tmp_path, renamed)
     model = build_without_fetching(small_config(tmp_path), PETS.num_rows)
@@ -80,7 +80,7 @@ def test_equal_row_counts_do_not_hide_other_classes(tmp_path: Path) -> None:
     assert torch.equal(model.state_dict()[name][0], source[name][1])  # dog
 
 
-def test_the_same_classes_are_copied_whole(tmp_path: Path) -> None:
+def test_equal_classes_are_copied_completely(tmp_path: Path) -> None:
     path, source = saved_model(tmp_path, PETS)
     model = build_without_fetching(small_config(tmp_path), PETS.num_rows)
     result = transfer_weights(model, PETS, path)
@@ -88,7 +88,7 @@ def test_the_same_classes_are_copied_whole(tmp_path: Path) -> None:
     assert all(torch.equal(tensor, source[name]) for name, tensor in model.state_dict().items())
 
 
-def test_class_agnostic_proposals_keep_what_they_know_of_objects(tmp_path: Path) -> None:
+def test_class_agnostic_proposal_weights_are_copied(tmp_path: Path) -> None:
     changes = {"model": {"class_specific_proposals": False}}
     path, source = saved_model(tmp_path, ANIMALS, **changes)
     model = build_without_fetching(small_config(tmp_path, **changes), PETS.num_rows)
@@ -109,7 +109,7 @@ def test_parts_that_only_one_model_has_are_counted(tmp_path: Path) -> None:
     assert "encoder.layers.0.feedforward.linear1.weight" in set(result.remade) & set(result.unused)
 
 
-def test_a_checkpoint_of_which_nothing_fits_is_refused(tmp_path: Path) -> None:
+def test_a_checkpoint_without_matching_tensors_is_rejected(tmp_path: Path) -> None:
     path, _ = saved_model(tmp_path, PETS)
     checkpoint = torch.load(path, weights_only=True)
     checkpoint["model"] = {f"other.{name}": tensor for name, tensor in checkpoint["model"].items()}
@@ -119,10 +119,10 @@ def test_a_checkpoint_of_which_nothing_fits_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("lacking", [None, "backbone.body.layer4.0.conv1.weight"])
-def test_backbone_weights_are_fetched_only_if_the_checkpoint_lacks_some(
+def test_backbone_weights_are_downloaded_only_if_the_checkpoint_lacks_some(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lacking: str | None
 ) -> None:
-    """A fetch costs half a minute of retries without a network, and ends in a warning."""
+    """Without a network, a download retries for half a minute and ends with a warning."""
     path, source = saved_model(tmp_path, PETS)
     if lacking is not None:
         checkpoint = torch.load(path, weights_only=True)
@@ -144,7 +144,7 @@ def test_backbone_weights_are_fetched_only_if_the_checkpoint_lacks_some(
 
 # --------------------------------------------------------------------------------------------------------- fine-tuning
 def fine_tuning_config(folder: Path) -> Config:
-    """Three synthetic classes; a model as published ones are, but small."""
+    """Three synthetic classes and a small model of the published architecture."""
     config = small_config(
         folder,
         model={"selector": {"masked_mean": False}},
