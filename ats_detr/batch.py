@@ -80,9 +80,9 @@ class ImageBatch:
         height, width = self.images_B3HW.shape[-2:]
         device = self.images_B3HW.device
         size_B2 = torch.tensor(self.sizes).to(device, non_blocking=True)
-        below_BH = torch.arange(height, device=device) >= size_B2[:, :1]
-        right_BW = torch.arange(width, device=device) >= size_B2[:, 1:]
-        return below_BH[:, :, None] | right_BW[:, None, :]
+        is_below = torch.arange(height, device=device) >= size_B2[:, :1]  # [B, height]
+        is_right = torch.arange(width, device=device) >= size_B2[:, 1:]  # [B, width]
+        return is_below[:, :, None] | is_right[:, None, :]
 
     def to(self, device: torch.device | str) -> ImageBatch:
         """A copy on the device."""

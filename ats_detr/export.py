@@ -48,9 +48,9 @@ class _ExportModule(nn.Module):
 
     def forward(self, images: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         height, width = images.shape[-2:]
-        below_BH = torch.arange(height, device=images.device) >= sizes[:, :1]
-        right_BW = torch.arange(width, device=images.device) >= sizes[:, 1:]
-        padding_BHW = below_BH[:, :, None] | right_BW[:, None, :]
+        is_below = torch.arange(height, device=images.device) >= sizes[:, :1]  # [B, height]
+        is_right = torch.arange(width, device=images.device) >= sizes[:, 1:]  # [B, width]
+        padding_BHW = is_below[:, :, None] | is_right[:, None, :]
         pixels = (images.float() / 255 - self.mean) / self.std
         output = self.model.detect(
             pixels.masked_fill(padding_BHW[:, None], 0.0), padding_BHW, supervision=False
