@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 import numpy as np
 import torch
@@ -42,7 +43,11 @@ __all__ = [
 log = logging.getLogger(__name__)
 
 ExifRule = Literal["auto", "stored", "upright"]
+T = TypeVar("T")
 _NUM_READERS = 16
+_NUM_TIMED = 256
+_SLOW_SECONDS = 1e-3
+"""Time of reading one header from which threads pay off."""
 _MANY_IMAGES = 20_000
 
 
@@ -200,13 +205,12 @@ class CocoDetection(Dataset):
             )
         headers: list[ImageHeader | None] = [None] * len(annotations)
         faults = []
-        with ThreadPoolExecutor(_NUM_READERS) as pool:
-            for index, found in zip(present, pool.map(self._header_or_error, present), strict=True):
-                if isinstance(found, ImageHeader):
-                    headers[index] = found
-                else:
-                    faults.append(str(found).removeprefix("image "))
-                    self.unusable[index] = True
+        for index, found in zip(present, _read_many(self._header_or_error, present), strict=True):
+            if isinstance(found, ImageHeader):
+                headers[index] = found
+            else:
+                faults.append(str(found).removeprefix("image "))
+                self.unusable[index] = True
         self.report_bad_images("images that cannot be read", faults)
         if faults and len(faults) == len(present):
             raise ImageFileError(f"{self.findings.source}: none of its images can be read, first {faults[0]}")
@@ -274,6 +278,23 @@ class CocoDetection(Dataset):
                 [annotations.file.name],
             )
         return mapped
+
+
+def _read_many(read: Callable[[int], T], indices: Sequence[int]) -> Iterator[T]:
+    """`read` of each index, in threads where files come slowly, as from a network.
+
+    Where they come fast, threads would wait for the interpreter's lock: 20,000 headers of a local disk took 2.0 s
+    without and 5.8 s with 16 threads (2 cores).
+    """
+    started = time.monotonic()
+    first = [read(index) for index in indices[:_NUM_TIMED]]
+    yield from first
+    rest = indices[_NUM_TIMED:]
+    if time.monotonic() - started < _SLOW_SECONDS * len(first):
+        yield from map(read, rest)
+    else:
+        with ThreadPoolExecutor(_NUM_READERS) as pool:
+            yield from pool.map(read, rest)
 
 
 def _other_size(actual: tuple[int, ...], listed: tuple[int, ...]) -> str:
