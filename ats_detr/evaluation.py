@@ -1,4 +1,4 @@
-"""COCO average precision of a detector, and how many tokens it spent on which image."""
+"""COCO average precision of a detector, and the number of tokens it kept for each image."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ HISTOGRAM_BINS = 20
 
 @dataclass(frozen=True, kw_only=True)
 class ImageRecord(TokenBudget):
-    """The same of an image of a dataset."""
+    """Token budget and number of objects of an image of a dataset."""
 
     image_id: int
     num_objects: int
@@ -139,24 +139,24 @@ class DetectionTable:
 
 @dataclass(frozen=True, kw_only=True)
 class Metrics:
-    """An evaluation of every image of a dataset."""
+    """Results of an evaluation."""
 
     precision: AveragePrecision
     images: tuple[ImageRecord, ...]
     """By ascending image id."""
     num_budgets: int
-    """Budgets the model can choose from; 0 where it cannot choose."""
+    """Number of budgets of the model; 0 where the budget is fixed."""
     num_skipped: int
-    """Images that could not be read (`on_bad_image="skip"`), left out of everything."""
+    """Unreadable images (`on_bad_image="skip"`), which no metric includes."""
 
     @property
     def mean_keep_ratio(self) -> float:
-        """Share of the valid tokens that was kept, averaged over images."""
+        """Share of valid tokens that are kept, averaged over images."""
         return float(np.mean([record.keep_ratio for record in self.images]))
 
     @property
     def budget_histogram(self) -> list[int]:
-        """Images per budget, smallest budget first; empty where the model cannot choose."""
+        """Images per budget, smallest budget first; empty where the budget is fixed."""
         chosen = [record.budget_class for record in self.images if record.budget_class is not None]
         return np.bincount(np.array(chosen, np.int64), minlength=self.num_budgets).tolist()
 
@@ -168,7 +168,7 @@ class Metrics:
 
     @property
     def budget_object_spearman(self) -> float:
-        """Rank correlation of the chosen budget and the number of objects; NaN if either is constant, or not chosen."""
+        """Rank correlation of budget and number of objects; NaN if either is constant or the budget is fixed."""
         budgets = [record.budget_class for record in self.images]
         objects = [record.num_objects for record in self.images]
         if None in budgets or len(set(budgets)) < 2 or len(set(objects)) < 2:
@@ -176,7 +176,7 @@ class Metrics:
         return float(spearmanr(objects, budgets).statistic)
 
     def per_class(self) -> list[dict[str, Any]]:
-        """JSON-ready metrics of each class; None for what cannot be measured."""
+        """JSON-ready metrics of each class; None for undefined values."""
         return [
             {
                 "category_id": entry.category_id,
@@ -190,7 +190,7 @@ class Metrics:
         ]
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready, without single images; None for what cannot be measured."""
+        """JSON-ready, without single images; None for undefined values."""
         numbers = {
             "AP": self.precision.ap,
             "AP50": self.precision.ap50,
@@ -274,7 +274,7 @@ def evaluate(
 
 
 def _write_results(results: list[dict[str, Any]], file: Path) -> str | None:
-    """Write COCO results; returns what went wrong."""
+    """Write COCO results; returns an error message, if any."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(results), encoding="utf-8")
@@ -293,7 +293,7 @@ def warn_of_limits(dataset: CocoDetection, num_queries: int, max_detections: int
         num_crowded = int((counts > limit).sum())
         if num_crowded:
             logger.warning(
-                "%s: %d of %d images hold more than %s objects (at most %d); the surplus cannot be detected, raise it",
+                "%s: %d of %d images hold more than %s objects (at most %d); those beyond it count as missed; raise it",
                 dataset.annotations.file,
                 num_crowded,
                 len(counts),
@@ -303,14 +303,14 @@ def warn_of_limits(dataset: CocoDetection, num_queries: int, max_detections: int
 
 
 def warn_of_minimum(metrics: Metrics, selector: SelectorConfig | None) -> None:
-    """Say so where the budgets are without effect because images keep `min_tokens` whatever they choose."""
+    """Warn where most images keep `min_tokens` tokens, so that the budgets have no effect."""
     if selector is None or not selector.adaptive:
         return
     at_minimum = sum(record.num_kept_tokens <= selector.min_tokens for record in metrics.images)
     if 2 * at_minimum > len(metrics.images):
         logger.warning(
-            "%d of %d images keep model.selector.min_tokens = %d tokens, or all they have, whatever their budget is:"
-            " lower it, or give larger images",
+            "%d of %d images keep model.selector.min_tokens = %d tokens, or all they have, for any budget:"
+            " lower it, or use larger images",
             at_minimum,
             len(metrics.images),
             selector.min_tokens,
@@ -318,7 +318,7 @@ def warn_of_minimum(metrics: Metrics, selector: SelectorConfig | None) -> None:
 
 
 class _Found:
-    """What one process found on its share of the images."""
+    """Results of one process on its share of the images."""
 
     def __init__(self, max_detections: int) -> None:
         self.max_detections = max_detections
@@ -424,7 +424,7 @@ def average_precision(
 
 
 def _mean(values: np.ndarray) -> float:
-    """Mean over what could be measured: -1 stands for "no ground truth"."""
+    """Mean of the values that are defined; -1 means no ground truth."""
     measured = values[values > -1]
     return float(np.mean(measured)) if measured.size else math.nan
 

@@ -201,8 +201,8 @@ def test_a_mixed_list_keeps_its_order_and_names(detector: Detector, paths: list[
     ("source", "message"),
     [
         (np.zeros((3, 20, 30), np.uint8), r"image 0: an array of shape \(3, 20, 30\)"),
-        (np.full((20, 30, 3), 300.0), "outside 0..1"),
-        (np.full((20, 30, 3), np.nan), "outside 0..1"),
+        (np.full((20, 30, 3), 300.0), r"must be in \[0, 1\]"),
+        (np.full((20, 30, 3), np.nan), r"must be in \[0, 1\]"),
         (np.zeros((20, 30, 3), np.int64), "pixels of type int64"),
         (torch.zeros(20, 30, 3), r"shape \(20, 30, 3\); give \[3, height, width\]"),
         ("https://example.com/a.jpg", "allow_urls=True"),

@@ -158,7 +158,7 @@ def parse_annotations(file: Path, *, need_annotations: bool = True) -> dict[str,
     except OSError as error:
         raise AnnotationError(f"annotation file {file} cannot be read ({error.strerror})") from None
     if encoded.startswith(b"PK\x03\x04"):
-        raise AnnotationError(f"{file} is a zip archive; unpack it and give the annotation file")
+        raise AnnotationError(f"{file} is a zip archive; unpack it and use the annotation file in it")
     try:
         content = json.loads(encoded)
     except UnicodeDecodeError as error:
@@ -167,7 +167,7 @@ def parse_annotations(file: Path, *, need_annotations: bool = True) -> dict[str,
         ) from None
     except (ValueError, RecursionError) as error:
         reason = "nested too deeply" if isinstance(error, RecursionError) else str(error).split(";")[0]
-        raise AnnotationError(f"{file} is not JSON ({reason}); give a COCO instances file") from None
+        raise AnnotationError(f"{file} is not JSON ({reason}); must be a COCO instances file") from None
     if isinstance(content, dict) and not need_annotations:
         content.setdefault("annotations", [])
     lists = ("images", "annotations", "categories")
@@ -552,7 +552,7 @@ def _segment_box(segmentation: Any) -> Sequence[float] | None:
             if isinstance(segmentation["counts"], list):
                 encoded = coco_mask.frPyObjects(segmentation, *segmentation["size"])
             return coco_mask.toBbox(encoded).tolist()
-        except Exception:  # pycocotools raises whatever its C code meets
+        except Exception:  # pycocotools raises errors of any type
             return None
     return None
 

@@ -126,14 +126,14 @@ class CocoDetection(Dataset):
         self.boxes_xyxy = boxes.astype(np.float32)
         """float32 [annotations, 4] pixels, clipped to the image."""
         self.is_object = ~annotations.crowd & (self.boxes_xyxy[:, 2:] > self.boxes_xyxy[:, :2]).all(1)
-        """bool [annotations] what training and matching look at: neither a crowd nor without area."""
+        """bool [annotations] objects for training and matching: neither crowds nor boxes without area."""
         self._cache = _FileCache(self.path(index) for index in range(len(self))) if cache_images else None
 
     def __len__(self) -> int:
         return len(self.annotations)
 
     def __getitem__(self, index: int) -> tuple[Image.Image, Tensor, Tensor]:
-        """RGB image, boxes_xyxy_N4 float32 in pixels, labels_N int64 class rows."""
+        """RGB image, boxes_xyxy_N4 float32 in pixels, labels_N int64 class indices."""
         return self.read_image(index), *self.objects(index)
 
     def path(self, index: int) -> Path:
@@ -156,7 +156,7 @@ class CocoDetection(Dataset):
         return height, width
 
     def objects(self, index: int) -> tuple[Tensor, Tensor]:
-        """boxes_xyxy_N4 float32 in pixels, labels_N int64 class rows; no crowds, no empty boxes."""
+        """boxes_xyxy_N4 float32 in pixels, labels_N int64 class indices; no crowds, no empty boxes."""
         rows = slice(self.annotations.starts[index], self.annotations.starts[index + 1])
         keep = self.is_object[rows]
         boxes, labels = self.boxes_xyxy[rows][keep], self.label_rows[rows][keep]
@@ -182,7 +182,7 @@ class CocoDetection(Dataset):
         self.report_bad_images("files that two listed names could mean", ambiguous)
         missing = sorted(set(missing) - set(ambiguous))
         if len(missing) == len(names):
-            # Without any of its images a dataset cannot be used, whatever the setting.
+            # An error for on_bad_image=skip, too: nothing would be left.
             raise ImageFileError(
                 f"{self.findings.source}: none of its {len(names)} images is in {self.image_folder}, first"
                 f" {missing[0]!r}; name the folder (data.train_images, data.val_images, --images)"

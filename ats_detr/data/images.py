@@ -25,7 +25,7 @@ Image.init()
 IMAGE_SUFFIXES = frozenset(
     (".jpg", ".jpeg", ".jpe", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".avif")
 )
-"""Suffixes that a folder is searched for. A file that is named explicitly is read whatever its suffix."""
+"""Suffixes that a folder is searched for. A file that is named explicitly may have any suffix."""
 
 ImageSource = str | Path | Image.Image | np.ndarray | Tensor
 """One image: a file, a PIL image, an array [h, w], [h, w, 3] or [h, w, 4], or a tensor [3, h, w]; arrays and tensors
@@ -208,7 +208,7 @@ def image_sources(images: ImageSource | Iterable[ImageSource]) -> Iterator[Image
         for image in images:
             yield from image_sources(image)
     else:
-        yield images  # refused by name where it is read
+        yield images  # read_image rejects it by name
 
 
 def is_url(source: object) -> bool:
@@ -216,21 +216,23 @@ def is_url(source: object) -> bool:
 
 
 def read_image(source: ImageSource, name: str, *, upright: bool, allow_urls: bool) -> Image.Image:
-    """One image as RGB."""
+    """One image as RGB. Raises UserError."""
     if isinstance(source, Image.Image):
         return to_rgb(source)
     if isinstance(source, np.ndarray):
         return _from_array(source, name)
     if isinstance(source, Tensor):
         if source.ndim != 3 or source.shape[0] != 3:
-            raise UserError(f"{name}: a tensor of shape {tuple(source.shape)}; give [3, height, width]")
+            raise UserError(f"{name}: a tensor of shape {tuple(source.shape)}; must be [3, height, width]")
         return _from_array(source.detach().cpu().permute(1, 2, 0).numpy(), name)
     if is_url(source):
         if not allow_urls:
             raise UserError(f"{source}: URLs are fetched only where that is asked for (allow_urls=True)")
         return decode_image(fetch_image(str(source)), name, upright=upright)
     if not isinstance(source, (str, Path)):
-        raise UserError(f"{name}: a {type(source).__name__}; give a file, a PIL image, an array or a tensor")
+        raise UserError(
+            f"{name}: a {type(source).__name__}; must be a file, a PIL image, an array or a tensor"
+        )
     return decode_image(read_file(source), name, upright=upright)
 
 
@@ -238,12 +240,12 @@ def _from_array(array: np.ndarray, name: str) -> Image.Image:
     is_gray = array.ndim == 2
     if not (is_gray or (array.ndim == 3 and array.shape[2] in (3, 4))) or array.size == 0:
         raise UserError(
-            f"{name}: an array of shape {array.shape}; give [height, width] or [height, width, 3]"
+            f"{name}: an array of shape {array.shape}; must be [height, width] or [height, width, 3]"
         )
     if np.issubdtype(array.dtype, np.floating):
         if not (array.min() >= 0 and array.max() <= 1):  # also where it is not a number
-            raise UserError(f"{name}: floating-point pixels outside 0..1; give 0..1, or uint8")
+            raise UserError(f"{name}: floating-point pixels must be in [0, 1]")
         array = (array * 255).round().astype(np.uint8)
     if array.dtype != np.uint8:
-        raise UserError(f"{name}: pixels of type {array.dtype}; give uint8, or floating point in 0..1")
+        raise UserError(f"{name}: pixels of type {array.dtype}; must be uint8, or floating point in [0, 1]")
     return Image.fromarray(np.ascontiguousarray(array)).convert("RGB")

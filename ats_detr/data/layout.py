@@ -260,7 +260,7 @@ class _Finder:
 
 
 class _Listing:
-    """The names in one directory, found whatever their Unicode normal form and case."""
+    """The names in one directory, found in any Unicode normal form and case."""
 
     def __init__(self, folder: Path, directory: bytes, *, is_exact: bool) -> None:
         self.directory, self.is_exact, self.exists = directory, is_exact, True

@@ -1,9 +1,9 @@
 """Loaders that yield (ImageBatch, list[Target]).
 
-Training: every epoch is a function of (seed, epoch) alone, down to the augmentation of each image, whatever
-the number of processes and workers and wherever a run was interrupted. Evaluation: every image exactly once
-over all processes, in batches of one padded size, which is a function of the image alone, so that no image
-depends on its batch mates.
+Training: the batches of an epoch and the augmentation of each image are a function of (seed, epoch), independent of the
+number of processes and workers, and of interruptions. Evaluation: every image exactly once over all processes, in
+batches of equal padded size. The padded size is a function of the image alone, so no result depends on the other images
+of a batch.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ Batch = tuple[ImageBatch, list[Target]]
 
 @dataclass
 class _Sample:
-    """One transformed image, or none, with what went wrong on the way to it."""
+    """One transformed image, or none, with the errors that occurred."""
 
     image: torch.Tensor | None
     target: Target | None
@@ -41,7 +41,7 @@ class _Sample:
 
 @dataclass
 class _LoadedBatch:
-    """What a worker sends. Problems travel as data: an exception would arrive with a worker's traceback."""
+    """A batch from a worker. Errors are data: an exception would carry the worker's traceback."""
 
     images: ImageBatch | None
     targets: list[Target]
@@ -53,7 +53,7 @@ class _LoadedBatch:
 
 
 class _Collate:
-    """Samples -> _LoadedBatch, padded to a multiple of `size_multiple`."""
+    """Collate samples to a batch, padded to a multiple of `size_multiple`."""
 
     def __init__(self, size_multiple: int) -> None:
         self.size_multiple = size_multiple
@@ -68,7 +68,7 @@ class _Collate:
 
 
 class _Batches(Sampler[list[Any]]):
-    """The batches of the current epoch; the loader's workers stay alive while they are exchanged."""
+    """The batches of the current epoch; they are replaced while the loader's workers stay alive."""
 
     def __init__(self) -> None:
         self.batches: list[list[Any]] = []
@@ -91,19 +91,19 @@ def _data_loader(
         pin_memory=pin_memory,
         persistent_workers=num_workers > 0,
         worker_init_fn=_outlive_stop_signals,
-        # Its own generator: otherwise each epoch would draw from the global one, on which the model's dropout depends.
+        # A generator of its own: the global one, from which dropout draws, must not change.
         generator=torch.Generator().manual_seed(0),
     )
 
 
 def _outlive_stop_signals(worker: int) -> None:
-    """Clusters send them to all processes of a run: the training process still needs its workers to stop in order."""
+    """Ignore stop signals in a worker: clusters send them to all processes, and the run needs its workers to finish."""
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
 
 
 def _sample(dataset: CocoDetection, transform: Transform, index: int) -> _Sample:
-    """Image and target of `index`; an image that cannot be read is a problem, not an exception."""
+    """Image and target of `index`; an unreadable image is returned as an error text."""
     try:
         image = dataset.read_image(index)
     except ImageFileError as error:
@@ -113,7 +113,7 @@ def _sample(dataset: CocoDetection, transform: Transform, index: int) -> _Sample
 
 
 class _BadImages:
-    """Stops at an unreadable image, or warns and counts, as `on_bad_image` says."""
+    """Raises at an unreadable image, or warns and counts, depending on `on_bad_image`."""
 
     def __init__(self, on_bad_image: str) -> None:
         self.on_bad_image = on_bad_image
@@ -122,16 +122,14 @@ class _BadImages:
     def report(self, problems: Sequence[str]) -> None:
         for problem in problems:
             if self.on_bad_image == "error":
-                raise ImageFileError(f"{problem} (data.on_bad_image=skip passes over such images)")
+                raise ImageFileError(f"{problem} (data.on_bad_image=skip omits such images)")
             if problem not in self.seen:
                 self.seen.add(problem)
                 log.warning("skipped: %s (%d so far)", problem, len(self.seen))
 
 
 class _TrainingSamples(Dataset):
-    """Augmented samples by (epoch, index): both seed the augmentation, so that it does not depend on the
-    worker.
-    """
+    """Augmented samples by (epoch, index), which seed the augmentation, independent of the worker."""
 
     MAX_REPLACEMENTS = 100
 
@@ -143,13 +141,15 @@ class _TrainingSamples(Dataset):
         problems: list[str] = []
         for attempt in range(self.MAX_REPLACEMENTS):
             with torch.random.fork_rng(devices=[]):
-                # Not torch.manual_seed, which would reset the GPU's generator too when loading in this process.
+                # torch.manual_seed would also reset the GPU's generator when loading in this process.
                 torch.default_generator.manual_seed(_mix(self.seed, epoch, index))
                 sample = _sample(self.dataset, self.transform, (index + attempt) % len(self.dataset))
             problems += sample.problems
             if sample.image is not None or self.dataset.on_bad_image == "error":
                 return _Sample(sample.image, sample.target, problems)
-        raise UserError(f"{self.MAX_REPLACEMENTS} images in a row cannot be read, the last: {problems[-1]}")
+        raise UserError(
+            f"{self.MAX_REPLACEMENTS} consecutive images cannot be read, the last one: {problems[-1]}"
+        )
 
 
 def _mix(*numbers: int) -> int:
@@ -158,14 +158,13 @@ def _mix(*numbers: int) -> int:
 
 
 class TrainingLoader:
-    """Shuffled, augmented batches; one process of `world_size` gets its share of each global batch.
+    """Shuffled, augmented batches; each of `world_size` processes gets its share of each global batch.
 
-    A global batch holds images of similar aspect ratio (less padding); the last few of an epoch mix what is
-    left over, and what does not fill a global batch is dropped until the next epoch's shuffle. Images without
-    objects take part. With `on_bad_image="skip"` the next readable image takes the place of a bad one, so
-    that batches keep their size.
+    A global batch holds images of similar aspect ratio, which reduces padding; the last ones of an epoch mix the
+    remaining images, and an incomplete global batch is dropped. Images without objects are included. With
+    `on_bad_image="skip"` the next readable image replaces an unreadable one, so the batch size is constant.
 
-    Raises UserError if the dataset is smaller than one global batch; ImageFileError while iterating.
+    Raises UserError if the dataset is smaller than one global batch; ImageFileError during iteration.
     """
 
     def __init__(
@@ -194,11 +193,11 @@ class TrainingLoader:
             )
 
     def __len__(self) -> int:
-        """Batches of an epoch: the same in every epoch and process."""
+        """Batches per epoch, equal in every epoch and process."""
         return len(self.dataset) // (self.batch_size * self.world_size)
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
-        """The batches of `epoch` from number `start` on (to go on where an interrupted run stopped)."""
+        """The batches of `epoch` from number `start` on, to resume an interrupted epoch."""
         share = slice(self.rank, None, self.world_size)
         global_batches = self.global_batches(epoch)[start:]
         self._batches.batches = [[(epoch, index) for index in batch[share]] for batch in global_batches]
@@ -207,9 +206,7 @@ class TrainingLoader:
             yield loaded.images, loaded.targets
 
     def global_batches(self, epoch: int) -> list[list[int]]:
-        """Dataset indices of each batch of `epoch`, over all processes; position i belongs to rank i %
-        world_size.
-        """
+        """Dataset indices of each batch of `epoch` over all processes; position i belongs to rank i % world_size."""
         size = self.batch_size * self.world_size
         batches: list[list[int]] = []
         waiting: dict[int, list[int]] = defaultdict(list)
@@ -227,9 +224,7 @@ class TrainingLoader:
 
 
 def _aspect_groups(sizes: np.ndarray) -> np.ndarray:
-    """Group of each (height, width): portrait or landscape, each slight or strong (4:3 against 3:2 and
-    beyond).
-    """
+    """Group of each (height, width): portrait or landscape, each up to or beyond an aspect ratio of sqrt(2)."""
     log_ratio = np.log2(sizes[:, 1] / sizes[:, 0])
     return np.digitize(log_ratio, [-0.5, 0.0, 0.5])
 
@@ -247,10 +242,10 @@ class _EvaluationSamples(Dataset):
 class EvaluationLoader:
     """Every image once over all processes, in batches of one bucket: `bucket_size` of its resized size.
 
-    An image is padded the same, to the pixel, alone or in any batch, order or number of processes. There are
-    no duplicates to even out the processes: some may get a batch less, so nothing in a step may wait for the
-    others. `indices` restricts or reorders the images (default: all). With `on_bad_image="skip"` bad images
-    are left out and `evaluate` leaves them out of the ground truth.
+    The padding of an image does not depend on batch, order or number of processes. Images are not duplicated to give
+    all processes equally many batches, so a step must not wait for other processes. `indices` selects or reorders the
+    images (default: all). With `on_bad_image="skip"` unreadable images are omitted, also from the ground truth of
+    `evaluate`.
     """
 
     def __init__(
@@ -273,7 +268,7 @@ class EvaluationLoader:
         for index in range(len(dataset)) if indices is None else indices:
             size = resized_size(dataset.size(index), short_side, long_side)
             buckets[bucket_size(size, size_multiple)].append(index)
-        # Large buckets first: a device that is too small for them says so at once, and processes end together.
+        # Large buckets first: out of memory occurs at the start, and the processes finish at similar times.
         self.global_batches = [
             buckets[bucket][i : i + batch_size]
             for bucket in sorted(buckets, key=math.prod, reverse=True)

@@ -1,8 +1,7 @@
-"""A synthetic detection dataset whose difficulty is known: textured shapes on textured backgrounds, from one
-large object to twenty-five small overlapping ones. Drawn from a seed, written once to a cache folder in
-COCO's layout.
+"""A synthetic detection dataset of known difficulty, generated from a seed and cached in COCO's layout.
 
-It exists to see a detector learn, and spend tokens where they are needed, within minutes on a CPU.
+Images show textured shapes on textured backgrounds, from one large object to twenty-five small overlapping ones. A
+detector learns on them, and learns to allocate its tokens by difficulty, within minutes on a CPU.
 """
 
 from __future__ import annotations
@@ -25,17 +24,17 @@ from ats_detr.errors import UserError
 log = logging.getLogger(__name__)
 
 VERSION = 1
-"""Part of the cache folder's name; raise it whenever the same seed draws other images."""
+"""Part of the cache folder's name; must be raised when the same seed gives different images."""
 
 MIN_SIDE = 12.0
-"""Smallest side of an object in pixels: shape and texture can still be told apart."""
+"""Minimum side of an object in pixels, at which shape and texture remain distinguishable."""
 MIN_VISIBLE = 0.65
-"""Share of an object that the objects above it leave visible, at least."""
+"""Minimum visible share of an object that is partly covered by others."""
 
 Array = NDArray[np.floating]
 
 
-# Shapes: distance to the outline (negative inside) of points (x, y), all in units of half the object's side.
+# Shapes: signed distance of points (x, y) to the outline, negative inside, in units of half the object's side.
 
 
 def _disc(x: Array, y: Array) -> Array:
@@ -72,7 +71,7 @@ def _star(x: Array, y: Array) -> Array:
     return np.hypot(x, y) - 0.62 - 0.3 * np.cos(5 * angle)
 
 
-# Textures: 0..1 for points (x, y) in texture periods.
+# Textures: values in 0..1 at points (x, y), in units of the texture's period.
 
 
 def _stripes(x: Array, y: Array) -> Array:
@@ -101,7 +100,7 @@ CLASSES: tuple[tuple[str, Callable[[Array, Array], Array], Callable[[Array, Arra
     ("dotted half disc", _half_disc, _dots),
     ("plain star", _star, _plain),
 )
-"""Name, shape and texture; colours are random, so they say nothing about the class."""
+"""Name, shape and texture of each class. Colours are random and independent of the class."""
 
 
 @dataclass(frozen=True)
@@ -113,7 +112,7 @@ class DrawnImage:
     classes: NDArray[np.int64]
     """[objects] index into CLASSES"""
     boxes_xyxy: NDArray[np.int64]
-    """[objects, 4] tight around the visible pixels of each object, right and bottom exclusive"""
+    """[objects, 4] tight boxes of the visible pixels, right and bottom exclusive"""
     areas: NDArray[np.int64]
     """[objects] visible pixels"""
 
@@ -121,17 +120,17 @@ class DrawnImage:
 def draw_image(
     rng: np.random.Generator, size: tuple[int, int], num_objects: int, num_classes: int
 ) -> DrawnImage:
-    """An image of `size` (height, width) with exactly `num_objects` objects, the more the smaller.
+    """An image of `size` (height, width) with exactly `num_objects` objects; their size falls with their number.
 
-    Later objects lie over earlier ones but leave at least MIN_VISIBLE of each in sight. Raises UserError if
-    so many objects do not fit.
+    Later objects may cover earlier ones, of which at least MIN_VISIBLE remains visible. Raises UserError if the objects
+    do not fit.
     """
     for _ in range(10):
         drawn = _try_to_draw(rng, size, num_objects, num_classes)
         if drawn is not None:
             return drawn
     raise UserError(
-        f"{num_objects} objects do not fit in {size[1]}x{size[0]} pixels; draw fewer or enlarge the images"
+        f"{num_objects} objects do not fit in {size[1]}x{size[0]} pixels; reduce max_objects or increase image_size"
     )
 
 
@@ -188,7 +187,7 @@ def _try_to_draw(
 
 
 def _shape(rng: np.random.Generator, extent: int, side: float, class_index: int) -> tuple[Array, Array]:
-    """alpha and texture, each [extent, extent] in 0..1, of an object turned by a random angle."""
+    """Alpha and texture, each [extent, extent] in 0..1, of an object rotated by a random angle."""
     _, distance, pattern = CLASSES[class_index]
     axis = (np.arange(extent, dtype=np.float32) - (extent - 1) / 2) * (2 / side)
     angle = rng.uniform(0, 2 * np.pi)
@@ -203,9 +202,7 @@ def _shape(rng: np.random.Generator, extent: int, side: float, class_index: int)
 
 
 def _colours(rng: np.random.Generator, background: float) -> tuple[Array, Array]:
-    """An object's colour and its texture's, RGB in 0..255: any hue, lighter or darker than the background by
-    far.
-    """
+    """Colours of an object and of its texture, RGB in 0..255, in strong contrast to the background."""
     lighter = rng.random() < (255 - background) / 255
     low, high = (background + 55, 255) if lighter else (0, background - 55)
     colour = rng.uniform(low, max(low + 20, high), 3)
@@ -214,7 +211,7 @@ def _colours(rng: np.random.Generator, background: float) -> tuple[Array, Array]
 
 
 def _background(rng: np.random.Generator, size: tuple[int, int]) -> Array:
-    """[height, width, 3] colour clouds, grain of a few pixels and faint waves."""
+    """Background [height, width, 3] of colour clouds, grain of a few pixels and faint waves."""
     height, width = size
     brightness = rng.uniform(70, 185)
     clouds = _noise(rng, size, max(2, min(size) // 40), 22.0)
@@ -226,9 +223,7 @@ def _background(rng: np.random.Generator, size: tuple[int, int]) -> Array:
 
 
 def _noise(rng: np.random.Generator, size: tuple[int, int], cells: int, amplitude: float) -> Array:
-    """[height, width, 3] smooth noise of standard deviation about `amplitude`, `cells` cells along the
-    shorter side.
-    """
+    """Smooth noise [height, width, 3] of standard deviation `amplitude`, with `cells` cells along the shorter side."""
     height, width = size
     coarse = (height * cells // min(size), width * cells // min(size), 3)
     values = np.clip(128 + rng.standard_normal(coarse) * 40, 0, 255).astype(np.uint8)
@@ -239,11 +234,9 @@ def _noise(rng: np.random.Generator, size: tuple[int, int], cells: int, amplitud
 def spread_counts(
     rng: np.random.Generator, num_images: int, smallest: int, largest: int
 ) -> NDArray[np.int64]:
-    """Objects of each image: few are common, many are rare, and the whole range is covered even by small
-    sets.
+    """Number of objects per image: small numbers are frequent, and small datasets cover the whole range, too.
 
-    Quantiles of smallest + (largest + 1 - smallest) * u^2, shuffled: for 1..25 the median is 7 and the mean
-    8.8.
+    Shuffled quantiles of smallest + (largest + 1 - smallest) * u^2, u uniform; for 1..25 the median is 7, the mean 8.8.
     """
     quantiles = (rng.permutation(num_images) + 0.5) / num_images
     return smallest + ((largest + 1 - smallest) * quantiles**2).astype(np.int64)
@@ -261,14 +254,13 @@ def synthetic_dataset(
     max_objects: int = 25,
     seed: int = 0,
 ) -> Path:
-    """Folder of the dataset in COCO's layout, drawn now unless it lies in the cache already.
+    """Folder of the dataset in COCO's layout, generated unless it is in the cache.
 
-    Layout: train2017/, val2017/ and annotations/instances_{train,val}2017.json. Images are JPEGs of about
-    image_size² pixels, their aspect ratios spread over 1/max_aspect_ratio..max_aspect_ratio. The folder
-    appears at once and complete, also when several processes ask for it at the same time. About 400 images of
-    128x128 a second and core.
+    Layout: train2017/, val2017/ and annotations/instances_{train,val}2017.json. Images are JPEGs of about image_size²
+    pixels with aspect ratios in 1/max_aspect_ratio..max_aspect_ratio. The folder is created atomically; several
+    processes may call this at the same time. About 400 images of 128 x 128 pixels per second and core.
 
-    Raises UserError for impossible sizes and counts, or when the folder cannot be written.
+    Raises UserError if sizes or counts are out of range, or if the folder cannot be written.
     """
     _check_arguments(num_train, num_val, image_size, max_aspect_ratio, num_classes, min_objects, max_objects)
     name = (
@@ -278,7 +270,7 @@ def synthetic_dataset(
     folder = Path(cache_folder) / name
     if folder.is_dir():
         return folder
-    log.info("drawing %d synthetic images into %s", num_train + num_val, folder)
+    log.info("generating %d synthetic images in %s", num_train + num_val, folder)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         unfinished = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=folder.parent))
@@ -302,11 +294,13 @@ def synthetic_dataset(
                 annotations += _annotations(drawn, image_id=index + 1, first_id=len(annotations) + 1)
             categories = [{"id": i + 1, "name": CLASSES[i][0]} for i in range(num_classes)]
             content = {"images": images, "annotations": annotations, "categories": categories}
-            (unfinished / "annotations" / f"instances_{split_name}.json").write_text(json.dumps(content))
+            (unfinished / "annotations" / f"instances_{split_name}.json").write_text(
+                json.dumps(content), encoding="utf-8"
+            )
         unfinished.chmod(0o755)
         os.rename(unfinished, folder)
     except OSError as error:
-        if not folder.is_dir():  # otherwise another process was first, with the same images
+        if not folder.is_dir():  # otherwise another process has created it, with the same images
             raise UserError(f"cannot write the synthetic dataset to {folder}: {error.strerror}") from None
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -344,7 +338,7 @@ def _check_arguments(
     max_objects: int,
 ) -> None:
     if min(num_train, num_val) < 1:
-        raise UserError(f"a synthetic dataset needs images: num_train is {num_train}, num_val {num_val}")
+        raise UserError(f"synthetic num_train and num_val must be > 0, found {num_train} and {num_val}")
     if not 1 <= num_classes <= len(CLASSES):
         raise UserError(f"synthetic num_classes must be 1..{len(CLASSES)}, found {num_classes}")
     if not 0 <= min_objects <= max_objects:
@@ -355,5 +349,5 @@ def _check_arguments(
     if image_size < max(32, smallest):
         raise UserError(
             f"synthetic image_size {image_size} is too small for {max_objects} objects of {MIN_SIDE:g} pixels"
-            f" each; use at least {max(32, smallest)}"
+            f" each; must be >= {max(32, smallest)}"
         )

@@ -1,10 +1,8 @@
-"""From a decoded image and its boxes to what the model sees: the published augmentation and the evaluation's
-resize.
+"""Transforms of images and boxes: the published augmentation and the resize of the evaluation.
 
-Geometry is torchvision.transforms.v2 on PIL images (PIL's bilinear filter always antialiases, as published)
-and `tv_tensors.BoundingBoxes`; the only rules written here are those where torchvision rounds differently
-from the published code or has no counterpart. Randomness comes from torch's global generator, which the
-loaders seed per image.
+They use torchvision.transforms.v2 on PIL images (PIL's bilinear filter always antialiases, as published) and
+`tv_tensors.BoundingBoxes`. The transforms defined here are those that torchvision rounds differently from the published
+code or does not have. Random numbers come from torch's global generator, which the loaders seed per image.
 """
 
 from __future__ import annotations
@@ -27,11 +25,11 @@ IMAGE_STD = (0.229, 0.224, 0.225)
 
 
 def resized_size(size: tuple[int, int], short_side: int, long_side: int | None = None) -> tuple[int, int]:
-    """(height, width) after the published resize: shorter side `short_side` unless the longer would exceed
+    """(height, width) after the published resize: the shorter side is `short_side` unless the longer would exceed
     `long_side`.
 
-    The roundings are those of the published code, on which every published number rests: the reduced short
-    side is rounded to nearest, the long side truncated; an image whose short side already fits is left alone.
+    Rounding is that of the published code: the reduced short side is rounded to nearest, the long side is truncated; an
+    image whose short side already fits keeps its size.
     """
     height, width = size
     short, long = min(size), max(size)
@@ -45,7 +43,7 @@ def resized_size(size: tuple[int, int], short_side: int, long_side: int | None =
 
 
 def image_to_tensor(image: Image.Image) -> Tensor:
-    """RGB PIL image -> float32 [3, h, w], normalised by the ImageNet statistics."""
+    """Convert an RGB PIL image to float32 [3, h, w], normalised by the ImageNet statistics."""
     pixels = F.to_dtype(F.to_image(image).as_subclass(Tensor), torch.float32, scale=True)
     return F.normalize(pixels, IMAGE_MEAN, IMAGE_STD, inplace=True)
 
@@ -59,7 +57,7 @@ class ResizeShortSide(v2.Transform):
 
     def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
         height, width = v2.query_size(flat_inputs)
-        # Where there is no choice nothing is drawn: evaluation leaves the global generator alone.
+        # With one choice nothing is drawn, so that evaluation does not change the global generator.
         choice = int(torch.randint(len(self.short_sides), ())) if len(self.short_sides) > 1 else 0
         short_side = self.short_sides[choice]
         return {"size": list(resized_size((height, width), short_side, self.long_side))}
@@ -69,9 +67,7 @@ class ResizeShortSide(v2.Transform):
 
 
 class CropRandomSize(v2.Transform):
-    """Crop a window at a random place, each side drawn uniformly from smallest..min(side of the image,
-    largest).
-    """
+    """Crop a window at a random position; each side is drawn uniformly from smallest..min(image side, largest)."""
 
     def __init__(self, smallest: int, largest: int) -> None:
         super().__init__()
@@ -94,11 +90,10 @@ class CropRandomSize(v2.Transform):
 
 
 class Transform:
-    """(image, boxes_xyxy_N4 in pixels, labels_N) -> (float32 [3, h, w] normalised, boxes_cxcywh_N4 in 0..1,
-    labels_N).
+    """Transform of an image with its boxes and labels.
 
-    Boxes are clipped to what is left of the image and stay if any area is left, as published; labels stay
-    aligned.
+    Input: PIL image, boxes_xyxy_N4 in pixels, labels_N. Output: float32 [3, h, w], normalised; boxes_cxcywh_N4 in 0..1;
+    labels_N. Boxes are clipped to the transformed image; those left without area are removed with their labels.
     """
 
     def __init__(self, geometry: v2.Transform) -> None:
@@ -127,11 +122,12 @@ def training_transform(
     crop_short_sides: Sequence[int] = (400, 500, 600),
     crop_size: tuple[int, int] = (384, 600),
 ) -> Transform:
-    """The published augmentation (DETR): flip with p 0.5; then, with p 0.5 each, a random resize, or a resize
-    to `crop_short_sides`, a crop with sides in `crop_size`, and that random resize. No `crop_short_sides`: no
-    crops.
+    """The published augmentation (DETR).
 
-    Raises ValueError for sizes that cannot work, e.g. a smallest crop above the smallest `crop_short_sides`.
+    A horizontal flip with probability 0.5; then, with probability 0.5 each, either a random resize, or a resize to
+    `crop_short_sides`, a crop with sides in `crop_size`, and the random resize. Empty `crop_short_sides`: no crops.
+
+    Raises ValueError if sizes are inconsistent, such as a smallest crop above the smallest of `crop_short_sides`.
     """
     if not short_sides or min(*short_sides, long_side) < 1:
         raise ValueError(

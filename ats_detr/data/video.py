@@ -1,4 +1,4 @@
-"""Video files as frames and back, through PyAV (`pip install 'ats_detr[video]'`)."""
+"""Reading and writing video files with PyAV (`pip install 'ats_detr[video]'`)."""
 
 from __future__ import annotations
 
@@ -26,25 +26,27 @@ def _av(path: Path) -> Any:
 
 
 class read_video:
-    """The frames of a video as RGB arrays uint8 [h, w, 3], one at a time; a context manager.
+    """Context manager that iterates over the frames of a video: RGB arrays, uint8 [h, w, 3].
 
-    Raises ImageFileError where the file has no video that can be decoded, at the start or in the middle.
+    Raises ImageFileError, on opening or during iteration, if the video cannot be decoded.
     """
 
     def __init__(self, path: Path) -> None:
         self._av, self.path = _av(path), path
+        if not path.is_file():  # FFmpeg would wait for the writer of a FIFO
+            raise ImageFileError(f"video {path} is not a regular file")
         try:
             self._container = self._av.open(str(path))
         except (self._av.FFmpegError, OSError) as error:
             raise self._error(error) from None
         if not self._container.streams.video:
             self._container.close()
-            raise ImageFileError(f"video {path} cannot be read: there are no pictures in it")
+            raise ImageFileError(f"video {path} cannot be read: it contains no video stream")
         self._stream = self._container.streams.video[0]
         self._stream.thread_type = "AUTO"
         self.frames_per_second = float(self._stream.average_rate or _FALLBACK_RATE)
         self.num_frames: int | None = self._stream.frames or None
-        """As the file says; None where it does not."""
+        """Number of frames according to the file; None if it does not state it."""
 
     def __enter__(self) -> read_video:
         return self
@@ -66,7 +68,7 @@ class read_video:
 
 
 class VideoWriter:
-    """An MP4 file made of pictures of one size. It appears whole or not at all; a context manager."""
+    """Context manager that writes pictures of equal size to an MP4 file, which is created on success only."""
 
     def __init__(self, path: Path, frames_per_second: float) -> None:
         self._av, self._path = _av(path), path
@@ -79,7 +81,7 @@ class VideoWriter:
         if self._stream is None:
             codec = "libx264" if "libx264" in self._av.codecs_available else "mpeg4"
             self._stream = self._container.add_stream(codec, rate=self._rate)
-            # Both codecs want even sides.
+            # Both codecs need even sides.
             self._stream.width, self._stream.height = picture.width // 2 * 2, picture.height // 2 * 2
             self._stream.pix_fmt = "yuv420p"
             self._stream.bit_rate = 8_000_000

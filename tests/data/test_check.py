@@ -1,4 +1,4 @@
-"""The check of a dataset finds every planted fault in one go, and nothing in a clean set."""
+"""The check of a dataset reports every planted fault at once, and nothing in a clean dataset."""
 
 from __future__ import annotations
 

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from ats_detr.config import DataConfig
 from ats_detr.data.check import check_dataset, find_splits, report
 from ats_detr.errors import UserError
 from ats_detr.training.datasets import open_dataset
+from ats_detr.training.stages import plan_stages, train_stages
 from tests.data.exporters import CASES, write
+from tests.training.small import small_config
+
+SHARED_CASES = Path(__file__).parents[3] / "shared" / "cases" / "make_datasets.py"
 
 
 def checked(root: Path, **options: Any) -> dict[str, Any]:
@@ -50,3 +58,43 @@ def test_check_and_training_agree_on_the_expected_verdict(name: str, tmp_path: P
     assert numbers[1] == case.objects
     if "test" not in [split["name"] for split in result["splits"]]:
         assert opened(root) == tuple(numbers)
+
+
+STEP = {"kind": "coco", "batch_size": 2, "eval_batch_size": 2}
+TRAINED_BY_DEFAULT = ("images/train", "exif_half_turn_among_upright", "bbox_far_beyond", "all_crowds")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[] if name in TRAINED_BY_DEFAULT else [pytest.mark.slow]) for name in CASES],
+)
+def test_training_does_a_step_or_stops_with_one_line(name: str, tmp_path: Path) -> None:
+    root = write(CASES[name], tmp_path / "data")
+    config = small_config(tmp_path, data=STEP | {"root": str(root)}, train={"epochs": 1})
+    if CASES[name].accepted:
+        train_stages(plan_stages(config), "all", torch.device("cpu"))
+        assert (tmp_path / "run" / "final.pt").exists()
+        return
+    with pytest.raises(UserError) as raised:
+        train_stages(plan_stages(config), "all", torch.device("cpu"))
+    assert "\n" not in str(raised.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_collected_cases_get_their_verdicts(tmp_path: Path) -> None:
+    """Datasets that are kept beside the checkout, with expectations written by others."""
+    if not SHARED_CASES.is_file():
+        pytest.skip("no collected cases beside the checkout")
+    subprocess.run([sys.executable, SHARED_CASES, tmp_path], check=True)
+    for name, expected in json.loads((tmp_path / "expect.json").read_text()).items():
+        result = checked(tmp_path / name)
+        assert result["accepted"] == expected["accept"], name
+        if result["accepted"]:
+            numbers = [sum(split[key] for split in result["splits"]) for key in ("num_images", "num_objects")]
+            assert numbers == [expected["images"], expected["objects"]], name
+            assert opened(tmp_path / name) == tuple(numbers), name
+        else:
+            with pytest.raises(UserError):
+                opened(tmp_path / name)
+        text = " ".join(str(split["errors"] + split["warnings"]) for split in result["splits"]).lower()
+        assert not expected["says"] or any(words.lower() in text for words in expected["says"]), name
