@@ -204,7 +204,7 @@ def test_a_mixed_list_keeps_its_order_and_names(detector: Detector, paths: list[
         (np.full((20, 30, 3), 300.0), r"must be in \[0, 1\]"),
         (np.full((20, 30, 3), np.nan), r"must be in \[0, 1\]"),
         (np.zeros((20, 30, 3), np.int64), "pixels of type int64"),
-        (torch.zeros(20, 30, 3), r"shape \(20, 30, 3\); give \[3, height, width\]"),
+        (torch.zeros(20, 30, 3), r"shape \(20, 30, 3\); must be \[3, height, width\]"),
         ("https://example.com/a.jpg", "allow_urls=True"),
         ([3], "image 0: a int|int"),
     ],
