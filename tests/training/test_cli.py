@@ -81,9 +81,8 @@ def test_one_command_trains_teachers_and_student_and_compares_them(chain: Path) 
     assert summary["num_val_images"] == 7
     for stage in stages:
         assert summary[stage].keys() == {"AP", "AP50", "mean_keep_ratio", "encoder_gflops"}
-        assert {"config.yaml", "final.pt", "metrics.json", "log.jsonl", "tensorboard"} == {
-            path.name for path in (chain / "run" / stage).iterdir()
-        }
+        files = {path.name for path in (chain / "run" / stage).iterdir()} - {"best.pt"}
+        assert files == {"config.yaml", "final.pt", "metrics.json", "log.jsonl", "tensorboard"}
     weak, strong, student = (summary[stage] for stage in stages)
     assert 0 < weak["encoder_gflops"] <= student["encoder_gflops"] <= strong["encoder_gflops"]
     assert (chain / "run" / "budgets.png").exists()
@@ -247,7 +246,7 @@ def test_a_missing_teacher_is_reported(chain: Path) -> None:
 def test_an_unknown_backbone_is_reported(tmp_path: Path) -> None:
     config = write_small_chain(tmp_path)
     done = run("train.py", "--config", config, "model.backbone.name=resnet19")
-    assert_one_line(done, "timm cannot create backbone 'resnet19'")
+    assert_one_line(done, "model.backbone.name = 'resnet19': timm has no model of this name")
     assert not (tmp_path / "run").exists()
 
 
@@ -310,12 +309,12 @@ def test_any_coco_format_folder_can_be_trained_on(coco: Path) -> None:
 
 def no_folder(data: Path) -> str:
     shutil.rmtree(data / "train2017")
-    return f"{data}/train2017 does not exist"
+    return f"{data}/annotations/instances_train2017.json: none of"
 
 
 def no_annotations(data: Path) -> str:
-    (data / "annotations" / "instances_val2017.json").unlink()
-    return "instances_val2017.json does not exist"
+    shutil.rmtree(data / "annotations")
+    return f"{data}: it contains no annotation file"
 
 
 def annotations_not_json(data: Path) -> str:
@@ -334,12 +333,12 @@ def categories_that_the_model_lacks(data: Path) -> str:
     content["categories"].append({"id": 77, "name": "newcomer"})
     content["annotations"][0]["category_id"] = 77
     path.write_text(json.dumps(content))
-    return "has category ids outside the model's 3 classes: 77 (newcomer)"
+    return "category ids outside the model's 3 classes: 77 (newcomer)"
 
 
 def missing_image(data: Path) -> str:
     (data / "train2017" / "000005.jpg").unlink()
-    return f"1 of 16 images of {data}/annotations/instances_train2017.json are missing, first"
+    return f"{data}/annotations/instances_train2017.json: 1 im"
 
 
 @pytest.mark.parametrize(
@@ -365,7 +364,7 @@ def test_a_truncated_image_stops_the_run_or_is_skipped(coco: Path, num_workers: 
     path = coco / "coco" / "train2017" / "000005.jpg"
     path.write_bytes(path.read_bytes()[:300])
     command = ("train.py", "--config", coco / "config.yaml", f"data.num_workers={num_workers}")
-    assert_one_line(run(*command), f"image {path} cannot be read")
+    assert_one_line(run(*command), f"{path} cannot be read")
     assert not list((coco / "run").glob("*.pt*"))
     done = run(*command, "data.on_bad_image=skip")
     assert done.code == 0, done.err

@@ -88,7 +88,7 @@ def test_a_step_makes_two_transfers(tmp_path: Path, recompute: bool) -> None:
     with Transfers() as transfers:
         trainer.train_step(run, 0, [batch], metrics=False)
     allowed = {
-        "plan.py:from_mask: tolist": 1,  # number of kept rows per image
+        "selection.py:select_tokens: tolist": 1,  # number of kept rows per image
         "matcher.py:__init__: to": 1,  # the costs
     }
     assert transfers.places == allowed
