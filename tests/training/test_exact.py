@@ -208,7 +208,7 @@ def test_a_damaged_checkpoint_is_detected_and_the_previous_one_is_used(
     with caplog.at_level("WARNING"):
         train(folder)
     assert f"{run / RESUMABLE}: a damaged checkpoint" in caplog.text
-    assert f"using the one before it, {run / PREVIOUS}" in caplog.text
+    assert f"using the previous checkpoint, {run / PREVIOUS}" in caplog.text
     assert_same_result(folder, undisturbed)
 
 

@@ -141,7 +141,7 @@ def test_the_moving_average_is_evaluated_and_saved(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(
         trainer,
         "evaluate",
-        lambda model, *a: (evaluated.append(copy.deepcopy(model)), evaluate(model, *a))[1],
+        lambda model, *a, **k: (evaluated.append(copy.deepcopy(model)), evaluate(model, *a, **k))[1],
     )
     run = train(tmp_path / "averaged", train={"ema_decay": 0.9, "epochs": 1})
     plain = train(tmp_path / "plain", train={"epochs": 1})
