@@ -1,14 +1,15 @@
-"""One file that holds everything a run needs to go on, or a user needs to detect objects. Written whole or not at all.
+"""Checkpoints: reading, writing and checking them. Files are replaced atomically.
 
-A checkpoint is a dictionary of tensors and plain values (`torch.load(..., weights_only=True)` reads it): `model`,
-`config`, `num_classes` (rows of the heads), `classes` (what the rows mean), `num_processes` and `teacher_weights` (what
-else it was trained with), `epoch` (completed ones), `epoch_step` (of the next), `step`, `train_seconds`, `best_ap`,
-`skipped_steps`, `finished`; then either `optimizer`, `rng` (one state for each process), `average` (of the weights) and
-`difficulty` (of the images) where they are kept; or `metrics`. A .safetensors file holds the same but for the optimiser
-and what comes with it, plain values as JSON in its metadata. Files of the published code are read too.
+A checkpoint is a dictionary of tensors and plain values, readable with `torch.load(..., weights_only=True)`: `model`,
+`config`, `num_classes`, `classes` (names and category ids by class index), `num_processes`, `teacher_weights`
+(digests), `epoch` (completed), `epoch_step` (completed steps of the next epoch), `step`, `train_seconds`, `best_ap`,
+`skipped_steps`, `finished`. A resumable checkpoint adds `optimizer`, `rng` (one state per process) and, where they
+exist, `average` (moving average of the weights) and `difficulty` (of the images); a finished one adds `metrics`. A
+.safetensors file has the same content without the state of the training, with plain values as JSON in its metadata.
+Checkpoints of the published code are converted on reading.
 
-A model to give away is a folder: `model.safetensors`, which any safetensors reader opens, and `config.json`, which
-people read; together the same as a .safetensors file of ours.
+A model folder has the content of a .safetensors file in two: `model.safetensors`, for any safetensors reader, and
+`config.json`.
 """
 
 from __future__ import annotations
@@ -41,37 +42,33 @@ logger = logging.getLogger(__name__)
 
 _ZIP = b"PK\x03\x04"
 _OLD_TORCH_SAVE = pickle.dumps(torch.serialization.MAGIC_NUMBER, protocol=2)
-"""How the files of torch.save begin: since and before its version 1.6."""
+"""First bytes of torch.save files, since and before torch 1.6."""
 _DAMAGE = (
-    RuntimeError,
-    EOFError,
-    ValueError,
-    LookupError,
-    AttributeError,
-    TypeError,
-    struct.error,
-    SafetensorError,
+    *(RuntimeError, EOFError, ValueError, LookupError, AttributeError, TypeError),
+    *(struct.error, SafetensorError),
 )
-"""What the readers raise on damaged files."""
+"""Exceptions of the readers on damaged files."""
 FINISHED = "final.pt"
-"""In the folder of a training: the weights at the end. Its existence says that the training is finished."""
+"""In the folder of a training: the final weights. It exists only once the training is finished."""
 _METADATA = "ats_detr"
-"""Key of our entry in the metadata of a .safetensors file."""
+"""Key of the plain values in the metadata of a .safetensors file."""
 CHECKPOINT_SUFFIXES = (".safetensors", ".pt", ".pth")
-"""Of a checkpoint in one file; a model of another name is a folder."""
+"""Suffixes of checkpoint files; a path with another suffix is a model folder."""
 MODEL_CONFIG = "config.json"
 _MODEL_WEIGHTS = "model.safetensors"
-_TO_GO_ON = ("optimizer", "rng", "average", "difficulty")
-"""Keys of what only the run itself needs."""
+_TRAINING_STATE = ("optimizer", "rng", "average", "difficulty")
+"""Keys that only resuming needs."""
 _KEYS = ("model", "config", "num_classes", "classes", "epoch", "finished")
 
 
 def save_checkpoint(checkpoint: Mapping[str, Any], path: Path, *, previous: Path | None = None) -> None:
-    """Write to a temporary file beside `path`, then rename: whatever happens, `path` is the old file or the new one.
+    """Write a checkpoint atomically: a temporary file beside `path`, then a rename.
 
-    The file that `path` was becomes `previous`, if that is given: a crash between the two renames leaves it alone.
-    The suffix .safetensors chooses that format. Raises UserError where the file cannot be written (no space, no
-    permission); the old file stays whole.
+    Args:
+        path: a suffix of .safetensors selects that format.
+        previous: new name of the file that `path` replaces. A crash between the two renames leaves only `previous`.
+
+    Raises UserError where the file cannot be written (no space, no permission); the old file is not changed.
     """
     temporary = path.with_name(path.name + ".tmp")
     try:
@@ -87,16 +84,16 @@ def save_checkpoint(checkpoint: Mapping[str, Any], path: Path, *, previous: Path
             os.replace(path, previous)
         os.replace(temporary, path)
         _flush_folder(path.parent)
-    except (OSError, RuntimeError) as error:  # torch reports a failed write as either
+    except (OSError, RuntimeError) as error:  # torch raises either on a failed write
         with contextlib.suppress(OSError):
             temporary.unlink()
         reason = error.strerror if isinstance(error, OSError) else _first_line(error)
-        kept = "the checkpoint before it is whole" if path.exists() else "nothing was written"
+        kept = "the previous checkpoint is intact" if path.exists() else "nothing was written"
         raise UserError(f"{path}: cannot write this checkpoint ({reason}); {kept}") from error
 
 
 def _flush_folder(folder: Path) -> None:
-    """The renames reach the disk, not only the files."""
+    """Flush the renames in a folder to disk."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -105,11 +102,11 @@ def _flush_folder(folder: Path) -> None:
 
 
 def save_folder(checkpoint: Mapping[str, Any], folder: Path) -> None:
-    """Write a model's folder. `config.json` comes last: where it lies, the weights beside it are whole.
+    """Write a model folder. `config.json` is written last: where it exists, the weights beside it are complete.
 
-    Raises UserError where it cannot be written.
+    Raises UserError where the folder cannot be written.
     """
-    others = {key: value for key, value in checkpoint.items() if key not in ("model", *_TO_GO_ON)}
+    others = {key: value for key, value in checkpoint.items() if key not in ("model", *_TRAINING_STATE)}
     (folder / MODEL_CONFIG).unlink(missing_ok=True)
     save_checkpoint({"model": checkpoint["model"]}, folder / _MODEL_WEIGHTS)
     try:
@@ -119,7 +116,7 @@ def save_folder(checkpoint: Mapping[str, Any], folder: Path) -> None:
 
 
 def make_folder(folder: Path) -> None:
-    """Make a folder for results, with those above it."""
+    """Make a folder and its parents. Raises UserError."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -129,7 +126,7 @@ def make_folder(folder: Path) -> None:
 
 
 def write_json(content: Mapping[str, Any], path: Path) -> None:
-    """Write whole or not at all."""
+    """Write a JSON file atomically."""
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(json.dumps(content, indent=2) + "\n")
     temporary.replace(path)
@@ -137,16 +134,17 @@ def write_json(content: Mapping[str, Any], path: Path) -> None:
 
 def _as_safetensors(checkpoint: Mapping[str, Any]) -> bytes:
     tensors = {name: tensor.contiguous() for name, tensor in checkpoint["model"].items()}
-    others = {key: value for key, value in checkpoint.items() if key not in ("model", *_TO_GO_ON)}
+    others = {key: value for key, value in checkpoint.items() if key not in ("model", *_TRAINING_STATE)}
     return safetensors.torch.save(tensors, metadata={_METADATA: json.dumps(others)})
 
 
 def load_checkpoint(path: str | Path, *, verify: bool = False) -> dict[str, Any]:
-    """Read a checkpoint of ours, or of the published code, onto the CPU.
+    """Read a checkpoint of this package or of the published code, onto the CPU.
 
-    `verify` compares the checksums of a torch.save file first, which reading it does not: a crash may leave zeros.
+    Args:
+        verify: check the checksums of a torch.save file first, which torch.load does not; a crash may leave zeros.
 
-    Raises UserError when there is none, when it is neither, or when it holds what could execute code.
+    Raises UserError where the file is missing, is not a checkpoint, or holds objects that could execute code.
     """
     if verify:
         _verify(Path(path))
@@ -157,7 +155,7 @@ def load_checkpoint(path: str | Path, *, verify: bool = False) -> dict[str, Any]
             logger.info("%s: %s", path, note)
     missing = [key for key in _KEYS if not isinstance(checkpoint, dict) or key not in checkpoint]
     if missing:
-        raise UserError(f"{path}: not a checkpoint of ats_detr (it has no {missing[0]!r})")
+        raise UserError(f"{path}: not a checkpoint of ats_detr (no key {missing[0]!r})")
     return checkpoint
 
 
@@ -172,10 +170,10 @@ def _verify(path: Path) -> None:
 
 
 def read_file(path: str | Path) -> Any:
-    """What a file of torch.save, a .safetensors file of ours or a model's folder holds, on the CPU.
+    """The content of a torch.save file, a .safetensors file or a model folder, on the CPU.
 
-    Pickles are read by torch's weights-only unpickler: tensors, plain values and argparse.Namespace. Anything else is
-    refused before it is made, so that a hostile file executes nothing. Raises UserError.
+    Pickles are read by torch's weights-only unpickler: tensors, plain values and argparse.Namespace. All other types
+    are rejected before an object is made, so a hostile file executes nothing. Raises UserError.
     """
     path = Path(path)
     try:
@@ -186,7 +184,7 @@ def read_file(path: str | Path) -> Any:
         with path.open("rb") as file:
             beginning = file.read(len(_OLD_TORCH_SAVE))
         if not beginning.startswith(_ZIP) and beginning != _OLD_TORCH_SAVE:
-            raise UserError(f"{path}: not a checkpoint (torch.save did not write it)")
+            raise UserError(f"{path}: not a checkpoint (not written by torch.save)")
         with torch.serialization.safe_globals(ALLOWED_TYPES):
             return torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
@@ -194,8 +192,8 @@ def read_file(path: str | Path) -> Any:
     except pickle.UnpicklingError as error:
         forbidden = re.search(r"GLOBAL ([\w.]+)", str(error))
         if forbidden:
-            reason = f"it holds {forbidden[1]}, which a checkpoint may not hold; nothing of it was executed"
-            raise UserError(f"{path}: refused ({reason})") from error
+            reason = f"it holds {forbidden[1]}, which is not allowed in a checkpoint; nothing was executed"
+            raise UserError(f"{path}: rejected ({reason})") from error
         raise UserError(f"{path}: not a checkpoint, or a damaged one (its pickle is unreadable)") from error
     except UserError:
         raise
@@ -205,7 +203,7 @@ def read_file(path: str | Path) -> Any:
 
 def _from_folder(folder: Path) -> dict[str, Any]:
     if not (folder / MODEL_CONFIG).is_file():
-        raise UserError(f"{folder}: not a model's folder, it has no {MODEL_CONFIG}")
+        raise UserError(f"{folder}: not a model folder, it has no {MODEL_CONFIG}")
     others = json.loads((folder / MODEL_CONFIG).read_bytes())
     if not isinstance(others, dict):
         raise UserError(f"{folder / MODEL_CONFIG}: not the configuration of a model")
@@ -224,7 +222,7 @@ def _from_safetensors(path: Path) -> dict[str, Any]:
 
 
 def config_of(checkpoint: Mapping[str, Any], path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """The configuration that a checkpoint was trained with, after `a.b=c` overrides."""
+    """The configuration stored in a checkpoint, with `key.sub=value` overrides. Raises UserError."""
     tree = copy.deepcopy(checkpoint["config"])
     for override in overrides:
         apply_override(tree, override)
@@ -235,7 +233,10 @@ def config_of(checkpoint: Mapping[str, Any], path: str | Path, overrides: Sequen
 
 
 def resolve_checkpoint(source: str | Path) -> Path:
-    """The checkpoint that a file, a model's or run's folder, or the name of a run means. Raises UserError."""
+    """The checkpoint of a file, of a model folder, or of a finished run given by its folder or its name under runs/.
+
+    Of a run with teachers it is the student's. Raises UserError.
+    """
     path = Path(source)
     if path.is_file():
         return path
@@ -246,25 +247,25 @@ def resolve_checkpoint(source: str | Path) -> Path:
             if candidate.is_file():
                 return candidate
     raise UserError(
-        f"{source}: no checkpoint; give a file, a folder with config.json and model.safetensors, or a finished run"
-        f" (its folder, or its name under runs/)"
+        f"{source}: no checkpoint; must be a file, a folder with {MODEL_CONFIG} and {_MODEL_WEIGHTS}, or a finished run"
+        " (its folder, or its name under runs/)"
     )
 
 
 def load_model(path: str | Path) -> tuple[Detr, dict[str, Any]]:
-    """The detector of a checkpoint, with its weights, in evaluation mode; and the checkpoint."""
+    """The detector of a checkpoint, in evaluation mode, and the checkpoint."""
     checkpoint = load_checkpoint(path)
     config = config_of(checkpoint, path)
     return load_detector(config, checkpoint, path), checkpoint
 
 
 def load_detector(config: Config, checkpoint: Mapping[str, Any], path: str | Path) -> Detr:
-    """The detector that `config` describes with the weights of a checkpoint, in evaluation mode.
+    """The detector of a config with the weights of a checkpoint, in evaluation mode. Raises UserError.
 
-    Two settings follow the checkpoint, whatever `config` says: there is no adaption layer where it has none (inference
-    does not use it), and weights of the published code average over padding, as they were trained to.
+    Two settings of the checkpoint override those of `config`: no adaption layer where the checkpoint has none
+    (inference does not use it), and `masked_mean=False` for published weights, which were trained that way.
     """
-    _check_same_reading(config, checkpoint, path)
+    _check_interpretation(config, checkpoint, path)
     changes: dict[str, Any] = {}
     if not any(name.startswith("adaption.") for name in checkpoint["model"]):
         changes["adaption"] = False
@@ -276,8 +277,8 @@ def load_detector(config: Config, checkpoint: Mapping[str, Any], path: str | Pat
     return model.eval()
 
 
-def _check_same_reading(config: Config, checkpoint: Mapping[str, Any], path: str | Path) -> None:
-    """Refuse weights of equal names and shapes that were trained to be read otherwise."""
+def _check_interpretation(config: Config, checkpoint: Mapping[str, Any], path: str | Path) -> None:
+    """Raise UserError where settings that do not change names or shapes of the weights differ."""
     own, stored = config.model, config_of(checkpoint, path).model
     pairs: list[tuple[str, Any, Any]] = [("num_heads", own.num_heads, stored.num_heads)]
     if own.selector is not None and stored.selector is not None:
@@ -285,18 +286,18 @@ def _check_same_reading(config: Config, checkpoint: Mapping[str, Any], path: str
     for key, ours, theirs in pairs:
         if ours != theirs:
             raise UserError(
-                f"{path}: a checkpoint of another architecture, model.{key} is {theirs!r} there and {ours!r} here"
+                f"{path}: a checkpoint of another architecture, model.{key} is {theirs!r} there, {ours!r} here"
             )
 
 
 def build_without_fetching(config: Config, num_classes: int) -> Detr:
-    """The model with random weights everywhere: they are about to be replaced."""
+    """The model with random weights, also in the backbone, for weights that are loaded afterwards."""
     backbone = dataclasses.replace(config.model.backbone, pretrained=False)
     return build_model(dataclasses.replace(config.model, backbone=backbone), num_classes)
 
 
 def load_weights(model: nn.Module, state: Mapping[str, Tensor], path: str | Path) -> None:
-    """Load a state of exactly this architecture. Raises UserError naming what differs."""
+    """Load a state dict strictly. Raises UserError listing missing, unknown and reshaped tensors."""
     own = model.state_dict()
     missing = [name for name in own if name not in state]
     unknown = [name for name in state if name not in own]

@@ -1,1 +1,1 @@
-"""How the detector learns: losses, teachers, the loop, and what a run leaves on disk."""
+"""Training: losses, teachers, the training loop, and checkpoints of a run."""

@@ -1,4 +1,4 @@
-"""The data sets and loaders that a config describes, for this process."""
+"""Datasets and loaders of a config, for this process."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Loaders:
-    """What a training run reads."""
+    """The loaders of a training run."""
 
     train: TrainingLoader
     val: EvaluationLoader
@@ -29,7 +29,7 @@ class Loaders:
 
 
 def build_loaders(config: DataConfig, seed: int, *, pin_memory: bool = False) -> Loaders:
-    """Training and validation loaders of this process. The classes are those of the training annotations."""
+    """Training and validation loaders of this process, with the classes of the training annotations."""
     train_set = open_dataset(config, "train")
     transform = training_transform(
         short_sides=config.train_short_sides,
@@ -59,11 +59,12 @@ def build_evaluation_loader(
     num_images: int | None = None,
     pin_memory: bool = False,
 ) -> EvaluationLoader:
-    """The validation loader of this process, for a model with these classes.
+    """The validation loader of this process.
 
     Args:
-        shared: each process gets its share of the images; False: all of them.
-        num_images: only this many, from the one with the fewest objects to the one with the most.
+        class_map: classes of the model.
+        shared: split the images over the processes; False: each process reads all of them.
+        num_images: number of images, evenly spaced by their number of objects. None: all.
     """
     dataset = open_dataset(config, "val", class_map)
     return EvaluationLoader(
@@ -125,7 +126,7 @@ def _find_annotations(root: Path, role: Literal["train", "val"]) -> Path:
 
 
 def data_root(config: DataConfig) -> Path:
-    """The folder that the config's paths are relative to; synthetic images are drawn into it now, if need be."""
+    """The folder that the config's paths are relative to. Missing synthetic images are generated in it."""
     if config.kind == "coco":
         return Path(config.root)
     synthetic = config.synthetic

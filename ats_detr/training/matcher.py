@@ -15,7 +15,7 @@ from ats_detr.batch import Target
 from ats_detr.boxes import cxcywh_to_xyxy, generalized_iou
 
 # Shapes: B images; T classes; N objects, padded to the largest number per image; M matched pairs; R prediction rows of
-# the batch, ordered by image, of one layer or of all layers one after another.
+# the batch, ordered by image, of one layer or of all layers concatenated.
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""The optimiser of the published runs, and the learning rate at every step."""
+"""The optimiser of the published runs, its learning rate schedule, and the moving average of the weights."""
 
 from __future__ import annotations
 
@@ -20,10 +20,11 @@ _REFERENCE_BATCH = 16
 def build_optimizer(model: nn.Module, config: TrainConfig, global_batch: int) -> AdamW:
     """AdamW with three groups: `rest`, `backbone`, and `offsets` (sampling offsets and reference points).
 
-    With `scale_learning_rate` both learning rates are multiplied by sqrt(global_batch / 16), where `global_batch`
-    counts the images of all processes in one step. Frozen parameters are left out, empty groups too.
+    With `scale_learning_rate` both learning rates are multiplied by sqrt(global_batch / 16). Frozen parameters and
+    empty groups are omitted. The fused implementation skips a step where its attribute `found_inf` is a tensor of 1.
 
-    Fused: one pass over the weights, and a step whose `found_inf` attribute is a tensor of 1 changes nothing.
+    Args:
+        global_batch: images per step, over all processes.
     """
     scale = math.sqrt(global_batch / _REFERENCE_BATCH) if config.scale_learning_rate else 1.0
     learning_rates = {
@@ -50,10 +51,10 @@ def _group_of(name: str) -> str:
 
 
 def learning_rate_factor(config: TrainConfig, step: int, steps_per_epoch: int) -> float:
-    """What the learning rates of all groups are multiplied by in the step of this number (0 is the first of the run).
+    """Factor on the learning rates of all groups in a step, where 0 is the first step of the run.
 
-    `step`: `drop_factor` once for every entry of `drop_epochs` that has been completed. `one_cycle`: up in a straight
-    line over `warmup_share` of the run, then down to 0 along a cosine.
+    Schedule `step`: `drop_factor` to the power of the completed epochs in `drop_epochs`. Schedule `one_cycle`: linear
+    from 0 to 1 over `warmup_share` of the run, then a cosine down to 0.
     """
     if config.schedule == "step":
         return config.drop_factor ** bisect_right(sorted(config.drop_epochs), step // steps_per_epoch)
@@ -65,16 +66,16 @@ def learning_rate_factor(config: TrainConfig, step: int, steps_per_epoch: int) -
 
 
 def set_learning_rates(optimizer: AdamW, factor: float) -> None:
-    """Set every group to `factor` times the learning rate it was built with."""
+    """Set the learning rate of each group to `factor` times its base learning rate."""
     for group in optimizer.param_groups:
         group["lr"] = group["base_lr"] * factor
 
 
 class MovingAverage:
-    """`model`: a copy whose weights follow those of the trained one, exponentially, without waiting for the device.
+    """Exponential moving average of a model's weights and batch norm statistics, in the copy `model`.
 
-    In step t (from 0) the average keeps min(decay, (1 + t) / (10 + t)) of itself: early weights, which are mostly
-    random, are soon forgotten. Statistics of batch norms are averaged like weights.
+    The decay of step t (from 0) is min(decay, (1 + t) / (10 + t)), which limits the influence of the initial weights.
+    Updates need no device-to-host synchronisation.
     """
 
     def __init__(self, model: Detr, decay: float) -> None:
@@ -83,7 +84,7 @@ class MovingAverage:
 
     @torch.no_grad()
     def update(self, model: Detr, step: int) -> None:
-        """Move towards the weights of `model` after step number `step`."""
+        """Update the average with the weights of `model` after step `step`."""
         own, other = list(self.model.state_dict().values()), list(model.state_dict().values())
         moving = [i for i, tensor in enumerate(own) if tensor.is_floating_point()]
         weight = 1 - min(self.decay, (1 + step) / (10 + step))

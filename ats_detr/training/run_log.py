@@ -1,4 +1,4 @@
-"""What a run tells while it trains: a progress bar, a JSONL file, TensorBoard. Only the first process tells."""
+"""The log of a run: progress bar, JSONL file and TensorBoard. Written by rank 0 only."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ from ats_detr import distributed
 
 console = Console(quiet=not distributed.is_main())
 _SECONDS_BETWEEN_LINES = 30.0
-"""Without a terminal there is no bar that moves: a line is printed this often."""
+"""Interval of progress lines where the output is not a terminal."""
 
 
 def configure() -> None:
-    """Show the package's messages on the console of the first process. Call it once the processes are connected."""
+    """Show the package's log messages on the console of rank 0. Call it after the process group is initialised."""
     console.quiet = not distributed.is_main()
     logging.basicConfig(level=logging.WARNING, handlers=[_ConsoleHandler()], force=True)
     logging.getLogger("ats_detr").setLevel(logging.INFO if distributed.is_main() else logging.ERROR)
 
 
 def say(text: str) -> None:
-    """A line on the console of the first process."""
+    """Print a line on the console of rank 0."""
     console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 class _ConsoleHandler(logging.Handler):
-    """Log records as lines above the progress bar."""
+    """Prints log records above the progress bar."""
 
     def emit(self, record: logging.LogRecord) -> None:
         prefix = "" if record.levelno < logging.WARNING else f"{record.levelname.lower()}: "
@@ -41,13 +41,13 @@ class _ConsoleHandler(logging.Handler):
 
 
 class RunLog:
-    """The log of one stage: `log.jsonl` and `tensorboard/` in its folder, and the console; by the first process.
+    """The log of one stage: `log.jsonl` and `tensorboard/` in its folder, and the console of rank 0.
 
     Args:
-        folder: of the stage.
-        name: of the stage, shown in front of the bar.
-        step: completed steps of the run that goes on; later entries of an interrupted run are dropped.
-        evaluated: whether the evaluation after that step is behind it.
+        folder: folder of the stage.
+        name: name of the stage, shown in the progress bar.
+        step: completed steps; later entries of an interrupted run are removed.
+        evaluated: whether an evaluation after that step is complete; otherwise its entry is removed, too.
     """
 
     def __init__(self, folder: Path, name: str, step: int, evaluated: bool = True) -> None:
@@ -61,7 +61,7 @@ class RunLog:
     def track(
         self, batches: Iterable[Any], num_steps: int, epoch: int, num_epochs: int, start: int = 0
     ) -> Iterator[Any]:
-        """The batches of an epoch from number `start` on, with a bar that shows what `write` was given last."""
+        """Yield the batches of an epoch, of which `start` are done, with a progress bar and the values last written."""
         title = f"{self.name} {epoch + 1}/{num_epochs}"
         columns = (
             TextColumn("{task.description}"),
@@ -81,7 +81,7 @@ class RunLog:
                     printed = time.monotonic()
 
     def write(self, step: int, epoch: int, values: Mapping[str, Any], *, kind: str = "train") -> None:
-        """One line of the log: `kind` is `train`, `evaluation` or `skipped`."""
+        """Write one entry; `kind` is `train`, `evaluation` or `skipped`."""
         if self._writer is None:
             return
         with self._file.open("a") as file:
@@ -100,13 +100,13 @@ class RunLog:
                 self._text += f"  keep {values['keep_ratio']:.1%}"
 
     def close(self) -> None:
-        """Flush TensorBoard's file."""
+        """Close the TensorBoard file."""
         if self._writer is not None:
             self._writer.close()
 
 
 def _drop_entries_after(file: Path, step: int, evaluated: bool) -> None:
-    """Entries beyond the checkpoint that a run goes on from will be written again. A torn last line goes too."""
+    """Remove entries after a checkpoint, which will be written again, and incomplete lines."""
     if not file.exists():
         return
     kept = []

@@ -1,6 +1,6 @@
-"""Starting from another model's weights (`train.init_from`): what fits is copied, class by class where classes differ.
+"""Initial weights from another model (`train.init_from`): tensors that fit are copied, class heads class by class.
 
-Not to be mixed up with resuming, which restores a run exactly or refuses (`checkpoint.load_weights`).
+Unlike resuming, which is strict (`checkpoint.load_weights`).
 """
 
 from __future__ import annotations
@@ -25,27 +25,27 @@ _CLASS_HEAD = re.compile(r"(?P<group>decoder_heads|proposal_head|encoder_heads)\
 
 @dataclass
 class Transfer:
-    """What became of each tensor, by name."""
+    """The result of a transfer: names of tensors."""
 
     source: str
     loaded: list[str] = field(default_factory=list)
-    """Copied whole."""
+    """Copied."""
     remade: list[str] = field(default_factory=list)
-    """Of the model: of another shape in the source, or lacking there. They keep their initial values, but for
-    `copied_rows`."""
+    """Tensors of the model without a counterpart of equal shape in the source. They keep their initial values, except
+    for the rows of `copied_classes`."""
     unused: list[str] = field(default_factory=list)
-    """Of the source: without a counterpart of equal shape."""
+    """Tensors of the source without a counterpart of equal shape in the model."""
     copied_classes: list[str] = field(default_factory=list)
-    """Classes of both, whose rows were copied in heads that were re-made."""
+    """Classes of both models, whose rows were copied in re-made heads."""
 
     @property
     def lacks_backbone(self) -> bool:
-        """Whether weights or statistics of the backbone keep their initial values."""
+        """Whether some weights or statistics of the backbone keep their initial values."""
         own = (name for name in self.remade if not name.endswith("num_batches_tracked"))
         return any(name.startswith("backbone.body.") for name in own)
 
     def table(self) -> Table:
-        """Loaded, re-made and unused tensors of each part of the model."""
+        """Numbers of loaded, re-made and unused tensors of each part of the model."""
         table = Table(title=f"initial weights from {self.source}")
         table.add_column("part")
         counts = {
@@ -59,7 +59,7 @@ class Transfer:
         table.add_row("all", *(str(counter.total()) for counter in counts.values()))
         if any(_CLASS_HEAD.fullmatch(name) for name in self.remade):
             names = ", ".join(self.copied_classes[:10]) + (", ..." if len(self.copied_classes) > 10 else "")
-            table.caption = f"class rows copied by name: {len(self.copied_classes)}" + (
+            table.caption = f"classes copied by name: {len(self.copied_classes)}" + (
                 f" ({names})" if names else ""
             )
         return table
@@ -67,11 +67,11 @@ class Transfer:
 
 @torch.no_grad()
 def transfer_weights(model: Detr, class_map: ClassMap, path: str | Path) -> Transfer:
-    """Start `model` from the checkpoint at `path`, ours or a published one.
+    """Copy the weights of a checkpoint, of this package or published, into `model`, as far as they fit.
 
-    Tensors of equal name and shape are copied. Class heads are copied whole where both models name the same classes in
-    the same rows; otherwise they are re-made, and classes of equal name keep their rows. Raises UserError when
-    nothing fits.
+    Tensors of equal name and shape are copied. Class heads are copied where both models have equal classes in equal
+    order; otherwise they keep their initial values except for the rows of classes with equal names. Raises UserError
+    where no tensor fits.
     """
     checkpoint = load_checkpoint(path)
     state: Mapping[str, Tensor] = checkpoint["model"]
@@ -91,7 +91,7 @@ def transfer_weights(model: Detr, class_map: ClassMap, path: str | Path) -> Tran
         if source is None or head is None or source.shape[1:] != tensor.shape[1:]:
             continue
         if head["group"] == "proposal_head" and not model.class_specific_proposals:
-            tensor[0] = source[0]  # its row 0 stands for any object
+            tensor[0] = source[0]  # class 0 stands for any object
         else:
             tensor[ours] = source[theirs].to(tensor.dtype)
             result.copied_classes = shared
@@ -107,7 +107,7 @@ def _rows(class_map: ClassMap) -> dict[str, int]:
 
 
 def _part(name: str) -> str:
-    """The part of the model a tensor belongs to, as the table names it."""
+    """The part of the model that a tensor belongs to, a row of the table."""
     if _CLASS_HEAD.fullmatch(name):
         return f"{name.split('.')[0]}, classes"
     return name.split(".")[0]

@@ -49,7 +49,7 @@ def test_a_full_disk_keeps_the_old_checkpoint_and_no_temporary_file(tmp_path: Pa
     before = path.read_bytes()
     with (
         files_of_at_most(1000),
-        pytest.raises(UserError, match=r"a\.pt: cannot write .* the checkpoint before it is whole") as raised,
+        pytest.raises(UserError, match=r"a\.pt: cannot write .* the previous checkpoint is intact") as raised,
     ):
         save_checkpoint(checkpoint_of(tmp_path, seed=1), path)
     assert "\n" not in str(raised.value)

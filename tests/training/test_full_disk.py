@@ -50,7 +50,7 @@ def test_a_full_disk_ends_the_run_in_one_line_without_loss(small_disk: Path, tmp
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1
     assert (
-        "cannot write this checkpoint (No space left on device); the checkpoint before it is whole"
+        "cannot write this checkpoint (No space left on device); the previous checkpoint is intact"
         in errors[0]
     )
     assert "Traceback" not in done.stderr

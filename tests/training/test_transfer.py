@@ -67,7 +67,7 @@ def test_classes_of_equal_name_are_copied_and_others_reinitialised(tmp_path: Pat
             assert torch.equal(tensor[1], initial[name][1]), name  # hamster
         else:
             assert torch.equal(tensor, source[name]), name
-    assert "class rows copied by name: 2 (dog, cat)" in rendered(result)
+    assert "classes copied by name: 2 (dog, cat)" in rendered(result)
 
 
 def test_equal_numbers_of_classes_do_not_hide_other_names(tmp_path: Path) -> None:
