@@ -625,7 +625,8 @@ def check_boxes(annotations: CocoAnnotations, findings: Findings, *, need_object
         "warning", "objects of area 0 with a box (they count as small in APs, APm, APl)", places(zero)
     )
     omitted = outside | beyond
-    if not (objects & ~omitted).any() and not is_implausible:
+    is_explained = is_implausible or (omitted.any() and not findings.skip_bad)
+    if not (objects & ~omitted).any() and not is_explained:
         counts = (
             f"{int(annotations.crowd.sum())} crowds (iscrowd=1), {int((counted & flat).sum())} boxes without area,"
             f" {int(omitted.sum())} boxes outside their image"

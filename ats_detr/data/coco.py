@@ -183,9 +183,15 @@ class CocoDetection(Dataset):
         missing = sorted(set(missing) - set(ambiguous))
         if len(missing) == len(names):
             # An error for on_bad_image=skip, too: nothing would be left.
+            archives = sorted(self.image_folder.glob("*.zip"))
+            fix = (
+                f"unpack {archives[0].name}"
+                if archives
+                else "set data.train_images, data.val_images or --images"
+            )
             raise ImageFileError(
                 f"{self.findings.source}: none of its {len(names)} images is in {self.image_folder}, first"
-                f" {missing[0]!r}; name the folder (data.train_images, data.val_images, --images)"
+                f" {missing[0]!r}; {fix}"
             )
         self.report_bad_images(f"images that are missing from {self.image_folder}", missing)
 

@@ -7,6 +7,7 @@ tried until the files exist.
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import unicodedata
@@ -23,12 +24,14 @@ from ats_detr.errors import UserError
 
 _OTHER_TASKS = ("captions_", "person_keypoints_", "image_info_", "panoptic_", "stuff_")
 """Prefixes of COCO's files without boxes, or with the boxes of instances_*.json."""
-_ANNOTATION_FOLDERS = ("annotations", "annotation", "labels")
+_ANNOTATION_FOLDERS = ("annotations", "annotation", "ann", "labels")
 _IMAGE_FOLDERS = ("images", "data", "imgs", "img", "JPEGImages")
 _SPLIT = re.compile(
     r"(?:^|[^a-z])(train|val|test)(?:ing|val|id|idation|[-_]?dev)?(?:[^a-z]|$)", re.IGNORECASE
 )
 _NUM_SAMPLED = 20
+_MAX_FOLDERS = 100_000
+"""Bound on a search of all subfolders."""
 
 
 # ------------------------------------------------------------------------------------------------- annotation files
@@ -84,7 +87,7 @@ def _is_instances_file(file: Path) -> bool:
     if not file.is_file() or file.name.startswith((".", *_OTHER_TASKS)):
         return False
     is_named_so = file.name == "_annotations.coco.json" or file.name.startswith("instances_")
-    if is_named_so or file.parent.name in _ANNOTATION_FOLDERS:
+    if is_named_so or file.parent.name.lower() in _ANNOTATION_FOLDERS:
         return True
     try:
         content = file.read_bytes()
@@ -105,13 +108,12 @@ def _split_name(file: Path) -> str:
         "result",
         "data",
     )
-    folder = file.parent.parent if file.parent.name in _ANNOTATION_FOLDERS else file.parent
+    folder = _root(file)
     return folder.name if generic and _role_of(folder.name) and not _role_of(stem) else stem
 
 
 def _role(file: Path) -> str | None:
-    folder = file.parent.parent if file.parent.name in _ANNOTATION_FOLDERS else file.parent
-    return _role_of(file.stem) or _role_of(folder.name)
+    return _role_of(file.stem) or _role_of(_root(file).name)
 
 
 def _role_of(name: str) -> str | None:
@@ -155,6 +157,8 @@ def locate_images(names: Sequence[str], annotation_file: Path, folder: Path | No
             best, most = finder, score
         if most == 3 * len(sample):
             break
+    if not most and folder is None:
+        best = _TreeFinder(_root(annotation_file), _role(annotation_file))
     return _resolve(names, best)
 
 
@@ -184,8 +188,7 @@ def _below(folder: Path) -> Iterator[Path]:
 
 def _candidates(file: Path) -> Iterator[Path]:
     """Folders that may hold the images of an annotation file, the most likely first."""
-    beside = file.parent
-    root = beside.parent if beside.name.lower() in _ANNOTATION_FOLDERS else beside
+    beside, root = file.parent, _root(file)
     name = file.stem.removeprefix("instances_")
     role = _role_of(name)
     splits = [name]
@@ -207,17 +210,11 @@ def _candidates(file: Path) -> Iterator[Path]:
         yield from (above / images / root.name for images in _IMAGE_FOLDERS)
         yield from (above / images for images in _IMAGE_FOLDERS)
         yield above
-    own = role or _role_of(root.name)
-    for folder in (root, *(root / images for images in _IMAGE_FOLDERS)):
-        yield from (sub for sub in _subfolders(folder) if _role_of(sub.name) in (None, own))
 
 
-def _subfolders(folder: Path) -> list[Path]:
-    try:
-        with os.scandir(folder) as entries:
-            return sorted(Path(entry.path) for entry in entries if entry.is_dir())
-    except OSError:
-        return []
+def _root(file: Path) -> Path:
+    """The folder of the dataset, or of the split, that an annotation file belongs to."""
+    return file.parent.parent if file.parent.name.lower() in _ANNOTATION_FOLDERS else file.parent
 
 
 class _Finder:
@@ -257,6 +254,30 @@ class _Finder:
                 listing = _Listing(self.folder, found, is_exact=False) if found else listing
             self._listings[directory] = listing
         return self._listings[directory]
+
+
+class _TreeFinder(_Finder):
+    """Finds names that only one file in a folder and its subfolders can mean; folders of other splits are skipped."""
+
+    def __init__(self, folder: Path, role: str | None) -> None:
+        super().__init__(folder)
+        self._paths: dict[str, list[tuple[bytes, list[str]]]] = defaultdict(list)
+        root = os.fsencode(folder)
+        for directory, subfolders, files in itertools.islice(os.walk(root), _MAX_FOLDERS):
+            subfolders[:] = [name for name in subfolders if _role_of(os.fsdecode(name)) in (None, role)]
+            for name in files:
+                path = os.path.relpath(os.path.join(directory, name), root)
+                parts = [_key(part) for part in path.decode("utf-8", "surrogateescape").split(os.sep)]
+                self._paths[parts[-1]].append((path, parts))
+
+    def find(self, name: str) -> tuple[bytes, bool | None]:
+        parts = [_key(part) for part in _parts(name.replace("\\", "/"))]
+        paths = self._paths.get(parts[-1], []) if parts else []
+        for start in range(len(parts)):  # the more folders agree, the better
+            alike = [path for path, folders in paths if folders[start - len(parts) :] == parts[start:]]
+            if alike:
+                return (alike[0], False) if len(alike) == 1 else (b"", None)
+        return b"", None
 
 
 class _Listing:

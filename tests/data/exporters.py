@@ -147,6 +147,18 @@ CASES: dict[str, Case] = {
     "names_in_subfolders": placed("labels.json", "images/a/b/", "a/b/"),
     "upper_case_suffix": Case({"a.json": content()}, {"p1.JPG": {"format": "JPEG"}, "P2.jpg": {}}, says="spelled"),
     "no_suffix": flat(changed(lambda d: [r.update(file_name=r["file_name"][:-4]) for r in d["images"]])),
+    "subfolders_with_bare_names": Case(
+        {"annotations/instances_default.json": content()}, {"images/a/b/p1.jpg": {}, "images/c/p2.jpg": {}},
+        says="spelled otherwise",
+    ),
+    "bare_name_in_two_subfolders": Case(
+        {"annotations/instances_default.json": content()},
+        {"images/a/b/p1.jpg": {}, "images/c/p2.jpg": {}, "images/d/e/p2.jpg": {"seed": 1}},
+        accepted=False, says="missing",
+    ),
+    "supervisely": placed("ds/ann/train.json", "ds/img/"),
+    "images_in_an_archive": Case({"a.json": content(), "images.zip": b"PK\x03\x04"}, {}, accepted=False,
+                                 says="unpack images.zip"),
     "lvis": Case(
         {"lvis_v1_train.json": changed(lambda d: [
             r.update(coco_url=f"http://images.cocodataset.org/train2017/p{r['id']}.jpg") or r.pop("file_name")
@@ -246,6 +258,7 @@ CASES: dict[str, Case] = {
     "bbox_outside": flat(first("annotations", bbox=[70, 6, 20, 30]), accepted=False, says="outside"),
     "bbox_slightly_beyond": flat(first("annotations", bbox=[-2, 6, 20, 30]), says="clipped"),
     "bbox_far_beyond": flat(first("annotations", bbox=[5, 6, 80, 30]), accepted=False, says="beyond"),
+    "all_boxes_beyond": flat(each("annotations", bbox=[60, 40, 20, 30]), accepted=False, says="beyond"),
     "bbox_tiny": flat(each("annotations", bbox=[5, 6, 0.5, 0.3]), accepted=False, says="one pixel"),
     "bbox_one_normalised": flat(changed(lambda d: d["annotations"][0].update(bbox=[0.1, 0.1, 0.5, 0.5])),
                                 accepted=False, says="normalised"),
