@@ -23,7 +23,7 @@ from ats_detr.data.classes import ClassMap
 from ats_detr.data.coco import CocoDetection, ExifRule
 from ats_detr.data.findings import Finding, Findings
 from ats_detr.data.images import IMAGE_SUFFIXES, ImageFileError, decode_image, read_file
-from ats_detr.data.layout import find_annotation_files
+from ats_detr.data.layout import SplitFiles, choose_split, find_annotation_files
 from ats_detr.errors import UserError
 from ats_detr.fonts import legible
 
@@ -44,6 +44,8 @@ class Split:
     """The folder of the images; None until it is found."""
     is_training: bool
     """It is trained on, so it needs objects."""
+    role: str | None = None
+    """`train`, `val` or `test`, as file and folder are named."""
     findings: Findings = field(default_factory=lambda: Findings(""))
     dataset: CocoDetection | None = None
     """None where the split cannot be opened at all."""
@@ -82,6 +84,7 @@ def find_splits(path: Path, images: Path | None = None) -> list[Split]:
             file.annotations,
             images,
             is_training=len(files) == 1 or file.role == "train" or (not has_training and file.role is None),
+            role=file.role,
         )
         for file in files
     ]
@@ -124,6 +127,23 @@ def check_dataset(
         bad = _check_files(split, split.dataset, track)
         _describe(split, split.dataset, bad)
     _compare(splits)
+    files = [SplitFiles(split.name, split.annotations, split.role) for split in splits]
+    for role, setting in (("train", "data.train_annotations"), ("val", "data.val_annotations")):
+        if (
+            len(files) > 1
+            and choose_split(files, role) is None
+            and (role == "train" or _has_validation(files))
+        ):
+            names = ", ".join(file.annotations.name for file in files)
+            splits[0].findings.add(
+                "warning",
+                f"dataset in which the file to {role} on is unclear ({setting} selects it)",
+                [names],
+            )
+
+
+def _has_validation(files: Sequence[SplitFiles]) -> bool:
+    return any(file.role in ("val", "test") for file in files)
 
 
 def report(splits: Sequence[Split]) -> dict[str, Any]:

@@ -80,7 +80,9 @@ def choose_split(splits: Sequence[SplitFiles], role: str) -> SplitFiles | None:
         found = [split for split in splits if split.role == wanted]
         if found:
             return found[0] if len(found) == 1 else None
-    return None
+    others = [split for split in splits if split.role is None]
+    is_only_other = role == "val" and len(others) == 1 and len(splits) > 1
+    return others[0] if is_only_other else None
 
 
 def _is_instances_file(file: Path) -> bool:

@@ -110,7 +110,7 @@ def _find_annotations(root: Path, role: Literal["train", "val"]) -> Path:
         raise UserError(f"data.root = {str(root)!r}: there is no such folder")
     splits = find_annotation_files(root)
     chosen = choose_split(splits, role)
-    if chosen is None and role == "val":
+    if chosen is None and role == "val" and not any(split.role in ("val", "test") for split in splits):
         chosen = choose_split(splits, "train")
         if chosen is not None:
             logger.warning(

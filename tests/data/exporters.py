@@ -285,6 +285,9 @@ CASES: dict[str, Case] = {
                                {"p1.jpg": {"orientation": 6}, "p2.jpg": {}}, says="as stored"),
 
     # Splits.
+    "train_and_another": Case(
+        {"train.json": content(), "holdout.json": content(3)}, {f"images/p{i}.jpg": {} for i in range(1, 5)}, objects=4
+    ),
     "test_split_without_annotations": Case(
         {"train/_annotations.coco.json": content(), "test/_annotations.coco.json": content() | {"annotations": []}},
         {f"{split}/p{i}.jpg": {"seed": seed} for seed, split in enumerate(("train", "test")) for i in (1, 2)},

@@ -17,7 +17,7 @@ from ats_detr.data.check import check_dataset, find_splits, report
 from ats_detr.errors import UserError
 from ats_detr.training.datasets import open_dataset
 from ats_detr.training.stages import plan_stages, train_stages
-from tests.data.exporters import CASES, write
+from tests.data.exporters import CASES, Case, content, write
 from tests.training.small import small_config
 
 SHARED_CASES = Path(__file__).parents[3] / "shared" / "cases" / "make_datasets.py"
@@ -58,6 +58,22 @@ def test_check_and_training_agree_on_the_expected_verdict(name: str, tmp_path: P
     assert numbers[1] == case.objects
     if "test" not in [split["name"] for split in result["splits"]]:
         assert opened(root) == tuple(numbers)
+
+
+def test_an_unclear_choice_of_files_is_reported_and_not_guessed(tmp_path: Path) -> None:
+    case = Case(
+        {f"fold_{i}.json": content(2 * i + 1) for i in range(2)},
+        {f"images/p{i}.jpg": {} for i in range(1, 5)},
+    )
+    root = write(case, tmp_path)
+    result = checked(root)
+    assert result["accepted"]
+    assert "data.train_annotations" in str(result["splits"][0]["warnings"])
+    with pytest.raises(
+        UserError, match=r"unclear \(fold_0\.json, fold_1\.json\); set data\.train_annotations"
+    ):
+        opened(root)
+    assert opened(root, train_annotations="fold_0.json", val_annotations="fold_1.json") == (4, 4)
 
 
 STEP = {"kind": "coco", "batch_size": 2, "eval_batch_size": 2}
