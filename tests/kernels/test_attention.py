@@ -333,33 +333,6 @@ def test_bfloat16_value_does_not_round_the_references_coordinates() -> None:
     assert error < 4e-3  # bfloat16 locations would be wrong by many pixels
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (dict(level_shapes=((2, 2),)), "tokens"),
-        (dict(level_shapes=((0, 5), (279, 1), (0, 1), (0, 2))), "at least 1"),
-        (dict(level_shapes=((1, 40000),), value_BSHD=torch.zeros(2, 40000, 2, 1)), "at most 32767"),
-        (dict(reference_points=torch.zeros(3, 4, 2)), "reference_points"),
-        (dict(logits_NHLP=torch.zeros(10, 2, 4, 3)), "weights"),
-        (dict(image_index_N=None, value_BSHD=torch.zeros(3, 279, 2, 32)), "image_index_N"),
-        (dict(backend="cuda"), "backend"),
-    ],
-)
-def test_wrong_arguments_are_named(change: dict, message: str) -> None:
-    case = AttentionCase()
-    tensors = {n: None if t is None else t.cpu() for n, t in case.tensors().items()}
-    arguments = dict(
-        value_BSHD=tensors["value"],
-        level_shapes=case.levels,
-        reference_points=tensors["reference"],
-        offsets_NHLP2=tensors["offsets"],
-        logits_NHLP=tensors["logits"],
-        image_index_N=tensors["image"],
-    )
-    with pytest.raises(ValueError, match=message):
-        deformable_attention(**{**arguments, **change})
-
-
 @pytest.mark.gpu
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
 def test_large_packed_attention_on_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -286,6 +286,8 @@ WRONG = {
     "a negative level": (dict(level_shapes=((-6, -7), (3, 4))), "at least 1"),
     "levels as a row": (dict(level_shapes=torch.tensor([6, 7, 3, 4])), r"\[L, 2\]|height, width"),
     "levels as floats": (dict(level_shapes=torch.tensor(LEVELS).float()), "integers"),
+    "levels of another number": (dict(level_shapes=((6, 9),)), r"H, 1, P, 2\] .* for 1 levels"),
+    "unknown backend": (dict(backend="cuda"), "backend 'cuda'"),
     "levels on a device": (
         dict(level_shapes=torch.zeros(2, 2, dtype=torch.int64, device="meta")),
         "synchronise",
@@ -304,7 +306,7 @@ def test_arguments_that_do_not_fit_are_refused(name: str, backend: str) -> None:
         for key, value in change.items()
     }
     with pytest.raises(ValueError, match=message):
-        deformable_attention(**{**problem(), "level_shapes": LEVELS, **change}, backend=backend)
+        deformable_attention(**{**problem(), "level_shapes": LEVELS, "backend": backend, **change})
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
