@@ -333,7 +333,7 @@ def test_a_saved_detector_detects_the_same(
 def test_a_run_is_found_by_folder_and_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = tmp_path / "runs" / "mine"
     save_small_detector(run / "weak" / "final.pt")
-    with pytest.raises(UserError, match=r"mine: no checkpoint; give a file"):
+    with pytest.raises(UserError, match=r"mine: no checkpoint; must be a file"):
         resolve_checkpoint(run)
     student = save_small_detector(run / "student" / "final.pt")
     assert resolve_checkpoint(run) == student
