@@ -22,7 +22,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from ats_detr.kernels.gpu import attention, dam, linear, packing, selection, tuning
+from ats_detr.kernels.gpu import attention, attention_map, linear, packing, selection, tuning, value_gradient
+from ats_detr.kernels.gpu.problem import prepare
 
 ARCHITECTURES = (80, 90, 100, 120)
 LEVELS = ((8, 8), (4, 4), (2, 2), (2, 2))  # the code does not depend on them
@@ -158,13 +159,13 @@ def attention_launches(
     image = torch.zeros(num_queries, dtype=torch.int32)
     out = torch.zeros(num_queries, HEADS * HEAD_DIM, dtype=dtype)
     sizes = [side for level in LEVELS for side in level]
-    problem = attention.prepare(value, sizes, reference, offsets, weights, image)
+    problem = prepare(value, sizes, reference, offsets, weights, image)
     calls = {
         "forward": lambda: attention.forward(problem, None),
         "backward": lambda: attention.backward(problem, out, out, True, False),
         "gradients": lambda: attention.backward(problem, out, out, False, False),
-        "tiles": lambda: attention.value_gradient_tiled(problem, out),
-        "sorted": lambda: attention.value_gradient_sorted(problem, out),
+        "tiles": lambda: value_gradient.value_gradient_tiled(problem, out),
+        "sorted": lambda: value_gradient.value_gradient_sorted(problem, out),
     }
     with configured(config):
         return caught(calls[kernel_pass])
@@ -210,7 +211,7 @@ def other_launches(dtype: torch.dtype) -> list[Launch]:
     rows, references = torch.zeros(64, 256, dtype=dtype), torch.zeros(4, 64, 4, 2)
     offsets, logits = torch.zeros(64, 8, 4, 4, 2, dtype=dtype), torch.zeros(64, 8, 4, 4, dtype=dtype)
     sizes = [side for level in LEVELS for side in level]
-    problem = attention.prepare(None, sizes, torch.zeros(64, 4, 4), offsets, logits, None)
+    problem = prepare(None, sizes, torch.zeros(64, 4, 4), offsets, logits, None)
     return [
         *caught(lambda: selection.select(scores, keep, mask, 100)),
         *caught(lambda: selection.select(scores[:, :9000], keep, None, 100)),
@@ -219,7 +220,7 @@ def other_launches(dtype: torch.dtype) -> list[Launch]:
         *caught(lambda: packing.scatter_(memory, rows, *plan, None)),
         *caught(lambda: linear.packed_linear_(memory, rows, square, rows[0], index[:1], None, *plan)),
         *caught(lambda: packing.zero_padding_(memory, mask[:, :64])),
-        *caught(lambda: dam.add_attention_map(problem, torch.zeros(4, 84))),
+        *caught(lambda: attention_map.add_attention_map(problem, torch.zeros(4, 84))),
     ]
 
 

@@ -365,9 +365,10 @@ def _msda(
     shapes = shapes_from(sizes, shapes_L2, value.shape[1])
     if backend == "triton":
         from ats_detr.kernels.gpu import attention
+        from ats_detr.kernels.gpu import problem as problems
 
         with torch.cuda.device_of(value):
-            problem = attention.prepare(
+            problem = problems.prepare(
                 value, sizes_of(shapes)[0], reference_points, offsets, weights, image_index
             )
             return attention.forward(problem, num_rows)
@@ -408,11 +409,12 @@ def _msda_backward(
     shapes = shapes_from(sizes, shapes_L2, value.shape[1])
     if backend == "triton":
         from ats_detr.kernels.gpu import attention
+        from ats_detr.kernels.gpu import problem as problems
 
         with torch.cuda.device_of(value):
             if deterministic is None:
                 deterministic = torch.are_deterministic_algorithms_enabled()
-            problem = attention.prepare(
+            problem = problems.prepare(
                 value, sizes_of(shapes)[0], reference_points, offsets, weights, image_index
             )
             grad_value, *grads = attention.backward(problem, out, grad_out, need_value, deterministic)

@@ -115,18 +115,18 @@ def _add_attention_map(
     """Adds to `target` [B, S]; without reference_points, `offsets` are locations and `weights` are used as they are."""
     shapes = attention.shapes_from(sizes, shapes_L2, target.shape[1])
     if backend == "triton":
-        from ats_detr.kernels.gpu import attention as gpu
-        from ats_detr.kernels.gpu import dam
+        from ats_detr.kernels.gpu import attention_map as gpu
+        from ats_detr.kernels.gpu.problem import prepare
 
         offsets, weights = (t.float() if t.dtype == torch.float64 else t for t in (offsets, weights))
         with torch.cuda.device_of(target):
             sizes, _ = attention.sizes_of(shapes)
-            problem = gpu.prepare(None, sizes, reference_points, offsets, weights, None)
+            problem = prepare(None, sizes, reference_points, offsets, weights, None)
             if target.is_contiguous():
-                dam.add_attention_map(problem, target)
+                gpu.add_attention_map(problem, target)
             else:
                 new = torch.zeros(target.shape, dtype=target.dtype, device=target.device)
-                dam.add_attention_map(problem, new)
+                gpu.add_attention_map(problem, new)
                 target.add_(new)
             return
     if reference_points is None:

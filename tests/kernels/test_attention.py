@@ -14,7 +14,9 @@ from ats_detr.kernels.reference import sampling_locations
 from .cases import DEVICE, TOLERANCE, AttentionCase, relative_error
 
 tuning = pytest.importorskip("ats_detr.kernels.gpu.tuning", reason="triton is not installed")
-attention = pytest.importorskip("ats_detr.kernels.gpu.attention", reason="triton is not installed")
+gpu = pytest.importorskip("ats_detr.kernels.gpu.attention", reason="triton is not installed")
+problems = pytest.importorskip("ats_detr.kernels.gpu.problem", reason="triton is not installed")
+value_gradient = pytest.importorskip("ats_detr.kernels.gpu.value_gradient", reason="triton is not installed")
 TRITON = tuple(map(int, importlib.metadata.version("triton").split(".")[:2]))
 by_kernel = pytest.mark.skipif(
     DEVICE == "cpu" and TRITON < (3, 8),
@@ -154,7 +156,7 @@ def test_queries_are_ordered_image_by_image_and_along_the_map() -> None:
         case = AttentionCase(levels=((4, 5),), counts=counts, heads=1, head_dim=8)
         tensors = case.tensors()
         sizes = [side for level in case.levels for side in level]
-        problem = attention.prepare(
+        problem = problems.prepare(
             tensors["value"],
             sizes,
             tensors["reference"],
@@ -162,7 +164,7 @@ def test_queries_are_ordered_image_by_image_and_along_the_map() -> None:
             tensors["logits"],
             tensors["image"],
         )
-        order = attention.spatial_order(problem).long()
+        order = value_gradient.spatial_order(problem).long()
         assert torch.equal(order.sort().values, torch.arange(sum(counts), device=DEVICE))
         image = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts)).to(DEVICE)[order]
         assert len(image.unique_consecutive()) == len(image.unique())
@@ -272,14 +274,12 @@ def test_rows_past_the_count_are_not_written() -> None:
     tensors = case.tensors()
     arguments = (tensors["value"], case.levels, tensors["reference"], tensors["offsets"], tensors["logits"])
     full = deformable_attention(*arguments, tensors["image"], backend="triton")
-    from ats_detr.kernels.gpu import attention
-
     for count in (0, 1, 8, 15):
         sizes = [side for level in case.levels for side in level]
-        problem = attention.prepare(tensors["value"], sizes, *arguments[2:], tensors["image"])
+        problem = problems.prepare(tensors["value"], sizes, *arguments[2:], tensors["image"])
         poisoned = torch.full_like(full, torch.nan)
         num_rows = torch.tensor([count], dtype=torch.int32, device=DEVICE)
-        out = attention.forward(problem, num_rows, out=poisoned)
+        out = gpu.forward(problem, num_rows, out=poisoned)
         assert torch.equal(out[:count], full[:count])
         assert out[count:].isnan().all()
         reference = deformable_attention(*arguments, tensors["image"], num_rows=num_rows, backend="reference")

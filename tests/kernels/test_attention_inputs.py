@@ -538,13 +538,13 @@ def test_rows_beyond_the_reach_of_32_bit_offsets(which: str) -> None:
 def test_16_bit_gradients_are_read_from_aligned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """A gradient may start at an odd element, for instance where the output was concatenated with something."""
     read, load = [], gpu.row_kind
-    original = gpu._aligned
+    original = gpu.aligned
 
     def spy(tensor: Tensor) -> Tensor:
         read.append(original(tensor))
         return read[-1]
 
-    monkeypatch.setattr(gpu, "_aligned", spy)
+    monkeypatch.setattr(gpu, "aligned", spy)
     value = problem()["value_BSHD"].bfloat16().requires_grad_()
     arguments = {**problem(), "value_BSHD": value, "level_shapes": LEVELS}
     out = deformable_attention(**arguments, backend="triton")

@@ -1,157 +1,306 @@
-"""Launches the deformable attention kernels on contiguous enough tensors. Shapes are checked by the caller."""
+"""Multi-scale deformable attention in Triton: forward, and backward with atomic sums into the value's gradient.
+
+Rows (one head of one query) lie in memory order, so that the parameters of the rows of a program are
+neighbours: at eight heads of 32 channels one warp holds one query. Everything is computed and summed in float32.
+"""
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Sequence
-from typing import NamedTuple
-
 import torch
+import triton
 import triton.language as tl
 from torch import Tensor
 
-from ats_detr.kernels.gpu import binned, msda, tuning
-from ats_detr.kernels.gpu.common import INTERPRETING, SIZES
-from ats_detr.kernels.gpu.host import cdiv, next_power_of_2
+from ats_detr.kernels.gpu import tuning
+from ats_detr.kernels.gpu.common import (
+    SIZES,
+    cdiv,
+    images_of,
+    level_size,
+    load_pair,
+    load_row,
+    next_power_of_2,
+    pack_pair,
+    pair_words,
+    pixel_index,
+    reference_on_level,
+    slopes,
+    softmax_terms,
+    softmax_weight,
+    store_row,
+    view_as,
+    window,
+)
+from ats_detr.kernels.gpu.problem import Problem, aligned, row_kind
+from ats_detr.kernels.gpu.value_gradient import value_gradient_sorted, value_gradient_tiled
 
-MAX_VALUE_PITCH = 65535  # elements from token to token: a line of a level has at most 32,767 tokens
-PIECE = 64  # samples per step of reduce_tiles
 
-
-class Problem(NamedTuple):
-    """What every kernel of one call needs to know."""
-
-    value: Tensor | None
-    """None where only the samples matter (the attention map)."""
-    reference: Tensor | None
-    offsets: Tensor
-    weights: Tensor
-    image_index: Tensor | None
-    sizes: tuple[tuple[int, int], ...]
-    levels: tuple[int, ...]
-    """(height << 16 | width) of eight levels, 0 for those that are not there."""
-    thin: bool
-    """Whether some level is one pixel wide or high."""
-    large: bool
-    """Whether some level has more than 2^24 pixels."""
-    num_queries: int
-
-    @property
-    def counts(self) -> tuple[int, int, int]:
-        """num_queries, queries_per_image and num_images, as the kernels take them."""
-        num_images = self.value.shape[0]
-        return self.num_queries, max(1, self.num_queries // num_images), num_images
-
-    @property
-    def is_empty(self) -> bool:
-        """Whether there is nothing to sum: the output is 0 then."""
-        return self.value.numel() == 0 or self.weights.numel() == 0
-
-    def constants(self) -> dict:
-        """Compile-time constants common to the kernels."""
-        _, num_heads, num_levels, num_points = self.weights.shape
-        return dict(
-            HEADS=num_heads,
-            LEVELS=num_levels,
-            POINTS=num_points,
-            OFFSET_PITCH=self.offsets.stride(0),
-            REFERENCE=0 if self.reference is None else self.reference.shape[-1],
-            enable_fp_fusion=True,
-            num_stages=1,
+@triton.jit(do_not_specialize=["num_queries", "queries_per_image", "num_images", "num_tokens", *SIZES])
+def msda_forward(
+    value_ptr,  # [B, S, HEADS, HEAD_DIM], VALUE_PITCH elements from token to token
+    reference_ptr,  # [N, LEVELS, REFERENCE]
+    # [N, HEADS, LEVELS, POINTS, 2] offsets, or locations where REFERENCE is 0; OFFSET_PITCH from query to query
+    offset_ptr,
+    weight_ptr,  # [N, HEADS, LEVELS, POINTS] logits, or weights where REFERENCE is 0; WEIGHT_PITCH from query to query
+    image_ptr,  # [N] int32 image of each query, where PACKED
+    count_ptr,  # [1] int32 queries in use, where COUNTED
+    out_ptr,  # [N, HEADS, HEAD_DIM]
+    num_queries, queries_per_image, num_images, num_tokens,
+    shape0, shape1, shape2, shape3, shape4, shape5, shape6, shape7,
+    HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, LEVELS: tl.constexpr, POINTS: tl.constexpr,
+    VALUE_PITCH: tl.constexpr, OFFSET_PITCH: tl.constexpr, WEIGHT_PITCH: tl.constexpr,
+    REFERENCE: tl.constexpr, PACKED: tl.constexpr, COUNTED: tl.constexpr, THIN: tl.constexpr, LARGE: tl.constexpr,
+    KIND: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr, SAMPLES_PADDED: tl.constexpr,
+    BLOCK: tl.constexpr, UNROLL: tl.constexpr,
+):  # fmt: skip
+    """out[row] = sum over samples of weight * bilinear(value). Reads per row: 4 corners x samples x HEAD_DIM values."""
+    WORD: tl.constexpr = 2 if KIND == "bf16" or KIND == "fp16" else 1
+    PITCH: tl.constexpr = VALUE_PITCH // WORD
+    SAMPLES: tl.constexpr = LEVELS * POINTS
+    num_rows = num_queries * HEADS
+    if COUNTED:
+        num_rows = tl.minimum(tl.load(count_ptr), num_queries).to(tl.int32) * HEADS
+        if tl.program_id(0) * BLOCK >= num_rows:
+            return
+    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    column = tl.arange(0, WIDTH)
+    live = row < num_rows
+    row = tl.minimum(row, num_rows - 1)
+    query = row // HEADS
+    head = row % HEADS
+    image, shift = images_of(image_ptr, query, queries_per_image, num_images, PACKED)
+    origin = image * num_tokens
+    if WORD == 2:
+        value_ptr = view_as(value_ptr, tl.int32)
+        out_ptr = view_as(out_ptr, tl.int32)
+    values = value_ptr + (head * (HEAD_DIM // WORD))[:, None] + column[None, :]
+    offset_at = query * (OFFSET_PITCH // 2) + head * SAMPLES
+    weight_at = query * WEIGHT_PITCH + head * SAMPLES
+    if REFERENCE != 0:
+        top_logit, inverse_sum = softmax_terms(weight_ptr, weight_at, SAMPLES, SAMPLES_PADDED)
+    first = tl.zeros((BLOCK, WIDTH), tl.float32)
+    second = tl.zeros((BLOCK, WIDTH), tl.float32)
+    poison = tl.zeros((BLOCK,), tl.float32)
+    for level in tl.static_range(LEVELS):
+        height, width = level_size(level, shape0, shape1, shape2, shape3, shape4, shape5, shape6, shape7)
+        width_f = width.to(tl.float32)
+        height_f = height.to(tl.float32)
+        right = tl.where(width > 1, PITCH, 0) if THIN else PITCH
+        below = tl.where(height > 1, width, 0) * PITCH if THIN else width * PITCH
+        x0, y0, x_unit, y_unit = reference_on_level(
+            reference_ptr, query, width_f, height_f, level, LEVELS, POINTS, REFERENCE
         )
+        if PACKED:
+            x0 += shift
+        for point in tl.range(POINTS, loop_unroll_factor=UNROLL):
+            j = level * POINTS + point
+            x, y = load_pair(offset_ptr, offset_at + j)
+            weight = tl.load(weight_ptr + weight_at + j).to(tl.float32)
+            x = x * x_unit + x0
+            y = y * y_unit + y0
+            if REFERENCE != 0:
+                weight = softmax_weight(weight, top_logit, inverse_sum)
+            poison = x * 0.0 + (y * 0.0 + poison)  # NaN as soon as one coordinate is NaN or infinite
+            xb, _, left_w, right_w = window(x, width_f, THIN)
+            yb, _, top_w, low_w = window(y, height_f, THIN)
+            token = origin + pixel_index(xb, yb, width, width_f, LARGE)
+            top = values + (token.to(tl.int64) * PITCH)[:, None]
+            low = top + below
+            top_w *= weight
+            low_w *= weight
+            u, v = load_row(top, column, COLUMNS, WIDTH, KIND)
+            w = (top_w * left_w)[:, None]
+            first += u * w
+            second += v * w
+            u, v = load_row(top + right, column, COLUMNS, WIDTH, KIND)
+            w = (top_w * right_w)[:, None]
+            first += u * w
+            second += v * w
+            u, v = load_row(low, column, COLUMNS, WIDTH, KIND)
+            w = (low_w * left_w)[:, None]
+            first += u * w
+            second += v * w
+            u, v = load_row(low + right, column, COLUMNS, WIDTH, KIND)
+            w = (low_w * right_w)[:, None]
+            first += u * w
+            second += v * w
+        origin += height * width
+    first += poison[:, None]
+    second += poison[:, None]
+    out = out_ptr + (row * (HEAD_DIM // WORD))[:, None] + column[None, :]
+    store_row(out, first, second, live[:, None] & (column < COLUMNS)[None, :], COLUMNS, KIND)
 
-    def value_constants(self, kind: str) -> dict:
-        """Compile-time constants of the kernels that read value rows as `kind`."""
-        head_dim = self.value.shape[-1]
-        columns = head_dim if kind == "plain" else head_dim // 2
-        constants = self.constants()
-        return dict(
-            constants,
-            HEAD_DIM=head_dim,
-            VALUE_PITCH=self.value.stride(1),
-            WEIGHT_PITCH=self.weights.stride(0),
-            PACKED=self.image_index is not None,
-            THIN=self.thin,
-            LARGE=self.large,
-            KIND=kind,
-            COLUMNS=columns,
-            WIDTH=next_power_of_2(columns),
-            SAMPLES_PADDED=next_power_of_2(constants["LEVELS"] * constants["POINTS"]),
-        )
 
-    def key(self) -> tuning.Key:
-        dtype = str(self.value.dtype).removeprefix("torch.")
-        _, num_heads, num_levels, num_points = self.weights.shape
-        return (dtype, num_heads, self.value.shape[-1], num_levels, num_points, self.reference is not None)
+@triton.jit
+def _add_row(
+    ptr, first, second, weight, column, COLUMNS: tl.constexpr, WIDTH: tl.constexpr, KIND: tl.constexpr
+):
+    """One pixel's share of a row's gradient, summed into float32 memory: the first tile, then the second."""
+    if COLUMNS == WIDTH:
+        tl.atomic_add(ptr, first * weight[:, None], sem="relaxed")
+        if KIND != "plain":
+            tl.atomic_add(ptr + COLUMNS, second * weight[:, None], sem="relaxed")
+    else:
+        mask = (weight == weight)[:, None] & (column < COLUMNS)[None, :]
+        tl.atomic_add(ptr, first * weight[:, None], mask=mask, sem="relaxed")
+        if KIND != "plain":
+            tl.atomic_add(ptr + COLUMNS, second * weight[:, None], mask=mask, sem="relaxed")
 
 
-def prepare(
-    value: Tensor | None,
-    sizes: Sequence[int],
-    reference: Tensor | None,
-    offsets: Tensor,
-    weights: Tensor,
-    image_index: Tensor | None,
-) -> Problem:
-    """Copies what the kernels cannot address: they take the pitch from token to token and from query to query as it is
-    (so that slices of one larger projection are read in place), and everything within contiguous and 16-byte
-    aligned. Offsets within a tensor of N rows are int32, as are those from one line of a level to the next.
+@triton.jit
+def _product(ptr, first, second, column, COLUMNS: tl.constexpr, WIDTH: tl.constexpr, KIND: tl.constexpr):
+    """<row at ptr, gradient row>, [rows]."""
+    u, v = load_row(ptr, column, COLUMNS, WIDTH, KIND)
+    if KIND == "plain":
+        return tl.sum(first * u, axis=1)
+    else:
+        return tl.sum(first * u + second * v, axis=1)
+
+
+@triton.jit(do_not_specialize=["num_queries", "queries_per_image", "num_images", "num_tokens", *SIZES])
+def msda_backward(
+    value_ptr, reference_ptr, offset_ptr, weight_ptr, image_ptr,  # as in msda_forward
+    out_ptr,  # [N, HEADS, HEAD_DIM] what the forward pass gave (fused only)
+    grad_out_ptr,  # [N, HEADS, HEAD_DIM]
+    grad_value_ptr,  # [B, S, HEADS, HEAD_DIM] float32, zeros; 16-bit kinds: even channels of a head, then odd ones
+    grad_offset_ptr, grad_weight_ptr,  # contiguous
+    num_queries, queries_per_image, num_images, num_tokens,
+    shape0, shape1, shape2, shape3, shape4, shape5, shape6, shape7,
+    HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, LEVELS: tl.constexpr, POINTS: tl.constexpr,
+    VALUE_PITCH: tl.constexpr, OFFSET_PITCH: tl.constexpr, WEIGHT_PITCH: tl.constexpr,
+    REFERENCE: tl.constexpr, PACKED: tl.constexpr, THIN: tl.constexpr, LARGE: tl.constexpr,
+    KIND: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr, SAMPLES_PADDED: tl.constexpr,
+    SCATTER: tl.constexpr, BLOCK: tl.constexpr, UNROLL: tl.constexpr,
+):  # fmt: skip
+    """Gradients by offsets and logits (or locations and weights) and, where SCATTER, by the value.
+
+    With s the products of the gradient row with the four corners, everything but the value's gradient is scalar work:
+    d/dweight = sum of hat * s; d/dx = weight * sum of slope * s. The softmax needs sum_j weight_j d/dweight_j, which is
+    <gradient, output>, as in flash attention. Programs of one warp need no barrier.
     """
-    pairs, levels, thin, large = _level_sizes(tuple(sizes))
-    if value is not None:
-        batch, num_tokens, _, head_dim = value.shape
-        in_place = value.stride(3) == 1 and value.stride(2) == head_dim and value.data_ptr() % 16 == 0
-        in_place = in_place and value.stride(1) <= MAX_VALUE_PITCH
-        if not in_place or (batch > 1 and value.stride(0) != num_tokens * value.stride(1)):
-            value = value.clone(memory_format=torch.contiguous_format)
-    if not _rows_are_near(offsets) or offsets.stride(0) % 2 or offsets.data_ptr() % 16:
-        offsets = offsets.clone(memory_format=torch.contiguous_format)
-    if not _rows_are_near(weights):
-        weights = weights.clone(memory_format=torch.contiguous_format)
-    if reference is not None:
-        reference = reference.contiguous()
-    if image_index is not None:
-        if image_index.dtype == torch.int64:  # a cast alone would wrap around: 2^32 would be image 0
-            image_index = image_index.clamp(-1, 2**31 - 1)
-        image_index = image_index.to(torch.int32).contiguous()
-    return Problem(
-        value, reference, offsets, weights, image_index, sizes=pairs, levels=levels, thin=thin, large=large,
-        num_queries=offsets.shape[0],
-    )  # fmt: skip
+    WORD: tl.constexpr = 2 if KIND == "bf16" or KIND == "fp16" else 1
+    PITCH: tl.constexpr = VALUE_PITCH // WORD
+    GRAD_PITCH: tl.constexpr = HEADS * HEAD_DIM
+    SAMPLES: tl.constexpr = LEVELS * POINTS
+    num_rows = num_queries * HEADS
+    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    column = tl.arange(0, WIDTH)
+    live = row < num_rows
+    row = tl.minimum(row, num_rows - 1)
+    query = row // HEADS
+    head = row % HEADS
+    image, shift = images_of(image_ptr, query, queries_per_image, num_images, PACKED)
+    origin = image * num_tokens
+    if WORD == 2:
+        value_ptr = view_as(value_ptr, tl.int32)
+        out_ptr = view_as(out_ptr, tl.int32)
+        grad_out_ptr = view_as(grad_out_ptr, tl.int32)
+    values = value_ptr + (head * (HEAD_DIM // WORD))[:, None] + column[None, :]
+    if SCATTER:
+        grads = grad_value_ptr + (head * HEAD_DIM)[:, None] + column[None, :]
+    offset_at = query * (OFFSET_PITCH // 2) + head * SAMPLES
+    weight_at = query * WEIGHT_PITCH + head * SAMPLES
+    out_at = (row * (HEAD_DIM // WORD))[:, None] + column[None, :]
+    g_first, g_second = load_row(grad_out_ptr + out_at, column, COLUMNS, WIDTH, KIND)
+    g_first = tl.where(live[:, None], g_first, 0.0)
+    g_second = tl.where(live[:, None], g_second, 0.0)
+    if REFERENCE != 0:
+        top_logit, inverse_sum = softmax_terms(weight_ptr, weight_at, SAMPLES, SAMPLES_PADDED)
+        mean = _product(out_ptr + out_at, g_first, g_second, column, COLUMNS, WIDTH, KIND)
+    for level in tl.static_range(LEVELS):
+        height, width = level_size(level, shape0, shape1, shape2, shape3, shape4, shape5, shape6, shape7)
+        width_f = width.to(tl.float32)
+        height_f = height.to(tl.float32)
+        right = tl.where(width > 1, 1, 0) if THIN else 1
+        below = tl.where(height > 1, width, 0) if THIN else width
+        x0, y0, x_unit, y_unit = reference_on_level(
+            reference_ptr, query, width_f, height_f, level, LEVELS, POINTS, REFERENCE
+        )
+        if PACKED:
+            x0 += shift
+        for point in tl.range(POINTS, loop_unroll_factor=UNROLL):
+            j = level * POINTS + point
+            x, y = load_pair(offset_ptr, offset_at + j)
+            weight = tl.load(weight_ptr + weight_at + j).to(tl.float32)
+            if REFERENCE != 0:
+                weight = softmax_weight(weight, top_logit, inverse_sum)
+            x = x * x_unit + x0
+            y = y * y_unit + y0
+            poison = x * 0.0 + y * 0.0  # NaN for a coordinate that is NaN or infinite
+            xb, tx, left_w, right_w = window(x, width_f, THIN)
+            yb, ty, top_w, low_w = window(y, height_f, THIN)
+            token = (origin + pixel_index(xb, yb, width, width_f, LARGE)).to(tl.int64)
+            top = values + (token * PITCH)[:, None]
+            low = top + below * PITCH
+            s00 = _product(top, g_first, g_second, column, COLUMNS, WIDTH, KIND)
+            s01 = _product(top + right * PITCH, g_first, g_second, column, COLUMNS, WIDTH, KIND)
+            s10 = _product(low, g_first, g_second, column, COLUMNS, WIDTH, KIND)
+            s11 = _product(low + right * PITCH, g_first, g_second, column, COLUMNS, WIDTH, KIND)
+            left_d, right_d = slopes(tx, width_f, THIN)
+            top_d, low_d = slopes(ty, height_f, THIN)
+            upper = left_w * s00 + right_w * s01
+            lower = left_w * s10 + right_w * s11
+            dw = top_w * upper + (low_w * lower + poison)
+            dx = (
+                weight
+                * x_unit
+                * (left_d * (top_w * s00 + low_w * s10) + right_d * (top_w * s01 + low_w * s11))
+            )
+            dy = weight * y_unit * (top_d * upper + low_d * lower)
+            if REFERENCE != 0:
+                dw = weight * (dw - mean)
+            at = row * SAMPLES + j
+            tl.store(grad_weight_ptr + at, dw.to(grad_weight_ptr.dtype.element_ty), mask=live)
+            tl.store(pair_words(grad_offset_ptr) + at, pack_pair(grad_offset_ptr, dx, dy), mask=live)
+            if SCATTER:
+                target = grads + (token * GRAD_PITCH)[:, None]
+                target_low = target + below * GRAD_PITCH
+                top_w *= weight
+                low_w *= weight
+                _add_row(target, g_first, g_second, top_w * left_w, column, COLUMNS, WIDTH, KIND)
+                _add_row(
+                    target + right * GRAD_PITCH,
+                    g_first,
+                    g_second,
+                    top_w * right_w,
+                    column,
+                    COLUMNS,
+                    WIDTH,
+                    KIND,
+                )
+                _add_row(target_low, g_first, g_second, low_w * left_w, column, COLUMNS, WIDTH, KIND)
+                _add_row(
+                    target_low + right * GRAD_PITCH,
+                    g_first,
+                    g_second,
+                    low_w * right_w,
+                    column,
+                    COLUMNS,
+                    WIDTH,
+                    KIND,
+                )
+        origin += height * width
 
 
-def _rows_are_near(tensor: Tensor) -> bool:
-    """Whether each row is contiguous and int32 offsets reach all of them."""
-    contiguous = tensor.is_contiguous() or tensor[:1].is_contiguous()
-    return contiguous and tensor.stride(0) * tensor.shape[0] < 2**31
+@triton.jit(do_not_specialize=["num_rows"])
+def interleave_halves(
+    planar_ptr,  # [rows, 2, COLUMNS] float32: even channels, odd channels
+    out_ptr,  # [rows, COLUMNS] words of two 16-bit channels
+    num_rows,
+    COLUMNS: tl.constexpr, WIDTH: tl.constexpr, KIND: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Casts the value's gradient from the order in which it was summed to that of the value."""
+    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    column = tl.arange(0, WIDTH)
+    mask = (row < num_rows)[:, None] & (column < COLUMNS)[None, :]
+    at = row.to(tl.int64)[:, None] * COLUMNS + column[None, :]
+    plane = planar_ptr + row.to(tl.int64)[:, None] * (2 * COLUMNS) + column[None, :]
+    even = tl.load(plane, mask=mask)
+    odd = tl.load(plane + COLUMNS, mask=mask)
+    store_row(view_as(out_ptr, tl.int32) + at, even, odd, mask, COLUMNS, KIND)
 
 
-def _aligned(tensor: Tensor) -> Tensor:
-    """Contiguous from a 16-byte boundary on: 16-bit channels are read as 32-bit words."""
-    if tensor.is_contiguous() and tensor.data_ptr() % 16 == 0:
-        return tensor
-    return tensor.clone(memory_format=torch.contiguous_format)
-
-
-@functools.lru_cache(maxsize=256)
-def _level_sizes(sizes: tuple[int, ...]) -> tuple[tuple[tuple[int, int], ...], tuple[int, ...], bool, bool]:
-    """`sizes`, `levels`, `thin` and `large` of a problem."""
-    pairs = tuple(zip(sizes[::2], sizes[1::2], strict=True))
-    levels = tuple(height << 16 | width for height, width in pairs)
-    large = any(height * width > 2**24 for height, width in pairs)
-    return pairs, levels + (0,) * (len(SIZES) - len(levels)), 1 in sizes, large
-
-
-def row_kind(value: Tensor, whole_rows: bool = False) -> str:
-    """How a row of values is read, see `common.load_row`."""
-    head_dim, pitch = value.shape[-1], value.stride(1)
-    if value.dtype == torch.float32:
-        return "plain" if whole_rows or head_dim % 8 else "halves"
-    if head_dim % 2 or pitch % 2:
-        return "plain"
-    return "bf16" if value.dtype == torch.bfloat16 else "fp16"
-
-
+# ------------------------------------------------------------------------------------------------------------ launchers
 def _block(constants: dict, num_warps: int, multiple: int) -> int:
     """Rows per program that give every lane four consecutive words, `multiple` times over."""
     return max(1, 128 // constants["WIDTH"]) * num_warps * multiple
@@ -169,7 +318,7 @@ def forward(problem: Problem, num_rows: Tensor | None, out: Tensor | None = None
     def launch(num_warps: int, unroll: int, multiple: int = 1, whole_rows: bool = False) -> None:
         constants = problem.value_constants(row_kind(value, whole_rows))
         block = _block(constants, num_warps, multiple)
-        msda.msda_forward[(cdiv(num_queries * num_heads, block),)](
+        msda_forward[(cdiv(num_queries * num_heads, block),)](
             value, problem.reference, problem.offsets, problem.weights, problem.image_index, num_rows, out,
             *problem.counts, value.shape[1], *problem.levels,
             **constants, COUNTED=num_rows is not None, BLOCK=block, UNROLL=unroll, num_warps=num_warps,
@@ -188,7 +337,7 @@ def backward(
     grad_weights = torch.empty_like(problem.weights, memory_format=torch.contiguous_format)
     if problem.is_empty:
         return torch.zeros_like(value) if need_value else None, grad_offsets.zero_(), grad_weights.zero_()
-    grad_out, out = _aligned(grad_out), _aligned(out)
+    grad_out, out = aligned(grad_out), aligned(out)
     method = "none"
     if need_value:
         method = "sorted" if deterministic else tuning.value_gradient(problem.key(), num_queries)
@@ -201,7 +350,7 @@ def backward(
     def launch(num_warps: int, unroll: int, multiple: int = 1) -> None:
         constants = problem.value_constants(row_kind(value))
         block = _block(constants, num_warps, multiple)
-        msda.msda_backward[(cdiv(num_queries * value.shape[2], block),)](
+        msda_backward[(cdiv(num_queries * value.shape[2], block),)](
             value, problem.reference, problem.offsets, problem.weights, problem.image_index, out, grad_out,
             grad_value, grad_offsets, grad_weights,
             *problem.counts, value.shape[1], *problem.levels,
@@ -232,171 +381,7 @@ def _value_gradient_in_order(summed: Tensor, value: Tensor) -> Tensor:
     columns, num_rows = value.shape[-1] // 2, summed.numel() // value.shape[-1]
     width = next_power_of_2(columns)
     block = max(1, 2048 // width)
-    msda.interleave_halves[(cdiv(num_rows, block),)](
+    interleave_halves[(cdiv(num_rows, block),)](
         summed, out, num_rows, COLUMNS=columns, WIDTH=width, KIND=kind, BLOCK=block, num_warps=4
     )
     return out
-
-
-def spatial_order(problem: Problem) -> Tensor:
-    """int32 [N] queries image by image, neighbours on the image close to each other (by reference, or first sample)."""
-    position = problem.offsets if problem.reference is None else problem.reference
-    num_queries = problem.num_queries
-    keys = torch.empty(num_queries, dtype=torch.int16, device=position.device)
-    bits = max(0, 16 - (problem.value.shape[0] - 1).bit_length()) // 2
-    binned.spatial_keys[(cdiv(num_queries, 256),)](
-        position, problem.image_index, keys, *problem.counts[:2], PITCH=position.stride(0),
-        PACKED=problem.image_index is not None, BITS=bits, BLOCK=256, num_warps=4,
-    )  # fmt: skip
-    return keys.argsort().int()
-
-
-def value_gradient_tiled(problem: Problem, grad_out: Tensor) -> Tensor:
-    """Gradient by the value from samples sorted by tile, see `binned`."""
-    value, weights, num_queries = problem.value, problem.weights, problem.num_queries
-    order = spatial_order(problem)
-    integers = dict(dtype=torch.int32, device=value.device)
-
-    def launch(samples_per_program: int, num_warps: int, reduce_warps: int, owned: bool) -> Tensor:
-        tiles = Tiles.of(problem, owned)
-        copies = 4 if owned else 1
-        counts = torch.zeros(1 + tiles.groups * tiles.total, **integers)
-        ranks = torch.empty(copies, weights.numel(), **integers)
-        points = next_power_of_2(weights.shape[3])
-        block = max(1, samples_per_program // points)
-        num_programs = cdiv(num_queries, block) * weights.shape[1] * weights.shape[2]
-        binned.count_samples[(num_programs,)](
-            problem.reference, problem.offsets, problem.image_index, order, counts, ranks,
-            *problem.counts, tiles.total, *problem.levels, **problem.constants(),
-            PACKED=problem.image_index is not None, OWNED=owned, POINTS_PADDED=points, BLOCK=block, num_warps=num_warps,
-        )  # fmt: skip
-        starts = counts.cumsum(0, dtype=torch.int32)
-        # as many as there can be: how many samples are in several tiles, or in none, only the device knows
-        samples = torch.empty(copies * weights.numel(), 4, **integers)
-        _place_samples(problem, tiles, starts, ranks, samples)
-        return _reduce_tiles(problem, tiles, samples, starts, grad_out, reduce_warps)
-
-    density = tuning.density(weights.numel(), value.shape[:3].numel())
-    return tuning.run("value_tiles", (*problem.key(), density), num_queries, value.device, launch)
-
-
-class Tiles(NamedTuple):
-    """How the levels of one image and head are cut."""
-
-    sides: list[tuple[int, int]]
-    """(rows, columns) of tiles of each level."""
-    groups: int
-    """Images x heads."""
-    owned: bool
-    """Whether tiles own their pixels, see `binned`."""
-
-    @staticmethod
-    def of(problem: Problem, owned: bool) -> Tiles:
-        step = binned.WINDOW.value if owned else binned.CELLS.value
-        sides = [(cdiv(height, step), cdiv(width, step)) for height, width in problem.sizes]
-        return Tiles(sides, problem.value.shape[0] * problem.value.shape[2], owned)
-
-    @property
-    def total(self) -> int:
-        return sum(rows * columns for rows, columns in self.sides)
-
-
-def _place_samples(
-    problem: Problem, tiles: Tiles, starts: Tensor | None, ranks: Tensor, samples: Tensor
-) -> None:
-    num_heads, num_levels, num_points = problem.weights.shape[1:]
-    levels, points = next_power_of_2(num_levels), next_power_of_2(num_points)
-    # 512 samples need 130 registers where tiles own their pixels, 256 half of that and 6 % more instructions (sm_90).
-    block = max(1, (8192 if INTERPRETING else 256) // (levels * points))
-    binned.place_samples[(cdiv(problem.num_queries * num_heads, block),)](
-        problem.reference, problem.offsets, problem.weights, problem.image_index, starts, ranks, samples,
-        *problem.counts, tiles.total, *problem.levels, **problem.constants(),
-        WEIGHT_PITCH=problem.weights.stride(0), PACKED=problem.image_index is not None, OWNED=tiles.owned,
-        LEVELS_PADDED=levels, POINTS_PADDED=points, BLOCK=block, num_warps=2,
-    )  # fmt: skip
-
-
-def _reduce_tiles(
-    problem: Problem,
-    tiles: Tiles,
-    samples: Tensor,
-    starts: Tensor,
-    grad_out: Tensor,
-    num_warps: int,
-    colors: Sequence[int] = (-1,),
-) -> Tensor:
-    """The value's gradient, in its dtype; a launch for each of `colors` (see `binned.reduce_tiles`)."""
-    value = problem.value
-    batch, num_tokens, num_heads, head_dim = value.shape
-    num_samples = problem.counts[1] * problem.weights.shape[3]
-    # Few long programs sum to memory less often, but are too few to fill the GPU where there is little to do.
-    per_program = (16 if problem.weights.numel() >= 4 << 20 else 8) * PIECE
-    num_tiles = [rows * columns for rows, columns in tiles.sides]
-    splits = [  # as binned._splits: a level that is split there only would have two owners of a pixel
-        max(1, (num_samples + number * (per_program // 2)) // (number * per_program)) for number in num_tiles
-    ]
-    own_levels = next((i for i, n in enumerate(splits) if n > 1), len(splits)) if tiles.owned else 0
-    first_summed = sum(height * width for height, width in problem.sizes[:own_levels])
-    summed_shape = (batch, num_tokens - first_summed, num_heads, head_dim)
-    summed = torch.zeros(summed_shape, dtype=torch.float32, device=value.device)
-    owned = torch.empty(value.shape, dtype=value.dtype, device=value.device) if tiles.owned else None
-
-    operand = _operand(value)
-    width = max(16, next_power_of_2(head_dim))
-    if operand == tl.float32:  # three products for one: wider or more would spill
-        width, num_warps, stages = min(width, 32), 4, 2
-    else:
-        width, stages = min(width, 128), 3
-        num_warps = num_warps if width <= 32 else 4
-    for color in colors:
-        if color < 0:
-            programs = sum(number * split for number, split in zip(num_tiles, splits, strict=True))
-        else:
-            programs = sum(
-                ((rows + 1 - color // 2) // 2) * ((columns + 1 - color % 2) // 2)
-                for rows, columns in tiles.sides
-            )
-        if programs == 0:
-            continue
-        binned.reduce_tiles[(tiles.groups * programs, cdiv(head_dim, width))](
-            samples, starts, grad_out, owned, summed, num_tokens, first_summed, tiles.total, tiles.groups, num_samples,
-            per_program, *problem.levels, HEADS=num_heads, HEAD_DIM=head_dim, LEVELS=len(tiles.sides), WIDTH=width,
-            OWNED=tiles.owned, COLOR=color, OPERAND=operand, SPLIT=operand == tl.float32 and not INTERPRETING,
-            PIECE=PIECE, STAGES=stages, num_warps=num_warps, num_stages=stages, enable_fp_fusion=True,
-        )  # fmt: skip
-    if owned is None:
-        return summed.to(value.dtype)
-    if summed.numel():
-        owned[:, first_summed:] = summed
-    return owned
-
-
-def _operand(value: Tensor) -> tl.dtype:
-    """Type of the matrix products' factors (sums are float32); the interpreter has no bfloat16 products."""
-    types = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
-    return tl.float32 if INTERPRETING else types.get(value.dtype, tl.float32)
-
-
-def value_gradient_sorted(problem: Problem, grad_out: Tensor) -> Tensor:
-    """Gradient by the value, bit-equal from run to run, see `binned`."""
-    value, weights, num_queries = problem.value, problem.weights, problem.num_queries
-    num_heads, _, num_points = weights.shape[1:]
-    tiles = Tiles.of(problem, owned=False)
-    num_bins = tiles.groups * tiles.total
-    num_samples = weights.numel()
-    integers = dict(dtype=torch.int32, device=value.device)
-    points_padded = next_power_of_2(num_points)
-    block = max(1, 512 // points_padded)
-    bins = torch.empty(num_samples, **integers)
-    binned.bin_samples[(cdiv(num_queries * num_heads, block),)](
-        problem.reference, problem.offsets, problem.image_index, bins,
-        *problem.counts, tiles.total, num_bins, *problem.levels, **problem.constants(),
-        PACKED=problem.image_index is not None, POINTS_PADDED=points_padded, BLOCK=block, num_warps=4,
-    )  # fmt: skip
-    sorted_bins, order = bins.sort(stable=True)
-    starts = torch.searchsorted(sorted_bins, torch.arange(num_bins + 1, **integers), out_int32=True)
-    positions = torch.empty(num_samples, **integers)
-    binned.invert_permutation[(cdiv(num_samples, 1024),)](order, positions, num_samples, BLOCK=1024)
-    samples = torch.empty(num_samples, 4, **integers)
-    _place_samples(problem, tiles, None, positions, samples)
-    return _reduce_tiles(problem, tiles, samples, starts, grad_out, num_warps=2, colors=range(4))

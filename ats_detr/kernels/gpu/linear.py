@@ -19,8 +19,7 @@ from torch import Tensor
 
 from ats_detr.kernels.dispatch import share_storage
 from ats_detr.kernels.gpu import tuning
-from ats_detr.kernels.gpu.common import INTERPRETING
-from ats_detr.kernels.gpu.host import cdiv, next_power_of_2
+from ats_detr.kernels.gpu.common import INTERPRETING, cdiv, next_power_of_2
 from ats_detr.kernels.gpu.packing import rows_evenly_spaced, scatter_
 
 

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ats_detr.kernels.dispatch import share_storage
-from ats_detr.kernels.gpu.host import cdiv, next_power_of_2
+from ats_detr.kernels.gpu.common import cdiv, next_power_of_2
 
 GROUP = 4  # tensors per launch
 ELEMENTS = 1024  # per tensor and program, approximately

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ats_detr.kernels.gpu.host import cdiv, next_power_of_2
+from ats_detr.kernels.gpu.common import cdiv, next_power_of_2
 
 CHUNK = 1024  # tokens per program of the compaction
 

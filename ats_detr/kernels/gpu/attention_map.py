@@ -8,9 +8,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ats_detr.kernels.gpu.attention import Problem
-from ats_detr.kernels.gpu.common import SIZES, level_size, samples_of_level, softmax_terms, softmax_weight
-from ats_detr.kernels.gpu.host import cdiv, next_power_of_2
+from ats_detr.kernels.gpu.common import (
+    SIZES,
+    cdiv,
+    level_size,
+    next_power_of_2,
+    samples_of_level,
+    softmax_terms,
+    softmax_weight,
+)
+from ats_detr.kernels.gpu.problem import Problem
 
 
 @triton.jit

@@ -27,13 +27,31 @@ The deterministic mode fixes every order: tiles from `bin_samples`, a stable tor
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from ats_detr.kernels.gpu.common import LOG2E, SIZES, images_of, level_size, samples_of_level, view_as
+from ats_detr.kernels.gpu import tuning
+from ats_detr.kernels.gpu.common import (
+    INTERPRETING,
+    LOG2E,
+    SIZES,
+    cdiv,
+    images_of,
+    level_size,
+    next_power_of_2,
+    samples_of_level,
+    view_as,
+)
+from ats_detr.kernels.gpu.problem import Problem
 
 WINDOW = tl.constexpr(8)  # pixels per side of a tile's window
 CELLS = tl.constexpr(7)  # cells per side of a tile whose outermost pixels are shared
+PIECE = 64  # samples per step of reduce_tiles
 
 
 @triton.jit
@@ -480,3 +498,168 @@ def invert_permutation(order_ptr, position_ptr, num, BLOCK: tl.constexpr):
     """position[order[i]] = i (int64 order, int32 positions)."""
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     tl.store(position_ptr + tl.load(order_ptr + i, mask=i < num), i, mask=i < num)
+
+
+# ------------------------------------------------------------------------------------------------------------ launchers
+def spatial_order(problem: Problem) -> Tensor:
+    """int32 [N] queries image by image, neighbours on the image close to each other (by reference, or first sample)."""
+    position = problem.offsets if problem.reference is None else problem.reference
+    num_queries = problem.num_queries
+    keys = torch.empty(num_queries, dtype=torch.int16, device=position.device)
+    bits = max(0, 16 - (problem.value.shape[0] - 1).bit_length()) // 2
+    spatial_keys[(cdiv(num_queries, 256),)](
+        position, problem.image_index, keys, *problem.counts[:2], PITCH=position.stride(0),
+        PACKED=problem.image_index is not None, BITS=bits, BLOCK=256, num_warps=4,
+    )  # fmt: skip
+    return keys.argsort().int()
+
+
+def value_gradient_tiled(problem: Problem, grad_out: Tensor) -> Tensor:
+    """Gradient by the value from samples sorted by tile."""
+    value, weights, num_queries = problem.value, problem.weights, problem.num_queries
+    order = spatial_order(problem)
+    integers = dict(dtype=torch.int32, device=value.device)
+
+    def launch(samples_per_program: int, num_warps: int, reduce_warps: int, owned: bool) -> Tensor:
+        tiles = Tiles.of(problem, owned)
+        copies = 4 if owned else 1
+        counts = torch.zeros(1 + tiles.groups * tiles.total, **integers)
+        ranks = torch.empty(copies, weights.numel(), **integers)
+        points = next_power_of_2(weights.shape[3])
+        block = max(1, samples_per_program // points)
+        num_programs = cdiv(num_queries, block) * weights.shape[1] * weights.shape[2]
+        count_samples[(num_programs,)](
+            problem.reference, problem.offsets, problem.image_index, order, counts, ranks,
+            *problem.counts, tiles.total, *problem.levels, **problem.constants(),
+            PACKED=problem.image_index is not None, OWNED=owned, POINTS_PADDED=points, BLOCK=block, num_warps=num_warps,
+        )  # fmt: skip
+        starts = counts.cumsum(0, dtype=torch.int32)
+        # as many as there can be: how many samples are in several tiles, or in none, only the device knows
+        samples = torch.empty(copies * weights.numel(), 4, **integers)
+        _place_samples(problem, tiles, starts, ranks, samples)
+        return _reduce_tiles(problem, tiles, samples, starts, grad_out, reduce_warps)
+
+    density = tuning.density(weights.numel(), value.shape[:3].numel())
+    return tuning.run("value_tiles", (*problem.key(), density), num_queries, value.device, launch)
+
+
+class Tiles(NamedTuple):
+    """How the levels of one image and head are cut."""
+
+    sides: list[tuple[int, int]]
+    """(rows, columns) of tiles of each level."""
+    groups: int
+    """Images x heads."""
+    owned: bool
+    """Whether tiles own their pixels."""
+
+    @staticmethod
+    def of(problem: Problem, owned: bool) -> Tiles:
+        step = WINDOW.value if owned else CELLS.value
+        sides = [(cdiv(height, step), cdiv(width, step)) for height, width in problem.sizes]
+        return Tiles(sides, problem.value.shape[0] * problem.value.shape[2], owned)
+
+    @property
+    def total(self) -> int:
+        return sum(rows * columns for rows, columns in self.sides)
+
+
+def _place_samples(
+    problem: Problem, tiles: Tiles, starts: Tensor | None, ranks: Tensor, samples: Tensor
+) -> None:
+    num_heads, num_levels, num_points = problem.weights.shape[1:]
+    levels, points = next_power_of_2(num_levels), next_power_of_2(num_points)
+    # 512 samples need 130 registers where tiles own their pixels, 256 half of that and 6 % more instructions (sm_90).
+    block = max(1, (8192 if INTERPRETING else 256) // (levels * points))
+    place_samples[(cdiv(problem.num_queries * num_heads, block),)](
+        problem.reference, problem.offsets, problem.weights, problem.image_index, starts, ranks, samples,
+        *problem.counts, tiles.total, *problem.levels, **problem.constants(),
+        WEIGHT_PITCH=problem.weights.stride(0), PACKED=problem.image_index is not None, OWNED=tiles.owned,
+        LEVELS_PADDED=levels, POINTS_PADDED=points, BLOCK=block, num_warps=2,
+    )  # fmt: skip
+
+
+def _reduce_tiles(
+    problem: Problem,
+    tiles: Tiles,
+    samples: Tensor,
+    starts: Tensor,
+    grad_out: Tensor,
+    num_warps: int,
+    colors: Sequence[int] = (-1,),
+) -> Tensor:
+    """The value's gradient, in its dtype; a launch for each of `colors` (see `reduce_tiles`)."""
+    value = problem.value
+    batch, num_tokens, num_heads, head_dim = value.shape
+    num_samples = problem.counts[1] * problem.weights.shape[3]
+    # Few long programs sum to memory less often, but are too few to fill the GPU where there is little to do.
+    per_program = (16 if problem.weights.numel() >= 4 << 20 else 8) * PIECE
+    num_tiles = [rows * columns for rows, columns in tiles.sides]
+    splits = [  # as _splits: a level that is split there only would have two owners of a pixel
+        max(1, (num_samples + number * (per_program // 2)) // (number * per_program)) for number in num_tiles
+    ]
+    own_levels = next((i for i, n in enumerate(splits) if n > 1), len(splits)) if tiles.owned else 0
+    first_summed = sum(height * width for height, width in problem.sizes[:own_levels])
+    summed_shape = (batch, num_tokens - first_summed, num_heads, head_dim)
+    summed = torch.zeros(summed_shape, dtype=torch.float32, device=value.device)
+    owned = torch.empty(value.shape, dtype=value.dtype, device=value.device) if tiles.owned else None
+
+    operand = _operand(value)
+    width = max(16, next_power_of_2(head_dim))
+    if operand == tl.float32:  # three products for one: wider or more would spill
+        width, num_warps, stages = min(width, 32), 4, 2
+    else:
+        width, stages = min(width, 128), 3
+        num_warps = num_warps if width <= 32 else 4
+    for color in colors:
+        if color < 0:
+            programs = sum(number * split for number, split in zip(num_tiles, splits, strict=True))
+        else:
+            programs = sum(
+                ((rows + 1 - color // 2) // 2) * ((columns + 1 - color % 2) // 2)
+                for rows, columns in tiles.sides
+            )
+        if programs == 0:
+            continue
+        reduce_tiles[(tiles.groups * programs, cdiv(head_dim, width))](
+            samples, starts, grad_out, owned, summed, num_tokens, first_summed, tiles.total, tiles.groups, num_samples,
+            per_program, *problem.levels, HEADS=num_heads, HEAD_DIM=head_dim, LEVELS=len(tiles.sides), WIDTH=width,
+            OWNED=tiles.owned, COLOR=color, OPERAND=operand, SPLIT=operand == tl.float32 and not INTERPRETING,
+            PIECE=PIECE, STAGES=stages, num_warps=num_warps, num_stages=stages, enable_fp_fusion=True,
+        )  # fmt: skip
+    if owned is None:
+        return summed.to(value.dtype)
+    if summed.numel():
+        owned[:, first_summed:] = summed
+    return owned
+
+
+def _operand(value: Tensor) -> tl.dtype:
+    """Type of the matrix products' factors (sums are float32); the interpreter has no bfloat16 products."""
+    types = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
+    return tl.float32 if INTERPRETING else types.get(value.dtype, tl.float32)
+
+
+def value_gradient_sorted(problem: Problem, grad_out: Tensor) -> Tensor:
+    """Gradient by the value, bit-equal from run to run."""
+    value, weights, num_queries = problem.value, problem.weights, problem.num_queries
+    num_heads, _, num_points = weights.shape[1:]
+    tiles = Tiles.of(problem, owned=False)
+    num_bins = tiles.groups * tiles.total
+    num_samples = weights.numel()
+    integers = dict(dtype=torch.int32, device=value.device)
+    points_padded = next_power_of_2(num_points)
+    block = max(1, 512 // points_padded)
+    bins = torch.empty(num_samples, **integers)
+    bin_samples[(cdiv(num_queries * num_heads, block),)](
+        problem.reference, problem.offsets, problem.image_index, bins,
+        *problem.counts, tiles.total, num_bins, *problem.levels, **problem.constants(),
+        PACKED=problem.image_index is not None, POINTS_PADDED=points_padded, BLOCK=block, num_warps=4,
+    )  # fmt: skip
+    sorted_bins, order = bins.sort(stable=True)
+    starts = torch.searchsorted(sorted_bins, torch.arange(num_bins + 1, **integers), out_int32=True)
+    positions = torch.empty(num_samples, **integers)
+    invert_permutation[(cdiv(num_samples, 1024),)](order, positions, num_samples, BLOCK=1024)
+    samples = torch.empty(num_samples, 4, **integers)
+    _place_samples(problem, tiles, None, positions, samples)
+    return _reduce_tiles(problem, tiles, samples, starts, grad_out, num_warps=2, colors=range(4))

@@ -1,0 +1,149 @@
+"""One deformable attention problem as the kernels take it."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ats_detr.kernels.gpu import tuning
+from ats_detr.kernels.gpu.common import SIZES, next_power_of_2
+
+MAX_VALUE_PITCH = 65535  # elements from token to token: a line of a level has at most 32,767 tokens
+
+
+class Problem(NamedTuple):
+    """What every kernel of one call needs to know."""
+
+    value: Tensor | None
+    """None where only the samples matter (the attention map)."""
+    reference: Tensor | None
+    offsets: Tensor
+    weights: Tensor
+    image_index: Tensor | None
+    sizes: tuple[tuple[int, int], ...]
+    levels: tuple[int, ...]
+    """(height << 16 | width) of eight levels, 0 for those that are not there."""
+    thin: bool
+    """Whether some level is one pixel wide or high."""
+    large: bool
+    """Whether some level has more than 2^24 pixels."""
+    num_queries: int
+
+    @property
+    def counts(self) -> tuple[int, int, int]:
+        """num_queries, queries_per_image and num_images, as the kernels take them."""
+        num_images = self.value.shape[0]
+        return self.num_queries, max(1, self.num_queries // num_images), num_images
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is nothing to sum: the output is 0 then."""
+        return self.value.numel() == 0 or self.weights.numel() == 0
+
+    def constants(self) -> dict:
+        """Compile-time constants common to the kernels."""
+        _, num_heads, num_levels, num_points = self.weights.shape
+        return dict(
+            HEADS=num_heads,
+            LEVELS=num_levels,
+            POINTS=num_points,
+            OFFSET_PITCH=self.offsets.stride(0),
+            REFERENCE=0 if self.reference is None else self.reference.shape[-1],
+            enable_fp_fusion=True,
+            num_stages=1,
+        )
+
+    def value_constants(self, kind: str) -> dict:
+        """Compile-time constants of the kernels that read value rows as `kind`."""
+        head_dim = self.value.shape[-1]
+        columns = head_dim if kind == "plain" else head_dim // 2
+        constants = self.constants()
+        return dict(
+            constants,
+            HEAD_DIM=head_dim,
+            VALUE_PITCH=self.value.stride(1),
+            WEIGHT_PITCH=self.weights.stride(0),
+            PACKED=self.image_index is not None,
+            THIN=self.thin,
+            LARGE=self.large,
+            KIND=kind,
+            COLUMNS=columns,
+            WIDTH=next_power_of_2(columns),
+            SAMPLES_PADDED=next_power_of_2(constants["LEVELS"] * constants["POINTS"]),
+        )
+
+    def key(self) -> tuning.Key:
+        dtype = str(self.value.dtype).removeprefix("torch.")
+        _, num_heads, num_levels, num_points = self.weights.shape
+        return (dtype, num_heads, self.value.shape[-1], num_levels, num_points, self.reference is not None)
+
+
+def prepare(
+    value: Tensor | None,
+    sizes: Sequence[int],
+    reference: Tensor | None,
+    offsets: Tensor,
+    weights: Tensor,
+    image_index: Tensor | None,
+) -> Problem:
+    """Copies what the kernels cannot address: they take the pitch from token to token and from query to query as it is
+    (so that slices of one larger projection are read in place), and everything within contiguous and 16-byte
+    aligned. Offsets within a tensor of N rows are int32, as are those from one line of a level to the next.
+    """
+    pairs, levels, thin, large = _level_sizes(tuple(sizes))
+    if value is not None:
+        batch, num_tokens, _, head_dim = value.shape
+        in_place = value.stride(3) == 1 and value.stride(2) == head_dim and value.data_ptr() % 16 == 0
+        in_place = in_place and value.stride(1) <= MAX_VALUE_PITCH
+        if not in_place or (batch > 1 and value.stride(0) != num_tokens * value.stride(1)):
+            value = value.clone(memory_format=torch.contiguous_format)
+    if not _rows_are_near(offsets) or offsets.stride(0) % 2 or offsets.data_ptr() % 16:
+        offsets = offsets.clone(memory_format=torch.contiguous_format)
+    if not _rows_are_near(weights):
+        weights = weights.clone(memory_format=torch.contiguous_format)
+    if reference is not None:
+        reference = reference.contiguous()
+    if image_index is not None:
+        if image_index.dtype == torch.int64:  # a cast alone would wrap around: 2^32 would be image 0
+            image_index = image_index.clamp(-1, 2**31 - 1)
+        image_index = image_index.to(torch.int32).contiguous()
+    return Problem(
+        value, reference, offsets, weights, image_index, sizes=pairs, levels=levels, thin=thin, large=large,
+        num_queries=offsets.shape[0],
+    )  # fmt: skip
+
+
+def _rows_are_near(tensor: Tensor) -> bool:
+    """Whether each row is contiguous and int32 offsets reach all of them."""
+    contiguous = tensor.is_contiguous() or tensor[:1].is_contiguous()
+    return contiguous and tensor.stride(0) * tensor.shape[0] < 2**31
+
+
+def aligned(tensor: Tensor) -> Tensor:
+    """Contiguous from a 16-byte boundary on: 16-bit channels are read as 32-bit words."""
+    if tensor.is_contiguous() and tensor.data_ptr() % 16 == 0:
+        return tensor
+    return tensor.clone(memory_format=torch.contiguous_format)
+
+
+@functools.lru_cache(maxsize=256)
+def _level_sizes(sizes: tuple[int, ...]) -> tuple[tuple[tuple[int, int], ...], tuple[int, ...], bool, bool]:
+    """`sizes`, `levels`, `thin` and `large` of a problem."""
+    pairs = tuple(zip(sizes[::2], sizes[1::2], strict=True))
+    levels = tuple(height << 16 | width for height, width in pairs)
+    large = any(height * width > 2**24 for height, width in pairs)
+    return pairs, levels + (0,) * (len(SIZES) - len(levels)), 1 in sizes, large
+
+
+def row_kind(value: Tensor, whole_rows: bool = False) -> str:
+    """How a row of values is read, see `common.load_row`."""
+    head_dim, pitch = value.shape[-1], value.stride(1)
+    if value.dtype == torch.float32:
+        return "plain" if whole_rows or head_dim % 8 else "halves"
+    if head_dim % 2 or pitch % 2:
+        return "plain"
+    return "bf16" if value.dtype == torch.bfloat16 else "fp16"
