@@ -35,6 +35,7 @@ from torch import Tensor, nn
 
 from ats_detr.config import Config, ConfigError, apply_override, config_from_dict
 from ats_detr.convert import ALLOWED_TYPES, from_official, is_official
+from ats_detr.data.classes import ClassMap
 from ats_detr.errors import UserError
 from ats_detr.model import Detr, build_model
 
@@ -44,8 +45,8 @@ _ZIP = b"PK\x03\x04"
 _OLD_TORCH_SAVE = pickle.dumps(torch.serialization.MAGIC_NUMBER, protocol=2)
 """First bytes of torch.save files, since and before torch 1.6."""
 _DAMAGE = (
-    *(RuntimeError, EOFError, ValueError, LookupError, AttributeError, TypeError),
-    *(struct.error, SafetensorError),
+    *(RuntimeError, EOFError, ValueError, LookupError, AttributeError, TypeError, MemoryError, OverflowError),
+    *(struct.error, SafetensorError, zipfile.BadZipFile),
 )
 """Exceptions of the readers on damaged files."""
 FINISHED = "final.pt"
@@ -58,7 +59,12 @@ MODEL_CONFIG = "config.json"
 _MODEL_WEIGHTS = "model.safetensors"
 _TRAINING_STATE = ("optimizer", "rng", "average", "difficulty")
 """Keys that only resuming needs."""
+_TYPES: dict[str, Any] = {
+    **{"model": Mapping, "config": dict, "num_classes": int, "classes": dict, "epoch": int, "finished": bool},
+    **{"train_seconds": (int, float), "metrics": (dict, type(None)), "published": bool},
+}
 _KEYS = ("model", "config", "num_classes", "classes", "epoch", "finished")
+"""Required keys of a checkpoint, of these types."""
 
 
 def save_checkpoint(checkpoint: Mapping[str, Any], path: Path, *, previous: Path | None = None) -> None:
@@ -153,10 +159,49 @@ def load_checkpoint(path: str | Path, *, verify: bool = False) -> dict[str, Any]
         checkpoint = from_official(checkpoint, source=str(path))
         for note in checkpoint["notes"]:
             logger.info("%s: %s", path, note)
-    missing = [key for key in _KEYS if not isinstance(checkpoint, dict) or key not in checkpoint]
-    if missing:
-        raise UserError(f"{path}: not a checkpoint of ats_detr (no key {missing[0]!r})")
+    _check_content(checkpoint, path)
     return checkpoint
+
+
+def _check_content(checkpoint: Any, path: str | Path) -> None:
+    """Raise UserError unless a file has the entries of a checkpoint, of the types that its readers assume.
+
+    A file of unknown origin must not exhaust memory: a tensor that repeats its elements by its strides is larger than
+    its share of the file.
+    """
+    if not isinstance(checkpoint, dict) or any(key not in checkpoint for key in _KEYS):
+        raise UserError(
+            f"{path}: not a checkpoint of this package or of the published code, but {_description(checkpoint)}"
+        )
+    wrong = [key for key in _TYPES if key in checkpoint and not isinstance(checkpoint[key], _TYPES[key])]
+    state = checkpoint["model"]
+    if not wrong:
+        wrong = [f"model.{str(name)[:100]}" for name, value in state.items() if not _is_plain(name, value)]
+    if wrong:
+        raise UserError(f"{path}: not a checkpoint of this package: invalid content under {wrong[0]!r}")
+    try:
+        classes = ClassMap.from_dict(checkpoint["classes"])
+    except UserError as error:
+        raise UserError(f"{path}: invalid classes: {error}") from None
+    if classes.num_rows != checkpoint["num_classes"]:
+        raise UserError(
+            f"{path}: num_classes = {checkpoint['num_classes']}: must be {classes.num_rows}, as in classes"
+        )
+
+
+def _is_plain(name: Any, value: Any) -> bool:
+    if not (isinstance(name, str) and isinstance(value, Tensor)):
+        return False
+    is_dense = value.layout == torch.strided and value.device.type == "cpu" and not value.is_quantized
+    return is_dense and not value.is_complex() and value.nbytes <= value.untyped_storage().nbytes()
+
+
+def _description(content: Any) -> str:
+    """What a file contains, for a message."""
+    if not isinstance(content, Mapping):
+        return f"a {type(content).__name__}"
+    keys = [repr(str(key)[:40]) for key in content]
+    return f"a dictionary with {len(keys)} keys: {', '.join(keys[:5])}{', ...' * (len(keys) > 5)}"
 
 
 def _verify(path: Path) -> None:
@@ -179,12 +224,18 @@ def read_file(path: str | Path) -> Any:
     try:
         if path.is_dir():
             return _from_folder(path)
+        _require_regular(path)
         if path.suffix == ".safetensors":
             return _from_safetensors(path)
         with path.open("rb") as file:
             beginning = file.read(len(_OLD_TORCH_SAVE))
         if not beginning.startswith(_ZIP) and beginning != _OLD_TORCH_SAVE:
             raise UserError(f"{path}: not a checkpoint (not written by torch.save)")
+        if beginning.startswith(_ZIP):
+            with zipfile.ZipFile(path) as archive:
+                size = sum(entry.file_size for entry in archive.infolist())
+            if size > path.stat().st_size:  # torch.save does not compress
+                raise UserError(f"{path}: rejected (compressed data, {size} bytes when unpacked)")
         with torch.serialization.safe_globals(ALLOWED_TYPES):
             return torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
@@ -201,9 +252,16 @@ def read_file(path: str | Path) -> Any:
         raise UserError(f"{path}: not a checkpoint, or a damaged one ({_first_line(error)})") from error
 
 
+def _require_regular(path: Path) -> None:
+    """Raise UserError for a FIFO or a device, which could block forever."""
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path}: not a checkpoint (not a regular file)")
+
+
 def _from_folder(folder: Path) -> dict[str, Any]:
     if not (folder / MODEL_CONFIG).is_file():
         raise UserError(f"{folder}: not a model folder, it has no {MODEL_CONFIG}")
+    _require_regular(folder / _MODEL_WEIGHTS)
     others = json.loads((folder / MODEL_CONFIG).read_bytes())
     if not isinstance(others, dict):
         raise UserError(f"{folder / MODEL_CONFIG}: not the configuration of a model")
@@ -223,7 +281,10 @@ def _from_safetensors(path: Path) -> dict[str, Any]:
 
 def config_of(checkpoint: Mapping[str, Any], path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """The configuration stored in a checkpoint, with `key.sub=value` overrides. Raises UserError."""
-    tree = copy.deepcopy(checkpoint["config"])
+    try:
+        tree = copy.deepcopy(checkpoint["config"])
+    except RecursionError:
+        raise UserError(f"{path}: the configuration stored in this checkpoint is nested too deeply") from None
     for override in overrides:
         apply_override(tree, override)
     try:
@@ -272,8 +333,13 @@ def load_detector(config: Config, checkpoint: Mapping[str, Any], path: str | Pat
     if checkpoint.get("published") and config.model.selector is not None:
         changes["selector"] = dataclasses.replace(config.model.selector, masked_mean=False)
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, **changes))
+    # Without memory first: the sizes in a file of unknown origin must be those of its tensors.
+    backbone = dataclasses.replace(config.model.backbone, frozen_stages=0)
+    with torch.device("meta"):
+        outline = dataclasses.replace(config, model=dataclasses.replace(config.model, backbone=backbone))
+        check_weights(build_without_fetching(outline, checkpoint["num_classes"]), checkpoint["model"], path)
     model = build_without_fetching(config, checkpoint["num_classes"])
-    load_weights(model, checkpoint["model"], path)
+    model.load_state_dict(dict(checkpoint["model"]))
     return model.eval()
 
 
@@ -298,6 +364,12 @@ def build_without_fetching(config: Config, num_classes: int) -> Detr:
 
 def load_weights(model: nn.Module, state: Mapping[str, Tensor], path: str | Path) -> None:
     """Load a state dict strictly. Raises UserError listing missing, unknown and reshaped tensors."""
+    check_weights(model, state, path)
+    model.load_state_dict(dict(state))
+
+
+def check_weights(model: nn.Module, state: Mapping[str, Tensor], path: str | Path) -> None:
+    """Raise UserError, listing missing, unknown and reshaped tensors, where names or shapes differ."""
     own = model.state_dict()
     missing = [name for name in own if name not in state]
     unknown = [name for name in state if name not in own]
@@ -313,4 +385,3 @@ def load_weights(model: nn.Module, state: Mapping[str, Tensor], path: str | Path
     ]
     if parts:
         raise UserError(f"{path}: a checkpoint of another architecture ({'; '.join(parts)})")
-    model.load_state_dict(dict(state))

@@ -71,6 +71,8 @@ _MAXIMUM = {
 }
 """Largest values of integers that are read from files. A checkpoint of unknown origin must not exhaust memory."""
 _MAX_INTEGER = 2**31 - 1
+_MAX_LENGTH = 1000
+"""Of a list."""
 
 
 def _check(holds: bool, key: str, value: object, fix: str) -> None:
@@ -614,6 +616,8 @@ def _read_tree(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     """The settings of a file merged into those of its base; `teachers.*.config` as `_teacher_config` returns it."""
     if path.resolve() in seen:
         raise UserError(f"{path}: its base files form a cycle")
+    if os.path.exists(path) and not os.path.isfile(path):  # a FIFO could block forever
+        raise UserError(f"{path}: cannot read this configuration file (not a regular file)")
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -729,6 +733,12 @@ def _convert(value: Any, hint: Any, key: str) -> Any:
 
 def _convert_tuple(value: Any, arguments: tuple[Any, ...], key: str) -> tuple[Any, ...]:
     repeated = len(arguments) == 2 and arguments[1] is Ellipsis
+    _check(
+        not hasattr(value, "__len__") or len(value) <= _MAX_LENGTH,
+        key,
+        value,
+        f"at most {_MAX_LENGTH} values",
+    )
     if not isinstance(value, (list, tuple)) or not (repeated or len(value) == len(arguments)):
         raise ConfigError(
             key, value, f"must be a list of {'values' if repeated else len(arguments)}, such as [1, 2]"

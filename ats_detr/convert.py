@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 from ats_detr.config import (
     BackboneConfig,
-    Config,
     ConfigError,
     ModelConfig,
     SelectorConfig,
@@ -50,6 +49,15 @@ _BODY = "backbone.0.body."
 _ADAPTION = "adaption_layer."
 _DERIVED = ".relative_position_index"
 """Suffix of Swin buffers that depend on the window size only; stored by the published code, computed by timm."""
+_WRAPPERS = (
+    *("model", "state_dict", "model_state_dict", "module"),
+    *("ema", "model_ema", "ema_state_dict", "state_dict_ema", "model_ema_state_dict"),
+)
+"""Keys under which training codes store a state dict, or a dictionary with one."""
+_PREFIXES = ("_orig_mod.", "module.", "model.")
+"""Prefixes that they add to the names of all tensors."""
+_MALFORMED = (KeyError, IndexError, TypeError, ValueError, ArithmeticError, AttributeError)
+"""Raised where tensors or settings of a file are not those of a model."""
 _RESNETS = {
     (True, (3, 4, 6, 3)): "resnet50.tv_in1k",
     (True, (3, 4, 23, 3)): "resnet101.tv_in1k",
@@ -68,17 +76,27 @@ _SWINS = {
 
 def is_official(content: Any) -> bool:
     """Whether the content of a file is a checkpoint of the published code, or the state dict of one."""
-    state = _state_of(content)
-    return any(name.startswith("transformer.") for name in state)
+    return any(name.startswith("transformer.") for name in _state_of(content)[1])
 
 
-def _state_of(content: Any) -> dict[str, Tensor]:
-    """The tensors of a checkpoint or a state dict by name; empty if there are none."""
-    if isinstance(content, Mapping) and isinstance(content.get("model"), Mapping):
-        content = content["model"]
+def _state_of(content: Any, depth: int = 3) -> tuple[tuple[str, ...], dict[str, Tensor]]:
+    """The tensors of a checkpoint or a state dict by name, and the keys that lead to them; none if there are none.
+
+    Training codes nest the state dict, and add prefixes (DistributedDataParallel, Lightning, `torch.compile`) to all
+    names. The weights come before their moving average.
+    """
     if not isinstance(content, Mapping):
-        return {}
-    return {name: value for name, value in content.items() if isinstance(value, Tensor)}
+        return (), {}
+    for key in _WRAPPERS if depth else ():
+        path, state = _state_of(content.get(key), depth - 1)
+        if state:
+            return (key, *path), state
+    state = {name: t for name, t in content.items() if isinstance(name, str) and isinstance(t, Tensor)}
+    state.pop("n_averaged", None)  # of torch.optim.swa_utils
+    for prefix in _PREFIXES * 2:
+        if all(name.startswith(prefix) for name in state):
+            state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
+    return (), state
 
 
 # ------------------------------------------------------------------------------------------ published -> this package
@@ -97,30 +115,35 @@ def from_official(
     Raises:
         UserError: if the tensors are not exactly those of a model of this family.
     """
-    state = {name: tensor for name, tensor in _state_of(content).items() if not name.endswith(_DERIVED)}
-    arguments = content.get("args") if "model" in content else None
-    arguments = vars(arguments) if isinstance(arguments, argparse.Namespace) else {}
+    keys, state = _state_of(content)
+    state = {name: tensor for name, tensor in state.items() if not name.endswith(_DERIVED)}
+    outer = content if keys else {}
+    arguments = outer.get("args") or {}
+    arguments = vars(arguments) if isinstance(arguments, argparse.Namespace) else arguments
     notes: list[str] = []
     if not keep_adaption and any(name.startswith(_ADAPTION) for name in state):
         state = {name: tensor for name, tensor in state.items() if not name.startswith(_ADAPTION)}
         notes.append("omitted: the adaption layer, which only training uses (--keep-adaption keeps it)")
-    if dropped := [key for key in ("optimizer", "lr_scheduler") if key in content]:
+    if dropped := [key for key in ("optimizer", "lr_scheduler") if key in outer]:
         notes.append(f"omitted: the state of {' and '.join(dropped)}")
+    if others := [key for key in _WRAPPERS if key in outer and key != keys[0]]:
+        notes.append(f"omitted: {', '.join(others)}; the weights are those under {'.'.join(keys)}")
     try:
-        model_config = detect_model(state, arguments, notes)
-    except KeyError as error:
-        raise UserError(f"{source}: not a model of this family (no tensor {error})") from error
-    except ConfigError as error:
-        raise UserError(f"{source}: not a model of this family ({error})") from error
-    num_classes = len(state["class_embed.0.bias"])
-    model = _on_meta(model_config, num_classes)
-    config = Config(name=re.sub(r"[^\w.-]+", "_", Path(source).stem) or "published", model=model_config)
+        num_classes = len(state["class_embed.0.bias"])
+        tree = {"name": _run_name(source), "model": config_to_dict(detect_model(state, arguments, notes))}
+        config = config_from_dict(tree)  # checks the bounds of all sizes
+        epoch = int(outer.get("epoch", -1)) + 1
+    except _MALFORMED as error:
+        reason = f"no tensor {error}" if isinstance(error, KeyError) else str(error)
+        raise UserError(f"{source}: not a model of this family ({reason})") from error
+    with torch.device("meta"):
+        model = build_model(config.model, num_classes)
     return {
         "model": _rename(state, model, source),
         "config": config_to_dict(config),
         "num_classes": num_classes,
         "classes": _classes(num_classes).to_dict(),
-        "epoch": int(content.get("epoch", -1)) + 1 if "model" in content else 0,
+        "epoch": max(epoch, 0),
         "step": 0,
         "train_seconds": 0.0,
         "finished": True,
@@ -221,9 +244,9 @@ def _count(names: Iterable[str], pattern: str) -> int:
     return max(numbers, default=-1) + 1
 
 
-def _on_meta(config: ModelConfig, num_classes: int) -> Detr:
-    with torch.device("meta"):
-        return build_model(config, num_classes)
+def _run_name(source: str) -> str:
+    """A name of a run from that of a file."""
+    return re.sub(r"[^\w.-]+", "_", Path(source).stem).strip(".")[:50] or "published"
 
 
 def _rename(state: Mapping[str, Tensor], model: Detr, source: str) -> dict[str, Tensor]:

@@ -12,7 +12,6 @@ from pathlib import Path
 
 from ats_detr.checkpoint import (
     CHECKPOINT_SUFFIXES,
-    load_checkpoint,
     load_model,
     read_file,
     save_checkpoint,
@@ -58,12 +57,12 @@ def convert(
         )
     content = read_file(source)
     if not is_official(content):
+        _, checkpoint = load_model(source)  # strict, also where the file is of neither kind
         if destination.suffix == ".safetensors" or overrides or keep_adaption:
             raise UserError(
                 f"{source} is a checkpoint of this package: it converts only to a published .pth file or a folder,"
                 " without further options"
             )
-        checkpoint = load_checkpoint(source)
         if is_folder:
             save_folder(checkpoint, destination)
             console.print(f"{destination}: model.safetensors and config.json")

@@ -15,6 +15,9 @@ COCO_2017_IDS = frozenset(range(1, 91)) - {12, 26, 29, 30, 45, 66, 68, 69, 71, 8
 """The 80 category ids of COCO 2017. Published models have 91 rows, row = category id; row 0 and ten more are unused."""
 
 
+_MAX_ROWS = 100_000
+
+
 @dataclass(frozen=True, kw_only=True)
 class ClassMap:
     """Mapping between rows of the classification head, category ids and names. Stored in every checkpoint."""
@@ -95,14 +98,23 @@ class ClassMap:
 
     @staticmethod
     def from_dict(state: Mapping[str, Any]) -> ClassMap:
-        """Inverse of `to_dict`."""
-        categories = state["categories"]
-        return ClassMap(
-            num_rows=state["num_rows"],
-            rows=tuple(c["row"] for c in categories),
-            category_ids=tuple(c["id"] for c in categories),
-            names=tuple(c["name"] for c in categories),
-        )
+        """Inverse of `to_dict`. Raises UserError where `state` is not its result; it may come from a file."""
+        try:
+            entries = [(entry["row"], entry["id"], entry["name"]) for entry in state["categories"]]
+            num_rows = state["num_rows"]
+        except (KeyError, TypeError):
+            raise UserError("must have num_rows and categories, each with row, id and name") from None
+        rows, ids, names = zip(*entries, strict=True) if entries else ((), (), ())
+        if type(num_rows) is not int or not 0 < num_rows <= _MAX_ROWS:
+            raise UserError(f"num_rows: must be an integer in 1..{_MAX_ROWS}")
+        for key, values, allowed in (("row", rows, range(num_rows)), ("id", ids, range(-(2**63), 2**63))):
+            if not all(type(value) is int and value in allowed for value in values):
+                raise UserError(f"{key}: must be integers in {allowed.start}..{allowed.stop - 1}")
+            if len(set(values)) < len(values):
+                raise UserError(f"{key}: must differ between categories")
+        if not all(isinstance(name, str) for name in names):
+            raise UserError("name: must be strings")
+        return ClassMap(num_rows=num_rows, rows=rows, category_ids=ids, names=names)
 
     @cached_property
     def _name_by_row(self) -> dict[int, str]:
