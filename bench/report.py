@@ -15,7 +15,6 @@ from pathlib import Path
 import pandas
 
 from ats_detr.errors import UserError, run_cli
-from bench.charts import save_picture
 from bench.latency import targets_of
 from bench.measure import RESULTS, ROOT, Row, new_parser, read_rows
 from bench.page import Sweep
@@ -56,7 +55,7 @@ def main() -> None:
         old.unlink()
     for path in result_files(RESULTS):
         for chart in Sweep(rows).charts() if is_sweep(rows := read_rows(path)) else ():
-            save_picture(chart, PICTURES / f"{path.stem}-{chart.key}.png")
+            chart.save(PICTURES / f"{path.stem}-{chart.key}.png")
     print(f"{DOCUMENT} and {len(list(PICTURES.glob('*.png')))} pictures")
 
 

@@ -110,11 +110,11 @@ def main() -> None:
 
     (out / "rows.jsonl").unlink(missing_ok=True)
     append_rows(rows, out / "rows.jsonl")
-    page = write_page(rows, out)
+    findings = write_page(rows, out)
     show([row for row in rows if row["kind"] == "latency"], console)
-    for line in page.findings:
+    for line in findings:
         console.print(line)
-    console.print(f"{out / 'index.html'}, {len(page.pictures)} pictures beside it, and {out / 'rows.jsonl'}")
+    console.print(f"{out / 'index.html'}, a picture of each chart, and {out / 'rows.jsonl'}")
 
 
 def parse_arguments() -> argparse.Namespace:
