@@ -14,12 +14,10 @@ A model folder has the content of a .safetensors file in two: `model.safetensors
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import dataclasses
 import json
 import logging
-import os
 import pickle
 import re
 import struct
@@ -37,6 +35,7 @@ from ats_detr.config import Config, ConfigError, apply_override, config_from_dic
 from ats_detr.convert import ALLOWED_TYPES, from_official, is_official
 from ats_detr.data.classes import ClassMap
 from ats_detr.errors import UserError
+from ats_detr.files import replaced_file
 from ats_detr.model import Detr, build_model
 
 logger = logging.getLogger(__name__)
@@ -68,7 +67,7 @@ _KEYS = ("model", "config", "num_classes", "classes", "epoch", "finished")
 
 
 def save_checkpoint(checkpoint: Mapping[str, Any], path: Path, *, previous: Path | None = None) -> None:
-    """Write a checkpoint atomically: a temporary file beside `path`, then a rename.
+    """Write a checkpoint atomically; see `replaced_file`.
 
     Args:
         path: a suffix of .safetensors selects that format.
@@ -76,35 +75,17 @@ def save_checkpoint(checkpoint: Mapping[str, Any], path: Path, *, previous: Path
 
     Raises UserError where the file cannot be written (no space, no permission); the old file is not changed.
     """
-    temporary = path.with_name(path.name + ".tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
+        with replaced_file(path, previous=previous) as file:
             if path.suffix == ".safetensors":
                 file.write(_as_safetensors(checkpoint))
             else:
                 torch.save(dict(checkpoint), file)
-            file.flush()
-            os.fsync(file.fileno())
-        if previous is not None and path.exists():
-            os.replace(path, previous)
-        os.replace(temporary, path)
-        _flush_folder(path.parent)
     except (OSError, RuntimeError) as error:  # torch raises either on a failed write
-        with contextlib.suppress(OSError):
-            temporary.unlink()
         reason = error.strerror if isinstance(error, OSError) else _first_line(error)
         kept = "the previous checkpoint is intact" if path.exists() else "nothing was written"
         raise UserError(f"{path}: cannot write this checkpoint ({reason}); {kept}") from error
-
-
-def _flush_folder(folder: Path) -> None:
-    """Flush the renames in a folder to disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def save_folder(checkpoint: Mapping[str, Any], folder: Path) -> None:
@@ -133,9 +114,8 @@ def make_folder(folder: Path) -> None:
 
 def write_json(content: Mapping[str, Any], path: Path) -> None:
     """Write a JSON file atomically."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(content, indent=2) + "\n")
-    temporary.replace(path)
+    with replaced_file(path) as file:
+        file.write((json.dumps(content, indent=2) + "\n").encode())
 
 
 def _as_safetensors(checkpoint: Mapping[str, Any]) -> bytes:

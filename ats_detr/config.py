@@ -21,6 +21,7 @@ from typing import Any, Literal, TypeVar
 import yaml
 
 from ats_detr.errors import UserError
+from ats_detr.files import replaced_file
 
 ConfigT = TypeVar("ConfigT")
 
@@ -399,20 +400,21 @@ class TrainConfig:
     resume: Literal["auto", "never"] = "auto"
     """`auto`: resume from the checkpoint in the run's folder, if any; `never`: train from step 0."""
     checkpoint_every: int = 1
-    """Epochs between checkpoints."""
+    """Epochs between checkpoints. Another one is written before each evaluation."""
     checkpoint_every_steps: int = 0
     """Steps between checkpoints within an epoch; 0: none."""
     evaluate_every: int = 1
     """Epochs between evaluations; 0: at the end only."""
     log_every: int = 10
-    """Steps between lines of the log, each with a device-to-host synchronisation. Several processes react to stop
-    signals at these steps only."""
+    """Steps between lines of the log, each with a device-to-host synchronisation."""
+    timeout_minutes: float = 30.0
+    """Longest wait for a batch of images or for another process, after which the run ends with an error."""
     max_skipped_steps: int = 10
     """Steps without a finite gradient are skipped; the run stops after this many in a row."""
 
     def __post_init__(self) -> None:
         _check_positive(self, "epochs", "learning_rate", "clip_norm", "accumulate", "checkpoint_every")
-        _check_positive(self, "log_every", "max_skipped_steps")
+        _check_positive(self, "log_every", "max_skipped_steps", "timeout_minutes")
         _check_at_least(self, 0, "backbone_learning_rate", "offset_learning_rate_factor", "weight_decay")
         _check_at_least(self, 0, "evaluate_every", "checkpoint_every_steps")
         _check(0 <= self.ema_decay < 1, "ema_decay", self.ema_decay, "must be in [0, 1)")
@@ -605,7 +607,8 @@ def config_to_dict(config: Any) -> dict[str, Any]:
 def save_config(config: Config, path: Path) -> None:
     """Write the resolved configuration; `load_config` reads it back equal."""
     text = yaml.safe_dump(config_to_dict(config), sort_keys=False, allow_unicode=True)
-    path.write_text(text, encoding="utf-8")
+    with replaced_file(path) as file:
+        file.write(text.encode())
 
 
 _NOT_YAML = (yaml.YAMLError, ValueError, RecursionError)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -27,13 +28,21 @@ _LOST_CONTACT = (
 """Messages of gloo after another process has ended."""
 
 
+_store: dist.Store | None = None
+"""Shared by the processes of torchrun, for announcements."""
+
+
 @contextmanager
-def process_group(device: str) -> Iterator[torch.device]:
+def process_group(device: str, timeout_minutes: float = 30) -> Iterator[torch.device]:
     """The device of this process; within the context the processes of torchrun are connected.
 
     Args:
         device: `auto` (CUDA if there is any, else the CPU), `cpu`, `cuda` or `cuda:1`. NCCL connects GPUs, gloo CPUs.
+        timeout_minutes: longest wait for another process.
+
+    Raises UserError where another process ends or does not respond.
     """
+    global _store
     chosen = choose_device(device)
     launched = "RANK" in os.environ and "WORLD_SIZE" in os.environ
     if not launched or dist.is_initialized():
@@ -42,13 +51,15 @@ def process_group(device: str) -> Iterator[torch.device]:
     if chosen.type == "cuda":
         chosen = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(chosen)
-    store, own_rank, size = next(dist.rendezvous("env://"))
+    timeout = timedelta(minutes=timeout_minutes)
+    store, own_rank, size = next(dist.rendezvous("env://", timeout=timeout))
     if os.environ.get("GROUP_WORLD_SIZE") == "1":
         # torchrun keeps one store for all attempts, which still holds the addresses of earlier processes. (On several
         # nodes each counts its own attempts: there torchrun has to make new stores, see docs/distributed.md.)
         store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
     backend = "nccl" if chosen.type == "cuda" else "gloo"
-    dist.init_process_group(backend, store=store, rank=own_rank, world_size=size)
+    dist.init_process_group(backend, store=store, rank=own_rank, world_size=size, timeout=timeout)
+    _store = store
     try:
         yield chosen
     except RuntimeError as error:  # of gloo; NCCL's DistBackendError is one too
@@ -59,6 +70,7 @@ def process_group(device: str) -> Iterator[torch.device]:
             f"lost the connection to another process of this run ({reason}); see the error of that process"
         ) from error
     finally:
+        _store = None
         dist.destroy_process_group()
 
 
@@ -118,6 +130,26 @@ def broadcast(value: T) -> T:
     if world_size() > 1:
         dist.broadcast_object_list(values)
     return values[0]
+
+
+def announce(key: str, value: str) -> None:
+    """Publish a value to all processes, without waiting for them. The first announcement of a key counts."""
+    if _store is not None:
+        _store.compare_set(key, "", value)
+
+
+def announced(key: str) -> str | None:
+    """The announced value, if any."""
+    if _store is None or not _store.check([key]):
+        return None
+    return _store.get(key).decode()
+
+
+def broadcast_buffers(model: nn.Module) -> None:
+    """Give all processes the buffers of rank 0: statistics of batch norms differ between processes."""
+    if world_size() > 1:
+        for buffer in model.buffers():
+            dist.broadcast(buffer, 0)
 
 
 def parallel(model: nn.Module, device: torch.device) -> nn.Module:

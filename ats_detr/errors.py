@@ -17,13 +17,17 @@ class UserError(ValueError):
 class Stopped(Exception):
     """The run stopped on a signal, with its checkpoint written. The message says how to resume."""
 
+    def __init__(self, message: str = "", *, exit_code: int = 0) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
 
 def run_cli(main: Callable[[], None]) -> None:
     """Run `main` and convert exceptions to exit codes.
 
     - UserError or a full disk: one line on stderr, exit code 2. Under torchrun, ranks above 0 wait five seconds before
       printing; if rank 0 has the same error, torchrun ends them within that time.
-    - Stopped: one line on stdout, exit code 0, so that a launcher does not restart the run.
+    - Stopped: one line on stdout, exit code 0, so that a launcher does not restart the run; after Ctrl-C 130.
     - KeyboardInterrupt: exit code 130.
     - All others are bugs and keep their traceback for a report.
     """
@@ -34,6 +38,7 @@ def run_cli(main: Callable[[], None]) -> None:
     except Stopped as end:
         if os.environ.get("RANK", "0") == "0":
             print(end)
+        sys.exit(end.exit_code)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise

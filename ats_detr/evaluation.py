@@ -8,7 +8,7 @@ import io
 import json
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -25,7 +25,7 @@ from ats_detr.batch import Target
 from ats_detr.config import SelectorConfig
 from ats_detr.data.coco import ClassMap, CocoAnnotations, CocoDetection, ImageFileError
 from ats_detr.data.loader import EvaluationLoader
-from ats_detr.errors import UserError
+from ats_detr.errors import Stopped, UserError
 from ats_detr.model import CompiledDetr, Detr
 from ats_detr.model.output import Detections, DetectorOutput, TokenBudget, token_budgets, top_detections
 
@@ -226,6 +226,7 @@ def evaluate(
     max_detections: int = MAX_DETECTIONS,
     detections_file: Path | None = None,
     show_progress: bool = False,
+    should_stop: Callable[[], bool] = lambda: False,
 ) -> Metrics:
     """Metrics of `model` on all images of `loader`, the same on every process.
 
@@ -236,6 +237,7 @@ def evaluate(
     Args:
         max_detections: detections of an image that count, the best over all classes.
         detections_file: the main process writes all detections here as COCO results (JSON).
+        should_stop: called after each batch; where it is true on a process, all of them raise Stopped.
 
     Raises, on every process, ImageFileError if one of them meets an image that cannot be read, and UserError if there
     is no image that can be or `detections_file` cannot be written.
@@ -250,15 +252,17 @@ def evaluate(
             batch = batch.to(device)
             output = model(batch) if isinstance(model, CompiledDetr) else model(batch, supervision=False)
             found.add(output, targets, loader.dataset)
-    except ImageFileError as error:
-        found.error = str(error)  # raised after the processes have met: the others wait for this one
+            if should_stop():
+                raise Stopped
+    except (ImageFileError, Stopped) as error:
+        found.error = error  # raised after the processes have met: the others wait for this one
     finally:
         bare.train(was_training)
 
     shares = distributed.gather(found)
     for share in shares:
         if share.error is not None:
-            raise ImageFileError(share.error)
+            raise share.error
     if not any(share.records for share in shares):
         raise UserError(f"{loader.dataset.annotations.file}: none of its images can be read")
     metrics, failure = None, None
@@ -325,7 +329,7 @@ class _Found:
         self.detections: list[DetectionTable] = []
         self.records: list[ImageRecord] = []
         self.num_budgets = 0
-        self.error: str | None = None
+        self.error: ImageFileError | Stopped | None = None
 
     def add(self, output: DetectorOutput, targets: Sequence[Target], dataset: CocoDetection) -> None:
         sizes = [target.original_size for target in targets]

@@ -229,7 +229,7 @@ def precision_rows(
     class_map = ClassMap.from_dict(load_checkpoint(resolve_checkpoint(checkpoint))["classes"])
     rows = []
     for choice in choices:
-        loader = build_evaluation_loader(config.data, class_map)
+        loader = build_evaluation_loader(config, class_map)
         console.print(
             f"evaluating {'the adaptive model' if choice is None else f'{choice[0]:.0%} of the tokens'}"
         )

@@ -72,7 +72,7 @@ def run(arguments: Namespace) -> None:
     else:
         config = config_of(load_checkpoint(path), path, arguments.overrides)
     output = arguments.output or path.parent / "evaluation"
-    with distributed.process_group(config.device) as device:
+    with distributed.process_group(config.device, config.train.timeout_minutes) as device:
         run_log.configure()
         compiled = getattr(torch, arguments.compile) if arguments.compile else None
         evaluate_checkpoint(
@@ -100,7 +100,7 @@ def evaluate_checkpoint(
         detections_file: for all detections, as COCO results.
     """
     model, class_map, _ = _load(config, path, device)
-    loader = build_evaluation_loader(config.data, class_map)
+    loader = build_evaluation_loader(config, class_map)
     make_folder(folder)
     evaluated = model if compiled is None else CompiledDetr(model, dtype=compiled)
     max_detections = config.evaluation.max_detections
@@ -138,14 +138,14 @@ def compare_stages(stages: Mapping[str, Stage], folder: Path, device: torch.devi
         model, class_map, checkpoint = _load(stage.config, stage.checkpoint, device)
         metrics = evaluate(
             model,
-            build_evaluation_loader(student.config.data, class_map),
+            build_evaluation_loader(student.config, class_map),
             device,
             max_detections=student.config.evaluation.max_detections,
         )
         seconds += checkpoint.get("train_seconds", 0.0)
         if not distributed.is_main():
             continue
-        everything = build_evaluation_loader(student.config.data, class_map, shared=False)
+        everything = build_evaluation_loader(student.config, class_map, shared=False)
         summary[name] = {key: metrics.to_dict()[key] for key in ("AP", "AP50", "mean_keep_ratio")}
         summary[name]["encoder_gflops"] = mean_encoder_gflops(model, everything)
         if name == "student":
@@ -181,7 +181,7 @@ def write_pictures(
     config: Config, model: Detr, class_map: ClassMap, metrics: Metrics, folder: Path, device: torch.device
 ) -> None:
     """Write pictures/ of images of all difficulties and, for a model with several budgets, budgets.png."""
-    loader = build_evaluation_loader(config.data, class_map, shared=False, num_images=config.num_pictures)
+    loader = build_evaluation_loader(config, class_map, shared=False, num_images=config.num_pictures)
     save_pictures(model, loader, device, folder / "pictures")
     if metrics.num_budgets:
         plot_budgets(metrics).savefig(folder / "budgets.png")

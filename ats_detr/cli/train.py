@@ -31,7 +31,7 @@ def run(arguments: Namespace) -> None:
     """Train, then compare the stages if the configuration asks for it."""
     config = load_config(arguments.config, arguments.overrides)
     stages = plan_stages(config, arguments.overrides)
-    with distributed.process_group(config.device) as device:
+    with distributed.process_group(config.device, config.train.timeout_minutes) as device:
         run_log.configure()
         train_stages(stages, arguments.stage, device)
         if config.summary and arguments.stage == "all":

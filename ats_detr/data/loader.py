@@ -8,17 +8,21 @@ of a batch.
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import logging
 import math
 import signal
+import weakref
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from ats_detr.batch import ImageBatch, Target, bucket_size
 from ats_detr.data.coco import CocoDetection, ImageFileError
@@ -26,6 +30,9 @@ from ats_detr.data.transforms import Transform, evaluation_transform, resized_si
 from ats_detr.errors import UserError
 
 log = logging.getLogger(__name__)
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+"""Sent by cluster schedulers before they end a job, and by Ctrl-C."""
 
 Batch = tuple[ImageBatch, list[Target]]
 
@@ -51,6 +58,25 @@ class _LoadedBatch:
         images = None if self.images is None else self.images.pin_memory()
         return _LoadedBatch(images, self.targets, self.problems)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Tensors that are not in shared memory, which may be full, are sent through the pipe as arrays."""
+        images = self.images
+        if images is not None and not images.images_B3HW.is_shared():
+            images = ImageBatch(images.images_B3HW.numpy(), images.sizes)  # type: ignore[arg-type]
+        arrays = [
+            Target(t.image_id, t.original_size, t.labels_N.numpy(), t.boxes_N4.numpy()) for t in self.targets
+        ]
+        return _from_arrays, (images, arrays, self.problems)
+
+
+def _from_arrays(images: ImageBatch | None, targets: list[Target], problems: list[str]) -> _LoadedBatch:
+    """Inverse of `_LoadedBatch.__reduce__`."""
+    if images is not None:
+        images.images_B3HW = torch.as_tensor(images.images_B3HW)
+    for target in targets:
+        target.labels_N, target.boxes_N4 = torch.as_tensor(target.labels_N), torch.as_tensor(target.boxes_N4)
+    return _LoadedBatch(images, targets, problems)
+
 
 class _Collate:
     """Collate samples to a batch, padded to a multiple of `size_multiple`."""
@@ -62,9 +88,11 @@ class _Collate:
         images = [sample.image for sample in samples if sample.image is not None]
         targets = [sample.target for sample in samples if sample.target is not None]
         problems = [problem for sample in samples for problem in sample.problems]
-        return _LoadedBatch(
-            ImageBatch.collate(images, self.size_multiple) if images else None, targets, problems
-        )
+        batch = ImageBatch.collate(images, self.size_multiple) if images else None
+        if batch is not None and get_worker_info() is not None:
+            with contextlib.suppress(RuntimeError):  # /dev/shm is full: the batch goes through the pipe
+                batch.images_B3HW.share_memory_()
+        return _LoadedBatch(batch, targets, problems)
 
 
 class _Batches(Sampler[list[Any]]):
@@ -80,26 +108,80 @@ class _Batches(Sampler[list[Any]]):
         return len(self.batches)
 
 
-def _data_loader(
-    samples: Dataset, batches: _Batches, size_multiple: int, num_workers: int, pin_memory: bool
-) -> DataLoader:
-    return DataLoader(
-        samples,
-        batch_sampler=batches,
-        num_workers=num_workers,
-        collate_fn=_Collate(size_multiple),
-        pin_memory=pin_memory,
-        persistent_workers=num_workers > 0,
-        worker_init_fn=_outlive_stop_signals,
-        # A generator of its own: the global one, from which dropout draws, must not change.
-        generator=torch.Generator().manual_seed(0),
-    )
+class _Reader:
+    """Reads the current batches in worker processes, or in this process. No wait for a worker is unbounded."""
+
+    def __init__(
+        self,
+        samples: Dataset,
+        batches: _Batches,
+        *,
+        size_multiple: int,
+        num_workers: int,
+        pin_memory: bool,
+        on_bad_image: str,
+        timeout_minutes: float,
+    ) -> None:
+        self.bad_images = _BadImages(on_bad_image)
+        self._loader = DataLoader(
+            samples,
+            batch_sampler=batches,
+            num_workers=num_workers,
+            collate_fn=_Collate(size_multiple),
+            pin_memory=pin_memory,
+            persistent_workers=num_workers > 0,
+            worker_init_fn=_ignore_stop_signals,
+            timeout=timeout_minutes * 60 if num_workers else 0,
+            # A generator of its own: the global one, from which dropout draws, must not change.
+            generator=torch.Generator().manual_seed(0),
+        )
+        self.close = weakref.finalize(self, _end_workers, self._loader)
+
+    def __iter__(self) -> Iterator[_LoadedBatch]:
+        with explain_failed_workers():
+            for loaded in self._loader:
+                self.bad_images.report(loaded.problems)
+                yield loaded
 
 
-def _outlive_stop_signals(worker: int) -> None:
-    """Ignore stop signals in a worker: clusters send them to all processes, and the run needs its workers to finish."""
-    for number in (signal.SIGTERM, signal.SIGUSR1):
+def _end_workers(loader: DataLoader) -> None:
+    """End the workers. They ignore SIGTERM: at its end, the process would wait for a stalled one forever."""
+    iterator, loader._iterator = loader._iterator, None
+    if iterator is not None:
+        iterator._shutdown_workers()  # waits up to 10 seconds for each stalled worker
+        for worker in iterator._workers:
+            worker.kill()
+
+
+def _ignore_stop_signals(worker: int) -> None:
+    """Clusters and terminals send stop signals to all processes, and a run needs its workers to finish a step."""
+    for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+
+
+@contextmanager
+def explain_failed_workers() -> Iterator[None]:
+    """Raise UserError, with the fix, in place of torch's errors about workers. They may be raised at any place."""
+    try:
+        yield
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[0]
+        if not reason.startswith(("DataLoader worker", "DataLoader timed out", "Pin memory thread")):
+            raise
+        if "timed out" in reason:
+            fix = "the disk may be too slow or not respond: check it, or raise train.timeout_minutes"
+        else:
+            fix = "memory may be too small: lower data.num_workers, or enlarge /dev/shm (docker run --shm-size=8g)"
+        raise UserError(
+            f"loading images failed ({reason}); {fix}; data.num_workers=0 uses no workers"
+        ) from error
+    except OSError as error:
+        if error.errno != errno.ENOSPC or error.filename is not None:
+            raise
+        raise UserError(
+            "no space in /dev/shm for the loader processes: enlarge it (docker run --shm-size=8g), or set"
+            " data.num_workers=0"
+        ) from error
 
 
 def _sample(dataset: CocoDetection, transform: Transform, index: int) -> _Sample:
@@ -179,13 +261,20 @@ class TrainingLoader:
         world_size: int = 1,
         size_multiple: int = 1,
         pin_memory: bool = False,
+        timeout_minutes: float = 30,
     ) -> None:
         self.dataset, self.batch_size, self.seed = dataset, batch_size, seed
         self.rank, self.world_size = rank, world_size
-        self.bad_images = _BadImages(dataset.on_bad_image)
         self._batches = _Batches()
-        samples = _TrainingSamples(dataset, transform, seed)
-        self._loader = _data_loader(samples, self._batches, size_multiple, num_workers, pin_memory)
+        self.reader = _Reader(
+            _TrainingSamples(dataset, transform, seed),
+            self._batches,
+            size_multiple=size_multiple,
+            num_workers=num_workers,
+            pin_memory=pin_memory,
+            on_bad_image=dataset.on_bad_image,
+            timeout_minutes=timeout_minutes,
+        )
         if len(self) == 0:
             raise UserError(
                 f"{len(dataset)} training images do not fill one batch of {batch_size} x {world_size} processes;"
@@ -201,8 +290,8 @@ class TrainingLoader:
         share = slice(self.rank, None, self.world_size)
         global_batches = self.global_batches(epoch)[start:]
         self._batches.batches = [[(epoch, index) for index in batch[share]] for batch in global_batches]
-        for loaded in self._loader:
-            self.bad_images.report(loaded.problems)
+        for loaded in self.reader:
+            assert loaded.images is not None
             yield loaded.images, loaded.targets
 
     def global_batches(self, epoch: int) -> list[list[int]]:
@@ -261,9 +350,9 @@ class EvaluationLoader:
         world_size: int = 1,
         indices: Sequence[int] | None = None,
         pin_memory: bool = False,
+        timeout_minutes: float = 30,
     ) -> None:
         self.dataset, self.rank, self.world_size = dataset, rank, world_size
-        self.bad_images = _BadImages(dataset.on_bad_image)
         buckets: dict[tuple[int, int], list[int]] = defaultdict(list)
         for index in range(len(dataset)) if indices is None else indices:
             size = resized_size(dataset.size(index), short_side, long_side)
@@ -275,17 +364,23 @@ class EvaluationLoader:
             for i in range(0, len(buckets[bucket]), batch_size)
         ]
         """Dataset indices of each batch over all processes; batch i belongs to rank i % world_size."""
-        samples = _EvaluationSamples(dataset, evaluation_transform(short_side, long_side))
         self._batches = _Batches()
         self._batches.batches = list(self.global_batches[rank::world_size])
-        self._loader = _data_loader(samples, self._batches, size_multiple, num_workers, pin_memory)
+        self.reader = _Reader(
+            _EvaluationSamples(dataset, evaluation_transform(short_side, long_side)),
+            self._batches,
+            size_multiple=size_multiple,
+            num_workers=num_workers,
+            pin_memory=pin_memory,
+            on_bad_image=dataset.on_bad_image,
+            timeout_minutes=timeout_minutes,
+        )
 
     def __len__(self) -> int:
         """Batches of this process."""
         return len(self._batches)
 
     def __iter__(self) -> Iterator[Batch]:
-        for loaded in self._loader:
-            self.bad_images.report(loaded.problems)
+        for loaded in self.reader:
             if loaded.images is not None:
                 yield loaded.images, loaded.targets

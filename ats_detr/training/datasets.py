@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from ats_detr import distributed
-from ats_detr.config import DataConfig
+from ats_detr.config import Config, DataConfig
 from ats_detr.data.coco import ClassMap, CocoDetection, spread_over_difficulty
 from ats_detr.data.layout import choose_split, find_annotation_files
 from ats_detr.data.loader import EvaluationLoader, TrainingLoader
@@ -27,32 +27,39 @@ class Loaders:
     val: EvaluationLoader
     class_map: ClassMap
 
+    def close(self) -> None:
+        """End the worker processes."""
+        self.train.reader.close()
+        self.val.reader.close()
 
-def build_loaders(config: DataConfig, seed: int, *, pin_memory: bool = False) -> Loaders:
+
+def build_loaders(config: Config, *, pin_memory: bool = False) -> Loaders:
     """Training and validation loaders of this process, with the classes of the training annotations."""
-    train_set = open_dataset(config, "train")
+    data = config.data
+    train_set = open_dataset(data, "train")
     transform = training_transform(
-        short_sides=config.train_short_sides,
-        long_side=config.long_side,
-        crop_short_sides=config.crop_short_sides,
-        crop_size=config.crop_size,
+        short_sides=data.train_short_sides,
+        long_side=data.long_side,
+        crop_short_sides=data.crop_short_sides,
+        crop_size=data.crop_size,
     )
     train = TrainingLoader(
         train_set,
         transform,
-        batch_size=config.batch_size,
-        seed=seed,
-        num_workers=config.num_workers,
+        batch_size=data.batch_size,
+        seed=config.seed,
+        num_workers=data.num_workers,
         rank=distributed.rank(),
         world_size=distributed.world_size(),
         pin_memory=pin_memory,
+        timeout_minutes=config.train.timeout_minutes,
     )
     val = build_evaluation_loader(config, train_set.class_map, pin_memory=pin_memory)
     return Loaders(train, val, train_set.class_map)
 
 
 def build_evaluation_loader(
-    config: DataConfig,
+    config: Config,
     class_map: ClassMap,
     *,
     shared: bool = True,
@@ -66,18 +73,20 @@ def build_evaluation_loader(
         shared: split the images over the processes; False: each process reads all of them.
         num_images: number of images, evenly spaced by their number of objects. None: all.
     """
-    dataset = open_dataset(config, "val", class_map)
+    data = config.data
+    dataset = open_dataset(data, "val", class_map)
     return EvaluationLoader(
         dataset,
-        short_side=config.short_side,
-        long_side=config.long_side,
-        size_multiple=config.size_multiple,
-        batch_size=config.eval_batch_size,
-        num_workers=config.num_workers,
+        short_side=data.short_side,
+        long_side=data.long_side,
+        size_multiple=data.size_multiple,
+        batch_size=data.eval_batch_size,
+        num_workers=data.num_workers,
         rank=distributed.rank() if shared else 0,
         world_size=distributed.world_size() if shared else 1,
         indices=None if num_images is None else spread_over_difficulty(dataset, num_images),
         pin_memory=pin_memory,
+        timeout_minutes=config.train.timeout_minutes,
     )
 
 

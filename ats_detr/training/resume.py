@@ -6,7 +6,8 @@ import dataclasses
 import hashlib
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from ats_detr.checkpoint import (
 )
 from ats_detr.config import Config, config_to_dict
 from ats_detr.errors import UserError
+from ats_detr.files import delete_temporary_files, exclusive_use
 from ats_detr.model import Detr
 from ats_detr.training.distillation import DifficultyCache
 from ats_detr.training.optim import MovingAverage
@@ -75,6 +77,8 @@ class Progress:
     """Highest AP (0..1) of all evaluations."""
     skipped_steps: int = 0
     """Steps skipped because their gradient was not finite."""
+    is_evaluated: bool = True
+    """False from the end of an epoch to the end of the evaluation after it."""
 
 
 @dataclass
@@ -102,6 +106,8 @@ class Checkpoints:
     folder: Path
     facts: Mapping[str, Any]
     """Further entries of each checkpoint that must be equal on resuming: classes, processes, teachers' weights."""
+    writing: AbstractContextManager[Any] = field(default_factory=nullcontext)
+    """Entered while the checkpoint to resume from is written."""
 
     def load_resumable(self) -> dict[str, Any] | None:
         """The checkpoint to resume from, with its `path`; the previous one where it is damaged; None for a new run.
@@ -122,10 +128,11 @@ class Checkpoints:
             if damage is not None:
                 logger.warning("%s; using the previous checkpoint, %s", damage, path)
             check_same_origin(checkpoint, path, self.config, self.facts, ADJUSTABLE)
-            if checkpoint["epoch"] >= self.config.train.epochs:
+            started = checkpoint["epoch"] + (checkpoint["epoch_step"] > 0)
+            if started > self.config.train.epochs:
                 raise UserError(
-                    f"train.epochs = {self.config.train.epochs}: must be > {checkpoint['epoch']}, the completed epochs"
-                    f" of {path}; to train from the start set train.resume=never"
+                    f"train.epochs = {self.config.train.epochs}: must be >= {started}, the epochs that {path} has"
+                    " started; to train from the start set train.resume=never"
                 )
             return checkpoint | {"path": path}
         if damage is not None:
@@ -135,7 +142,12 @@ class Checkpoints:
         return None
 
     def save(self, state: State, device: torch.device) -> None:
-        """Write the checkpoint to resume from. Collective: every process calls it."""
+        """Write the checkpoint to resume from. Collective: every process calls it.
+
+        The statistics of batch norms are those of rank 0 afterwards, also on the other processes.
+        """
+        for model in (state.model, state.evaluated):
+            distributed.broadcast_buffers(model)
         rng = distributed.gather(rng_state(device))
         difficulty = None if state.difficulty is None else distributed.gather(state.difficulty.state())
         if not distributed.is_main():
@@ -146,7 +158,8 @@ class Checkpoints:
             checkpoint["average"] = state.average.model.state_dict()
         if difficulty is not None:
             checkpoint["difficulty"] = difficulty
-        save_checkpoint(checkpoint, self.folder / RESUMABLE, previous=self.folder / PREVIOUS)
+        with self.writing:
+            save_checkpoint(checkpoint, self.folder / RESUMABLE, previous=self.folder / PREVIOUS)
 
     def save_result(self, state: State, metrics: Mapping[str, Any], name: str) -> None:
         """Write the evaluated weights and their metrics as `best.pt` or `final.pt`."""
@@ -181,6 +194,16 @@ def mark_outdated(folder: Path) -> None:
     """Ignore the results in the folder from now on; they are deleted when a training replaces them."""
     if distributed.is_main() and folder.exists():
         (folder / OUTDATED).touch()
+
+
+def delete_leftovers(folder: Path) -> None:
+    """Delete what a process left that was killed after it had written the finished checkpoint."""
+    names = [name for name in (RESUMABLE, PREVIOUS) if (folder / name).exists()]
+    if names and distributed.is_main():
+        with exclusive_use(folder):
+            delete_temporary_files(folder)
+            for name in names:
+                (folder / name).unlink(missing_ok=True)
 
 
 def delete_results(folder: Path) -> None:

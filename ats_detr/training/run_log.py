@@ -14,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch.utils.tensorboard import SummaryWriter
 
 from ats_detr import distributed
+from ats_detr.files import replaced_file
 
 console = Console(quiet=not distributed.is_main())
 _SECONDS_BETWEEN_LINES = 30.0
@@ -84,7 +85,7 @@ class RunLog:
         """Write one entry; `kind` is `train`, `evaluation` or `skipped`."""
         if self._writer is None:
             return
-        with self._file.open("a") as file:
+        with self._file.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"kind": kind, "step": step, "epoch": epoch, **values}) + "\n")
         for key, value in values.items():
             if isinstance(value, (int, float)):
@@ -110,7 +111,7 @@ def _drop_entries_after(file: Path, step: int, evaluated: bool) -> None:
     if not file.exists():
         return
     kept = []
-    for line in file.read_text().splitlines(keepends=True):
+    for line in file.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
         try:
             entry = json.loads(line)
         except json.JSONDecodeError:
@@ -118,4 +119,5 @@ def _drop_entries_after(file: Path, step: int, evaluated: bool) -> None:
         is_pending = entry["step"] == step and entry["kind"] == "evaluation" and not evaluated
         if line.endswith("\n") and entry["step"] <= step and not is_pending:
             kept.append(line)
-    file.write_text("".join(kept))
+    with replaced_file(file) as replaced:
+        replaced.write("".join(kept).encode())

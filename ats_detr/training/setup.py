@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
-import signal
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType, TracebackType
 from typing import Any
 
 import torch
@@ -23,6 +21,7 @@ from ats_detr.config import Config, save_config
 from ats_detr.data.coco import ClassMap
 from ats_detr.errors import UserError
 from ats_detr.evaluation import warn_of_limits
+from ats_detr.files import delete_temporary_files, exclusive_use
 from ats_detr.model import Detr, build_model
 from ats_detr.model.backbone import load_weights as load_backbone_weights
 from ats_detr.training.criterion import SetCriterion, build_criterion
@@ -32,12 +31,11 @@ from ats_detr.training.guards import BatchNormSnapshot, StepGuard, check_annotat
 from ats_detr.training.optim import MovingAverage, build_optimizer
 from ats_detr.training.resume import Checkpoints, Progress, State, restore
 from ats_detr.training.run_log import RunLog, console, say
+from ats_detr.training.signals import StopSignals
 from ats_detr.training.transfer import transfer_weights
 
 logger = logging.getLogger(__name__)
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-"""Sent by cluster schedulers before they end a job."""
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 CANNOT_COMPILE = (TorchDynamoException, InductorError)
 """Raised by the first forward pass of a compiled layer that cannot be compiled."""
@@ -105,8 +103,10 @@ class Run:
     """The model, wrapped so that gradients are averaged over processes where there are several."""
     batch_norms: BatchNormSnapshot
     guard: StepGuard
-    signals: StopSignals
     log: RunLog
+    signals: StopSignals
+    resources: ExitStack
+    """The lock of the folder, and the log."""
 
     @property
     def config(self) -> Config:
@@ -122,14 +122,16 @@ class Run:
         return PRECISIONS[self.config.train.precision]
 
 
-def prepare(stage: Stage, device: torch.device, teachers: Teachers | None, signals: StopSignals) -> Run:
+def prepare(stage: Stage, device: torch.device, teachers: Teachers | None) -> Run:
     """The run of a stage, new or resumed. Everything that can be rejected is rejected before anything is written.
 
     Raises UserError.
     """
     config = stage.config
-    loaders = build_loaders(config.data, config.seed, pin_memory=device.type == "cuda")
-    checkpoints = Checkpoints(config, stage.folder, run_facts(loaders.class_map, teachers))
+    loaders = build_loaders(config, pin_memory=device.type == "cuda")
+    signals = StopSignals()
+    facts = run_facts(loaders.class_map, teachers)
+    checkpoints = Checkpoints(config, stage.folder, facts, writing=signals.writing)
     checkpoint = checkpoints.load_resumable()
     model = seeded_model(stage, loaders.class_map, checkpoint, device)
     if teachers is not None:
@@ -141,11 +143,15 @@ def prepare(stage: Stage, device: torch.device, teachers: Teachers | None, signa
         restore(checkpoint, state, device)
     if supervision is not None:
         connect_teachers(supervision, model, config)
+    resources = ExitStack()
     if distributed.is_main():
         make_folder(stage.folder)
+        resources.enter_context(exclusive_use(stage.folder))
+        delete_temporary_files(stage.folder)
         save_config(config, stage.folder / "config.yaml")
+    log = RunLog(stage.folder, stage.name, state.progress.step, evaluated=state.progress.is_evaluated)
+    resources.callback(log.close)
     configure_layers(model, config)
-    is_evaluated = state.progress.epoch_step == 0
     return Run(
         stage=stage,
         device=device,
@@ -158,8 +164,9 @@ def prepare(stage: Stage, device: torch.device, teachers: Teachers | None, signa
         parallel_model=distributed.parallel(model, device),
         batch_norms=BatchNormSnapshot(model),
         guard=StepGuard(config.train.max_skipped_steps),
+        log=log,
         signals=signals,
-        log=RunLog(stage.folder, stage.name, state.progress.step, evaluated=is_evaluated),
+        resources=resources,
     )
 
 
@@ -313,26 +320,3 @@ def determinism(enabled: bool) -> Iterator[None]:
     finally:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
         torch.backends.cudnn.benchmark = benchmark
-
-
-class StopSignals:
-    """Within the context STOP_SIGNALS are recorded instead of ending the process."""
-
-    def __init__(self) -> None:
-        self.received: str | None = None
-        """Name of the first signal."""
-        self._handlers: dict[int, Any] = {}
-
-    def __enter__(self) -> StopSignals:
-        for number in STOP_SIGNALS:
-            self._handlers[number] = signal.signal(number, self._record)
-        return self
-
-    def _record(self, number: int, frame: FrameType | None) -> None:
-        self.received = self.received or signal.Signals(number).name
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        for number, handler in self._handlers.items():
-            signal.signal(number, handler)

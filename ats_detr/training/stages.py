@@ -15,7 +15,14 @@ from ats_detr.data.coco import ClassMap
 from ats_detr.errors import UserError
 from ats_detr.model import Detr
 from ats_detr.training.distillation import DualTeacher
-from ats_detr.training.resume import WITHOUT_INFLUENCE, check_same_origin, digest, is_resuming, mark_outdated
+from ats_detr.training.resume import (
+    WITHOUT_INFLUENCE,
+    check_same_origin,
+    delete_leftovers,
+    digest,
+    is_resuming,
+    mark_outdated,
+)
 from ats_detr.training.setup import Stage, Teachers
 from ats_detr.training.trainer import train
 
@@ -102,6 +109,8 @@ def train_stages(stages: dict[str, Stage], wanted: str, device: torch.device) ->
     for number, stage in enumerate(chosen, start=1):
         if is_finished(stage, stages):
             logger.info("%s: already finished, using %s", stage.name, stage.checkpoint)
+            if stage.given is None:
+                delete_leftovers(stage.folder)
             continue
         teachers = load_teachers(stage.config, stages, device) if stage.config.teachers is not None else None
         later = [other.folder for other in chosen[number:] if other.folder in afresh]

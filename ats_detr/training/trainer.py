@@ -7,6 +7,7 @@ import logging
 import math
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from ats_detr import distributed
 from ats_detr.checkpoint import FINISHED
-from ats_detr.data.loader import Batch
+from ats_detr.data.loader import Batch, explain_failed_workers
 from ats_detr.errors import Stopped
 from ats_detr.evaluation import evaluate, warn_of_minimum
 from ats_detr.training.criterion import compute_losses
@@ -27,7 +28,6 @@ from ats_detr.training.setup import (
     CANNOT_COMPILE,
     Run,
     Stage,
-    StopSignals,
     Teachers,
     describe_run,
     determinism,
@@ -35,6 +35,7 @@ from ats_detr.training.setup import (
     prepare,
     uncompile_layers,
 )
+from ats_detr.training.signals import Interrupted
 
 logger = logging.getLogger(__name__)
 
@@ -52,32 +53,45 @@ def train(
     Raises:
         Stopped: after one of the STOP_SIGNALS; the checkpoint is written.
     """
-    train_config = stage.config.train
-    with determinism(stage.config.deterministic), StopSignals() as signals:
-        run = prepare(stage, device, teachers, signals)
-        progress = run.state.progress
-        say(describe_run(run))
-        preflight_memory(run)
-        if run.is_new:
-            for replaced in (stage.folder, *outdated):
-                delete_results(replaced)
-        for epoch in range(progress.epoch, train_config.epochs):
-            train_epoch(run, epoch)
-            progress.epoch, progress.epoch_step = epoch + 1, 0
-            if progress.epoch == train_config.epochs:
-                metrics = evaluate_run(run, is_last=True)
-                run.checkpoints.save_result(run.state, metrics, FINISHED)
-                break
-            every = train_config.evaluate_every
-            if every and progress.epoch % every == 0:
-                evaluate_run(run, is_last=False)
-            is_stopping = any(distributed.gather(signals.received is not None))
-            if is_stopping or progress.epoch % train_config.checkpoint_every == 0:
-                run.checkpoints.save(run.state, device)
-            if is_stopping:
-                raise stopped(run)
-        run.log.close()
-        distributed.barrier()
+    with determinism(stage.config.deterministic):
+        run = prepare(stage, device, teachers)
+        with run.resources, explain_failed_workers():
+            say(describe_run(run))
+            preflight_memory(run)
+            if run.is_new:
+                for replaced in (stage.folder, *outdated):
+                    delete_results(replaced)
+            with run.signals, closing(run.loaders):
+                train_epochs(run)
+                distributed.barrier()
+
+
+def train_epochs(run: Run) -> None:
+    """The epochs that are left, each followed by a checkpoint and an evaluation where they are due.
+
+    Raises Stopped after one of the STOP_SIGNALS; the checkpoint is written.
+    """
+    config, progress = run.config.train, run.state.progress
+    while True:
+        is_last = progress.epoch == config.epochs
+        if is_last or not progress.is_evaluated:
+            evaluate_run(run, is_last=is_last)
+        if is_last:
+            return
+        try:
+            train_epoch(run, progress.epoch)
+        except Interrupted:
+            run.checkpoints.save(run.state, run.device)
+            raise stopped(run) from None
+        progress.epoch, progress.epoch_step = progress.epoch + 1, 0
+        every = config.evaluate_every
+        progress.is_evaluated = progress.epoch < config.epochs and not (every and progress.epoch % every == 0)
+        is_stopping = any(distributed.gather(run.signals.received is not None))
+        # Before the evaluation: whatever happens there, the epoch is not lost.
+        if is_stopping or not progress.is_evaluated or progress.epoch % config.checkpoint_every == 0:
+            run.checkpoints.save(run.state, run.device)
+        if is_stopping:
+            raise stopped(run)
 
 
 def train_epoch(run: Run, epoch: int) -> None:
@@ -89,18 +103,20 @@ def train_epoch(run: Run, epoch: int) -> None:
     started, seconds_before = time.monotonic(), progress.train_seconds
     last_logged, last_time = progress.step, started
     batches = run.loaders.train.epoch(epoch, start=progress.epoch_step * config.accumulate)
-    steps = itertools.islice(_in_groups(batches, config.accumulate), num_steps - progress.epoch_step)
+    groups = _in_groups(run.signals.interruptible(batches), config.accumulate)
+    steps = itertools.islice(groups, num_steps - progress.epoch_step)
     for micro_batches in run.log.track(steps, num_steps, epoch, config.epochs, start=progress.epoch_step):
         is_last = progress.epoch_step + 1 == num_steps
         is_logged = (progress.step + 1) % config.log_every == 0 or is_last
         values = train_step(run, epoch, micro_batches, metrics=is_logged)
         progress.step += 1
         progress.epoch_step += 1
-        is_stopping = distributed.world_size() == 1 and run.signals.received is not None
+        progress.train_seconds = seconds_before + time.monotonic() - started
+        is_stopping = run.signals.stops_after(progress.step)
         every = config.checkpoint_every_steps
         is_saving = not is_last and every > 0 and progress.epoch_step % every == 0
         if is_logged or is_saving or is_stopping:
-            numbers, is_stopping = read_values(run, values)
+            numbers = read_values(run, values)
         if is_logged:
             seconds, last_time = time.monotonic() - last_time, time.monotonic()
             num_images = (progress.step - last_logged) * global_batch(run.config)
@@ -110,11 +126,9 @@ def train_epoch(run: Run, epoch: int) -> None:
             if all(map(math.isfinite, numbers.values())):
                 run.log.write(progress.step, epoch, {**numbers, **rates})
         if is_saving or (is_stopping and not is_last):
-            progress.train_seconds = seconds_before + time.monotonic() - started
             run.checkpoints.save(run.state, run.device)
             if is_stopping:
                 raise stopped(run)
-    progress.train_seconds = seconds_before + time.monotonic() - started
 
 
 def train_step(run: Run, epoch: int, micro_batches: Sequence[Batch], *, metrics: bool) -> dict[str, Tensor]:
@@ -189,15 +203,11 @@ def _in_groups(batches: Iterable[Batch], size: int) -> Iterator[list[Batch]]:
         yield group
 
 
-def read_values(run: Run, values: Mapping[str, Tensor]) -> tuple[dict[str, float], bool]:
-    """Numbers to log, and whether any process received a stop signal, in one transfer. Reports skipped steps, too."""
-    stopping = torch.full(
-        (), float(run.signals.received is not None), device=run.device
-    )  # without a transfer
-    numbers = mean_on_host({**values, "skipped": run.guard.num_skipped(), "stopping": stopping})
-    is_stopping = numbers.pop("stopping") > 0
+def read_values(run: Run, values: Mapping[str, Tensor]) -> dict[str, float]:
+    """Numbers to log, in one transfer. Reports skipped steps, too."""
+    numbers = mean_on_host({**values, "skipped": run.guard.num_skipped()})
     report_skipped(run, numbers.pop("skipped") > 0)
-    return numbers, is_stopping
+    return numbers
 
 
 def mean_on_host(values: Mapping[str, Tensor]) -> dict[str, float]:
@@ -225,11 +235,13 @@ def report_skipped(run: Run, any_skipped: bool) -> None:
 
 def stopped(run: Run) -> Stopped:
     """The exception that ends a run after a stop signal; its checkpoint is written."""
-    run.log.close()
     signal = next((name for name in distributed.gather(run.signals.received) if name), "a signal")
-    return Stopped(
-        f"{run.stage.name}: stopped by {signal} after step {run.state.progress.step}; run the same command to resume"
+    step = run.state.progress.step
+    run.signals.outcome = Stopped(
+        f"{run.stage.name}: stopped by {signal} after step {step}; run the same command to resume",
+        exit_code=130 if signal == "SIGINT" else 0,
     )
+    return run.signals.outcome
 
 
 def preflight_memory(run: Run) -> None:
@@ -254,12 +266,22 @@ def preflight_memory(run: Run) -> None:
     restore_rng(rng, run.device)
 
 
-def evaluate_run(run: Run, is_last: bool) -> dict[str, Any]:
-    """Evaluate on the validation images. The weights with the highest AP are kept, the last ones in any case."""
+def evaluate_run(run: Run, is_last: bool) -> None:
+    """Evaluate on the validation images. The weights with the highest AP are kept, the last ones in any case.
+
+    Raises Stopped after one of the STOP_SIGNALS.
+    """
     state, progress = run.state, run.state.progress
-    found = evaluate(
-        state.evaluated, run.loaders.val, run.device, max_detections=run.config.evaluation.max_detections
-    )
+    try:
+        found = evaluate(
+            state.evaluated,
+            run.loaders.val,
+            run.device,
+            max_detections=run.config.evaluation.max_detections,
+            should_stop=run.signals.is_requested,
+        )
+    except Stopped:
+        raise stopped(run) from None
     warn_of_minimum(found, run.config.model.selector)
     metrics = found.to_dict()
     run.log.write(progress.step, progress.epoch, metrics, kind="evaluation")
@@ -271,7 +293,9 @@ def evaluate_run(run: Run, is_last: bool) -> dict[str, Any]:
             run.checkpoints.save_result(state, metrics, BEST)
         elif distributed.is_main():
             (run.stage.folder / BEST).unlink(missing_ok=True)
-    return metrics
+    progress.is_evaluated = True
+    if is_last:
+        run.checkpoints.save_result(state, metrics, FINISHED)
 
 
 def describe_metrics(metrics: Mapping[str, Any]) -> str:

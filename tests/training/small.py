@@ -14,7 +14,7 @@ import yaml
 
 from ats_detr.batch import ImageBatch, Target
 from ats_detr.config import Config, config_from_dict
-from ats_detr.training.setup import Run, Stage, StopSignals, prepare
+from ats_detr.training.setup import Run, Stage, prepare
 
 SMALL_MODEL: dict[str, Any] = {
     "backbone": {
@@ -86,7 +86,7 @@ def small_config(folder: Path, **changes: Any) -> Config:
 def small_run(folder: Path, config: Config | None = None, device: str = "cpu", **changes: Any) -> Run:
     """A run of a small config, or of `config`, in `folder`/run."""
     stage = Stage("small", config or small_config(folder, **changes), folder / "run")
-    return prepare(stage, torch.device(device), None, StopSignals())
+    return prepare(stage, torch.device(device), None)
 
 
 def write_small_chain(folder: Path, **changes: Any) -> Path:

@@ -147,7 +147,7 @@ def test_twenty_more_random_moments(undisturbed: Path, seed: int) -> None:
     kill_at_random(undisturbed, seed)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
 def test_a_signal_saves_and_ends_the_run_in_order(undisturbed: Path, number: int) -> None:
     folder = undisturbed.parent / f"signalled-{int(number)}"
     write_run(folder, train={**SETTINGS["train"], "checkpoint_every_steps": 0, "learning_rate": 1e-3})

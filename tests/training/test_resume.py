@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,12 +13,14 @@ import pytest
 import torch
 import yaml
 
+from ats_detr import evaluation
 from ats_detr.config import load_config
-from ats_detr.errors import UserError
+from ats_detr.errors import Stopped, UserError
 from ats_detr.training import resume, setup, stages, trainer
+from ats_detr.training.datasets import data_root
 from ats_detr.training.resume import digest
 from ats_detr.training.stages import plan_stages, train_stages
-from tests.training.small import small_tree, write_small_chain
+from tests.training.small import small_config, small_tree, write_small_chain
 
 
 def train(folder: Path, *overrides: str) -> None:
@@ -96,9 +100,85 @@ def test_a_run_does_not_resume_with_other_classes_or_processes(half_done: Path) 
         train(half_done)
 
 
-def test_fewer_epochs_than_completed_are_rejected(half_done: Path) -> None:
-    with pytest.raises(UserError, match=r"train\.epochs = 1: must be > 1, the completed epochs"):
+def test_fewer_epochs_than_started_are_rejected_and_as_many_finish_the_run(half_done: Path) -> None:
+    path = half_done / "run" / "checkpoint.pt"
+    checkpoint = torch.load(path)
+    torch.save(checkpoint | {"epoch_step": 1}, path)
+    with pytest.raises(UserError, match=r"train\.epochs = 1: must be >= 2, the epochs that .* has started"):
         train(half_done, "train.epochs=1")
+    torch.save(checkpoint, path)
+    train(half_done, "train.epochs=1")
+    assert torch.load(half_done / "run" / "final.pt")["step"] == 4
+
+
+@pytest.mark.parametrize("epochs", [1, 2])
+def test_a_failed_evaluation_loses_no_epoch(tmp_path: Path, epochs: int) -> None:
+    """In the middle of a run and at its end: after the repair, only the evaluation is repeated."""
+    write_config(tmp_path, train={"epochs": epochs})
+    image = data_root(small_config(tmp_path).data) / "val2017" / "000003.jpg"
+    content = image.read_bytes()
+    image.write_bytes(content[: len(content) // 2])
+    for _ in range(2):
+        with pytest.raises(UserError, match=r"000003\.jpg cannot be read"):
+            train(tmp_path)
+        checkpoint = torch.load(tmp_path / "run" / "checkpoint.pt")
+        assert (checkpoint["epoch"], checkpoint["is_evaluated"]) == (1, False)
+    image.write_bytes(content)
+    train(tmp_path)
+    log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in log if line["kind"] == "train"] == list(range(1, 4 * epochs + 1))
+    assert [line["step"] for line in log if line["kind"] == "evaluation"] == [4, 8][:epochs]
+
+
+def test_a_signal_ends_an_evaluation_and_resuming_repeats_only_that(
+    half_done: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    num_batches = []
+
+    def batch_and_signal(self: Any, *arguments: Any) -> None:
+        num_batches.append(1)
+        os.kill(os.getpid(), signal.SIGINT)
+        add(self, *arguments)
+
+    add = evaluation._Found.add
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluation._Found, "add", batch_and_signal)
+        with pytest.raises(Stopped, match="stopped by SIGINT after step 4; run the same command") as raised:
+            train(half_done)
+    assert len(num_batches) == 1, "of two"
+    assert raised.value.exit_code == 130
+    train(half_done)
+    log = [json.loads(line) for line in (half_done / "run" / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in log] == [1, 2, 3, 4, 4, 5, 6, 7, 8, 8]
+
+
+def test_leftovers_of_killed_runs_are_removed(half_done: Path) -> None:
+    run = half_done / "run"
+    (run / ".ats-detr-0123.tmp").write_bytes(b"half a checkpoint")
+    (run / "log.jsonl").write_text((run / "log.jsonl").read_text() + '{"kind": "tra')
+    checkpoint = (run / "checkpoint.pt").read_bytes()
+    train(half_done)
+    finished = {path.name for path in run.iterdir()} - {"best.pt"}
+    assert finished == {"config.yaml", "final.pt", "metrics.json", "log.jsonl", "tensorboard"}
+    (run / "checkpoint.pt").write_bytes(checkpoint)  # as if killed before its deletion
+    train(half_done)
+    assert {path.name for path in run.iterdir()} - {"best.pt"} == finished
+
+
+def test_the_log_is_replaced_atomically(half_done: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    log = half_done / "run" / "log.jsonl"
+    log.write_text(log.read_text() + json.dumps({"kind": "train", "step": 5}) + "\n")
+    before = log.read_bytes()
+
+    def die(source: Path, *_: Any) -> None:
+        assert log.read_bytes() == before
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", lambda a, b: die(a) if b == log else os.rename(a, b))
+    with pytest.raises(KeyboardInterrupt):
+        train(half_done)
+    assert log.read_bytes() == before
+    assert not list(log.parent.glob(".ats-detr*"))
 
 
 def test_a_run_restarted_by_torchrun_resumes_even_with_resume_never(

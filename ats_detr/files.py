@@ -1,0 +1,102 @@
+"""Atomic replacement of files, and exclusive use of a folder."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+from ats_detr.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+_TEMPORARY = ".ats-detr-{}.tmp"
+_LOCK = ".ats-detr.lock"
+
+
+@contextmanager
+def replaced_file(path: Path, *, previous: Path | None = None) -> Iterator[BinaryIO]:
+    """A new file that replaces `path` atomically, flushed to disk, where the context ends without an error.
+
+    Its temporary name, in the same folder, is unpredictable and never that of an existing file or link.
+
+    Args:
+        previous: new name of the file that is replaced. A crash between the two renames leaves only `previous`.
+    """
+    temporary = path.with_name(_TEMPORARY.format(secrets.token_hex(8)))
+    try:
+        with temporary.open("xb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        if previous is not None and path.exists():
+            os.replace(path, previous)
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
+    descriptor = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)  # flushes the renames
+    finally:
+        os.close(descriptor)
+
+
+def delete_temporary_files(folder: Path) -> None:
+    """Delete what killed processes left of `replaced_file`. Needs the exclusive use of the folder."""
+    for path in folder.glob(_TEMPORARY.format("*")):
+        path.unlink(missing_ok=True)
+
+
+@contextmanager
+def exclusive_use(folder: Path, *, wait: bool = False) -> Iterator[None]:
+    """Within the context no other process has the exclusive use of the folder. A process that ends loses it.
+
+    Args:
+        wait: wait for another process. False: raise UserError.
+    """
+    try:
+        descriptor = _lock(folder / _LOCK, wait)
+    except BlockingIOError:
+        fix = "wait for it, stop it, or choose another output_dir"
+        raise UserError(f"{folder}: another run is using this folder; {fix}") from None
+    except OSError as error:
+        raise UserError(f"{folder}: cannot write to this folder ({error.strerror})") from error
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            (folder / _LOCK).unlink()
+        os.close(descriptor)
+
+
+def _lock(path: Path, wait: bool) -> int:
+    """The descriptor of the locked file. Raises BlockingIOError where another process holds the lock."""
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
+        try:
+            _lock_descriptor(descriptor, wait)
+            if path.exists() and os.path.samestat(os.fstat(descriptor), path.stat()):
+                return descriptor
+        except OSError:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)  # the process before this one has deleted the file
+
+
+def _lock_descriptor(descriptor: int, wait: bool) -> None:
+    """A POSIX lock, which child processes do not inherit. Without effect where the file system has none."""
+    try:
+        import fcntl
+
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        raise
+    except (ImportError, OSError) as error:
+        logger.warning("no locks here, do not start two runs in one folder (%s)", error)
