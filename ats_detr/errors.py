@@ -9,6 +9,8 @@ import time
 from collections.abc import Callable
 from typing import NoReturn
 
+from ats_detr.console import complain, say, use_utf8
+
 
 class UserError(ValueError):
     """Invalid input or environment. The message names the cause, its value and the fix."""
@@ -23,7 +25,7 @@ class Stopped(Exception):
 
 
 def run_cli(main: Callable[[], None]) -> None:
-    """Run `main` and convert exceptions to exit codes.
+    """Run `main` in UTF-8 and convert exceptions to exit codes.
 
     - UserError or a full disk: one line on stderr, exit code 2. Under torchrun, ranks above 0 wait five seconds before
       printing; if rank 0 has the same error, torchrun ends them within that time.
@@ -31,13 +33,14 @@ def run_cli(main: Callable[[], None]) -> None:
     - KeyboardInterrupt: exit code 130.
     - All others are bugs and keep their traceback for a report.
     """
+    use_utf8()
     try:
         main()
     except UserError as error:
         _end(str(error))
     except Stopped as end:
         if os.environ.get("RANK", "0") == "0":
-            print(end)
+            say(str(end))
         sys.exit(end.exit_code)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
@@ -51,5 +54,5 @@ def run_cli(main: Callable[[], None]) -> None:
 def _end(message: str) -> NoReturn:
     if os.environ.get("RANK", "0") != "0":
         time.sleep(5)
-    print(f"error: {message}", file=sys.stderr)
+    complain(message)
     sys.exit(2)

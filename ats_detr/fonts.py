@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import unicodedata
 from pathlib import Path
 
 import matplotlib
@@ -12,13 +11,10 @@ from matplotlib import font_manager
 from matplotlib.ft2font import FT2Font
 from PIL import ImageFont
 
+from ats_detr.console import is_visible
+
 DEFAULT = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"
 """Shipped with Matplotlib. Covers Latin, Greek, Cyrillic, Hebrew, Arabic, Armenian, Georgian, and symbols."""
-
-_INVISIBLE = ("Cc", "Cf", "Cs", "Zl", "Zp")
-"""Unicode categories of control characters, format characters, surrogates, and separators of lines and paragraphs."""
-_JOINERS = "\u200c\u200d"
-"""Zero-width characters that change the shape of their neighbours."""
 
 
 def font_for(text: str, size: int) -> tuple[ImageFont.FreeTypeFont, str]:
@@ -46,11 +42,7 @@ def legible(text: str) -> str:
 
 def one_line(text: str) -> str:
     """`text` without line breaks, control characters and lone surrogates."""
-    visible = "".join(
-        character if unicodedata.category(character) not in _INVISIBLE or character in _JOINERS else " "
-        for character in text
-    )
-    return " ".join(visible.split())
+    return " ".join("".join(c if is_visible(c) else " " for c in text).split())
 
 
 @functools.lru_cache(maxsize=256)

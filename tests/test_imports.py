@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 LAYERS = (
-    ("errors", "files", "fonts", "boxes", "batch", "config", "distributed"),
+    ("console", "errors", "files", "fonts", "boxes", "batch", "config", "distributed"),
     ("kernels",),
     ("data", "model"),
     ("convert", "checkpoint", "evaluation", "visualize", "flops"),

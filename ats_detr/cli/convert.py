@@ -18,8 +18,9 @@ from ats_detr.checkpoint import (
     save_folder,
 )
 from ats_detr.cli.info import name_of_model
-from ats_detr.cli.options import add_overrides, console
+from ats_detr.cli.options import add_overrides
 from ats_detr.config import ConfigError, apply_override, config_from_dict
+from ats_detr.console import say
 from ats_detr.convert import from_official, is_official, to_official
 from ats_detr.errors import UserError
 from ats_detr.flops import num_parameters
@@ -65,10 +66,10 @@ def convert(
             )
         if is_folder:
             save_folder(checkpoint, destination)
-            console.print(f"{destination}: model.safetensors and config.json")
+            say(f"{destination}: model.safetensors and config.json")
         else:
             save_checkpoint(to_official(checkpoint), destination)
-            console.print(f"{destination}: in the format of the published code")
+            say(f"{destination}: in the format of the published code")
         return
     checkpoint = from_official(content, source=str(source), keep_adaption=keep_adaption)
     for override in overrides:
@@ -80,8 +81,8 @@ def convert(
     (save_folder if is_folder else save_checkpoint)(checkpoint, destination)
     model, _ = load_model(destination)  # strict: the file contains exactly the model of its configuration
     for note in checkpoint["notes"]:
-        console.print(note)
-    console.print(
+        say(note)
+    say(
         f"{destination}: {name_of_model(config.model)}, {checkpoint['num_classes']} class indices,"
         f" {num_parameters(model) / 1e6:.1f} M parameters"
     )

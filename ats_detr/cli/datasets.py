@@ -9,14 +9,11 @@ from __future__ import annotations
 import json
 import sys
 from argparse import ArgumentParser, Namespace
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from rich.markup import escape
-from rich.progress import track
-
-from ats_detr.cli.options import FAILURES, console
+from ats_detr.cli.options import FAILURES
+from ats_detr.console import say, track
 from ats_detr.data.check import Split, check_dataset, find_splits, lines, plot_dataset, report
 from ats_detr.errors import UserError
 
@@ -52,23 +49,20 @@ def run(arguments: Namespace) -> None:
         _write_report([], arguments.json)
         raise
 
-    def progress(items: Iterable[Any], what: str, number: int) -> Iterable[Any]:
-        return track(items, escape(what), total=number, transient=True, disable=not console.is_terminal)
-
     check_dataset(
         splits,
         exif=arguments.exif,
         on_bad_image=arguments.on_bad_image,
         on_bad_annotation=arguments.on_bad_annotation,
-        track=progress,
+        track=track,
     )
     for split in splits:
-        console.print(
+        say(
             f"{split.annotations} with {split.images}: {split.num_images} images, {split.num_objects} objects,"
             f" {len(split.categories)} categories"
         )
         for line in lines(split.findings, most=arguments.most):
-            console.print(f"  {line}")
+            say(f"  {line}")
     _write_report(splits, arguments.json)
     picture = arguments.picture
     if picture is not None:
@@ -80,7 +74,7 @@ def run(arguments: Namespace) -> None:
             raise UserError(f"--picture {picture}: {error}") from None
     num_errors = sum(split.num_errors for split in splits)
     drawn = "--picture FILE draws sizes and classes" if picture is None else f"sizes and classes: {picture}"
-    console.print(f"{num_errors or 'no'} kinds of errors; {drawn}")
+    say(f"{num_errors or 'no'} kinds of errors; {drawn}")
     if num_errors:
         sys.exit(FAILURES)
 

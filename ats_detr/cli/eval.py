@@ -22,6 +22,7 @@ from ats_detr.checkpoint import (
 )
 from ats_detr.cli.options import CHECKPOINT, add_config, add_overrides
 from ats_detr.config import Config, load_config
+from ats_detr.console import console, say
 from ats_detr.data.coco import ClassMap
 from ats_detr.data.loader import EvaluationLoader
 from ats_detr.evaluation import Metrics, evaluate, warn_of_limits, warn_of_minimum
@@ -29,7 +30,6 @@ from ats_detr.flops import count_flops
 from ats_detr.model import CompiledDetr, Detr
 from ats_detr.training import run_log
 from ats_detr.training.datasets import build_evaluation_loader
-from ats_detr.training.run_log import console, say
 from ats_detr.training.stages import Stage
 from ats_detr.visualize import plot_budgets, save_pictures
 

@@ -10,7 +10,8 @@ from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from pathlib import Path
 
 from ats_detr.cli.info import name_of_model
-from ats_detr.cli.options import CHECKPOINT, add_max_detections, console
+from ats_detr.cli.options import CHECKPOINT, add_max_detections
+from ats_detr.console import say
 from ats_detr.detector import Detector
 from ats_detr.export import export_file
 
@@ -49,4 +50,4 @@ def run(arguments: Namespace) -> None:
         keep_ratio=arguments.keep_ratio,
     )
     megabytes = arguments.destination.stat().st_size / 1e6
-    console.print(f"{arguments.destination}: {name_of_model(detector.config.model)}, {megabytes:.1f} MB")
+    say(f"{arguments.destination}: {name_of_model(detector.config.model)}, {megabytes:.1f} MB")

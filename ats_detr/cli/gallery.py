@@ -91,7 +91,7 @@ class Gallery:
                 for row in sorted(self._rows)
             },
         }
-        page = (files("ats_detr.cli") / "gallery.html").read_text()
+        page = (files("ats_detr.cli") / "gallery.html").read_text(encoding="utf-8")
         before, marker, after = page.partition("/*DATA*/")
         assert marker
         temporary = path.with_name(path.name + ".tmp")

@@ -17,8 +17,9 @@ from ats_detr.checkpoint import (
     load_detector,
     resolve_checkpoint,
 )
-from ats_detr.cli.options import CHECKPOINT, CONFIG, add_overrides, console
+from ats_detr.cli.options import CHECKPOINT, CONFIG, add_overrides
 from ats_detr.config import Config, ModelConfig, load_config, shipped_configs
+from ats_detr.console import say
 from ats_detr.data.coco import ClassMap
 from ats_detr.data.transforms import resized_size
 from ats_detr.errors import UserError
@@ -42,7 +43,7 @@ def run(arguments: Namespace) -> None:
     rows = describe(arguments.source, arguments.overrides)
     width = max(len(name) for name, _ in rows)
     for name, value in rows:
-        console.print(f"{name:<{width}}  {value}")
+        say(f"{name:<{width}}  {value}")
 
 
 def describe(source: str, overrides: Sequence[str] = ()) -> list[tuple[str, str]]:

@@ -1,14 +1,11 @@
-"""Options that several commands share, and the console they print on."""
+"""Options that several commands share."""
 
 from __future__ import annotations
 
 from argparse import ArgumentParser
 
-from rich.console import Console
-
 from ats_detr.config import shipped_configs
 
-console = Console(highlight=False, markup=False, soft_wrap=True)
 FAILURES = 1
 """Exit code of a command that finished although some of its inputs failed."""
 CHECKPOINT = "a checkpoint file, the folder of a model or a run, or the name of a run under runs/"

@@ -8,18 +8,18 @@ from __future__ import annotations
 
 import sys
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any, Literal
 
 from PIL import Image
-from rich.progress import track
 
 from ats_detr.checkpoint import write_json
 from ats_detr.cli.gallery import Gallery
-from ats_detr.cli.options import CHECKPOINT, FAILURES, add_max_detections, console
+from ats_detr.cli.options import CHECKPOINT, FAILURES, add_max_detections
+from ats_detr.console import complain, say, track
 from ats_detr.data.images import ImageFileError, images_in, is_url, visible_files
 from ats_detr.data.video import VIDEO_SUFFIXES, VideoWriter, read_video
 from ats_detr.detector import THRESHOLD, Detector, Result
@@ -71,9 +71,7 @@ def run(arguments: Namespace) -> None:
     if inputs.ignored:
         listed = ", ".join(path.name for path in inputs.ignored[:5])
         more = ", ..." if len(inputs.ignored) > 5 else ""
-        console.print(
-            f"ignored {len(inputs.ignored)} files that are neither images nor videos: {listed}{more}"
-        )
+        say(f"ignored {len(inputs.ignored)} files that are neither images nor videos: {listed}{more}")
     done = predict_files(
         detector,
         inputs,
@@ -85,15 +83,14 @@ def run(arguments: Namespace) -> None:
         batch_size=arguments.batch_size,
         upright=False if arguments.stored_pixels else None,
         allow_urls=arguments.allow_urls,
-        show_progress=console.is_terminal,
     )
     for failure in done.failures:
-        print(f"error: {failure}", file=sys.stderr)
+        complain(failure)
     kept = f"; on average {fmean(done.keep_ratios):.1%} of the tokens kept" if done.keep_ratios else ""
     videos = f" and {done.num_videos} videos" if inputs.videos else ""
-    console.print(f"{done.num_images} images{videos}, {len(done.failures)} failed{kept}")
+    say(f"{done.num_images} images{videos}, {len(done.failures)} failed{kept}")
     gallery = ", gallery.html" if done.gallery else ""
-    console.print(f"written to {arguments.out}: predictions.json, pictures{gallery}")
+    say(f"written to {arguments.out}: predictions.json, pictures{gallery}")
     if done.failures:
         sys.exit(FAILURES)
 
@@ -162,7 +159,6 @@ def predict_files(
     batch_size: int,
     upright: bool | None = None,
     allow_urls: bool = False,
-    show_progress: bool = False,
 ) -> Done:
     """Detect objects in all inputs and write the results into the folder `out`.
 
@@ -191,7 +187,7 @@ def predict_files(
         on_bad_image=lambda error: done.failures.append(str(error)),
         **options,
     )
-    for result in _track(results, "images", len(inputs.images), show_progress):
+    for result in track(results, "images", len(inputs.images)):
         stem = _unused(Path(result.name).stem, stems)
         try:
             decoded = replace(result, source=result.image())  # decode once for all drawings
@@ -206,7 +202,7 @@ def predict_files(
     videos: list[dict[str, Any]] = []
     for video in inputs.videos:
         try:
-            frames = _predict_video(detector, video, out / "videos", stems, show, options, show_progress)
+            frames = _predict_video(detector, video, out / "videos", stems, show, options)
         except ImageFileError as error:
             done.failures.append(str(error))
         else:
@@ -225,10 +221,6 @@ def predict_files(
         out / "predictions.json",
     )
     return done
-
-
-def _track(results: Iterator[Result], what: str, total: int | None, show_progress: bool) -> Iterator[Result]:
-    yield from track(results, what, total=total, transient=True, disable=not show_progress)
 
 
 def _unused(stem: str, used: set[str]) -> str:
@@ -272,7 +264,6 @@ def _predict_video(
     stems: set[str],
     show: Sequence[Shown],
     options: dict[str, Any],
-    show_progress: bool,
 ) -> dict[str, Any]:
     """Write the video with boxes and return its frames for JSON. Raises ImageFileError if it cannot be read."""
     frames: list[dict[str, Any]] = []
@@ -281,7 +272,7 @@ def _predict_video(
         target = folder / f"{_unused(path.stem, stems)}.mp4"
         with VideoWriter(target, video.frames_per_second) as writer:
             results = detector.stream(iter(video), **options)
-            for result in _track(results, path.name, video.num_frames, show_progress):
+            for result in track(results, path.name, video.num_frames):
                 writer.add(_picture(result, show))
                 time = len(frames) / video.frames_per_second
                 frames.append({"time_s": round(time, 3), **result.to_dict(), "image": f"frame {len(frames)}"})

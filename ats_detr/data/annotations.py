@@ -269,6 +269,9 @@ def _read_categories(records: Sequence[Any], findings: Findings) -> dict[int, st
                 "warning", "category names that are no text (replaced)", [f"{where}: {_shown(name)}"]
             )
             name = _shown(name) if has_name else f"category {category_id}"
+        name = name.encode("utf-16", "surrogatepass").decode(
+            "utf-16", "replace"
+        )  # lone surrogates are no text
         if category_id not in categories:
             categories[category_id] = name
         elif categories[category_id] == name:

@@ -9,14 +9,13 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch.utils.tensorboard import SummaryWriter
 
 from ats_detr import distributed
+from ats_detr.console import console, say
 from ats_detr.files import replaced_file
 
-console = Console(quiet=not distributed.is_main())
 _SECONDS_BETWEEN_LINES = 30.0
 """Interval of progress lines where the output is not a terminal."""
 
@@ -26,11 +25,6 @@ def configure() -> None:
     console.quiet = not distributed.is_main()
     logging.basicConfig(level=logging.WARNING, handlers=[_ConsoleHandler()], force=True)
     logging.getLogger("ats_detr").setLevel(logging.INFO if distributed.is_main() else logging.ERROR)
-
-
-def say(text: str) -> None:
-    """Print a line on the console of rank 0."""
-    console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 class _ConsoleHandler(logging.Handler):
@@ -65,11 +59,11 @@ class RunLog:
         """Yield the batches of an epoch, of which `start` are done, with a progress bar and the values last written."""
         title = f"{self.name} {epoch + 1}/{num_epochs}"
         columns = (
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=20),
             MofNCompleteColumn(),
             TimeRemainingColumn(),
-            TextColumn("{task.fields[text]}"),
+            TextColumn("{task.fields[text]}", markup=False),
         )
         self._text, printed = "", time.monotonic()
         with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:

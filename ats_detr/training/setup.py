@@ -18,6 +18,7 @@ from torch._inductor.exc import InductorError
 from ats_detr import distributed
 from ats_detr.checkpoint import FINISHED, build_without_fetching, make_folder, read_file
 from ats_detr.config import Config, save_config
+from ats_detr.console import console, say
 from ats_detr.data.coco import ClassMap
 from ats_detr.errors import UserError
 from ats_detr.evaluation import warn_of_limits
@@ -30,7 +31,7 @@ from ats_detr.training.distillation import DualTeacher
 from ats_detr.training.guards import BatchNormSnapshot, StepGuard, check_annotations
 from ats_detr.training.optim import MovingAverage, build_optimizer
 from ats_detr.training.resume import Checkpoints, Progress, State, restore
-from ats_detr.training.run_log import RunLog, console, say
+from ats_detr.training.run_log import RunLog
 from ats_detr.training.signals import StopSignals
 from ats_detr.training.transfer import transfer_weights
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ats_detr import distributed
 from ats_detr.checkpoint import FINISHED
+from ats_detr.console import say
 from ats_detr.data.loader import Batch, explain_failed_workers
 from ats_detr.errors import Stopped
 from ats_detr.evaluation import evaluate, warn_of_minimum
@@ -23,7 +24,6 @@ from ats_detr.training.criterion import compute_losses
 from ats_detr.training.guards import check_targets, explain_out_of_memory, largest_batch
 from ats_detr.training.optim import learning_rate_factor, set_learning_rates
 from ats_detr.training.resume import BEST, delete_results, restore_rng, rng_state
-from ats_detr.training.run_log import say
 from ats_detr.training.setup import (
     CANNOT_COMPILE,
     Run,
