@@ -22,7 +22,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from ats_detr.kernels.gpu import attention, attention_map, linear, packing, selection, tuning, value_gradient
+from ats_detr.kernels.gpu import attention, attention_map, convolution, linear, packing, selection, tuning, value_gradient
 from ats_detr.kernels.gpu.problem import prepare
 
 ARCHITECTURES = (80, 90, 100, 120)
@@ -201,6 +201,22 @@ def linear_launches(operator: str, rows: torch.dtype, dtype: torch.dtype, config
         return caught(calls[operator])
 
 
+def convolution_launches(dtype: torch.dtype, config: dict | None = None) -> list[Launch]:
+    """Launches of a 1x1 convolution (with `config`), or of the epilogues that follow other convolutions."""
+    x = torch.zeros(2, WIDTH, 8, 8, dtype=dtype).contiguous(memory_format=torch.channels_last)
+    scale, bias = torch.zeros(WIDTH), torch.zeros(WIDTH)
+    if config is None:
+        return [
+            *caught(lambda: convolution.affine_relu_(x, scale, bias, x, True)),
+            *caught(lambda: convolution.affine_relu_max_pool(x[:, :64], scale[:64], bias[:64])),
+        ]
+    weight, residual = torch.zeros(WIDTH, WIDTH, 1, 1, dtype=dtype), x[:, :, ::2, ::2]
+    with configured(config):
+        return caught(
+            lambda: convolution.pointwise_convolution(x, weight, scale, bias, residual, True, (2, 2))
+        )
+
+
 def other_launches(dtype: torch.dtype) -> list[Launch]:
     """Selection, pack, scatter and attention map."""
     scores, mask = torch.zeros(4, 17821, dtype=dtype), torch.zeros(4, 17821, dtype=torch.bool)
@@ -261,6 +277,14 @@ def jobs(architecture: int, everything: bool = True) -> Iterator[tuple[dict, Lau
                     kernel_pass = "" if rows == dtype else "autocast"
                     labels = {"pass": kernel_pass, "dtype": name, "fused": True, "config": config}
                     yield {"kernel": launch.kernel.__name__, **labels, "arch": f"sm_{architecture}"}, launch
+        candidates = tuning.configurations("pointwise", (name,))
+        for config in candidates if everything else candidates[:1]:
+            (launch,) = convolution_launches(dtype, config)
+            labels = {"pass": "", "dtype": name, "fused": True, "config": config}
+            yield {"kernel": launch.kernel.__name__, **labels, "arch": f"sm_{architecture}"}, launch
+        for launch in convolution_launches(dtype):
+            labels = {"pass": "", "dtype": name, "fused": True, "config": {}}
+            yield {"kernel": launch.kernel.__name__, **labels, "arch": f"sm_{architecture}"}, launch
         if everything or dtype == torch.float32:
             seen = set()
             for launch in (*attention_launches("sorted", dtype, {}), *other_launches(dtype)):

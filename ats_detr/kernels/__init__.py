@@ -6,6 +6,7 @@ choose between the two (`backend.choose_backend`) and register the operators wit
 
 from ats_detr.kernels.attention import deformable_attention, multi_scale_deformable_attention
 from ats_detr.kernels.attention_map import attention_map, deformable_attention_map
+from ats_detr.kernels.convolution import affine_relu_, affine_relu_max_pool, fused_convolution
 from ats_detr.kernels.linear import packed_feedforward, packed_linear, packed_linear_norm
 from ats_detr.kernels.packing import pack_tokens, scatter_tokens, zero_padding
 from ats_detr.kernels.plan import TokenPlan
@@ -13,9 +14,12 @@ from ats_detr.kernels.selection import select_tokens
 
 __all__ = [
     "TokenPlan",
+    "affine_relu_",
+    "affine_relu_max_pool",
     "attention_map",
     "deformable_attention",
     "deformable_attention_map",
+    "fused_convolution",
     "multi_scale_deformable_attention",
     "pack_tokens",
     "packed_feedforward",

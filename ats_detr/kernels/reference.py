@@ -401,6 +401,59 @@ def _to_capacity(out: Tensor, x_KC: Tensor) -> Tensor:
     return F.pad(out, (0, 0, 0, missing)) if missing else out
 
 
+# ------------------------------------------------------------------------------- convolutions with their epilogue
+def fused_convolution(
+    x_BCHW: Tensor,
+    weight_FCHW: Tensor,
+    scale_F: Tensor | None = None,
+    bias_F: Tensor | None = None,
+    residual_BFHW: Tensor | None = None,
+    relu: bool = False,
+    stride: Sequence[int] = (1, 1),
+    padding: Sequence[int] = (0, 0),
+    dilation: Sequence[int] = (1, 1),
+    groups: int = 1,
+) -> Tensor:
+    """ReLU(conv(x, weight) * scale + bias + residual), [B, F, H', W'] in x's dtype."""
+    inner = bias_F.to(x_BCHW.dtype) if bias_F is not None and scale_F is None else None
+    out = F.conv2d(x_BCHW, weight_FCHW, inner, tuple(stride), tuple(padding), tuple(dilation), groups)
+    affine_relu_(out, scale_F, None if scale_F is None else bias_F, residual_BFHW, relu)
+    return out
+
+
+def affine_relu_(
+    x_BCHW: Tensor,
+    scale_C: Tensor | None = None,
+    bias_C: Tensor | None = None,
+    residual_BCHW: Tensor | None = None,
+    relu: bool = True,
+) -> None:
+    """x = ReLU(x * scale + bias + residual), computed in at least float32."""
+    if residual_BCHW is not None and share_storage(x_BCHW, residual_BCHW):
+        residual_BCHW = residual_BCHW.clone()
+    # One 16-bit sum is rounded once in any case.
+    total = x_BCHW if scale_C is None and bias_C is None else _at_least_float32(x_BCHW)
+    if scale_C is not None:
+        total.mul_(scale_C[:, None, None])
+    if bias_C is not None:
+        total.add_(bias_C[:, None, None])
+    if residual_BCHW is not None:
+        total.add_(residual_BCHW)
+    if relu:
+        total.relu_()
+    if total is not x_BCHW:
+        x_BCHW.copy_(total)
+
+
+def affine_relu_max_pool(
+    x_BCHW: Tensor, scale_C: Tensor | None = None, bias_C: Tensor | None = None
+) -> Tensor:
+    """The 3x3 maximum of ReLU(x * scale + bias) with stride 2 and padding 1, [B, C, ceil(H / 2), ceil(W / 2)]."""
+    x_BCHW = x_BCHW.clone()
+    affine_relu_(x_BCHW, scale_C, bias_C)
+    return F.max_pool2d(x_BCHW, 3, 2, 1)
+
+
 # ---------------------------------------------------------------------------------- decoder cross-attention map (DAM)
 def attention_map(locations_BQHLP2: Tensor, weights_BQHLP: Tensor, level_shapes: LevelShapes) -> Tensor:
     """How much attention each token receives, float32 [B, S]: weights spread bilinearly, summed over queries and heads.

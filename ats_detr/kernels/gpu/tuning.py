@@ -60,6 +60,12 @@ CONFIGS: dict[str, list[Config]] = {
         {"rows": 128, "columns": 128, "depth": 32, "num_warps": 8, "num_stages": 3},
         {"rows": 32, "columns": 64, "depth": 64, "num_warps": 4, "num_stages": 3},
     ],
+    "pointwise": [
+        {"rows": 64, "columns": 128, "depth": 64, "num_warps": 8, "num_stages": 3},
+        {"rows": 128, "columns": 128, "depth": 32, "num_warps": 8, "num_stages": 3},
+        {"rows": 128, "columns": 64, "depth": 64, "num_warps": 4, "num_stages": 3},
+        {"rows": 32, "columns": 64, "depth": 64, "num_warps": 4, "num_stages": 3},
+    ],
     "linear_norm": [
         {"rows": 64, "depth": 64, "num_warps": 8, "num_stages": 2},
         {"rows": 32, "depth": 64, "num_warps": 4, "num_stages": 2},
@@ -77,6 +83,10 @@ FLOAT32_CONFIGS: dict[str, list[Config]] = {
         {"rows": 64, "columns": 128, "depth": 16, "num_warps": 8, "num_stages": 3},
         {"rows": 32, "columns": 64, "depth": 32, "num_warps": 4, "num_stages": 2},
     ],
+    "pointwise": [
+        {"rows": 64, "columns": 128, "depth": 16, "num_warps": 8, "num_stages": 3},
+        {"rows": 32, "columns": 64, "depth": 32, "num_warps": 4, "num_stages": 2},
+    ],
     "linear_norm": [
         {"rows": 32, "depth": 16, "num_warps": 8, "num_stages": 2},
         {"rows": 16, "depth": 32, "num_warps": 4, "num_stages": 2},
@@ -89,6 +99,7 @@ INTERPRETED: dict[str, Config] = {  # few large programs
     "msda_backward": {"num_warps": 1, "unroll": 1, "multiple": 8},
     "value_tiles": {"samples_per_program": 128, "num_warps": 1, "reduce_warps": 2, "owned": False},
     "linear": {"rows": 64, "columns": 64, "depth": 64, "num_warps": 1, "num_stages": 1},
+    "pointwise": {"rows": 128, "columns": 128, "depth": 64, "num_warps": 1, "num_stages": 1},
     "linear_norm": {"rows": 64, "depth": 64, "num_warps": 1, "num_stages": 1},
     "feedforward": {"rows": 64, "chunk": 256, "num_warps": 1, "num_stages": 1},
 }

@@ -1,0 +1,224 @@
+"""Convolutions with their epilogue, for inference: scale, bias, residual sum and ReLU of a convolution's output.
+
+Maps are [B, C, H, W], on the GPU in channels-last memory, where a 1x1 convolution is a product of matrices. Its kernel
+writes the final result; other convolutions are the library's, followed by one pass over their output.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ats_detr.kernels import reference
+from ats_detr.kernels.dispatch import (
+    FLOATS,
+    autocast,
+    choose_backend,
+    compute_capability,
+    invalid,
+    no_transforms,
+    operator,
+)
+from ats_detr.kernels.linear import MIN_CAPABILITY
+from ats_detr.kernels.packing import check_target
+
+Pair = tuple[int, int]
+
+
+def fused_convolution(
+    x_BCHW: Tensor,
+    weight_FCHW: Tensor,
+    bias_F: Tensor | None = None,
+    *,
+    scale_F: Tensor | None = None,
+    residual_BFHW: Tensor | None = None,
+    relu: bool = False,
+    stride: Pair = (1, 1),
+    padding: Pair = (0, 0),
+    dilation: Pair = (1, 1),
+    groups: int = 1,
+    backend: str | None = None,
+) -> Tensor:
+    """ReLU(conv(x, weight) * scale + bias + residual), [B, F, H', W'] in x's dtype. For inference only.
+
+    Args:
+        x_BCHW: float32 or 16-bit; under autocast, cast to the autocast dtype.
+        weight_FCHW: [F, C / groups, kernel height, kernel width], in x's dtype; cast under autocast.
+        bias_F: in any floating point dtype, as `scale_F`; both are applied in at least float32.
+        scale_F: factor of each output channel, such as that of a batch norm. None: 1.
+        residual_BFHW: added before the ReLU, in any floating point dtype.
+        relu: False omits the ReLU.
+        stride, padding, dilation, groups: as in `torch.nn.functional.conv2d`.
+        backend: 'triton' or 'reference', see `choose_backend`. None: the kernels on CUDA, those of 1x1 convolutions
+            with 16-bit weights only.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit together.
+        RuntimeError: a gradient would be recorded.
+    """
+    x_BCHW, weight_FCHW = autocast(x_BCHW), autocast(weight_FCHW)
+    shape = convolution_shape(x_BCHW, weight_FCHW, stride, padding, dilation, groups)
+    if weight_FCHW.dtype != x_BCHW.dtype:
+        raise invalid("weight", weight_FCHW, f"of x's {x_BCHW.dtype}")
+    _check_epilogue(shape[1], scale_F, bias_F)
+    if residual_BFHW is not None and not (residual_BFHW.shape == shape and residual_BFHW.dtype in FLOATS):
+        raise invalid("residual", residual_BFHW, f"{list(shape)}, floats")
+    _refuse_gradients(x_BCHW, weight_FCHW, scale_F, bias_F, residual_BFHW)
+    limitation = _limitation(x_BCHW)
+    epilogue = (scale_F, bias_F, residual_BFHW, relu)
+    if tuple(weight_FCHW.shape[2:]) == (1, 1) and groups == 1 and tuple(padding) == (0, 0):
+        # Exact float32 products have no tensor cores to use.
+        pays = weight_FCHW.element_size() == 2
+        arguments = (x_BCHW, weight_FCHW, *epilogue, list(stride))
+        tensors = [tensor for tensor in arguments if isinstance(tensor, Tensor)]
+        if choose_backend(tensors, backend, kernel_pays=pays, limitation=limitation) == "triton":
+            return _pointwise_convolution(*arguments, backend="triton")
+    layout = (stride, padding, dilation, groups)
+    if choose_backend(x_BCHW, backend, limitation=limitation) == "reference":
+        return reference.fused_convolution(x_BCHW, weight_FCHW, *epilogue, *layout)
+    x_BCHW = x_BCHW.contiguous(memory_format=torch.channels_last)
+    out_BFHW = F.conv2d(x_BCHW, weight_FCHW, None, *layout).contiguous(memory_format=torch.channels_last)
+    return affine_relu_(
+        out_BFHW, bias_F, scale_C=scale_F, residual_BCHW=residual_BFHW, relu=relu, backend=backend
+    )
+
+
+def affine_relu_(
+    x_BCHW: Tensor,
+    bias_C: Tensor | None = None,
+    *,
+    scale_C: Tensor | None = None,
+    residual_BCHW: Tensor | None = None,
+    relu: bool = True,
+    backend: str | None = None,
+) -> Tensor:
+    """Writes ReLU(x * scale + bias + residual) to x and returns it; computed in at least float32.
+
+    As `fused_convolution`. The kernel reads and writes channels-last maps; the reference computes others.
+    """
+    _check_map("x", x_BCHW)
+    _check_epilogue(x_BCHW.shape[1], scale_C, bias_C)
+    if residual_BCHW is not None and not (
+        residual_BCHW.shape == x_BCHW.shape and residual_BCHW.dtype in FLOATS
+    ):
+        raise invalid("residual", residual_BCHW, f"{list(x_BCHW.shape)}, floats")
+    check_target("x", x_BCHW, scale_C, bias_C, residual_BCHW)
+    limitation = _limitation(x_BCHW)
+    if not x_BCHW.is_contiguous(memory_format=torch.channels_last):
+        limitation = limitation or "x is not in channels-last memory"
+    _affine_relu_(x_BCHW, scale_C, bias_C, residual_BCHW, relu, backend=backend, limitation=limitation)
+    return x_BCHW
+
+
+def affine_relu_max_pool(
+    x_BCHW: Tensor, bias_C: Tensor | None = None, *, scale_C: Tensor | None = None, backend: str | None = None
+) -> Tensor:
+    """The 3x3 maximum of ReLU(x * scale + bias) with stride 2 and padding 1, [B, C, ceil(H / 2), ceil(W / 2)].
+
+    As `fused_convolution`. NaN in a window is its maximum.
+    """
+    _check_map("x", x_BCHW)
+    _check_epilogue(x_BCHW.shape[1], scale_C, bias_C)
+    _refuse_gradients(x_BCHW, scale_C, bias_C)
+    if 0 in x_BCHW.shape[2:]:
+        raise invalid("x", x_BCHW, "at least one pixel high and wide")
+    return _affine_relu_max_pool(x_BCHW, scale_C, bias_C, backend=backend, limitation=_limitation(x_BCHW))
+
+
+def convolution_shape(
+    x_BCHW: Tensor, weight_FCHW: Tensor, stride: Pair, padding: Pair, dilation: Pair, groups: int = 1
+) -> tuple[int, int, int, int]:
+    """[B, F, H', W'] of a convolution's output. Raises ValueError for arguments that do not fit together."""
+    _check_map("x", x_BCHW)
+    if groups < 1 or weight_FCHW.ndim != 4 or weight_FCHW.shape[0] % groups:
+        raise invalid("weight", weight_FCHW, f"[F, C, height, width], F a multiple of groups = {groups} >= 1")
+    if weight_FCHW.shape[1] * groups != x_BCHW.shape[1]:
+        raise invalid("weight", weight_FCHW, f"[F, {x_BCHW.shape[1] / groups:g}, height, width]")
+    for name, pair, least in (("stride", stride, 1), ("padding", padding, 0), ("dilation", dilation, 1)):
+        if len(pair) != 2 or min(pair) < least:
+            raise ValueError(f"{name} {tuple(pair)}: must be two integers >= {least}")
+    sides = []
+    for axis in range(2):
+        reach = dilation[axis] * (weight_FCHW.shape[2 + axis] - 1) + 1
+        sides.append((x_BCHW.shape[2 + axis] + 2 * padding[axis] - reach) // stride[axis] + 1)
+    if min(sides) < 1:
+        raise invalid("x", x_BCHW, f"as large as the kernel {list(weight_FCHW.shape[2:])} with its dilation")
+    return x_BCHW.shape[0], weight_FCHW.shape[0], sides[0], sides[1]
+
+
+# ------------------------------------------------------------------------------------------------ checks of arguments
+def _check_map(name: str, x: Tensor) -> None:
+    if not (x.ndim == 4 and x.dtype in FLOATS):
+        raise invalid(name, x, "[B, C, H, W], floating point")
+
+
+def _check_epilogue(width: int, scale: Tensor | None, bias: Tensor | None) -> None:
+    for name, vector in (("scale", scale), ("bias", bias)):
+        if vector is not None and not (vector.shape == (width,) and vector.dtype in FLOATS):
+            raise invalid(name, vector, f"[{width}], floating point")
+
+
+def _refuse_gradients(*tensors: Tensor | None) -> None:
+    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors):
+        raise RuntimeError(
+            "fused convolutions have no gradient: call them under torch.no_grad(), or train with torch.nn.functional"
+        )
+
+
+def _limitation(x: Tensor) -> str | None:
+    """Why the kernels cannot compute a map."""
+    capability = compute_capability(x.device)
+    if capability is not None and capability < MIN_CAPABILITY:
+        return f"compute capability {capability[0]}.{capability[1]} is below {MIN_CAPABILITY[0]}.{MIN_CAPABILITY[1]}"
+    return no_transforms()
+
+
+# ------------------------------------------------------------------------------------------------ the custom operators
+@operator("convolution.pointwise_convolution")
+def _pointwise_convolution(
+    x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None, residual: Tensor | None, relu: bool,
+    stride: Sequence[int],
+) -> Tensor:  # fmt: skip
+    out = reference.fused_convolution(x, weight, scale, bias, residual, relu, stride)
+    return out.contiguous(memory_format=torch.channels_last)
+
+
+@_pointwise_convolution.register_fake
+def _(
+    x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None, residual: Tensor | None, relu: bool,
+    stride: Sequence[int],
+) -> Tensor:  # fmt: skip
+    sides = [(side - 1) // step + 1 for side, step in zip(x.shape[2:], stride, strict=True)]
+    return _channels_last(x, x.shape[0], weight.shape[0], *sides)
+
+
+@operator("convolution.affine_relu_", mutates_args=("x",))
+def _affine_relu_(
+    x: Tensor, scale: Tensor | None, bias: Tensor | None, residual: Tensor | None, relu: bool
+) -> None:
+    reference.affine_relu_(x, scale, bias, residual, relu)
+
+
+@operator("convolution.affine_relu_max_pool")
+def _affine_relu_max_pool(x: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:
+    return reference.affine_relu_max_pool(x, scale, bias).contiguous(memory_format=torch.channels_last)
+
+
+@_affine_relu_max_pool.register_fake
+def _(x: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:
+    return _channels_last(x, x.shape[0], x.shape[1], *[(side + 1) // 2 for side in x.shape[2:]])
+
+
+@_pointwise_convolution.register_flops
+def _(x: torch.Size, weight: torch.Size, *others: Any) -> int:
+    stride = others[-1]
+    pixels = x[0] * ((x[2] - 1) // stride[0] + 1) * ((x[3] - 1) // stride[1] + 1)
+    return 2 * pixels * weight[0] * weight[1]
+
+
+def _channels_last(like: Tensor, *shape: int) -> Tensor:
+    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
