@@ -22,7 +22,16 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from ats_detr.kernels.gpu import attention, attention_map, convolution, linear, packing, selection, tuning, value_gradient
+from ats_detr.kernels.gpu import (
+    attention,
+    attention_map,
+    convolution,
+    linear,
+    packing,
+    selection,
+    tuning,
+    value_gradient,
+)
 from ats_detr.kernels.gpu.problem import prepare
 
 ARCHITECTURES = (80, 90, 100, 120)

@@ -18,8 +18,7 @@ from torch import Tensor
 
 from ats_detr.kernels.dispatch import share_storage
 from ats_detr.kernels.gpu import tuning
-from ats_detr.kernels.gpu.common import INTERPRETING
-from ats_detr.kernels.gpu.host import cdiv, next_power_of_2
+from ats_detr.kernels.gpu.common import INTERPRETING, cdiv, next_power_of_2
 from ats_detr.kernels.gpu.linear import _key, _products, _relu, _rows, _store, _transposed, _vector
 
 _ELEMENTS = 1 << 18 if INTERPRETING else 4096
