@@ -12,11 +12,12 @@ import contextlib
 import errno
 import logging
 import math
+import multiprocessing
 import signal
+import time
 import weakref
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,6 +34,8 @@ log = logging.getLogger(__name__)
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 """Sent by cluster schedulers before they end a job, and by Ctrl-C."""
+
+_POLL_SECONDS = 5.0
 
 Batch = tuple[ImageBatch, list[Target]]
 
@@ -63,18 +66,20 @@ class _LoadedBatch:
         images = self.images
         if images is not None and not images.images_B3HW.is_shared():
             images = ImageBatch(images.images_B3HW.numpy(), images.sizes)  # type: ignore[arg-type]
-        arrays = [
-            Target(t.image_id, t.original_size, t.labels_N.numpy(), t.boxes_N4.numpy()) for t in self.targets
-        ]
+        arrays = [(t.image_id, t.original_size, t.labels_N.numpy(), t.boxes_N4.numpy()) for t in self.targets]
         return _from_arrays, (images, arrays, self.problems)
 
 
-def _from_arrays(images: ImageBatch | None, targets: list[Target], problems: list[str]) -> _LoadedBatch:
+def _from_arrays(
+    images: ImageBatch | None, arrays: list[tuple[Any, ...]], problems: list[str]
+) -> _LoadedBatch:
     """Inverse of `_LoadedBatch.__reduce__`."""
     if images is not None:
         images.images_B3HW = torch.as_tensor(images.images_B3HW)
-    for target in targets:
-        target.labels_N, target.boxes_N4 = torch.as_tensor(target.labels_N), torch.as_tensor(target.boxes_N4)
+    targets = [
+        Target(image_id, size, torch.as_tensor(labels), torch.as_tensor(boxes))
+        for image_id, size, labels, boxes in arrays
+    ]
     return _LoadedBatch(images, targets, problems)
 
 
@@ -123,6 +128,7 @@ class _Reader:
         timeout_minutes: float,
     ) -> None:
         self.bad_images = _BadImages(on_bad_image)
+        self._timeout_minutes = timeout_minutes
         self._loader = DataLoader(
             samples,
             batch_sampler=batches,
@@ -131,22 +137,68 @@ class _Reader:
             pin_memory=pin_memory,
             persistent_workers=num_workers > 0,
             worker_init_fn=_ignore_stop_signals,
-            timeout=timeout_minutes * 60 if num_workers else 0,
+            timeout=_POLL_SECONDS if num_workers else 0,
             # A generator of its own: the global one, from which dropout draws, must not change.
             generator=torch.Generator().manual_seed(0),
         )
         self.close = weakref.finalize(self, _end_workers, self._loader)
 
     def __iter__(self) -> Iterator[_LoadedBatch]:
-        with explain_failed_workers():
-            for loaded in self._loader:
-                self.bad_images.report(loaded.problems)
-                yield loaded
+        iterator = self._wait_for(lambda: _start(self._loader))
+        while (loaded := self._wait_for(lambda: next(iterator, None))) is not None:
+            self.bad_images.report(loaded.problems)
+            yield loaded
+
+    def _wait_for(self, result: Callable[[], Any]) -> Any:
+        """The result of torch's loader, which checks its workers every _POLL_SECONDS. Raises UserError if one fails."""
+        deadline = time.monotonic() + self._timeout_minutes * 60
+        fix = (
+            "memory may be too small: lower data.num_workers, or enlarge /dev/shm (docker run --shm-size=8g)"
+        )
+        while True:
+            try:
+                return result()
+            except RuntimeError as error:
+                reason = str(error).strip().splitlines()[0]
+                if not reason.startswith(("DataLoader", "Pin memory")):
+                    raise
+                if "timed out" in reason:
+                    if time.monotonic() < deadline:
+                        continue
+                    reason = f"no batch in train.timeout_minutes = {self._timeout_minutes:g}"
+                    fix = "the disk may not respond"
+                cause: Exception = error
+            except (ConnectionError, EOFError, FileNotFoundError) as error:
+                cause, reason = error, f"a loader process ended while it sent a batch: {error}"
+            except OSError as error:
+                if error.errno != errno.ENOSPC:
+                    raise
+                cause, reason = error, "no space in /dev/shm"
+            raise UserError(
+                f"loading images failed ({reason}); {fix}; data.num_workers=0 uses no loader processes"
+            ) from cause
+
+
+def _start(loader: DataLoader) -> Iterator[_LoadedBatch]:
+    """An iterator of torch's loader. Without torch's handler, which reports killed workers in any code that runs."""
+    if loader._iterator is None:
+        # If /dev/shm is full, this fails; torch would fail with a second error at the end.
+        [multiprocessing.Queue() for _ in range(loader.num_workers + 3)]
+    handler = signal.getsignal(signal.SIGCHLD)
+    try:
+        return iter(loader)
+    except RuntimeError:  # timed out: the workers are still busy with an epoch that was interrupted
+        _end_workers(loader)
+        raise
+    finally:
+        if signal.getsignal(signal.SIGCHLD) is not handler:
+            signal.signal(signal.SIGCHLD, handler)
 
 
 def _end_workers(loader: DataLoader) -> None:
     """End the workers. They ignore SIGTERM: at its end, the process would wait for a stalled one forever."""
-    iterator, loader._iterator = loader._iterator, None
+    iterator: Any = loader._iterator
+    loader._iterator = None
     if iterator is not None:
         iterator._shutdown_workers()  # waits up to 10 seconds for each stalled worker
         for worker in iterator._workers:
@@ -157,31 +209,6 @@ def _ignore_stop_signals(worker: int) -> None:
     """Clusters and terminals send stop signals to all processes, and a run needs its workers to finish a step."""
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
-
-
-@contextmanager
-def explain_failed_workers() -> Iterator[None]:
-    """Raise UserError, with the fix, in place of torch's errors about workers. They may be raised at any place."""
-    try:
-        yield
-    except RuntimeError as error:
-        reason = str(error).strip().splitlines()[0]
-        if not reason.startswith(("DataLoader worker", "DataLoader timed out", "Pin memory thread")):
-            raise
-        if "timed out" in reason:
-            fix = "the disk may be too slow or not respond: check it, or raise train.timeout_minutes"
-        else:
-            fix = "memory may be too small: lower data.num_workers, or enlarge /dev/shm (docker run --shm-size=8g)"
-        raise UserError(
-            f"loading images failed ({reason}); {fix}; data.num_workers=0 uses no workers"
-        ) from error
-    except OSError as error:
-        if error.errno != errno.ENOSPC or error.filename is not None:
-            raise
-        raise UserError(
-            "no space in /dev/shm for the loader processes: enlarge it (docker run --shm-size=8g), or set"
-            " data.num_workers=0"
-        ) from error
 
 
 def _sample(dataset: CocoDetection, transform: Transform, index: int) -> _Sample:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ats_detr import distributed
 from ats_detr.checkpoint import FINISHED
 from ats_detr.console import say
-from ats_detr.data.loader import Batch, explain_failed_workers
+from ats_detr.data.loader import Batch
 from ats_detr.errors import Stopped
 from ats_detr.evaluation import evaluate, warn_of_minimum
 from ats_detr.training.criterion import compute_losses
@@ -55,7 +55,7 @@ def train(
     """
     with determinism(stage.config.deterministic):
         run = prepare(stage, device, teachers)
-        with run.resources, explain_failed_workers():
+        with run.resources:
             say(describe_run(run))
             preflight_memory(run)
             if run.is_new:
