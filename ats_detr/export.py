@@ -160,8 +160,8 @@ def _scatter(
 
 
 def _msda(
-    value: Tensor, sizes: Sequence[int], reference_points: Tensor | None, offsets: Tensor, weights: Tensor,
-    image_index: Tensor | None, num_rows: Tensor | None, deterministic: bool | None, backend: str,
+    value: Tensor, sizes: Sequence[int], shapes_L2: Tensor | None, reference_points: Tensor | None, offsets: Tensor,
+    weights: Tensor, image_index: Tensor | None, num_rows: Tensor | None, deterministic: bool | None, backend: str,
 ) -> Tensor:  # fmt: skip
     """Deformable attention [K, H * D] of packed queries.
 

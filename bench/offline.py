@@ -167,8 +167,7 @@ def attention_launches(
     weights = torch.zeros(num_queries, HEADS, num_levels, POINTS, dtype=dtype)
     image = torch.zeros(num_queries, dtype=torch.int32)
     out = torch.zeros(num_queries, HEADS * HEAD_DIM, dtype=dtype)
-    sizes = [side for level in LEVELS for side in level]
-    problem = prepare(value, sizes, reference, offsets, weights, image)
+    problem = prepare(value, LEVELS, reference, offsets, weights, image)
     calls = {
         "forward": lambda: attention.forward(problem, None),
         "backward": lambda: attention.backward(problem, out, out, True, False),
@@ -235,8 +234,7 @@ def other_launches(dtype: torch.dtype) -> list[Launch]:
     plan, square = (index, index, slots), torch.zeros(256, 256, dtype=dtype)
     rows, references = torch.zeros(64, 256, dtype=dtype), torch.zeros(4, 64, 4, 2)
     offsets, logits = torch.zeros(64, 8, 4, 4, 2, dtype=dtype), torch.zeros(64, 8, 4, 4, dtype=dtype)
-    sizes = [side for level in LEVELS for side in level]
-    problem = prepare(None, sizes, torch.zeros(64, 4, 4), offsets, logits, None)
+    raw = (torch.zeros(64, 4, 4), offsets, logits, [side for level in LEVELS for side in level], None)
     return [
         *caught(lambda: selection.select(scores, keep, mask, 100)),
         *caught(lambda: selection.select(scores[:, :9000], keep, None, 100)),
@@ -245,7 +243,7 @@ def other_launches(dtype: torch.dtype) -> list[Launch]:
         *caught(lambda: packing.scatter_(memory, rows, *plan, None)),
         *caught(lambda: linear.packed_linear_(memory, rows, square, rows[0], index[:1], None, *plan)),
         *caught(lambda: packing.zero_padding_(memory, mask[:, :64])),
-        *caught(lambda: attention_map.add_attention_map(problem, torch.zeros(4, 84))),
+        *caught(lambda: attention_map.add_attention_map(torch.zeros(4, 84), *raw)),
     ]
 
 

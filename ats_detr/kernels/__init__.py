@@ -1,11 +1,11 @@
 """The operators of the detector. Needs torch only (and Triton for its kernels); knows nothing about detection.
 
 `reference` defines every operator in plain PyTorch; `gpu` holds the Triton kernels; the modules beside them
-choose between the two (`backend.choose_backend`) and register the operators with PyTorch.
+choose between the two (`dispatch.choose_backend`) and register the operators with PyTorch.
 """
 
 from ats_detr.kernels.attention import deformable_attention, multi_scale_deformable_attention
-from ats_detr.kernels.attention_map import attention_map, deformable_attention_map
+from ats_detr.kernels.attention_map import deformable_attention_map
 from ats_detr.kernels.convolution import affine_relu_, affine_relu_max_pool, fused_convolution
 from ats_detr.kernels.linear import packed_feedforward, packed_linear, packed_linear_norm
 from ats_detr.kernels.packing import pack_tokens, scatter_tokens, zero_padding
@@ -16,7 +16,6 @@ __all__ = [
     "TokenPlan",
     "affine_relu_",
     "affine_relu_max_pool",
-    "attention_map",
     "deformable_attention",
     "deformable_attention_map",
     "fused_convolution",

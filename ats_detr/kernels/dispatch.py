@@ -109,9 +109,12 @@ class Operator:
     would inline the kernels and lose their tuning. Called eagerly, the reference runs as ordinary PyTorch operators.
     """
 
-    def __init__(self, definition: Callable[..., Any], kernel: str, mutates_args: Iterable[str]) -> None:
+    def __init__(
+        self, definition: Callable[..., Any], kernel: str, name: str | None, mutates_args: Iterable[str]
+    ) -> None:
         self.definition = definition
-        module, self.name = kernel.split(".")
+        module, launcher = kernel.split(".")
+        self.name = name or launcher
         schema = torch.library.infer_schema(definition, mutates_args=mutates_args)
         signature, returns = schema.rsplit(") ->", 1)
 
@@ -120,7 +123,7 @@ class Operator:
             if backend == "reference":
                 return definition(*arguments)
             # Imported here: Triton is optional, and reads TRITON_INTERPRET on import.
-            launch = getattr(importlib.import_module(f"ats_detr.kernels.gpu.{module}"), self.name)
+            launch = getattr(importlib.import_module(f"ats_detr.kernels.gpu.{module}"), launcher)
             # Triton launches on the current GPU, not on that of the tensors.
             with torch.cuda.device_of(tensors_of(arguments)[0]):
                 return launch(*arguments)
@@ -186,10 +189,12 @@ class Operator:
         return count
 
 
-def operator(kernel: str, *, mutates_args: Iterable[str] = ()) -> Callable[[Callable[..., Any]], Operator]:
-    """Makes a definition the custom operator `ats_detr::NAME`. `kernel`: 'MODULE.NAME', the launcher in
-    `ats_detr.kernels.gpu`."""
-    return lambda definition: Operator(definition, kernel, mutates_args)
+def operator(
+    kernel: str, *, name: str | None = None, mutates_args: Iterable[str] = ()
+) -> Callable[[Callable[..., Any]], Operator]:
+    """Makes a definition the custom operator `ats_detr::NAME`. `kernel`: 'MODULE.LAUNCHER' in `ats_detr.kernels.gpu`;
+    the operator has the launcher's name unless `name` is given."""
+    return lambda definition: Operator(definition, kernel, name, mutates_args)
 
 
 def tensors_of(arguments: Sequence[Any]) -> list[Tensor]:

@@ -16,9 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ats_detr.kernels.dispatch import share_storage
+from ats_detr.kernels.levels import LevelShapes
 from ats_detr.kernels.plan import TokenPlan
-
-LevelShapes = Sequence[tuple[int, int]]
 
 
 # -------------------------------------------------------------------------------- multi-scale deformable attention
@@ -455,17 +454,25 @@ def affine_relu_max_pool(
 
 
 # ---------------------------------------------------------------------------------- decoder cross-attention map (DAM)
-def attention_map(locations_BQHLP2: Tensor, weights_BQHLP: Tensor, level_shapes: LevelShapes) -> Tensor:
+def deformable_attention_map(
+    reference_points: Tensor,
+    offsets_NHLP2: Tensor,
+    logits_NHLP: Tensor,
+    level_shapes: LevelShapes,
+    num_images: int,
+) -> Tensor:
     """How much attention each token receives, float32 [B, S]: weights spread bilinearly, summed over queries and heads.
 
-    Sparse DETR's DAM: around (x*W, y*H) *without* the half-pixel shift of the sampling itself; the corners are the
-    floor and the floor + 1, and corners outside the map are dropped. Carries no gradient.
+    Sparse DETR's DAM, of N = B*Q queries: around (x*W, y*H) *without* the half-pixel shift of the sampling itself; the
+    corners are the floor and the floor + 1, and corners outside the map are dropped. Carries no gradient.
     """
-    weights = weights_BQHLP.detach().float()
+    shape = (num_images, logits_NHLP.shape[0] // max(1, num_images))
+    weights = attention_weights(logits_NHLP.detach()).float().unflatten(0, shape)
+    locations = sampling_locations(reference_points.detach(), offsets_NHLP2.detach(), level_shapes)
     sizes = [height * width for height, width in level_shapes]
     start_L1 = torch.tensor([0, *accumulate(sizes)][:-1], device=weights.device, dtype=torch.long)[:, None]
     width_L1, height_L1 = _width_height(level_shapes, weights)[..., None].unbind(1)
-    x, y = locations_BQHLP2.detach().float().unbind(-1)
+    x, y = locations.float().unflatten(0, shape).unbind(-1)
     x, y = x * width_L1, y * height_L1
     x0, y0 = x.floor(), y.floor()
     map_BS = weights.new_zeros(weights.shape[0], sum(sizes))
@@ -476,17 +483,3 @@ def attention_map(locations_BQHLP2: Tensor, weights_BQHLP: Tensor, level_shapes:
         token = torch.where(inside, start_L1 + cell, 0)
         map_BS.scatter_add_(1, token.flatten(1), torch.where(inside, share, 0).flatten(1))
     return map_BS
-
-
-def deformable_attention_map(
-    reference_points: Tensor,
-    offsets_NHLP2: Tensor,
-    logits_NHLP: Tensor,
-    level_shapes: LevelShapes,
-    num_images: int,
-) -> Tensor:
-    """`attention_map` of one deformable attention from its raw projections, float32 [B, S]; N = B*Q rows."""
-    locations = sampling_locations(reference_points, offsets_NHLP2, level_shapes)
-    weights = attention_weights(logits_NHLP)
-    shape = (num_images, weights.shape[0] // max(1, num_images))
-    return attention_map(locations.unflatten(0, shape), weights.unflatten(0, shape), level_shapes)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ats_detr.batch import ImageBatch
 from ats_detr.data.transforms import resized_size
-from ats_detr.kernels import attention_map, multi_scale_deformable_attention
+from ats_detr.kernels import deformable_attention_map, multi_scale_deformable_attention
 from ats_detr.model.output import Prediction, top_detections
 from ats_detr.model.positions import encode_boxes, encode_grid
 from ats_detr.model.tokens import Tokens
@@ -60,7 +60,10 @@ def test_attention_map(case):
             sub["seed"], shapes, sub["N"], sub["layers"], sub["Lq"], sub["M"], sub["P"]
         )
         locations, weights = (torch.from_numpy(array).flatten(1, 2) for array in arrays)
-        ours = attention_map(locations, weights, shapes)
+        width_height = torch.tensor(shapes).flip(-1)[:, None]
+        offsets, logits = (locations * width_height).flatten(0, 1), weights.log().flatten(0, 1)
+        origin = torch.zeros(len(logits), len(shapes), 2)
+        ours = deformable_attention_map(origin, offsets, logits, shapes, len(weights))
         assert_close("attn_map", ours, case.tensor(f"s{index}_attn_map"), 1e-4)
 
 

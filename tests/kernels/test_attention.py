@@ -155,10 +155,9 @@ def test_queries_are_ordered_image_by_image_and_along_the_map() -> None:
     for counts in ((50,), (20, 0, 30), (1,) * 300):
         case = AttentionCase(levels=((4, 5),), counts=counts, heads=1, head_dim=8)
         tensors = case.tensors()
-        sizes = [side for level in case.levels for side in level]
         problem = problems.prepare(
             tensors["value"],
-            sizes,
+            case.levels,
             tensors["reference"],
             tensors["offsets"],
             tensors["logits"],
@@ -275,8 +274,7 @@ def test_rows_past_the_count_are_not_written() -> None:
     arguments = (tensors["value"], case.levels, tensors["reference"], tensors["offsets"], tensors["logits"])
     full = deformable_attention(*arguments, tensors["image"], backend="triton")
     for count in (0, 1, 8, 15):
-        sizes = [side for level in case.levels for side in level]
-        problem = problems.prepare(tensors["value"], sizes, *arguments[2:], tensors["image"])
+        problem = problems.prepare(tensors["value"], case.levels, *arguments[2:], tensors["image"])
         poisoned = torch.full_like(full, torch.nan)
         num_rows = torch.tensor([count], dtype=torch.int32, device=DEVICE)
         out = gpu.forward(problem, num_rows, out=poisoned)

@@ -33,7 +33,18 @@ def test_opcheck(backend: str) -> None:
     inputs = [tensors[name].requires_grad_() for name in ("value", "offsets", "logits")]
     torch.library.opcheck(
         torch.ops.ats_detr.msda.default,
-        (inputs[0], SIZES, tensors["reference"], inputs[1], inputs[2], tensors["image"], None, None, backend),
+        (
+            inputs[0],
+            SIZES,
+            None,
+            tensors["reference"],
+            inputs[1],
+            inputs[2],
+            tensors["image"],
+            None,
+            None,
+            backend,
+        ),
     )
     scores, keep = torch.randn(2, 42, device=DEVICE), torch.tensor([5, 9], device=DEVICE)
     torch.library.opcheck(torch.ops.ats_detr.select.default, (scores, keep, None, 20, backend))
@@ -65,6 +76,7 @@ def test_opcheck(backend: str) -> None:
             equal["offsets"],
             equal["logits"],
             SIZES,
+            None,
             backend,
         ),
     )
@@ -127,7 +139,7 @@ def test_gradient_checkpointing_gives_the_same_gradients() -> None:
 
 def test_flops_count_four_corners_of_every_sample() -> None:
     tensors = CASE.tensors()
-    arguments = (tensors["value"], SIZES, tensors["reference"], tensors["offsets"], tensors["logits"])
+    arguments = (tensors["value"], SIZES, None, tensors["reference"], tensors["offsets"], tensors["logits"])
     with FlopCounterMode(display=False) as counter:
         torch.ops.ats_detr.msda(*arguments, tensors["image"], None, None, "reference")
     forward = counter.get_flop_counts()["Global"][torch.ops.ats_detr.msda]
@@ -145,7 +157,7 @@ def test_gradients_are_the_same_while_operations_are_counted(backend: str) -> No
     tensors = CASE.tensors()
     out, grad = torch.zeros(2, 6, 16, device=DEVICE)
     raw = (tensors["reference"], tensors["offsets"], tensors["logits"], tensors["image"])
-    arguments = (grad + 1, out, tensors["value"], SIZES, *raw, True, None, backend)
+    arguments = (grad + 1, out, tensors["value"], SIZES, None, *raw, True, None, backend)
     expected = torch.ops.ats_detr.msda_backward(*arguments)
     with FlopCounterMode(display=False):
         result = torch.ops.ats_detr.msda_backward(*arguments)

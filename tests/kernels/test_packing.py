@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 
 from ats_detr.kernels import (
     TokenPlan,
-    attention_map,
     deformable_attention_map,
     pack_tokens,
     scatter_tokens,
@@ -174,16 +173,6 @@ def test_attention_map(case: AttentionCase) -> None:
     assert again is result and relative_error(result, 2 * expected) < 1e-5
 
 
-@pytest.mark.parametrize("levels", [((1, 40000),), ((2, 2),) * 9])
-def test_levels_that_the_kernel_cannot_hold_are_refused(levels: tuple) -> None:
-    case = AttentionCase(levels=levels, counts=(2,), points=1)
-    tensors = case.tensors()
-    with pytest.raises(ValueError, match="at most"):
-        deformable_attention_map(
-            tensors["reference"], tensors["offsets"], tensors["logits"], levels, 1, backend="triton"
-        )
-
-
 def test_deterministic_attention_map_does_not_depend_on_the_order_of_its_sums() -> None:
     case = AttentionCase(counts=(60,), heads=8, spread=1.0)
     tensors = case.tensors()
@@ -204,15 +193,6 @@ def test_deterministic_attention_map_does_not_depend_on_the_order_of_its_sums() 
     assert torch.equal(straight, shuffled) and relative_error(straight, expected) < 1e-5
     expected = map_of(*raw, backend="reference")
     assert expected.isnan().any() and torch.equal(poisoned.isnan(), expected.isnan())
-
-
-def test_attention_map_of_locations_and_weights() -> None:
-    generator = torch.Generator().manual_seed(0)
-    levels = ((6, 7), (3, 4))
-    locations = (torch.rand(2, 5, 3, 2, 4, 2, generator=generator) * 1.6 - 0.3).to(DEVICE)
-    weights = torch.rand(2, 5, 3, 2, 4, generator=generator).to(DEVICE)
-    expected = attention_map(locations, weights, levels, backend="reference")
-    assert relative_error(attention_map(locations, weights, levels, backend="triton"), expected) < 1e-5
 
 
 @pytest.mark.skipif(not _KNOWS_EXPORT, reason="this PyTorch cannot tell strict export from torch.compile")

@@ -6,11 +6,14 @@ neighbours: at eight heads of 32 channels one warp holds one query. Everything i
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from ats_detr.kernels.attention import MAX_HEAD_DIM
 from ats_detr.kernels.gpu import tuning
 from ats_detr.kernels.gpu.common import (
     SIZES,
@@ -31,8 +34,9 @@ from ats_detr.kernels.gpu.common import (
     view_as,
     window,
 )
-from ats_detr.kernels.gpu.problem import Problem, aligned, row_kind
+from ats_detr.kernels.gpu.problem import Problem, aligned, prepare, row_kind
 from ats_detr.kernels.gpu.value_gradient import value_gradient_sorted, value_gradient_tiled
+from ats_detr.kernels.levels import join_shapes
 
 
 @triton.jit(do_not_specialize=["num_queries", "queries_per_image", "num_images", "num_tokens", *SIZES])
@@ -301,6 +305,56 @@ def interleave_halves(
 
 
 # ------------------------------------------------------------------------------------------------------------ launchers
+def attend(
+    value: Tensor, sizes: Sequence[int], shapes_L2: Tensor | None, reference_points: Tensor | None, offsets: Tensor,
+    weights: Tensor, image_index: Tensor | None, num_rows: Tensor | None, deterministic: bool | None,
+) -> Tensor:  # fmt: skip
+    """The operator `ats_detr::msda`."""
+    shapes = join_shapes(sizes, shapes_L2, value.shape[1])
+    outs = [
+        forward(prepare(part, shapes, reference_points, offsets, weights, image_index), num_rows)
+        for part in _parts(value)
+    ]
+    if len(outs) == 1:
+        return outs[0]
+    return torch.cat([out.unflatten(1, (value.shape[2], -1)) for out in outs], dim=2).flatten(1)
+
+
+def differentiate(
+    grad_out: Tensor, out: Tensor, value: Tensor, sizes: Sequence[int], shapes_L2: Tensor | None,
+    reference_points: Tensor | None, offsets: Tensor, weights: Tensor, image_index: Tensor | None, need_value: bool,
+    deterministic: bool | None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """The operator `ats_detr::msda_backward`."""
+    shapes = join_shapes(sizes, shapes_L2, value.shape[1])
+    if deterministic is None:
+        deterministic = torch.are_deterministic_algorithms_enabled()
+    heads = value.shape[2:]
+    parts = zip(
+        _parts(value), _parts(out.unflatten(1, heads)), _parts(grad_out.unflatten(1, heads)), strict=True
+    )
+    grads = [
+        backward(
+            prepare(part, shapes, reference_points, offsets, weights, image_index), out, grad, need_value, deterministic
+        )
+        for part, out, grad in parts
+    ]  # fmt: skip
+    values, *others = zip(*grads, strict=True)
+    grad_offsets, grad_weights = (tensors[0] if len(tensors) == 1 else sum(tensors) for tensors in others)
+    if not need_value:
+        return value.new_empty(0), grad_offsets, grad_weights
+    return values[0] if len(values) == 1 else torch.cat(values, dim=3), grad_offsets, grad_weights
+
+
+def _parts(heads: Tensor) -> Sequence[Tensor]:
+    """[..., D] in parts of at most MAX_HEAD_DIM channels: equal but for the last, whole 16-byte words."""
+    head_dim = heads.shape[-1]
+    if head_dim <= MAX_HEAD_DIM:
+        return [heads]
+    num_parts = cdiv(head_dim, MAX_HEAD_DIM)
+    return heads.split(cdiv(head_dim, 8 * num_parts) * 8, dim=-1)
+
+
 def _block(constants: dict, num_warps: int, multiple: int) -> int:
     """Rows per program that give every lane four consecutive words, `multiple` times over."""
     return max(1, 128 // constants["WIDTH"]) * num_warps * multiple
@@ -336,7 +390,11 @@ def backward(
     grad_offsets = torch.empty_like(problem.offsets, memory_format=torch.contiguous_format)
     grad_weights = torch.empty_like(problem.weights, memory_format=torch.contiguous_format)
     if problem.is_empty:
-        return torch.zeros_like(value) if need_value else None, grad_offsets.zero_(), grad_weights.zero_()
+        return (
+            value.new_zeros(value.shape) if need_value else None,
+            grad_offsets.zero_(),
+            grad_weights.zero_(),
+        )
     grad_out, out = aligned(grad_out), aligned(out)
     method = "none"
     if need_value:

@@ -3,6 +3,8 @@ raw projections."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -17,7 +19,8 @@ from ats_detr.kernels.gpu.common import (
     softmax_terms,
     softmax_weight,
 )
-from ats_detr.kernels.gpu.problem import Problem
+from ats_detr.kernels.gpu.problem import prepare
+from ats_detr.kernels.levels import join_shapes
 
 
 @triton.jit
@@ -52,10 +55,9 @@ def add_attention(
     head = row % HEADS
     weight_at = query * WEIGHT_PITCH + head * (LEVELS * POINTS)
     offset_at = query * (OFFSET_PITCH // 2) + head * (LEVELS * POINTS)
-    if REFERENCE != 0:
-        top_logit, inverse_sum = softmax_terms(weight_ptr, weight_at, LEVELS * POINTS, SAMPLES_PADDED)
+    top_logit, inverse_sum = softmax_terms(weight_ptr, weight_at, LEVELS * POINTS, SAMPLES_PADDED)
     point = tl.arange(0, POINTS_PADDED)[None, :]
-    first = (query // queries_per_image * num_tokens)[:, None]
+    first = ((query // queries_per_image).to(tl.int64) * num_tokens)[:, None]
     for level in tl.static_range(LEVELS):
         height, width = level_size(level, shape0, shape1, shape2, shape3, shape4, shape5, shape6, shape7)
         x, y = samples_of_level(
@@ -67,8 +69,7 @@ def add_attention(
         weight = tl.load(weight_ptr + weight_at[:, None] + level * POINTS + tl.minimum(point, POINTS - 1)).to(
             tl.float32
         )
-        if REFERENCE != 0:
-            weight = softmax_weight(weight, top_logit[:, None], inverse_sum[:, None])
+        weight = softmax_weight(weight, top_logit[:, None], inverse_sum[:, None])
         near = (x > -2.0) & (x < width + 1.0) & (y > -2.0) & (y < height + 1.0)  # False for NaN too
         near = near & live[:, None] & (point < POINTS)
         column_f = tl.floor(tl.where(near, x, 0.0))
@@ -91,13 +92,23 @@ def add_attention(
         first += height * width
 
 
-def add_attention_map(problem: Problem, map_BS: Tensor) -> None:
-    """Adds the attention of N = B*Q queries to `map_BS` in place; with deterministic algorithms, the same bits each
-    time: sums of integers do not depend on their order."""
-    num_rows = problem.num_queries * problem.weights.shape[1]
-    if problem.weights.numel() == 0 or map_BS.numel() == 0:
+def add_attention_map(
+    target: Tensor,
+    reference_points: Tensor,
+    offsets: Tensor,
+    logits: Tensor,
+    sizes: Sequence[int],
+    shapes_L2: Tensor | None,
+) -> None:
+    """Adds the attention of N = B*Q queries to `target` [B, S]; with deterministic algorithms, the same bits each time:
+    sums of integers do not depend on their order."""
+    shapes = join_shapes(sizes, shapes_L2, target.shape[1])
+    problem = prepare(None, shapes, reference_points, offsets, logits, None)
+    if logits.numel() == 0 or target.numel() == 0:
         return
-    num_levels, num_points = problem.weights.shape[2:]
+    map_BS = target.contiguous()
+    num_rows = problem.num_queries * logits.shape[1]
+    num_levels, num_points = logits.shape[2:]
     points = next_power_of_2(num_points)
     block = max(1, 128 // points)
     counts_BS = None
@@ -111,3 +122,5 @@ def add_attention_map(problem: Problem, map_BS: Tensor) -> None:
     )  # fmt: skip
     if counts_BS is not None:
         map_BS.add_(counts_BS.double().mul_(2.0**-32))
+    if map_BS is not target:
+        target.copy_(map_BS)

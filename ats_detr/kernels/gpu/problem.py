@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from ats_detr.kernels.attention import MAX_SIDE
 from ats_detr.kernels.gpu import tuning
 from ats_detr.kernels.gpu.common import SIZES, next_power_of_2
+from ats_detr.kernels.levels import LevelShapes
 
-MAX_VALUE_PITCH = 65535  # elements from token to token: a line of a level has at most 32,767 tokens
+MAX_VALUE_PITCH = (
+    2 * MAX_SIDE + 1
+)  # elements from token to token: those of a line of a level have 32-bit offsets
 
 
 class Problem(NamedTuple):
@@ -24,7 +27,7 @@ class Problem(NamedTuple):
     offsets: Tensor
     weights: Tensor
     image_index: Tensor | None
-    sizes: tuple[tuple[int, int], ...]
+    sizes: LevelShapes
     levels: tuple[int, ...]
     """(height << 16 | width) of eight levels, 0 for those that are not there."""
     thin: bool
@@ -84,7 +87,7 @@ class Problem(NamedTuple):
 
 def prepare(
     value: Tensor | None,
-    sizes: Sequence[int],
+    shapes: LevelShapes,
     reference: Tensor | None,
     offsets: Tensor,
     weights: Tensor,
@@ -94,7 +97,7 @@ def prepare(
     (so that slices of one larger projection are read in place), and everything within contiguous and 16-byte
     aligned. Offsets within a tensor of N rows are int32, as are those from one line of a level to the next.
     """
-    pairs, levels, thin, large = _level_sizes(tuple(sizes))
+    levels, thin, large = _pack_levels(tuple(shapes))
     if value is not None:
         batch, num_tokens, _, head_dim = value.shape
         in_place = value.stride(3) == 1 and value.stride(2) == head_dim and value.data_ptr() % 16 == 0
@@ -112,7 +115,7 @@ def prepare(
             image_index = image_index.clamp(-1, 2**31 - 1)
         image_index = image_index.to(torch.int32).contiguous()
     return Problem(
-        value, reference, offsets, weights, image_index, sizes=pairs, levels=levels, thin=thin, large=large,
+        value, reference, offsets, weights, image_index, sizes=shapes, levels=levels, thin=thin, large=large,
         num_queries=offsets.shape[0],
     )  # fmt: skip
 
@@ -131,12 +134,17 @@ def aligned(tensor: Tensor) -> Tensor:
 
 
 @functools.lru_cache(maxsize=256)
-def _level_sizes(sizes: tuple[int, ...]) -> tuple[tuple[tuple[int, int], ...], tuple[int, ...], bool, bool]:
-    """`sizes`, `levels`, `thin` and `large` of a problem."""
-    pairs = tuple(zip(sizes[::2], sizes[1::2], strict=True))
-    levels = tuple(height << 16 | width for height, width in pairs)
-    large = any(height * width > 2**24 for height, width in pairs)
-    return pairs, levels + (0,) * (len(SIZES) - len(levels)), 1 in sizes, large
+def _pack_levels(shapes: tuple[tuple[int, int], ...]) -> tuple[tuple[int, ...], bool, bool]:
+    """`levels`, `thin` and `large` of a problem."""
+    if any(
+        max(shape) > MAX_SIDE for shape in shapes
+    ):  # only the numbers in a tensor have not been checked before
+        raise ValueError(
+            f"level_shapes {list(shapes)}: the kernels support sides of at most {MAX_SIDE} pixels"
+        )
+    levels = tuple(height << 16 | width for height, width in shapes)
+    large = any(height * width > 2**24 for height, width in shapes)
+    return levels + (0,) * (len(SIZES) - len(levels)), any(1 in shape for shape in shapes), large
 
 
 def row_kind(value: Tensor, whole_rows: bool = False) -> str:
