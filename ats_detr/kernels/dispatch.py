@@ -118,8 +118,8 @@ class Operator:
         schema = torch.library.infer_schema(definition, mutates_args=mutates_args)
         signature, returns = schema.rsplit(") ->", 1)
 
-        def run(*arguments: Any) -> Any:
-            *arguments, backend = arguments
+        def run(*all_arguments: Any) -> Any:
+            *arguments, backend = all_arguments
             if backend == "reference":
                 return definition(*arguments)
             # Imported here: Triton is optional, and reads TRITON_INTERPRET on import.

@@ -18,32 +18,37 @@ def as_level_shapes(level_shapes: LevelShapes | Tensor) -> LevelShapes | Tensor:
 
     Raises ValueError for anything but integers >= 1, and for a tensor on a device.
     """
-    tracing = runs_inside_graph()
+    tensors = [level_shapes] if isinstance(level_shapes, Tensor) else []
     if not isinstance(level_shapes, Tensor):
-        pairs = [tuple(pair) for pair in level_shapes]
-        sides = [side for pair in pairs for side in pair]
-        if any(len(pair) != 2 for pair in pairs):
-            raise ValueError(f"level_shapes {level_shapes}: must be (height, width) of each level")
-        if not any(isinstance(side, Tensor) for side in sides):
-            if not tracing:
-                try:
-                    pairs = [(operator.index(height), operator.index(width)) for height, width in pairs]
-                except TypeError:
-                    raise ValueError(f"level_shapes {level_shapes}: sizes must be integers") from None
-            if any(side < 1 for side in sides):
-                raise ValueError(f"level_shapes {pairs}: every side must be at least 1")
-            return tuple(pairs)
-        tensors = [torch.as_tensor(side) for side in sides]
-        device = next((tensor.device for tensor in tensors if tensor.device.type != "cpu"), None)
-        level_shapes = torch.stack(tensors).view(-1, 2) if device is None else torch.empty(0, device=device)
-    if level_shapes.device.type != "cpu":
-        raise ValueError(
-            f"level_shapes is on {level_shapes.device}: reading it would synchronise with the device in every call; "
-            "pass pairs of integers (the sizes of the feature maps) or a tensor on the CPU"
-        )
+        try:
+            pairs = [(height, width) for height, width in level_shapes]
+        except (TypeError, ValueError):
+            raise ValueError(f"level_shapes {level_shapes}: must be (height, width) of each level") from None
+        tensors = [side for pair in pairs for side in pair if isinstance(side, Tensor)]
+        if not tensors:
+            return _as_pairs(pairs)
+    for tensor in tensors:
+        if tensor.device.type != "cpu":
+            raise ValueError(
+                f"level_shapes is on {tensor.device}: reading it would synchronise with the device in every call; "
+                "pass pairs of integers (the sizes of the feature maps) or a tensor on the CPU"
+            )
+    if not isinstance(level_shapes, Tensor):
+        level_shapes = torch.stack([torch.as_tensor(side) for pair in pairs for side in pair]).view(-1, 2)
     if level_shapes.ndim != 2 or level_shapes.shape[1] != 2 or level_shapes.dtype not in INTEGERS:
         raise invalid("level_shapes", level_shapes, "[L, 2], integers")
-    return level_shapes if tracing else as_level_shapes(level_shapes.tolist())
+    return level_shapes if runs_inside_graph() else _as_pairs(level_shapes.tolist())
+
+
+def _as_pairs(level_shapes: Sequence[Sequence[int]]) -> LevelShapes:
+    if not runs_inside_graph():
+        try:
+            level_shapes = [tuple(map(operator.index, pair)) for pair in level_shapes]
+        except TypeError:
+            raise ValueError(f"level_shapes {level_shapes}: sizes must be integers") from None
+    if any(side < 1 for pair in level_shapes for side in pair):
+        raise ValueError(f"level_shapes {level_shapes}: every side must be at least 1")
+    return tuple((height, width) for height, width in level_shapes)
 
 
 def num_tokens_of(level_shapes: LevelShapes) -> int:
@@ -62,7 +67,7 @@ def join_shapes(sizes: Sequence[int], shapes_L2: Tensor | None, num_tokens: int)
     """The inverse of `split_shapes`, within an operator. Checks what `as_level_shapes` could not read from a tensor."""
     if shapes_L2 is None:
         return tuple(zip(sizes[::2], sizes[1::2], strict=True))
-    shapes = as_level_shapes(shapes_L2.tolist())
+    shapes = _as_pairs(shapes_L2.tolist())
     check_num_tokens(shapes, num_tokens)
     return shapes
 

@@ -87,7 +87,7 @@ class TokenPlan:
         slot_BS = (keep_BS.flatten().cumsum(0) - 1).view_as(keep_BS)
         exact = capacity is None
         row_starts = None
-        if exact:
+        if capacity is None:
             row_starts = (0, *accumulate(keep_BS.sum(1).tolist()))
             capacity = row_starts[-1]
         else:

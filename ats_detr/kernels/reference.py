@@ -9,6 +9,7 @@ image after image), Q queries of one image, H heads, D channels of a head, L lev
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import reduce
 from itertools import accumulate
 
 import torch
@@ -112,11 +113,12 @@ def sample_packed(
             value_BSHD, level_shapes, locations_NHLP2[:used], weights_NHLP[:used], image_index_N[:used]
         )
         return F.pad(out, (0, 0, 0, num_queries - used))
-    dtype = torch.promote_types(torch.promote_types(value_BSHD.dtype, locations_NHLP2.dtype), torch.float32)
-    inputs = [tensor.to(dtype) for tensor in (value_BSHD, locations_NHLP2, weights_NHLP)]
-    if value_BSHD.numel() == 0 or weights_NHLP.numel() == 0:  # sums of nothing, with gradients of 0
-        nothing = sum(tensor.flatten()[:0].sum() for tensor in inputs)
-        return (nothing + inputs[0].new_zeros(num_queries, value_BSHD.shape[2:].numel())).to(value_BSHD.dtype)
+    inputs = (value_BSHD, locations_NHLP2, weights_NHLP)
+    dtype = reduce(torch.promote_types, [tensor.dtype for tensor in inputs], torch.float32)
+    value, locations, weights = (tensor.to(dtype) for tensor in inputs)
+    if value.numel() == 0 or weights.numel() == 0:  # sums of nothing, with gradients of 0
+        nothing = sum(tensor.flatten()[:0].sum() for tensor in (value, locations, weights))
+        return (nothing + value.new_zeros(num_queries, value.shape[2:].numel())).to(value_BSHD.dtype)
     counts, order_N = [num_queries // batch] * batch, None
     if image_index_N is None:
         image_N = _image_of_each_query(batch, num_queries, value_BSHD.device)
@@ -124,15 +126,15 @@ def sample_packed(
         image_N = image_index_N.long().clamp(0, batch - 1)
         outside_N = image_N != image_index_N
         if outside_N.any():
-            inputs[1] = inputs[1].masked_fill(outside_N[:, None, None, None, None], torch.nan)
+            locations = locations.masked_fill(outside_N[:, None, None, None, None], torch.nan)
     if value_BSHD.device.type == "cpu" and not torch.is_grad_enabled():
-        return _gather(inputs[0], level_shapes, *inputs[1:], image_N).to(value_BSHD.dtype)
+        return _gather(value, level_shapes, locations, weights, image_N).to(value_BSHD.dtype)
     if image_index_N is not None:
         counts = torch.bincount(image_N, minlength=batch).tolist()
         if (image_N[1:] < image_N[:-1]).any():
             order_N = image_N.argsort(stable=True)
-            inputs[1:] = [tensor[order_N] for tensor in inputs[1:]]
-    out = _sample(inputs[0], level_shapes, *inputs[1:], counts)
+            locations, weights = locations[order_N], weights[order_N]
+    out = _sample(value, level_shapes, locations, weights, counts)
     if order_N is not None:
         out = out[order_N.argsort()]
     return out.to(value_BSHD.dtype)

@@ -69,11 +69,11 @@ def select_tokens(
     limitation = no_transforms()
     if num_tokens > MAX_TOKENS:
         limitation = f"{num_tokens} tokens per image exceed the maximum of {MAX_TOKENS}"
-    tensors = _select(
+    index_K, image_K, offsets_B1, slot_BS = _select(
         scores_BS, num_keep_B, padding_mask_BS, capacity, backend=backend, limitation=limitation
     )
     # An exported graph computes all rows of its capacity with ordinary operators; rows without a token are discarded.
-    return TokenPlan(*tensors, exact=exact or is_exporting(), row_starts=row_starts)
+    return TokenPlan(index_K, image_K, offsets_B1, slot_BS, exact or is_exporting(), row_starts)
 
 
 def check_padding_mask(padding_mask_BS: Tensor, dense: Tensor) -> None:
