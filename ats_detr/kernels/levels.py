@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,15 +19,16 @@ def as_level_shapes(level_shapes: LevelShapes | Tensor) -> LevelShapes | Tensor:
 
     Raises ValueError for anything but integers >= 1, and for a tensor on a device.
     """
-    tensors = [level_shapes] if isinstance(level_shapes, Tensor) else []
+    pairs: list[tuple[Any, Any]] = []
     if not isinstance(level_shapes, Tensor):
         try:
             pairs = [(height, width) for height, width in level_shapes]
         except (TypeError, ValueError):
             raise ValueError(f"level_shapes {level_shapes}: must be (height, width) of each level") from None
-        tensors = [side for pair in pairs for side in pair if isinstance(side, Tensor)]
-        if not tensors:
-            return _as_pairs(pairs)
+    sides = [side for pair in pairs for side in pair]
+    tensors = [tensor for tensor in (level_shapes, *sides) if isinstance(tensor, Tensor)]
+    if not tensors:
+        return _as_pairs(pairs)
     for tensor in tensors:
         if tensor.device.type != "cpu":
             raise ValueError(
@@ -34,7 +36,7 @@ def as_level_shapes(level_shapes: LevelShapes | Tensor) -> LevelShapes | Tensor:
                 "pass pairs of integers (the sizes of the feature maps) or a tensor on the CPU"
             )
     if not isinstance(level_shapes, Tensor):
-        level_shapes = torch.stack([torch.as_tensor(side) for pair in pairs for side in pair]).view(-1, 2)
+        level_shapes = torch.stack([torch.as_tensor(side) for side in sides]).view(-1, 2)
     if level_shapes.ndim != 2 or level_shapes.shape[1] != 2 or level_shapes.dtype not in INTEGERS:
         raise invalid("level_shapes", level_shapes, "[L, 2], integers")
     return level_shapes if runs_inside_graph() else _as_pairs(level_shapes.tolist())
