@@ -1,12 +1,12 @@
 """Checkpoints: reading, writing and checking them. Files are replaced atomically.
 
 A checkpoint is a dictionary of tensors and plain values, readable with `torch.load(..., weights_only=True)`: `model`,
-`config`, `num_classes`, `classes` (names and category ids by class index), `num_processes`, `teacher_weights`
-(digests), `epoch` (completed), `epoch_step` (completed steps of the next epoch), `step`, `train_seconds`, `best_ap`,
-`skipped_steps`, `finished`. A resumable checkpoint adds `optimizer`, `rng` (one state per process) and, where they
-exist, `average` (moving average of the weights) and `difficulty` (of the images); a finished one adds `metrics`. A
-.safetensors file has the same content without the state of the training, with plain values as JSON in its metadata.
-Checkpoints of the published code are converted on reading.
+`config`, `num_classes`, `classes` (names and category ids by class index), `training_images` (number and digest),
+`num_processes`, `teacher_weights` (digests), `epoch` (completed), `epoch_step` (completed steps of the next epoch),
+`step`, `train_seconds`, `best_ap`, `skipped_steps`, `is_evaluated`, `finished`. A resumable checkpoint adds
+`optimizer`, `rng` (one state per process) and, where they exist, `average` (of the weights) and `difficulty` (of the
+images); a finished one adds `metrics`. A .safetensors file has the same content without the state of the training,
+with plain values as JSON in its metadata. Checkpoints of the published code are converted on reading.
 
 A model folder has the content of a .safetensors file in two: `model.safetensors`, for any safetensors reader, and
 `config.json`.

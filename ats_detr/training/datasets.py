@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from ats_detr import distributed
 from ats_detr.config import Config, DataConfig
@@ -88,6 +89,15 @@ def build_evaluation_loader(
         pin_memory=pin_memory,
         timeout_minutes=config.train.timeout_minutes,
     )
+
+
+def describe_images(dataset: CocoDetection) -> dict[str, Any]:
+    """Number and digest of the images that determine the batches of an epoch: their ids and sizes, in order."""
+    annotations = dataset.annotations
+    sha = hashlib.sha256(annotations.image_ids.tobytes() + annotations.sizes.tobytes())
+    if annotations.result_ids is not None:
+        sha.update(annotations.result_ids.tobytes())
+    return {"number": len(dataset), "digest": sha.hexdigest()[:16]}
 
 
 def open_dataset(

@@ -47,11 +47,15 @@ WITHOUT_INFLUENCE = (
     *("teachers.weak.config", "teachers.weak.checkpoint"),  # their weights are compared instead
     *("teachers.strong.config", "teachers.strong.checkpoint"),
     *("data.num_workers", "data.cache_images", "data.on_bad_image", "data.eval_batch_size"),
-    *("data.max_image_pixels", "evaluation.max_detections"),
+    *("data.max_image_pixels", "data.on_bad_annotation", "data.val_annotations", "data.val_images"),
+    *("data.short_side", "data.size_multiple", "data.synthetic.num_val", "evaluation"),
     *("train.resume", "train.checkpoint_every", "train.checkpoint_every_steps", "train.evaluate_every"),
     *("train.log_every", "train.max_skipped_steps", "train.recompute", "train.compile", "deterministic"),
+    "train.timeout_minutes",
 )
 """Settings that do not change the trained weights: a finished training may differ in them."""
+DATA_PATHS = ("data.root", "data.train_annotations", "data.train_images")
+"""Settings that may differ where the training images are the same."""
 ADJUSTABLE = (
     *WITHOUT_INFLUENCE,
     *("train.epochs", "train.learning_rate", "train.backbone_learning_rate"),
@@ -261,23 +265,34 @@ def check_same_origin(
     facts: Mapping[str, Any],
     may_change: Sequence[str],
 ) -> None:
-    """Raise UserError, listing the differences, where a checkpoint was trained with other settings or facts.
+    """Raise UserError, listing the differences, where a checkpoint was trained with other settings, data or teachers.
 
     Args:
-        facts: entries that the checkpoint must hold beside an equal configuration.
+        facts: entries that the checkpoint must hold beside an equal configuration. Those that an older version did not
+            store are not compared.
         may_change: settings, or groups of settings, that are not compared.
     """
-    stored = config_to_dict(config_of(checkpoint, path)) | {key: checkpoint.get(key) for key in facts}
-    changes = [
-        f"{key} = {old!r}, now {new!r}"
-        for key, old, new in differences(stored, config_to_dict(config) | dict(facts))
+    known = {key: value for key, value in facts.items() if key in checkpoint}
+    if "training_images" in known:
+        may_change = (*may_change, *DATA_PATHS)
+    stored = config_to_dict(config_of(checkpoint, path)) | {key: checkpoint[key] for key in known}
+    changes = {
+        key: f"{key} = {old!r}, now {new!r}"
+        for key, old, new in differences(stored, config_to_dict(config) | known)
         if not any(key == free or key.startswith(f"{free}.") for free in may_change)
-    ]
-    if changes:
+    }
+    fix = "choose another output_dir, delete this folder, or train again with train.resume=never"
+    if any(key.startswith("training_images.") for key in changes):
+        old, new = (images["training_images"]["number"] for images in (stored, known))
         raise UserError(
-            f"{path.parent} was trained with other settings ({'; '.join(changes[:3])}): choose another output_dir,"
-            " delete this folder, or train again with train.resume=never"
+            f"{path.parent} was trained on other images ({old} images, now {new}; their ids or sizes differ): restore"
+            f" the annotation file, {fix}"
         )
+    if checkpoint["finished"] and "train.epochs" in changes and config.train.epochs > checkpoint["epoch"]:
+        fix = f"to train further, set train.init_from={path} and another output_dir; otherwise {fix}"
+    if changes:
+        listed = "; ".join(list(changes.values())[:3])
+        raise UserError(f"{path.parent} was trained with other settings ({listed}): {fix}")
 
 
 def differences(old: Any, new: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:

@@ -26,7 +26,7 @@ from ats_detr.files import delete_temporary_files, exclusive_use
 from ats_detr.model import Detr, build_model
 from ats_detr.model.backbone import load_weights as load_backbone_weights
 from ats_detr.training.criterion import SetCriterion, build_criterion
-from ats_detr.training.datasets import Loaders, build_loaders
+from ats_detr.training.datasets import Loaders, build_loaders, describe_images
 from ats_detr.training.distillation import DualTeacher
 from ats_detr.training.guards import BatchNormSnapshot, StepGuard, check_annotations
 from ats_detr.training.optim import MovingAverage, build_optimizer
@@ -131,7 +131,7 @@ def prepare(stage: Stage, device: torch.device, teachers: Teachers | None) -> Ru
     config = stage.config
     loaders = build_loaders(config, pin_memory=device.type == "cuda")
     signals = StopSignals()
-    facts = run_facts(loaders.class_map, teachers)
+    facts = run_facts(loaders, teachers)
     checkpoints = Checkpoints(config, stage.folder, facts, writing=signals.writing)
     checkpoint = checkpoints.load_resumable()
     model = seeded_model(stage, loaders.class_map, checkpoint, device)
@@ -183,10 +183,11 @@ def check_data(config: Config, loaders: Loaders, model: Detr) -> None:
         )
 
 
-def run_facts(class_map: ClassMap, teachers: Teachers | None) -> dict[str, Any]:
+def run_facts(loaders: Loaders, teachers: Teachers | None) -> dict[str, Any]:
     """Entries of the run's checkpoints, beside the config, that must be equal on resuming."""
     return {
-        "classes": class_map.to_dict(),
+        "training_images": describe_images(loaders.train.dataset),
+        "classes": loaders.class_map.to_dict(),
         "num_processes": distributed.world_size(),
         "teacher_weights": dict(teachers.weights) if teachers is not None else {},
     }

@@ -14,8 +14,10 @@ from ats_detr.config import Config, TeacherConfig, load_config
 from ats_detr.data.coco import ClassMap
 from ats_detr.errors import UserError
 from ats_detr.model import Detr
+from ats_detr.training.datasets import describe_images, open_dataset
 from ats_detr.training.distillation import DualTeacher
 from ats_detr.training.resume import (
+    DATA_PATHS,
     WITHOUT_INFLUENCE,
     check_same_origin,
     delete_leftovers,
@@ -123,12 +125,15 @@ def is_finished(stage: Stage, stages: Mapping[str, Stage]) -> bool:
         return True
     if not stage.checkpoint.exists() or not is_resuming(stage.config, stage.folder):
         return False
-    facts = {}
+    facts: dict[str, Any] = {}
     teachers = [stages[name].checkpoint for name in ("weak", "strong")] if stage.config.teachers else []
     if teachers and all(path.exists() for path in teachers):
         weak, strong = (digest(load_checkpoint(path)["model"]) for path in teachers)
         facts["teacher_weights"] = {"weak": weak, "strong": strong}
     checkpoint = load_checkpoint(stage.checkpoint)
+    stored = config_of(checkpoint, stage.checkpoint).data
+    if any(getattr(stored, key[5:]) != getattr(stage.config.data, key[5:]) for key in DATA_PATHS):
+        facts["training_images"] = describe_images(open_dataset(stage.config.data, "train"))
     check_same_origin(checkpoint, stage.checkpoint, stage.config, facts, WITHOUT_INFLUENCE)
     return True
 

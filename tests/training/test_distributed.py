@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,17 +10,22 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+import yaml
 from torch import Tensor, nn
 
 from ats_detr import distributed
 from ats_detr.batch import ImageBatch, Target
-from ats_detr.config import config_from_dict
+from ats_detr.cli.eval import evaluate_checkpoint
+from ats_detr.config import config_from_dict, load_config
 from ats_detr.model import build_model
 from ats_detr.training.criterion import build_criterion, compute_losses
 from ats_detr.training.distillation import DualTeacher
 from ats_detr.training.optim import build_optimizer
+from ats_detr.training.stages import plan_stages, train_stages
 from tests.training.small import ADAPTIVE, merged, random_batch, small_tree
+from tests.training.test_exact import FORKS
 
+pytestmark = pytest.mark.xdist_group("exact")  # they share a fork server
 ROOT = Path(__file__).parents[2]
 OBJECTS_OF_STEPS = ([2, 1, 3, 4], [3, 2, 0, 0], [1, 0, 2, 1])
 """Objects of the four images of each step. Each process has two images; the second has no objects in step two."""
@@ -92,6 +98,37 @@ def test_two_processes_equal_one_in_every_gradient_and_parameter(tmp_path: Path,
             difference = (together[what][name] - tensor).abs().max().item()
             noise = what == "parameters" and name == "adaption.bias"
             assert difference < 1e-5 or noise, f"{what}: {name} differs by {difference}"
+
+
+def train_in_one_of_two(rank: int, folder: Path) -> None:
+    """Training in one of two processes, as `train.py` does it."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    train_stages(plan_stages(load_config(folder / "config.yaml")), "all", torch.device("cpu"))
+    dist.destroy_process_group()
+
+
+def test_two_processes_with_trained_norms_evaluate_the_model_that_they_save(tmp_path: Path) -> None:
+    """Each process has batch statistics of its own, and so has its moving average."""
+    tree = small_tree(
+        tmp_path,
+        model={"backbone": {"frozen_norm": False}, "num_queries": 50},
+        data={"batch_size": 2, "synthetic": {"num_val": 24, "max_objects": 2, "num_classes": 1}},
+        train={"epochs": 3, "ema_decay": 0.7, "learning_rate": 2e-3},
+    )
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(tree))
+    processes = [FORKS.Process(target=train_in_one_of_two, args=(rank, tmp_path)) for rank in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(120)
+        assert process.exitcode == 0
+    run = tmp_path / "run"
+    config = load_config(tmp_path / "config.yaml")
+    evaluate_checkpoint(config, run / "final.pt", tmp_path / "again", torch.device("cpu"))
+    found, expected = (json.loads((f / "metrics.json").read_text()) for f in (tmp_path / "again", run))
+    assert found == expected
+    assert expected["AP"] > 0
 
 
 def test_every_trained_parameter_has_a_gradient_also_without_objects(tmp_path: Path) -> None:

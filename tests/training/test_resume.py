@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,71 @@ def test_a_run_resumes_with_changed_learning_rates_and_weight_decay(half_done: P
 def test_a_run_does_not_resume_with_other_settings(half_done: Path, override: str, words: str) -> None:
     with pytest.raises(UserError, match=words):
         train(half_done, override)
+
+
+def edit_training_annotations(folder: Path, edit: Callable[[dict[str, Any]], object]) -> None:
+    for file in folder.glob("data/*/annotations/instances_train2017.json"):
+        content = json.loads(file.read_text())
+        edit(content)
+        file.write_text(json.dumps(content))
+
+
+def drop_an_image(content: dict[str, Any]) -> None:
+    gone = content["images"].pop(2)["id"]
+    content["annotations"] = [entry for entry in content["annotations"] if entry["image_id"] != gone]
+
+
+def add_an_image(content: dict[str, Any]) -> None:
+    content["images"].append({**content["images"][0], "id": 99})
+
+
+def renumber_an_image(content: dict[str, Any]) -> None:
+    drop_an_image(content)
+    add_an_image(content)
+
+
+@pytest.mark.parametrize(
+    ("edit", "number"), [(drop_an_image, 15), (add_an_image, 17), (renumber_an_image, 16)]
+)
+def test_a_run_does_not_resume_on_other_images(
+    half_done: Path, edit: Callable[[dict[str, Any]], None], number: int
+) -> None:
+    edit_training_annotations(half_done, edit)
+    words = rf"run was trained on other images \(16 images, now {number}; their ids or sizes differ\): restore the"
+    with pytest.raises(UserError, match=words):
+        train(half_done)
+
+
+def test_moved_data_and_other_evaluation_settings_are_accepted_and_other_data_are_not(
+    half_done: Path,
+) -> None:
+    path = half_done / "run" / "checkpoint.pt"
+    shutil.move(half_done / "data", half_done / "moved")
+    moved = f"data.root={half_done / 'moved'}"
+    checkpoint = torch.load(path)
+    del checkpoint["is_evaluated"]  # a checkpoint of an older version cannot prove that the data are the same
+    images = checkpoint.pop("training_images")
+    torch.save(checkpoint, path)
+    with pytest.raises(UserError, match=r"data\.root = "):
+        train(half_done, moved)
+    torch.save(checkpoint | {"training_images": images}, path)
+    train(half_done, moved, "data.short_side=32", "data.synthetic.num_val=5", "evaluation.max_detections=7")
+    assert torch.load(half_done / "run" / "final.pt")["step"] == 8
+    with pytest.raises(UserError, match="trained on other images"):
+        train(half_done, moved, "data.train_annotations=annotations/instances_val2017.json")
+    with pytest.raises(
+        UserError, match=r"to train further, set train\.init_from=.*final\.pt and another output_dir"
+    ):
+        train(half_done, moved, "train.epochs=3")
+
+
+def test_a_checkpoint_of_an_older_version_resumes(half_done: Path) -> None:
+    path = half_done / "run" / "checkpoint.pt"
+    checkpoint = torch.load(path)
+    del checkpoint["training_images"], checkpoint["is_evaluated"]
+    torch.save(checkpoint, path)
+    train(half_done)
+    assert torch.load(half_done / "run" / "final.pt")["step"] == 8
 
 
 def test_a_run_does_not_resume_with_other_classes_or_processes(half_done: Path) -> None:
