@@ -51,7 +51,7 @@ def assert_no_spills(rows: list[dict]) -> None:
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("architecture", [80, 90, 100])
+@pytest.mark.parametrize("architecture", [80, 90, 100, 120])
 def test_default_configurations(architecture: int) -> None:
     rows = compiled(architecture, everything=False)
     assert_no_spills(rows)
@@ -72,7 +72,7 @@ def test_default_configurations(architecture: int) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("architecture", [80, 90, 100])
+@pytest.mark.parametrize("architecture", [80, 90, 100, 120])
 def test_every_shipped_configuration(architecture: int) -> None:
     rows = compiled(architecture, everything=True)
     assert_no_spills(rows)

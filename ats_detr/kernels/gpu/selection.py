@@ -50,20 +50,20 @@ def count_true(mask, SIZE: tl.constexpr):
 
 @triton.jit
 def clamp_keep(keep, num_tokens):
-    """Tokens to keep as int32 in 0..num_tokens, from any integer dtype."""
-    return tl.minimum(tl.maximum(keep.to(tl.int64), 0), num_tokens).to(tl.int32)
+    """int64 tokens to keep as int32 in 0..num_tokens."""
+    return tl.minimum(tl.maximum(keep, 0), num_tokens).to(tl.int32)
 
 
-@triton.jit(do_not_specialize=["keep_stride", "num_tokens"])
+@triton.jit(do_not_specialize=["num_tokens"])
 def find_thresholds(
     score_ptr,  # [B, S]
     padding_ptr,  # [B, S] bool, where PADDED
-    keep_ptr,  # [B] tokens to keep, keep_stride apart
+    keep_ptr,  # int64 [B] tokens to keep
     threshold_ptr,  # [B] int32 out: the keep-th largest key
     ties_ptr,  # [B] int32 out: how many of the tokens at the threshold are kept
     above_ptr,  # [B, CHUNKS] int32 out: tokens above the threshold in the chunks before this one
     equal_ptr,  # [B, CHUNKS] int32 out: tokens at the threshold in the chunks before this one
-    keep_stride, num_tokens,
+    num_tokens,
     PADDED: tl.constexpr, CHUNKS: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """One program per image, with all keys in registers: a search between the smallest and the largest key.
@@ -75,7 +75,7 @@ def find_thresholds(
     SIZE: tl.constexpr = CHUNKS * CHUNK
     token = tl.arange(0, CHUNKS)[:, None] * CHUNK + tl.arange(0, CHUNK)[None, :]
     key = load_keys(score_ptr, padding_ptr, image, token, num_tokens, PADDED)
-    keep = clamp_keep(tl.load(keep_ptr + image.to(tl.int64) * keep_stride), num_tokens)
+    keep = clamp_keep(tl.load(keep_ptr + image), num_tokens)
     flat = tl.reshape(key, (SIZE,), can_reorder=True)
     high = tl.max(flat)
     at_high = count_true(key == high, SIZE)
@@ -112,20 +112,20 @@ def find_thresholds(
     tl.store(ties_ptr + image, keep - tl.sum(above_C))
 
 
-@triton.jit(do_not_specialize=["keep_stride", "num_tokens", "num_images", "capacity"])
+@triton.jit(do_not_specialize=["num_tokens", "num_images", "capacity"])
 def compact_tokens(
     score_ptr, padding_ptr, keep_ptr, threshold_ptr, ties_ptr, above_ptr, equal_ptr,  # as in find_thresholds
     token_index_ptr, image_index_ptr,  # [capacity] int32 out
     offsets_ptr,  # [B + 1] int32 out
     slot_ptr,  # [B, S] int32 out
-    keep_stride, num_tokens, num_images, capacity,
+    num_tokens, num_images, capacity,
     PADDED: tl.constexpr, CHUNKS: tl.constexpr, CHUNK: tl.constexpr, IMAGES_PADDED: tl.constexpr,
 ):  # fmt: skip
     """Writes the plan, one chunk of one image per program. Unused rows become token 0 of the last image."""
     image = tl.program_id(0)
     chunk = tl.program_id(1)
     images = tl.arange(0, IMAGES_PADDED)
-    keep_B = tl.load(keep_ptr + images.to(tl.int64) * keep_stride, mask=images < num_images, other=0)
+    keep_B = tl.load(keep_ptr + images, mask=images < num_images, other=0)
     keep_B = clamp_keep(keep_B, num_tokens)
     start = tl.sum(tl.where(images < image, keep_B, 0))
     total = tl.minimum(tl.sum(keep_B), capacity)
@@ -175,12 +175,13 @@ def select(
     scores = scores.float().contiguous()  # keys made from 16-bit loads spill on sm_100
     if padding_mask is not None:
         padding_mask = padding_mask.contiguous().view(torch.uint8)
-    keys = (scores, padding_mask, num_keep, threshold, ties, above, equal)
-    sizes = (num_keep.stride(0), num_tokens)
+    keys = (scores, padding_mask, num_keep.long().contiguous(), threshold, ties, above, equal)
     constants = dict(PADDED=padding_mask is not None, CHUNKS=chunks, CHUNK=CHUNK)
-    find_thresholds[(batch,)](*keys, *sizes, **constants, num_warps=max(4, min(16, chunks)))
+    # 128 registers are the most of 16 warps. Without the limit, ptxas spills to fit several programs on sm_100.
+    num_warps = max(4, min(16, chunks))
+    find_thresholds[(batch,)](*keys, num_tokens, **constants, num_warps=num_warps, maxnreg=128)
     compact_tokens[(batch, cdiv(num_tokens, CHUNK))](
-        *keys, token_index, image_index, offsets, slots, *sizes, batch, capacity,
+        *keys, token_index, image_index, offsets, slots, num_tokens, batch, capacity,
         **constants, IMAGES_PADDED=next_power_of_2(batch), num_warps=4,
     )  # fmt: skip
     return token_index, image_index, offsets, slots
