@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -99,4 +98,4 @@ class ImageBatch:
 def bucket_size(size: tuple[int, int], multiple: int) -> tuple[int, int]:
     """The padded (height, width) of an image: each side rounded up to a multiple of `multiple`."""
     height, width = size
-    return math.ceil(height / multiple) * multiple, math.ceil(width / multiple) * multiple
+    return -(-height // multiple) * multiple, -(-width // multiple) * multiple

@@ -94,9 +94,10 @@ def save_folder(checkpoint: Mapping[str, Any], folder: Path) -> None:
     Raises UserError where the folder cannot be written.
     """
     others = {key: value for key, value in checkpoint.items() if key not in ("model", *_TRAINING_STATE)}
-    (folder / MODEL_CONFIG).unlink(missing_ok=True)
-    save_checkpoint({"model": checkpoint["model"]}, folder / _MODEL_WEIGHTS)
+    make_folder(folder)
     try:
+        (folder / MODEL_CONFIG).unlink(missing_ok=True)
+        save_checkpoint({"model": checkpoint["model"]}, folder / _MODEL_WEIGHTS)
         write_json(others, folder / MODEL_CONFIG)
     except OSError as error:
         raise UserError(f"{folder}: cannot write {MODEL_CONFIG} ({error.strerror})") from error

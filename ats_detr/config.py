@@ -72,8 +72,8 @@ _MAXIMUM = {
 }
 """Largest values of integers that are read from files. A checkpoint of unknown origin must not exhaust memory."""
 _MAX_INTEGER = 2**31 - 1
-_MAX_LENGTH = 1000
-"""Of a list."""
+_MAX_LENGTH, _MAX_DEPTH = 1000, 8
+"""Of lists and nested values."""
 
 
 def _check(holds: bool, key: str, value: object, fix: str) -> None:
@@ -715,9 +715,12 @@ def _convert(value: Any, hint: Any, key: str) -> Any:
     if origin is tuple:
         return _convert_tuple(value, arguments, key)
     if origin is dict:
-        if isinstance(value, dict):
-            return value
-        raise ConfigError(key, value, "must be a mapping of settings, key: value")
+        if not isinstance(value, dict):
+            raise ConfigError(key, value, "must be a mapping of settings, key: value")
+        _check(
+            _is_small(value), key, value, f"at most {_MAX_LENGTH} values, nested at most {_MAX_DEPTH} times"
+        )
+        return value
     if hint is bool and isinstance(value, bool):
         return value
     if hint is int and isinstance(value, int) and not isinstance(value, bool):
@@ -728,10 +731,26 @@ def _convert(value: Any, hint: Any, key: str) -> Any:
         number = _as_float(value)
         if number is not None:
             return number
-    if hint is str and isinstance(value, (str, int, float)) and not isinstance(value, bool):
+    if hint is str and (isinstance(value, str) or (type(value) in (int, float) and abs(value) < 1e18)):
+        _check("\0" not in str(value), key, value, "must not contain null characters")
         return str(value)
     words = {bool: "true or false", int: "an integer", float: "a finite number", str: "a string"}
     raise ConfigError(key, value, f"must be {words[hint]}")
+
+
+def _is_small(value: Any) -> bool:
+    """Whether nested lists and dictionaries are within the bounds; not if they contain themselves."""
+    pending, count = [(value, 0)], 0
+    while pending and count <= _MAX_LENGTH:
+        entry, depth = pending.pop()
+        count += 1
+        if depth > _MAX_DEPTH:
+            return False
+        inner = (
+            entry.values() if isinstance(entry, dict) else entry if isinstance(entry, (list, tuple)) else ()
+        )
+        pending += [(child, depth + 1) for child in inner]
+    return count <= _MAX_LENGTH
 
 
 def _convert_tuple(value: Any, arguments: tuple[Any, ...], key: str) -> tuple[Any, ...]:

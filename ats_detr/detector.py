@@ -40,6 +40,8 @@ if TYPE_CHECKING:
 
 THRESHOLD = 0.4
 """Default minimum score of `predict`; evaluation has no threshold."""
+_MAX_NUMBER = 1_000_000
+"""Bound on numbers of images and detections."""
 _NUM_READERS = 4
 """Threads that read and resize images ahead of the model; Pillow releases the GIL."""
 
@@ -293,8 +295,8 @@ class Detector:
         A few images are read in advance.
         """
         for setting, value in (("batch_size", batch_size), ("max_detections", max_detections)):
-            if value < 1:
-                raise UserError(f"{setting} = {value}: must be >= 1")
+            if not 1 <= value <= _MAX_NUMBER:
+                raise UserError(f"{setting} = {value}: must be in 1..{_MAX_NUMBER}")
         if not 0 <= threshold <= 1:  # also true for NaN
             raise UserError(f"threshold = {threshold}: must be in [0, 1]")
 

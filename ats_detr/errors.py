@@ -27,8 +27,8 @@ class Stopped(Exception):
 def run_cli(main: Callable[[], None]) -> None:
     """Run `main` in UTF-8 and convert exceptions to exit codes.
 
-    - UserError or a full disk: one line on stderr, exit code 2. Under torchrun, ranks above 0 wait five seconds before
-      printing; if rank 0 has the same error, torchrun ends them within that time.
+    - UserError, or a file that cannot be read or written: one line on stderr, exit code 2. Under torchrun, ranks above
+      0 wait five seconds before printing; if rank 0 has the same error, torchrun ends them within that time.
     - Stopped: one line on stdout, exit code 0, so that a launcher does not restart the run; after Ctrl-C 130.
     - KeyboardInterrupt: exit code 130.
     - All others are bugs and keep their traceback for a report.
@@ -43,9 +43,11 @@ def run_cli(main: Callable[[], None]) -> None:
             say(str(end))
         sys.exit(end.exit_code)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            _end(f"no space left for {error.filename or 'a file'}")
+        if error.filename is None:
             raise
-        _end(f"no space left for {error.filename or 'a file'}")
+        _end(f"{os.fsdecode(error.filename)}: {error.strerror}")
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)

@@ -32,6 +32,7 @@ from ats_detr.model.output import top_pairs
 INPUTS = ("images", "sizes")
 OUTPUTS = ("boxes", "scores", "labels", "kept")
 _BATCH = Dim("batch", min=1, max=1024)
+_MAX_SIDE = 16_384
 
 
 class _ExportModule(nn.Module):
@@ -92,9 +93,9 @@ def export_program(
     """
     data = detector.config.data
     size = size or bucket_size((data.short_side, data.long_side), data.size_multiple)
-    if min(size) < 1 or size != bucket_size(size, data.size_multiple):
+    if not 1 <= min(size) <= max(size) <= _MAX_SIDE or size != bucket_size(size, data.size_multiple):
         raise UserError(
-            f"export size = {size[0]}x{size[1]}: must be positive multiples of {data.size_multiple} pixels"
+            f"export size = {size[0]}x{size[1]}: must be multiples of {data.size_multiple} pixels in 1..{_MAX_SIDE}"
         )
     if max_detections < 1:
         raise UserError(f"max_detections = {max_detections}: must be >= 1")

@@ -56,6 +56,8 @@ def convert(
         raise UserError(
             f"{destination}: the suffix must be .safetensors, .pt or .pth, or omitted to write a folder"
         )
+    if destination.exists() and destination.samefile(source):
+        raise UserError(f"{destination}: is the source itself; choose another destination")
     content = read_file(source)
     if not is_official(content):
         _, checkpoint = load_model(source)  # strict, also where the file is of neither kind
@@ -68,7 +70,11 @@ def convert(
             save_folder(checkpoint, destination)
             say(f"{destination}: model.safetensors and config.json")
         else:
-            save_checkpoint(to_official(checkpoint), destination)
+            converted = to_official(checkpoint)
+            from_official(
+                converted, source=str(source)
+            )  # reads it back: the published code has few backbones
+            save_checkpoint(converted, destination)
             say(f"{destination}: in the format of the published code")
         return
     checkpoint = from_official(content, source=str(source), keep_adaption=keep_adaption)

@@ -43,6 +43,8 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def run(arguments: Namespace) -> None:
     """Check the splits and print the findings."""
+    if arguments.most < 0:
+        raise UserError(f"--most {arguments.most}: must be >= 0")
     try:
         splits = find_splits(arguments.path, arguments.images)
     except UserError:

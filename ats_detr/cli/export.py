@@ -34,7 +34,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def _size(text: str) -> tuple[int, int]:
     height, _, width = text.partition("x")
-    if not (height.isdigit() and width.isdigit()):
+    if not (height.isdecimal() and width.isdecimal()):
         raise ArgumentTypeError(f"{text!r}: must be HEIGHTxWIDTH, such as 832x1344")
     return int(height), int(width)
 

@@ -6,6 +6,7 @@ exit code is then 1.
 
 from __future__ import annotations
 
+import os
 import sys
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Sequence
@@ -224,7 +225,11 @@ def predict_files(
 
 
 def _unused(stem: str, used: set[str]) -> str:
-    """`stem`, or `stem_2`, ... if another input has it: `a.png` in two folders, or `a.png` beside `a_tokens.png`."""
+    """`stem`, or `stem_2`, ... if another input has it: `a.png` in two folders, or `a.png` beside `a_tokens.png`.
+
+    File systems limit names to 255 bytes.
+    """
+    stem = os.fsencode(stem)[:200].decode(errors="ignore")
     name, number = stem, 1
     while not used.isdisjoint((name, f"{name}_tokens")):
         number += 1

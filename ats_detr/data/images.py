@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import http.client
 import io
 import os
 import stat
 import struct
-import urllib.error
 import urllib.request
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -168,11 +168,11 @@ def _to_uint8(pixels: np.ndarray) -> np.ndarray:
 
 def fetch_image(url: str) -> bytes:
     """The bytes behind an http(s) URL. Raises ImageFileError for no answer in 30 s, and for more than 64 MiB."""
-    request = urllib.request.Request(url, headers={"User-Agent": "ats_detr"})
     try:
+        request = urllib.request.Request(url, headers={"User-Agent": "ats_detr"})
         with urllib.request.urlopen(request, timeout=_TIMEOUT_SECONDS) as response:
             encoded = response.read(_MOST_BYTES + 1)
-    except (urllib.error.URLError, OSError, ValueError) as error:
+    except (http.client.HTTPException, OSError, ValueError) as error:
         raise ImageFileError(f"image {url} cannot be fetched: {getattr(error, 'reason', error)}") from None
     if len(encoded) > _MOST_BYTES:
         raise ImageFileError(f"image {url} cannot be fetched: it is larger than {_MOST_BYTES >> 20} MiB")
