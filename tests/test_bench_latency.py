@@ -15,7 +15,7 @@ import torch
 import bench.latency
 import bench.sweep
 from ats_detr.batch import ImageBatch
-from ats_detr.errors import UserError
+from ats_detr.errors import UserError, run_cli
 from bench.latency import forced_budgets, generated_images
 from bench.measure import Stopwatch, row_folder, take_turns, timed
 from bench.padded import encode_padded
@@ -135,10 +135,15 @@ def test_rows_have_every_stage_of_every_mode(tmp_path: Path) -> None:
         (["--images", "some"], "--images some: must be same, mixed, or same,mixed"),
     ],
 )
-def test_invalid_choices_are_errors(arguments: list[str], says: str) -> None:
-    result = run_latency("--config", "configs/quickstart.yaml", *arguments)
-    assert result.returncode == 2
-    assert result.stderr.startswith("error: ") and says in result.stderr and result.stderr.count("\n") == 1
+def test_invalid_choices_are_errors(
+    arguments: list[str], says: str, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["bench", "--config", "configs/quickstart.yaml", *arguments])
+    with pytest.raises(SystemExit) as end:
+        run_cli(bench.latency.main)
+    error = capsys.readouterr().err
+    assert end.value.code == 2
+    assert error.startswith("error: ") and says in error and error.count("\n") == 1
 
 
 @pytest.mark.parametrize("name", ["deformable-detr", "rt-detr"])

@@ -40,4 +40,3 @@ def test_a_slowdown_fails(tmp_path: Path) -> None:
     path.write_text(json.dumps(baseline))
     options = ("-k", "decode", "--benchmark-only", "--benchmark-compare-fail=min:1000%")
     assert "Performance has regressed" in run_micro(*options, f"--benchmark-compare={path}").stderr
-    assert run_micro(*options, f"--benchmark-compare={BASELINE}").returncode == 0
