@@ -379,7 +379,8 @@ class TrainConfig:
     clip_norm: float = 0.1
     """Maximum norm of the gradient."""
     accumulate: int = 1
-    """Batches per process and step; their gradients are accumulated."""
+    """Batches per process and step; their gradients are accumulated. Equal to larger batches, except for trained batch
+    norms, whose statistics are those of each batch."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Precision of forward and backward passes, also of the teachers. bfloat16: autocast; weights, matching and losses
     stay float32."""

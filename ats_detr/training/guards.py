@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -14,10 +14,12 @@ from torch import Tensor, nn
 
 from ats_detr import distributed
 from ats_detr.batch import NO_IMAGE, ImageBatch, Target
+from ats_detr.config import DataConfig
 from ats_detr.data.coco import CocoDetection
 from ats_detr.data.loader import TrainingLoader
 from ats_detr.data.transforms import resized_size
 from ats_detr.errors import UserError
+from ats_detr.model import Detr
 
 _ROUNDING = 1e-4
 """Tolerance of normalised boxes."""
@@ -87,31 +89,77 @@ def is_out_of_memory(error: RuntimeError) -> bool:
 
 
 def largest_batch(
-    loader: TrainingLoader, short_side: int, long_side: int, device: torch.device
+    loader: TrainingLoader, config: DataConfig, epochs: Iterable[int], device: torch.device
 ) -> tuple[ImageBatch, list[Target]]:
     """Images of zeros and objects of class 0, for the memory preflight.
 
-    The images have the largest padded size, and the batch the largest number of objects, of all batches of this
-    process in its first epoch. Sizes are those at the largest training scale, an upper bound under augmentation.
+    The images have the largest padded size, and the batch the largest number of objects, that the batches of this
+    process can have in any of the epochs: at the largest scale, with the most elongated crops.
     """
-    dataset = loader.dataset
-    sizes = np.array([resized_size(dataset.size(i), short_side, long_side) for i in range(len(dataset))])
-    counts = np.diff(dataset.annotations.starts)
-    shares = [batch[loader.rank :: loader.world_size] for batch in loader.global_batches(0)]
-    height, width = max((tuple(sizes[share].max(0)) for share in shares), key=math.prod)
-    num_objects = max(int(counts[share].sum()) for share in shares)
-    images = torch.zeros(loader.batch_size, 3, int(height), int(width), device=device)
-    per_image = np.bincount(np.arange(num_objects) % loader.batch_size, minlength=loader.batch_size)
+    counts = np.diff(loader.dataset.annotations.starts)
+    sizes = _largest_sizes(loader, config)
+    largest, most = (0, 0), 0
+    for epoch in epochs:
+        share_NB = np.array(loader.global_batches(epoch))[:, loader.rank :: loader.world_size]
+        most = max(most, int(counts[share_NB].sum(1).max()))
+        # The sides of a batch are those of its largest images, which may be different ones.
+        size_N2 = (
+            sizes[:, share_NB].max(2).max(0)
+            if share_NB.shape[1] > 1
+            else sizes[:, share_NB[:, 0]].reshape(-1, 2)
+        )
+        candidate = size_N2[size_N2.prod(1).argmax()].tolist()
+        largest = max(largest, (candidate[0], candidate[1]), key=math.prod)
+    height, width = largest
+    images = torch.zeros(loader.batch_size, 3, height, width, device=device)
+    per_image = np.bincount(np.arange(most) % loader.batch_size, minlength=loader.batch_size)
     targets = [
         Target(
             NO_IMAGE,
-            (int(height), int(width)),
+            (height, width),
             torch.zeros(int(count), dtype=torch.int64),
             torch.tensor([[0.5, 0.5, 0.2, 0.2]]).repeat(int(count), 1),
         )
         for count in per_image
     ]
-    return ImageBatch(images, [(int(height), int(width))] * loader.batch_size), targets
+    return ImageBatch(images, [(height, width)] * loader.batch_size), targets
+
+
+def _largest_sizes(loader: TrainingLoader, config: DataConfig) -> np.ndarray:
+    """int64 [variants, images, 2] largest (height, width) of each image: whole, and the highest and widest crops."""
+    short_side, long_side = max(config.train_short_sides), config.long_side
+    smallest, largest = config.crop_size
+    variants: list[list[tuple[int, int]]] = []
+    for size in map(loader.dataset.size, range(len(loader.dataset))):
+        own = [resized_size(size, short_side, long_side)]
+        if config.crop_short_sides:
+            before = resized_size(size, max(config.crop_short_sides))
+            height, width = (min(side, largest) for side in before)
+            own += [
+                resized_size(crop, short_side, long_side)
+                for crop in ((height, min(smallest, width)), (min(smallest, height), width))
+            ]
+        variants.append(own)
+    return np.array(variants).transpose(1, 0, 2)
+
+
+def _last_of(logits: Tensor) -> Tensor:
+    """1 for the last class, otherwise 0."""
+    return torch.arange(logits.shape[-1], device=logits.device) == logits.shape[-1] - 1
+
+
+@contextmanager
+def largest_budget(model: Detr) -> Iterator[None]:
+    """Within the context an adaptive model chooses the largest budget for every image."""
+    budget = model.selector.budget if model.selector is not None else None
+    if budget is None:
+        yield
+        return
+    hook = budget.register_forward_hook(lambda _, inputs, logits: logits + 1e4 * _last_of(logits))
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 # ------------------------------------------------------------------------------------------- losses and gradients

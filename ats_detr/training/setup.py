@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 from collections.abc import Iterator, Mapping
@@ -17,7 +18,7 @@ from torch._inductor.exc import InductorError
 
 from ats_detr import distributed
 from ats_detr.checkpoint import FINISHED, build_without_fetching, make_folder, read_file
-from ats_detr.config import Config, save_config
+from ats_detr.config import Config, SyntheticConfig, config_to_dict, save_config
 from ats_detr.console import console, say
 from ats_detr.data.coco import ClassMap
 from ats_detr.errors import UserError
@@ -175,12 +176,66 @@ def prepare(stage: Stage, device: torch.device, teachers: Teachers | None) -> Ru
 def check_data(config: Config, loaders: Loaders, model: Detr) -> None:
     """Raise UserError where the training images cannot be trained on."""
     check_annotations(loaders.train.dataset, model.num_classes)
+    for text in settings_without_effect(config, model, len(loaders.train) // config.train.accumulate):
+        logger.warning("%s", text)
     warn_of_limits(loaders.train.dataset, config.model.num_queries)
     warn_of_limits(loaders.val.dataset, config.model.num_queries, config.evaluation.max_detections)
     if len(loaders.train) < config.train.accumulate:
         raise UserError(
             f"train.accumulate = {config.train.accumulate}: must be <= {len(loaders.train)}, the batches of an epoch"
         )
+
+
+def settings_without_effect(config: Config, model: Detr, num_steps: int) -> list[str]:
+    """A sentence about each setting with no effect on this run, with the reason. `num_steps`: steps per epoch."""
+    data, train, loss, selector = config.data, config.train, config.loss, config.model.selector
+    late = [epoch for epoch in train.drop_epochs if epoch >= train.epochs]
+    better = [max(1, int(0.8 * train.epochs))] if train.epochs > 1 else []
+    is_step, is_fixed = train.schedule == "step", selector is not None and not selector.adaptive
+    num_layers, is_single = config.model.num_decoder_layers, config.model.num_decoder_layers == 1
+    is_frozen = not any(parameter.requires_grad for parameter in model.backbone.parameters())
+
+    # Reported even with their default values, which depend on other settings.
+    reasons = {
+        "train.drop_epochs": is_step and late and f"the run has {train.epochs} epochs; set it to {better}",
+        "data.short_side": data.short_side > data.long_side and "it is limited by data.long_side",
+        "data.train_short_sides": len(data.train_short_sides) > 1
+        and min(data.train_short_sides) >= data.long_side
+        and "they are limited by data.long_side",
+        "data.synthetic": data.kind == "coco" and data.synthetic != SyntheticConfig() and "data.kind is coco",
+        "model.box_refine": config.model.box_refine
+        and not (is_single or loss.decoder_auxiliary)
+        and f"loss.decoder_auxiliary = False trains the head of one of {num_layers} decoder layers",
+    }
+    # Reported where they differ from their default values.
+    changed = {
+        "train.drop_epochs": not is_step and "train.schedule is one_cycle",
+        "train.drop_factor": not (is_step and train.drop_epochs) and "the learning rates have no drops",
+        "train.warmup_share": is_step and "train.schedule is step",
+        "train.checkpoint_every_steps": train.checkpoint_every_steps >= num_steps
+        and f"an epoch has {num_steps} steps",
+        "train.backbone_learning_rate": is_frozen and "the backbone is frozen",
+        "data.crop_size": not data.crop_short_sides and "data.crop_short_sides is empty",
+        "model.selector.num_budgets": is_fixed and "model.selector.keep_ratio is a fixed budget",
+        "model.selector.min_tokens": is_fixed and "model.selector.keep_ratio is a fixed budget",
+        "model.encoder_auxiliary": config.model.num_encoder_layers == 1 and "there is one encoder layer",
+        "loss.decoder_auxiliary": is_single and "there is one decoder layer",
+        "teachers.cache_difficulty": train.epochs == 1
+        and config.teachers is not None
+        and "there is one epoch",
+    }
+    for key, reason in changed.items():
+        *parents, name = key.split(".")
+        if reason:
+            section = functools.reduce(getattr, parents, config)
+            is_default = getattr(section, name) in (getattr(type(section), name), ())
+            reasons[key] = reasons.get(key) or (not is_default and reason)
+    tree = config_to_dict(config)
+    return [
+        f"{key} = {functools.reduce(dict.__getitem__, key.split('.'), tree)} has no effect: {reason}"
+        for key, reason in reasons.items()
+        if reason
+    ]
 
 
 def run_facts(loaders: Loaders, teachers: Teachers | None) -> dict[str, Any]:
@@ -246,11 +301,6 @@ def freeze_unused_heads(model: Detr, config: Config) -> None:
         return
     for head in model.decoder_heads[:-1]:
         head.requires_grad_(False)
-    if config.model.box_refine:
-        logger.warning(
-            "loss.decoder_auxiliary = False: model.box_refine has almost no effect, because only the last decoder layer"
-            " has a trained head"
-        )
 
 
 def configure_layers(model: Detr, config: Config) -> None:

@@ -18,10 +18,16 @@ from ats_detr import distributed
 from ats_detr.checkpoint import FINISHED
 from ats_detr.console import say
 from ats_detr.data.loader import Batch
-from ats_detr.errors import Stopped
+from ats_detr.errors import Stopped, UserError
 from ats_detr.evaluation import evaluate, warn_of_minimum
 from ats_detr.training.criterion import compute_losses
-from ats_detr.training.guards import check_targets, explain_out_of_memory, largest_batch
+from ats_detr.training.guards import (
+    check_targets,
+    explain_out_of_memory,
+    is_out_of_memory,
+    largest_batch,
+    largest_budget,
+)
 from ats_detr.training.optim import learning_rate_factor, set_learning_rates
 from ats_detr.training.resume import BEST, delete_results, restore_rng, rng_state
 from ats_detr.training.setup import (
@@ -245,23 +251,29 @@ def stopped(run: Run) -> Stopped:
 
 
 def preflight_memory(run: Run) -> None:
-    """Losses and gradients of the largest batch, discarded: a run that lacks memory fails now instead of hours later.
+    """Losses and gradients of the largest batch at the largest budget, discarded: a run that lacks memory fails now.
 
     Layers that cannot be compiled are found here, too, and run without compilation.
     """
-    data = run.config.data
-    batch, targets = largest_batch(run.loaders.train, max(data.train_short_sides), data.long_side, run.device)
+    epochs, state = range(run.state.progress.epoch, run.config.train.epochs), run.state
+    if not epochs:  # all that is left is an evaluation
+        return
+    batch, targets = largest_batch(run.loaders.train, run.config.data, epochs, run.device)
+    parameters = [p for group in state.optimizer.param_groups for p in group["params"]]
+    moments = [torch.empty_like(p) for p in parameters for _ in range(0 if state.optimizer.state else 2)]
     rng = rng_state(run.device)
     run.batch_norms.save()
     run.parallel_model.train()
-    try:
-        accumulate_gradients(run, [(batch, targets)], metrics=False)
-    except CANNOT_COMPILE as error:
-        reason = str(error).strip().splitlines()[0]
-        logger.warning("train.compile is OFF, this model cannot be compiled here: %s", reason)
-        uncompile_layers(run.state.model)
-        accumulate_gradients(run, [(batch, targets)], metrics=False)
-    run.state.optimizer.zero_grad()
+    with largest_budget(state.model):
+        try:
+            accumulate_gradients(run, [(batch, targets)], metrics=False)
+        except CANNOT_COMPILE as error:
+            reason = str(error).strip().splitlines()[0]
+            logger.warning("train.compile is OFF, this model cannot be compiled here: %s", reason)
+            uncompile_layers(state.model)
+            accumulate_gradients(run, [(batch, targets)], metrics=False)
+    del moments  # of the optimiser, which makes its own in the first step
+    state.optimizer.zero_grad()
     run.batch_norms.restore()
     restore_rng(rng, run.device)
 
@@ -282,6 +294,10 @@ def evaluate_run(run: Run, is_last: bool) -> None:
         )
     except Stopped:
         raise stopped(run) from None
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        raise UserError("out of memory in the evaluation: lower data.eval_batch_size and resume") from error
     warn_of_minimum(found, run.config.model.selector)
     metrics = found.to_dict()
     run.log.write(progress.step, progress.epoch, metrics, kind="evaluation")

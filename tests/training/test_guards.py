@@ -13,12 +13,13 @@ import yaml
 from ats_detr.batch import Target
 from ats_detr.config import load_config
 from ats_detr.errors import UserError
+from ats_detr.model import build_model
 from ats_detr.training import trainer
 from ats_detr.training.datasets import data_root
 from ats_detr.training.guards import check_targets, largest_batch
-from ats_detr.training.setup import Run
+from ats_detr.training.setup import Run, settings_without_effect
 from ats_detr.training.stages import plan_stages, train_stages
-from tests.training.small import random_batch, small_config, small_run, small_tree
+from tests.training.small import ADAPTIVE, random_batch, small_config, small_run, small_tree
 
 
 def train(folder: Path, **changes: Any) -> None:
@@ -197,6 +198,18 @@ def test_out_of_memory_is_reported_with_the_batch_and_its_sizes(tmp_path: Path, 
         trainer.train_step(run, 0, [random_batch(0, [3, 0, 2, 1], size=64)], metrics=False)
 
 
+def test_out_of_memory_in_the_evaluation_is_reported_after_saving(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def out_of_memory(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB")
+
+    monkeypatch.setattr(trainer, "evaluate", out_of_memory)
+    with pytest.raises(UserError, match="out of memory in the evaluation: lower data.eval_batch_size"):
+        train(tmp_path)
+    assert torch.load(tmp_path / "run" / "checkpoint.pt")["epoch"] == 1
+
+
 def test_other_errors_keep_their_traceback(tmp_path: Path) -> None:
     run = small_run(tmp_path)
     run.state.model.decoder.register_forward_hook(lambda *_: 1 / 0)
@@ -215,8 +228,98 @@ def test_the_memory_preflight_runs_the_largest_batch_and_restores_all_state(tmp_
     assert torch.equal(torch.get_rng_state(), rng)
     assert all(parameter.grad is None for parameter in run.state.model.parameters())
     (tried,) = sizes
-    largest = max(batch.images_B3HW.shape[-2:].numel() for batch, _ in run.loaders.train.epoch(0))
-    assert tried.numel() // 12 >= largest
-    _, targets = largest_batch(run.loaders.train, 96, 160, torch.device("cpu"))
-    most = max(sum(len(t.labels_N) for t in own) for _, own in run.loaders.train.epoch(0))
-    assert sum(len(target.labels_N) for target in targets) >= most
+    expected, _ = largest_batch(run.loaders.train, run.config.data, range(2), torch.device("cpu"))
+    assert tried == expected.images_B3HW.shape
+
+
+@pytest.mark.parametrize("batch_size", [1, 2])
+@pytest.mark.parametrize("crops", [[], [64, 100]])
+def test_no_batch_of_any_epoch_is_larger_than_the_largest(
+    tmp_path: Path, batch_size: int, crops: list[int]
+) -> None:
+    synthetic = {"max_aspect_ratio": 2.0, "num_train": 16}
+    sides = {
+        "train_short_sides": [48, 96],
+        "long_side": 160,
+        "crop_short_sides": crops,
+        "crop_size": [40, 90],
+    }
+    run = small_run(tmp_path, data={"batch_size": batch_size, "synthetic": synthetic, **sides})
+    batches = [batch for epoch in range(12) for batch in run.loaders.train.epoch(epoch)]
+    areas = [batch.images_B3HW.shape[-2:].numel() for batch, _ in batches]
+    counts = [sum(len(target.labels_N) for target in targets) for _, targets in batches]
+    largest, targets = largest_batch(run.loaders.train, run.config.data, range(12), torch.device("cpu"))
+    area = largest.images_B3HW.shape[-2:].numel()
+    assert max(areas) <= area < 1.5 * max(areas)
+    assert max(counts) <= sum(len(target.labels_N) for target in targets)
+    first, _ = largest_batch(run.loaders.train, run.config.data, range(1), torch.device("cpu"))
+    assert first.images_B3HW.shape[-2:].numel() <= area
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_memory_preflight_uses_the_largest_budget(tmp_path: Path, seed: int) -> None:
+    """Of a student, whose random logits choose any budget."""
+    run = small_run(tmp_path, model=ADAPTIVE, seed=seed)
+    found = []
+    run.state.model.selector.register_forward_hook(lambda _, inputs, scores: found.append(scores))
+    trainer.preflight_memory(run)
+    (scores,) = found
+    assert torch.equal(scores.num_kept_B, (scores.num_valid_B * 0.6).long() + 1)
+    assert not run.state.model.selector.budget._forward_hooks
+
+
+# ---------------------------------------------------------------------------------------------- settings without effect
+DROPS = {"drop_epochs": []}
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, ["train.drop_epochs = [40] has no effect: the run has 2 epochs; set it to [1]"]),
+        (
+            {"train": {"epochs": 12}},
+            ["train.drop_epochs = [40] has no effect: the run has 12 epochs; set it to [9]"],
+        ),
+        ({"train": {"epochs": 50}}, []),
+        ({"train": {"drop_epochs": [1]}}, []),
+        (
+            {"train": {"drop_epochs": [1, 2]}},
+            ["train.drop_epochs = [1, 2] has no effect: the run has 2 epochs"],
+        ),
+        ({"train": DROPS | {"drop_factor": 0.5}}, ["train.drop_factor = 0.5"]),
+        ({"train": DROPS | {"warmup_share": 0.2}}, ["train.warmup_share = 0.2"]),
+        ({"train": {"schedule": "one_cycle", "warmup_share": 0.2}}, []),
+        (
+            {"train": {"schedule": "one_cycle", "drop_epochs": [1], "drop_factor": 0.5}},
+            ["train.drop_epochs = [1]", "train.drop_factor = 0.5"],
+        ),
+        ({"train": DROPS | {"checkpoint_every_steps": 4}}, ["train.checkpoint_every_steps = 4"]),
+        ({"train": DROPS | {"checkpoint_every_steps": 3}}, []),
+        ({"train": DROPS, "data": {"crop_size": [300, 400]}}, ["data.crop_size = [300, 400]"]),
+        (
+            {"train": DROPS, "data": {"short_side": 100}},
+            ["data.short_side = 100 has no effect: it is limited by"],
+        ),
+        ({"train": DROPS, "data": {"train_short_sides": [70, 80]}}, ["data.train_short_sides = [70, 80]"]),
+        ({"train": DROPS, "data": {"kind": "coco"}}, ["data.synthetic = {"]),
+        ({"train": DROPS, "model": {"selector": {"min_tokens": 5}}}, ["model.selector.min_tokens = 5"]),
+        ({"train": DROPS, "model": {"selector": {"num_budgets": 3}}}, ["model.selector.num_budgets = 3"]),
+        ({"train": DROPS, "model": {"num_encoder_layers": 1}}, ["model.encoder_auxiliary = True"]),
+        ({"train": DROPS, "loss": {"decoder_auxiliary": False}}, ["model.box_refine = True"]),
+        (
+            {"train": DROPS, "loss": {"decoder_auxiliary": False}, "model": {"num_decoder_layers": 1}},
+            ["loss.decoder_auxiliary = False has no effect: there is one decoder layer"],
+        ),
+        (
+            {"train": DROPS, "model": {"backbone": {"frozen_stages": 4, "frozen_norm": True}}},
+            ["train.backbone_learning_rate = 0.001"],
+        ),
+    ],
+)
+def test_settings_without_effect_are_reported(
+    tmp_path: Path, changes: dict[str, Any], expected: list[str]
+) -> None:
+    config = small_config(tmp_path, **changes)
+    found = settings_without_effect(config, build_model(config.model, 3), num_steps=4)
+    assert len(found) == len(expected), found
+    assert all(text.startswith(words) for text, words in zip(found, expected, strict=True)), found
