@@ -17,7 +17,7 @@ from typing import Any, Literal
 import numpy as np
 from matplotlib.figure import Figure
 
-from ats_detr.config import EvaluationConfig, ModelConfig
+from ats_detr.config import DataConfig, EvaluationConfig, ModelConfig
 from ats_detr.data.annotations import parse_annotations
 from ats_detr.data.classes import ClassMap
 from ats_detr.data.coco import CocoDetection, ExifRule
@@ -128,22 +128,11 @@ def check_dataset(
         _describe(split, split.dataset, bad)
     _compare(splits)
     files = [SplitFiles(split.name, split.annotations, split.role) for split in splits]
-    for role, setting in (("train", "data.train_annotations"), ("val", "data.val_annotations")):
-        if (
-            len(files) > 1
-            and choose_split(files, role) is None
-            and (role == "train" or _has_validation(files))
-        ):
-            names = ", ".join(file.annotations.name for file in files)
-            splits[0].findings.add(
-                "warning",
-                f"dataset in which the file to {role} on is unclear ({setting} selects it)",
-                [names],
-            )
-
-
-def _has_validation(files: Sequence[SplitFiles]) -> bool:
-    return any(file.role in ("val", "test") for file in files)
+    for role in ("train", "val"):
+        try:
+            choose_split(files, role)
+        except UserError as error:
+            splits[0].findings.add("error", "dataset of several files", [error])
 
 
 def report(splits: Sequence[Split]) -> dict[str, Any]:
@@ -192,6 +181,9 @@ def _describe(split: Split, dataset: CocoDetection, bad: set[int]) -> None:
     )
     unused = (name for i, name in split.categories.items() if not split.objects_per_category[i])
     add("warning", "categories without any object", unused)
+    if split.is_training and len(annotations) < DataConfig().batch_size:
+        what = f"training set of fewer images than data.batch_size = {DataConfig().batch_size} by default"
+        add("error", what, [f"{len(annotations)} images"])
     for setting, limit in (
         ("model.num_queries", ModelConfig().num_queries),
         ("evaluation.max_detections", EvaluationConfig().max_detections),

@@ -15,6 +15,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 from urllib.parse import unquote
 
 import numpy as np
@@ -72,17 +73,27 @@ def find_annotation_files(path: Path) -> list[SplitFiles]:
     ]
 
 
-def choose_split(splits: Sequence[SplitFiles], role: str) -> SplitFiles | None:
-    """The split to train on (`train`) or to evaluate on (`val`); None where none can be, or several could."""
-    if role == "train" and len(splits) == 1:
-        return splits[0]
-    for wanted in ("train",) if role == "train" else ("val", "test"):
-        found = [split for split in splits if split.role == wanted]
-        if found:
-            return found[0] if len(found) == 1 else None
-    others = [split for split in splits if split.role is None]
-    is_only_other = role == "val" and len(others) == 1 and len(splits) > 1
-    return others[0] if is_only_other else None
+def choose_split(splits: Sequence[SplitFiles], role: Literal["train", "val"]) -> SplitFiles:
+    """The split to train on, or to evaluate on: the only one of its role, otherwise the only one without a role. A
+    dataset without any split to evaluate on is evaluated on the one to train on.
+
+    Raises UserError where several splits could be meant.
+    """
+    by_role = {
+        name: [split for split in splits if split.role == name] for name in ("train", "val", "test", None)
+    }
+    if len(splits) == 1:
+        found = list(splits)
+    elif role == "train":
+        found = by_role["train"]
+    else:
+        only_other = by_role[None] if len(by_role[None]) == 1 else []
+        found = by_role["val"] or by_role["test"] or only_other or by_role["train"]
+    if len(found) != 1:
+        names = ", ".join(split.annotations.name for split in splits)
+        use = "train on" if role == "train" else "evaluate on"
+        raise UserError(f"which file to {use} is unclear ({names}); set data.{role}_annotations")
+    return found[0]
 
 
 def _is_instances_file(file: Path) -> bool:

@@ -128,19 +128,17 @@ def _find_annotations(root: Path, role: Literal["train", "val"]) -> Path:
     if not root.exists():
         raise UserError(f"data.root = {str(root)!r}: there is no such folder")
     splits = find_annotation_files(root)
-    chosen = choose_split(splits, role)
-    if chosen is None and role == "val" and not any(split.role in ("val", "test") for split in splits):
-        chosen = choose_split(splits, "train")
-        if chosen is not None:
-            logger.warning(
-                "%s: no annotation file for validation, so the evaluation uses the training images of %s; set"
-                " data.val_annotations",
-                root,
-                chosen.annotations.name,
-            )
-    if chosen is None:
-        files = ", ".join(str(split.annotations.relative_to(root)) for split in splits)
-        raise UserError(f"{root}: which file to use is unclear ({files}); set data.{role}_annotations")
+    try:
+        chosen = choose_split(splits, role)
+    except UserError as error:
+        raise UserError(f"{root}: {error}") from None
+    if role == "val" and (chosen.role == "train" or len(splits) == 1):
+        logger.warning(
+            "%s: no annotation file for validation, so the evaluation uses the training images of %s; set"
+            " data.val_annotations",
+            root,
+            chosen.annotations.name,
+        )
     return chosen.annotations
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -67,12 +68,13 @@ def test_an_unclear_choice_of_files_is_reported_and_not_guessed(tmp_path: Path) 
     )
     root = write(case, tmp_path)
     result = checked(root)
-    assert result["accepted"]
-    assert "data.train_annotations" in str(result["splits"][0]["warnings"])
-    with pytest.raises(
-        UserError, match=r"unclear \(fold_0\.json, fold_1\.json\); set data\.train_annotations"
-    ):
+    assert not result["accepted"]
+    message = "unclear (fold_0.json, fold_1.json); set data.train_annotations"
+    assert message in str(result["splits"][0]["errors"])
+    with pytest.raises(UserError, match=re.escape(message)):
         opened(root)
+    with pytest.raises(UserError, match=r"set data\.val_annotations"):
+        opened(root, train_annotations="fold_0.json")
     assert opened(root, train_annotations="fold_0.json", val_annotations="fold_1.json") == (4, 4)
 
 
