@@ -70,7 +70,8 @@ class DualTeacher:
         *,
         most_of_a_class: int | None = None,
     ) -> dict[str, Tensor]:
-        """`loss_budget` (cross entropy of the budget logits) and `loss_memory`, unweighted float32 scalars.
+        """`loss_budget` (cross entropy of the budget logits) and `loss_memory`, unweighted float32 scalars; and
+        `easy_images`, the share of images that the smallest budget is enough for.
 
         The teachers run on the same augmented batch as the student, whose forward pass must come first.
 
@@ -93,7 +94,8 @@ class DualTeacher:
                 student.level_shapes,
                 self.level_weights,
             )
-        return {"loss_budget": loss_budget, "loss_memory": loss_memory}
+        easy_images = (labels_B == 0).float().mean()
+        return {"loss_budget": loss_budget, "loss_memory": loss_memory, "easy_images": easy_images}
 
     def _precision_of_weak(
         self, batch: ImageBatch, targets: Sequence[Target], most_of_a_class: int | None
@@ -156,6 +158,37 @@ class DifficultyCache:
         """Inverse of `state`."""
         self._batches = [state["precision"].to(device)]
         self._place = {image_id: (0, i) for i, image_id in enumerate(state["image_ids"].tolist())}
+
+
+class BudgetCounts:
+    """Budgets that a student chose, and images that are easy for its weak teacher. Without synchronisation."""
+
+    def __init__(self, num_budgets: int, device: torch.device) -> None:
+        self.num_budgets = num_budgets
+        self._counts = torch.zeros(num_budgets + 1, device=device)
+
+    def reset(self) -> None:
+        """Forget all images."""
+        self._counts.zero_()
+
+    def add(self, budget_logits: Tensor, easy_images: Tensor) -> None:
+        """Add a batch: its logits [B, num_budgets], and the share of images that are easy."""
+        budgets = torch.arange(self.num_budgets, device=self._counts.device)
+        self._counts[:-1] += (budget_logits.detach().argmax(1)[:, None] == budgets).sum(0)
+        self._counts[-1] += easy_images * len(budget_logits)
+
+    def problem(self) -> str | None:
+        """A sentence where all images of all processes have the same budget. Collective."""
+        *counts, num_easy = sum_over_processes(self._counts).tolist()
+        num_images = sum(counts)
+        if num_images == 0 or max(counts) < num_images:
+            return None
+        number = counts.index(num_images) + 1
+        return (
+            f"the student chose budget {number} of {self.num_budgets} for all {num_images:.0f} images; the weak teacher"
+            f" finds {num_easy / num_images:.1%} of them easy: if that is near 0 or 100 %, change"
+            " teachers.difficulty_bias or the teachers"
+        )
 
 
 # -------------------------------------------------------------------------------------------- budget of an image

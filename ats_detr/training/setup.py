@@ -28,7 +28,7 @@ from ats_detr.model import Detr, build_model
 from ats_detr.model.backbone import load_weights as load_backbone_weights
 from ats_detr.training.criterion import SetCriterion, build_criterion
 from ats_detr.training.datasets import Loaders, build_loaders, describe_images
-from ats_detr.training.distillation import DualTeacher
+from ats_detr.training.distillation import BudgetCounts, DualTeacher
 from ats_detr.training.guards import BatchNormSnapshot, StepGuard, check_annotations
 from ats_detr.training.optim import MovingAverage, build_optimizer
 from ats_detr.training.resume import Checkpoints, Progress, State, restore
@@ -99,6 +99,8 @@ class Run:
     loaders: Loaders
     criterion: SetCriterion
     teachers: DualTeacher | None
+    budgets: BudgetCounts | None
+    """Of the current epoch, where there are teachers."""
     state: State
     checkpoints: Checkpoints
     parallel_model: nn.Module
@@ -161,6 +163,7 @@ def prepare(stage: Stage, device: torch.device, teachers: Teachers | None) -> Ru
         loaders=loaders,
         criterion=build_criterion(config, model.num_classes),
         teachers=supervision,
+        budgets=None if supervision is None else BudgetCounts(supervision.num_budgets, device),
         state=state,
         checkpoints=checkpoints,
         parallel_model=distributed.parallel(model, device),

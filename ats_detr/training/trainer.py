@@ -108,6 +108,8 @@ def train_epoch(run: Run, epoch: int) -> None:
     config, progress, num_steps = run.config.train, run.state.progress, run.num_steps
     started, seconds_before = time.monotonic(), progress.train_seconds
     last_logged, last_time = progress.step, started
+    if run.budgets is not None:
+        run.budgets.reset()
     batches = run.loaders.train.epoch(epoch, start=progress.epoch_step * config.accumulate)
     groups = _in_groups(run.signals.interruptible(batches), config.accumulate)
     steps = itertools.islice(groups, num_steps - progress.epoch_step)
@@ -135,6 +137,9 @@ def train_epoch(run: Run, epoch: int) -> None:
             run.checkpoints.save(run.state, run.device)
             if is_stopping:
                 raise stopped(run)
+    problem = run.budgets.problem() if run.budgets is not None else None
+    if problem is not None:
+        logger.warning("epoch %d: %s", epoch + 1, problem)
 
 
 def train_step(run: Run, epoch: int, micro_batches: Sequence[Batch], *, metrics: bool) -> dict[str, Tensor]:
@@ -198,6 +203,8 @@ def accumulate_gradients(
         problem = problem or found
         if output.selection is not None:
             losses["keep_ratio"] = output.selection.keep_ratio_B.mean() * share
+            if run.budgets is not None and output.selection.budget_logits is not None:
+                run.budgets.add(output.selection.budget_logits, losses["easy_images"] / share)
         for key, value in losses.items():
             values[key] = values[key] + value.detach() if key in values else value.detach()
     return values, problem

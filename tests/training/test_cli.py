@@ -94,6 +94,18 @@ def test_the_log_holds_every_step_and_evaluation(chain: Path) -> None:
     assert [line["step"] for line in lines if line["kind"] == "train"] == list(range(1, 9))
     assert [line["epoch"] for line in lines if line["kind"] == "evaluation"] == [1, 2]
     assert {"loss", "loss_ce", "loss_budget", "loss_memory", "learning_rate", "keep_ratio"} <= lines[0].keys()
+    assert all(0 <= line["easy_images"] <= 1 for line in lines if line["kind"] == "train")
+
+
+def test_a_student_with_one_budget_for_all_images_is_reported(chain: Path, tmp_path: Path) -> None:
+    """No untrained teacher finds an image easy, and the student starts with the weights of one."""
+    given = [f"teachers.{name}.checkpoint={chain / 'run' / name / 'final.pt'}" for name in ("weak", "strong")]
+    settings = ("train.epochs=1", "train.learning_rate=0.1", f"output_dir={tmp_path}", "summary=false")
+    done = run("train.py", "--config", chain / "student.yaml", "--stage", "student", *given, *settings)
+    assert done.code == 0, done.err
+    assert (
+        "epoch 1: the student chose budget 2 of 2 for all 16 images; the weak teacher finds 0.0%" in done.out
+    )
 
 
 def test_finished_stages_are_not_trained_again(chain: Path) -> None:

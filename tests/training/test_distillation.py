@@ -19,6 +19,7 @@ from ats_detr.model import Detections, build_model, top_detections
 from ats_detr.training.average_precision import greedy_match, image_average_precision
 from ats_detr.training.criterion import build_criterion
 from ats_detr.training.distillation import (
+    BudgetCounts,
     DifficultyCache,
     DualTeacher,
     budget_labels,
@@ -166,7 +167,7 @@ def test_the_student_has_gradients_and_the_teachers_do_not_change(tmp_path: Path
     before = [parameter.clone() for teacher in (weak, strong) for parameter in teacher.parameters()]
     batch, targets = random_batch(seed=0, num_objects=[3, 0])
     losses = teachers(batch, targets, student.train()(batch))
-    assert set(losses) == {"loss_budget", "loss_memory"}
+    assert set(losses) == {"loss_budget", "loss_memory", "easy_images"}
     sum(losses.values()).backward()
     assert not weak.training
     assert not strong.training
@@ -219,7 +220,23 @@ def test_the_label_of_an_image_depends_on_the_ap_of_the_weak_teacher(tmp_path: P
     targets[1].boxes_N4 = torch.tensor([[0.01, 0.01, 0.002, 0.002]])
     output = student.train()(batch)
     easy_and_hard = torch.nn.functional.cross_entropy(output.selection.budget_logits, torch.tensor([0, 1]))
-    assert DualTeacher(weak, weak)(batch, targets, output)["loss_budget"].item() == easy_and_hard.item()
+    losses = DualTeacher(weak, weak)(batch, targets, output)
+    assert losses["loss_budget"].item() == easy_and_hard.item()
+    assert losses["easy_images"].item() == 0.5
+
+
+def test_one_budget_for_all_images_of_an_epoch_is_a_problem() -> None:
+    counts = BudgetCounts(3, torch.device("cpu"))
+    assert counts.problem() is None
+    for _ in range(2):
+        counts.add(torch.tensor([[0.0, 2.0, 1.0], [0.0, 3.0, 0.0]]), torch.tensor(0.5))
+        counts.add(torch.tensor([[0.0, 2.0, 1.0]]), torch.tensor(1.0))
+        assert "budget 2 of 3 for all 3 images; the weak teacher finds 66.7% of them easy" in (
+            counts.problem() or ""
+        )
+        counts.reset()
+    counts.add(torch.tensor([[0.0, 2.0, 1.0], [1.0, 0.0, 0.0]]), torch.tensor(0.5))
+    assert counts.problem() is None
 
 
 def test_level_weights_scale_the_levels_of_the_memory_loss() -> None:
