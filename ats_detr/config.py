@@ -562,7 +562,7 @@ def find_config(source: str | Path, folder: Path = Path()) -> Path:
 
 
 def _teacher_config(source: str, folder: Path) -> str:
-    """`source` so that it can be found without `folder`: the name of a shipped configuration, or a path."""
+    """`source` independent of `folder`: the name of a shipped configuration, or an absolute path."""
     try:
         path = find_config(source, folder)
     except UserError:  # raised again where the teacher is needed

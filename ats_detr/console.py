@@ -1,5 +1,4 @@
-"""The terminal. Names of classes and files are printed as they are: markup, escape sequences and line breaks in them
-have no effect."""
+"""Output to the terminal. Markup, escape sequences and line breaks in the names of classes and files have no effect."""
 
 from __future__ import annotations
 

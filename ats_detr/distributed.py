@@ -146,7 +146,7 @@ def announced(key: str) -> str | None:
 
 
 def broadcast_buffers(model: nn.Module) -> None:
-    """Give all processes the buffers of rank 0: statistics of batch norms differ between processes."""
+    """Broadcast the buffers of rank 0: the statistics of batch norms differ between processes."""
     if world_size() > 1:
         for buffer in model.buffers():
             dist.broadcast(buffer, 0)

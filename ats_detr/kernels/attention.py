@@ -234,7 +234,7 @@ def _msda(
     value: Tensor, sizes: Sequence[int], shapes_L2: Tensor | None, reference_points: Tensor | None, offsets: Tensor,
     weights: Tensor, image_index: Tensor | None, num_rows: Tensor | None, deterministic: bool | None,
 ) -> Tensor:  # fmt: skip
-    """[N, H*D]; without reference_points, `offsets` are locations and `weights` are used as they are."""
+    """[N, H*D]; without reference_points, `offsets` are locations and `weights` are used unchanged."""
     shapes = join_shapes(sizes, shapes_L2, value.shape[1])
     if reference_points is None:
         return reference.sample_packed(value, shapes, offsets, weights, image_index, num_rows)

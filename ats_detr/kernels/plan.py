@@ -14,7 +14,7 @@ MAX_TOKENS_OF_BATCH = 2**30
 
 @dataclass(frozen=True)
 class TokenPlan:
-    """The kept tokens of a batch of B images with S tokens each, as K rows packed one after another.
+    """The kept tokens of a batch of B images with S tokens each, as K consecutive rows.
 
     Within an image the tokens are in ascending index order. Neighbouring rows then sample neighbouring pixels, which
     keeps the gathers of deformable attention in the cache. All tensors are int32, contiguous, and on one device.

@@ -262,7 +262,7 @@ def select_tokens(
     Ties go to the lower index, NaN counts as the largest score (as in torch.topk), and a padded token is selected only
     if no valid one is left (padded tokens: lower index first). Asking for more than S tokens keeps all S.
     """
-    # CUDA sorts 16-bit NaNs by their sign, and a cast from float32 may give a negative one.
+    # CUDA sorts 16-bit NaNs by their sign, and a cast from float32 may produce a negative one.
     scores_BS = scores_BS.masked_fill(scores_BS.isnan(), torch.nan)
     if padding_mask_BS is not None:
         scores_BS = scores_BS.masked_fill(padding_mask_BS, 0.0)  # padded tokens are all alike

@@ -40,7 +40,7 @@ def select_tokens(
         scores_BS: any floating dtype; float16 and bfloat16 are compared exactly.
         num_keep_B: integers; values outside 0..S are clamped.
         padding_mask_BS: bool, True on padding.
-        capacity: number of rows of the plan. None: exactly as many as are kept, which needs a device-to-host
+        capacity: number of rows of the plan. None: exactly the number of kept tokens, which needs a device-to-host
             synchronisation. With a capacity (from the largest budget and the image sizes, for example) there is none;
             tokens beyond it are dropped, the last image's first.
         backend: 'triton' or 'reference', see `choose_backend`. The kernels select from at most 32,768 tokens per image.

@@ -93,7 +93,7 @@ def train_epochs(run: Run) -> None:
         every = config.evaluate_every
         progress.is_evaluated = progress.epoch < config.epochs and not (every and progress.epoch % every == 0)
         is_stopping = any(distributed.gather(run.signals.received is not None))
-        # Before the evaluation: whatever happens there, the epoch is not lost.
+        # Before the evaluation, so that a fault in it does not lose the epoch.
         if is_stopping or not progress.is_evaluated or progress.epoch % config.checkpoint_every == 0:
             run.checkpoints.save(run.state, run.device)
         if is_stopping:

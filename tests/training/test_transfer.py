@@ -1,4 +1,4 @@
-"""Starting from another model: what fits is copied, class rows by name, and a table says what became of the rest."""
+"""Starting from another model: matching tensors are copied, classes by name, and a table reports the others."""
 
 from __future__ import annotations
 

@@ -347,7 +347,7 @@ def differentiate(
 
 
 def _parts(heads: Tensor) -> Sequence[Tensor]:
-    """[..., D] in parts of at most MAX_HEAD_DIM channels: equal but for the last, whole 16-byte words."""
+    """Split [..., D] into equal parts of at most MAX_HEAD_DIM channels and whole 16-byte words; the last may be smaller."""
     head_dim = heads.shape[-1]
     if head_dim <= MAX_HEAD_DIM:
         return [heads]
@@ -361,7 +361,7 @@ def _block(constants: dict, num_warps: int, multiple: int) -> int:
 
 
 def forward(problem: Problem, num_rows: Tensor | None, out: Tensor | None = None) -> Tensor:
-    """[N, H * D] deformable attention (in `out` if given); rows past `num_rows` are left as they are."""
+    """[N, H * D] deformable attention (in `out` if given); rows past `num_rows` are not written."""
     value, num_queries = problem.value, problem.num_queries
     num_heads, head_dim = value.shape[2:]
     if out is None:

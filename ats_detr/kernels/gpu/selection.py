@@ -30,8 +30,8 @@ def score_of(key):
 
 @triton.jit
 def load_keys(score_ptr, padding_ptr, image, token, num_tokens, PADDED: tl.constexpr):
-    """Keys of an image's tokens. Padded tokens and those past the end sort last; the latter also have the higher
-    index."""
+    """Keys of an image's tokens. Padded tokens and those past the end sort last; those past the end have the
+    higher index."""
     score_ptr += image.to(tl.int64) * num_tokens
     if PADDED:
         padding_ptr += image.to(tl.int64) * num_tokens

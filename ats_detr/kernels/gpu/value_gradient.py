@@ -423,7 +423,7 @@ def reduce_tiles(
         rows = tl.where(mine, level_rows, rows)
         columns = tl.where(mine, level_columns, columns)
         splits = tl.where(mine, level_splits, splits)
-        # A colour may have no tile here, and is then nobody's.
+        # A colour without tiles here belongs to no program.
         tile = tl.where(mine, program % tl.maximum(programs, 1), tile)
         split = tl.where(mine, program // tl.maximum(programs, 1), split)
         program -= programs * level_splits
@@ -443,8 +443,8 @@ def reduce_tiles(
         return
     column = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
     piece = tl.arange(0, PIECE)
-    # 0 .. 7, "loaded": the compiler computes what is made from loaded values where the matrix product wants it, in
-    # registers, and would else pass the hat matrix through shared memory (docs/kernels.md says what that costs).
+    # 0 .. 7 are loaded from memory: the compiler then computes the hat matrix in the registers of the matrix product.
+    # Otherwise it would pass it through shared memory (cost: docs/kernels.md).
     samples = view_as(sample_ptr, tl.float32)
     pixel = tl.arange(0, WINDOW)
     pixel = tl.load(samples + pixel, mask=pixel < -num_tokens, other=pixel.to(tl.float32))
