@@ -347,7 +347,7 @@ def differentiate(
 
 
 def _parts(heads: Tensor) -> Sequence[Tensor]:
-    """Split [..., D] into equal parts of at most MAX_HEAD_DIM channels and whole 16-byte words; the last may be smaller."""
+    """[..., D] in parts of at most MAX_HEAD_DIM channels: equal except for the last one, whole 16-byte words."""
     head_dim = heads.shape[-1]
     if head_dim <= MAX_HEAD_DIM:
         return [heads]

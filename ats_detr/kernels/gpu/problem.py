@@ -94,7 +94,8 @@ def prepare(
     image_index: Tensor | None,
 ) -> Problem:
     """Copies tensors that the kernels cannot address. The strides of tokens and queries are arbitrary (slices of one
-    larger projection are read in place); the data of a token or query must be contiguous and 16-byte aligned. Offsets within a tensor of N rows are int32, as are those from one line of a level to the next.
+    larger projection are read in place); the data of a token or query must be contiguous and 16-byte aligned. Offsets
+    within a tensor of N rows are int32, as are those from one line of a level to the next.
     """
     levels, thin, large = _pack_levels(tuple(shapes))
     if value is not None:
