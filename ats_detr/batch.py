@@ -74,11 +74,16 @@ class ImageBatch:
         return ImageBatch(batch, sizes)
 
     @property
+    def sizes_B2(self) -> Tensor:
+        """`sizes` on the device, int64."""
+        return torch.tensor(self.sizes).to(self.images_B3HW.device, non_blocking=True)
+
+    @property
     def padding_mask_BHW(self) -> Tensor:
         """Bool, True on padding."""
         height, width = self.images_B3HW.shape[-2:]
         device = self.images_B3HW.device
-        size_B2 = torch.tensor(self.sizes).to(device, non_blocking=True)
+        size_B2 = self.sizes_B2
         is_below = torch.arange(height, device=device) >= size_B2[:, :1]  # [B, height]
         is_right = torch.arange(width, device=device) >= size_B2[:, 1:]  # [B, width]
         return is_below[:, :, None] | is_right[:, None, :]

@@ -25,7 +25,7 @@ from ats_detr.data.transforms import IMAGE_MEAN, IMAGE_STD
 from ats_detr.detector import Detector
 from ats_detr.errors import UserError
 from ats_detr.evaluation import MAX_DETECTIONS
-from ats_detr.kernels import TokenPlan, reference
+from ats_detr.kernels import TokenPlan, geometry, reference
 from ats_detr.model import Detr
 from ats_detr.model.output import top_pairs
 
@@ -53,9 +53,7 @@ class _ExportModule(nn.Module):
         is_right = torch.arange(width, device=images.device) >= sizes[:, 1:]  # [B, width]
         padding_BHW = is_below[:, :, None] | is_right[:, None, :]
         pixels = (images.float() / 255 - self.mean) / self.std
-        output = self.model.detect(
-            pixels.masked_fill(padding_BHW[:, None], 0.0), padding_BHW, supervision=False
-        )
+        output = self.model.detect(pixels.masked_fill(padding_BHW[:, None], 0.0), sizes, supervision=False)
         scores, labels, boxes = top_pairs(output.last, self.max_detections)
         if output.selection is None:
             kept = (~output.padding_mask_BS).sum(1)
@@ -122,11 +120,19 @@ def _decompositions() -> dict[Any, Any]:
     operators = torch.ops.ats_detr
     return {
         **torch.export.default_decompositions(),
+        operators.token_geometry.default: _inline(geometry._geometry),
+        operators.token_rows.default: _inline(geometry._rows),
+        operators.encode_boxes.default: _inline(geometry._encode),
         operators.select.default: _select,
         operators.pack.default: _pack,
         operators.scatter.default: _scatter,
         operators.msda.default: _msda,
     }
+
+
+def _inline(operator: Any) -> Any:
+    """The definition of an operator, without the last argument, the backend."""
+    return lambda *arguments: operator.definition(*arguments[:-1])
 
 
 def _select(

@@ -337,7 +337,7 @@ def own_pass(
     """One of the modes of this package. Stores the selection in `selections[name]`."""
 
     def run(watch: Stopwatch) -> None:
-        tokens = model.tokenize(batch.images_B3HW, batch.padding_mask_BHW)
+        tokens = model.tokenize(batch.images_B3HW, batch.sizes_B2)
         watch.mark("backbone")
         selection = None
         if mode != "dense":

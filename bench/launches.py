@@ -36,7 +36,7 @@ from ats_detr.batch import ImageBatch, Target
 from ats_detr.config import Config, load_config
 from ats_detr.kernels import TokenPlan, reference, select_tokens
 from ats_detr.kernels.gpu import tuning
-from ats_detr.model import CompiledDetr, Detr, build_model, compiled, selector, tokens, top_detections
+from ats_detr.model import CompiledDetr, Detr, build_model, compiled, detr, selector, tokens, top_detections
 from ats_detr.training import criterion, matcher, trainer
 from ats_detr.training.distillation import DualTeacher
 from ats_detr.training.guards import BatchNormSnapshot, StepGuard
@@ -190,8 +190,8 @@ def count_pass(mode: str, dtype: torch.dtype, images: int) -> list[Row]:
         batch = ImageBatch(torch.empty(images, 3, *IMAGE_SIZE, device="cuda"), [IMAGE_SIZE] * images)
         for owner, name, stage in (
             (model.backbone, "forward", "backbone"), (model, "tokenize", "tokens"), (model, "select", "selection"),
-            (tokens, "encode_grid", "geometry"), (tokens.Tokens, "reference_points", "geometry"),
-            (tokens.Tokens, "_make_proposals", "geometry"), (model.encoder, "forward", "encoder"),
+            (tokens, "token_geometry", "geometry"), (tokens.Tokens, "rows", "geometry"),
+            (detr, "encode_boxes", "geometry"), (model.encoder, "forward", "encoder"),
             (model, "_propose", "proposals"), (model, "_queries", "proposals"), (model.decoder, "forward", "decoder"),
         ):  # fmt: skip
             counter.staged(stack, owner, name, stage)

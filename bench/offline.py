@@ -26,6 +26,7 @@ from ats_detr.kernels.gpu import (
     attention,
     attention_map,
     convolution,
+    geometry,
     linear,
     packing,
     selection,
@@ -226,7 +227,7 @@ def convolution_launches(dtype: torch.dtype, config: dict | None = None) -> list
 
 
 def other_launches(dtype: torch.dtype) -> list[Launch]:
-    """Selection, pack, scatter and attention map."""
+    """Selection, pack, scatter, attention map and geometry."""
     scores, mask = torch.zeros(4, 17821, dtype=dtype), torch.zeros(4, 17821, dtype=torch.bool)
     keep = torch.zeros(4, dtype=torch.int64)
     index = torch.zeros(64, dtype=torch.int32)
@@ -234,7 +235,9 @@ def other_launches(dtype: torch.dtype) -> list[Launch]:
     plan, square = (index, index, slots), torch.zeros(256, 256, dtype=dtype)
     rows, references = torch.zeros(64, 256, dtype=dtype), torch.zeros(4, 64, 4, 2)
     offsets, logits = torch.zeros(64, 8, 4, 4, 2, dtype=dtype), torch.zeros(64, 8, 4, 4, dtype=dtype)
-    raw = (torch.zeros(64, 4, 4), offsets, logits, [side for level in LEVELS for side in level], None)
+    sizes = [side for level in LEVELS for side in level]
+    raw = (torch.zeros(64, 4, 4), offsets, logits, sizes, None)
+    counts, ratios = torch.zeros(2, 4, 2, dtype=torch.int32), torch.zeros(2, 4, 2)
     return [
         *caught(lambda: selection.select(scores, keep, mask, 100)),
         *caught(lambda: selection.select(scores[:, :9000], keep, None, 100)),
@@ -244,6 +247,11 @@ def other_launches(dtype: torch.dtype) -> list[Launch]:
         *caught(lambda: linear.packed_linear_(memory, rows, square, rows[0], index[:1], None, *plan)),
         *caught(lambda: packing.zero_padding_(memory, mask[:, :64])),
         *caught(lambda: attention_map.add_attention_map(torch.zeros(4, 84), *raw)),
+        *caught(lambda: geometry.token_geometry(keep.view(2, 2), 64, 64, sizes)),
+        *caught(
+            lambda: geometry.token_rows(counts, ratios, index, index, index[:1], square[:4], sizes, dtype)
+        ),
+        *caught(lambda: geometry.encode_boxes(ratios, 128)),
     ]
 
 

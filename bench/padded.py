@@ -19,7 +19,7 @@ from ats_detr.model.tokens import Tokens
 def encode_padded(encoder: Encoder, tokens: Tokens, selection: TokenScores) -> Tensor:
     """The memory [B, S, C] that `encoder(tokens, selection.plan)` computes from packed rows."""
     num_kept = selection.num_kept_B.tolist()
-    scores_BS = selection.scores_BS.masked_fill(tokens.padding_mask_BS, -torch.inf)
+    scores_BS = selection.scores_BS.masked_fill(tokens.geometry.padding_mask_BS, -torch.inf)
     # Best first: the surplus rows of an image are its next best tokens.
     index_BQ = scores_BS.topk(max(num_kept), dim=1).indices
 
@@ -27,8 +27,9 @@ def encode_padded(encoder: Encoder, tokens: Tokens, selection: TokenScores) -> T
         return torch.stack([rows[index] for rows, index in zip(dense, index_BQ, strict=True)])
 
     memory_BSC = tokens.features_BSC
-    rows_BQC, positions_BQC = gather(memory_BSC), gather(tokens.positions_BSC)
-    references_BQL2 = gather(tokens.reference_points())
+    batch = len(memory_BSC)
+    positions_BSC, references_BSL2 = (dense.unflatten(0, (batch, -1)) for dense in tokens.rows(None))
+    rows_BQC, positions_BQC, references_BQL2 = map(gather, (memory_BSC, positions_BSC, references_BSL2))
     for layer in encoder.layers:
         assert isinstance(layer, EncoderLayer)
         rows_BQC = _refine(layer, rows_BQC, positions_BQC, references_BQL2, memory_BSC, tokens)
@@ -51,10 +52,10 @@ def _refine(
 ) -> Tensor:
     """One layer on padded queries, [B, Q, C]."""
     attention = layer.attention
-    (value_BSC,) = project_values([attention], memory_BSC, tokens.padding_mask_BS)
+    (value_BSC,) = project_values([attention], memory_BSC, tokens.geometry.padding_mask_BS)
     offsets, logits = attention.project_query((rows_BQC + positions_BQC).flatten(0, 1))
     gathered = attention.attend(
-        value_BSC, tokens.level_shapes, references_BQL2.flatten(0, 1), offsets, logits
+        value_BSC, tokens.geometry.level_shapes, references_BQL2.flatten(0, 1), offsets, logits
     )
     gathered = attention.output_proj(gathered).view_as(rows_BQC)
     return layer.feedforward(layer.attention_norm(rows_BQC + gathered))

@@ -214,7 +214,7 @@ def budget_rows(setting: Setting, images: Sequence[ImageBatch], console: Console
     with torch.inference_mode(), progress_bar(console, len(images)) as advance:
         for batch in images:
             batch = batch.to(setting.device)
-            selection = model.select(model.tokenize(batch.images_B3HW, batch.padding_mask_BHW))
+            selection = model.select(model.tokenize(batch.images_B3HW, batch.sizes_B2))
             assert selection is not None
             ratios += selection.keep_ratio_B.tolist()
             advance("budgets")

@@ -38,7 +38,7 @@ def batch() -> ImageBatch:
 def test_padded_and_packed_encoder_agree(batch: ImageBatch, budgets: Any) -> None:
     model = small_detector().model
     with torch.inference_mode(), forced_budgets(model, budgets):
-        tokens = model.tokenize(batch.images_B3HW, batch.padding_mask_BHW)
+        tokens = model.tokenize(batch.images_B3HW, batch.sizes_B2)
         selection = model.select(tokens)
         assert selection is not None
         packed, _ = model.encoder(tokens, selection.plan)
@@ -51,7 +51,7 @@ def test_padded_and_packed_encoder_agree(batch: ImageBatch, budgets: Any) -> Non
 def test_forced_budgets_apply_inside_the_context_only(batch: ImageBatch) -> None:
     model = small_detector().model
     with torch.inference_mode():
-        tokens = model.tokenize(batch.images_B3HW, batch.padding_mask_BHW)
+        tokens = model.tokenize(batch.images_B3HW, batch.sizes_B2)
         before = model.select(tokens)
         with forced_budgets(model, (0.6, 0.1)):
             forced = model.select(tokens)

@@ -7,17 +7,20 @@ choose between the two (`dispatch.choose_backend`) and register the operators wi
 from ats_detr.kernels.attention import deformable_attention, multi_scale_deformable_attention
 from ats_detr.kernels.attention_map import deformable_attention_map
 from ats_detr.kernels.convolution import affine_relu_, affine_relu_max_pool, fused_convolution
+from ats_detr.kernels.geometry import TokenGeometry, encode_boxes, token_geometry
 from ats_detr.kernels.linear import packed_feedforward, packed_linear, packed_linear_norm
 from ats_detr.kernels.packing import pack_tokens, scatter_tokens, zero_padding
 from ats_detr.kernels.plan import TokenPlan
 from ats_detr.kernels.selection import select_tokens
 
 __all__ = [
+    "TokenGeometry",
     "TokenPlan",
     "affine_relu_",
     "affine_relu_max_pool",
     "deformable_attention",
     "deformable_attention_map",
+    "encode_boxes",
     "fused_convolution",
     "multi_scale_deformable_attention",
     "pack_tokens",
@@ -26,5 +29,6 @@ __all__ = [
     "packed_linear_norm",
     "scatter_tokens",
     "select_tokens",
+    "token_geometry",
     "zero_padding",
 ]

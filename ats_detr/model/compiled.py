@@ -90,23 +90,23 @@ class CompiledDetr:
     @torch.inference_mode()
     def __call__(self, batch: ImageBatch) -> DetectorOutput:
         """Predictions, as `Detr.forward(batch, supervision=False)` returns them."""
-        images_B3HW, padding_mask_BHW = batch.images_B3HW, batch.padding_mask_BHW
+        images_B3HW, sizes_B2 = batch.images_B3HW, batch.sizes_B2
         size = (len(batch), *images_B3HW.shape[-2:])
         with self._lock, _current(self.device), torch.autocast(self.device.type, enabled=False):
             started = time.perf_counter()
             if not self._captures:
-                output = self._detect(images_B3HW, padding_mask_BHW)
+                output = self._detect(images_B3HW, sizes_B2)
             else:
-                output = self._replay(size, images_B3HW, padding_mask_BHW)
+                output = self._replay(size, images_B3HW, sizes_B2)
             if size not in self.warm_up_seconds:
                 self.warm_up_seconds[size] = time.perf_counter() - started
                 logger.info("first batch of %d x %dx%d: %.1f s", *size, self.warm_up_seconds[size])
         return output
 
-    def _detect(self, images_B3HW: Tensor, padding_mask_BHW: Tensor) -> DetectorOutput:
+    def _detect(self, images_B3HW: Tensor, sizes_B2: Tensor) -> DetectorOutput:
         images_B3HW = images_B3HW.to(self.dtype, memory_format=torch.channels_last)
         with torch._dynamo.config.patch(recompile_limit=_MAX_TRACES):
-            return self.model.detect(images_B3HW, padding_mask_BHW, supervision=False)
+            return self.model.detect(images_B3HW, sizes_B2, supervision=False)
 
     def _replay(self, size: tuple[int, int, int], *inputs: Tensor) -> DetectorOutput:
         stream = torch.cuda.current_stream()

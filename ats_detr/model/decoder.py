@@ -10,16 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from ats_detr.boxes import inverse_sigmoid
-from ats_detr.kernels import deformable_attention_map
+from ats_detr.kernels import TokenGeometry, deformable_attention_map
 from ats_detr.kernels.reference import LevelShapes
 from ats_detr.model.attention import DeformableAttention, project_values
 from ats_detr.model.encoder import FeedForward, run_layer
 from ats_detr.model.output import Prediction
-from ats_detr.model.tokens import Tokens
 
 
 class PredictionHead(nn.Module):
-    """Classes (linear layer) and boxes (3-layer perceptron) of queries or tokens."""
+    """Classes (linear layer) and boxes (3-layer perceptron) of queries or geometry."""
 
     def __init__(self, width: int, num_classes: int) -> None:
         super().__init__()
@@ -115,7 +114,7 @@ class Decoder(nn.Module):
         query_pos_BQC: Tensor,
         references: Tensor,
         memory_BSC: Tensor,
-        tokens: Tokens,
+        geometry: TokenGeometry,
         heads: Sequence[PredictionHead],
         *,
         every_layer: bool,
@@ -131,14 +130,14 @@ class Decoder(nn.Module):
         """
         predictions, attention_map_BS = [], None
         attentions: Any = [layer.cross_attention for layer in self.layers]
-        values = project_values(attentions, memory_BSC, tokens.padding_mask_BS)
+        values = project_values(attentions, memory_BSC, geometry.padding_mask_BS)
         for index, (layer, value_BSC) in enumerate(zip(self.layers, values, strict=True)):
-            ratios = tokens.valid_ratios_BL2.repeat(1, 1, references.shape[-1] // 2)  # [B, L, 2 or 4]
+            ratios = geometry.valid_ratios_BL2.repeat(1, 1, references.shape[-1] // 2)  # [B, L, 2 or 4]
             level_references = (references[:, :, None] * ratios[:, None]).flatten(0, 1)
             x_BQC, (offsets, logits) = run_layer(
                 layer,
                 self.recompute and self.training,
-                *(x_BQC, query_pos_BQC, level_references, value_BSC, tokens.level_shapes),
+                *(x_BQC, query_pos_BQC, level_references, value_BSC, geometry.level_shapes),
             )
             head, reference = heads[index % len(heads)], inverse_sigmoid(references)
             if every_layer or layer is self.layers[-1]:
@@ -151,7 +150,7 @@ class Decoder(nn.Module):
                     level_references,
                     offsets,
                     logits,
-                    tokens.level_shapes,
+                    geometry.level_shapes,
                     len(x_BQC),
                     into=attention_map_BS,
                 )

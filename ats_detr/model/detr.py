@@ -13,12 +13,12 @@ from torch import Tensor, nn
 
 from ats_detr.batch import ImageBatch
 from ats_detr.config import ModelConfig
+from ats_detr.kernels import encode_boxes
 from ats_detr.model.attention import DeformableAttention
 from ats_detr.model.backbone import Backbone, to_channels_first
 from ats_detr.model.decoder import Decoder, PredictionHead
 from ats_detr.model.encoder import Encoder
 from ats_detr.model.output import DetectorOutput, Prediction, TokenScores
-from ats_detr.model.positions import encode_boxes
 from ats_detr.model.selector import TokenSelector, ranking_logits
 from ats_detr.model.tokens import Tokens
 
@@ -125,22 +125,22 @@ class Detr(nn.Module):
 
     def forward(self, batch: ImageBatch, *, supervision: bool | None = None) -> DetectorOutput:
         """Predictions for a batch of normalised images; see `detect`."""
-        return self.detect(batch.images_B3HW, batch.padding_mask_BHW, supervision=supervision)
+        return self.detect(batch.images_B3HW, batch.sizes_B2, supervision=supervision)
 
     def detect(
-        self, images_B3HW: Tensor, padding_mask_BHW: Tensor, *, supervision: bool | None = None
+        self, images_B3HW: Tensor, sizes_B2: Tensor, *, supervision: bool | None = None
     ) -> DetectorOutput:
         """Predictions for normalised, padded images.
 
         Args:
             images_B3HW: float images, normalised by the ImageNet mean and standard deviation.
-            padding_mask_BHW: bool, True on padding.
+            sizes_B2: integers, (height, width) of each image without padding, on the device.
             supervision: also compute the outputs that only losses use: predictions at all tokens and at all decoder
                 layers, auxiliary predictions of the encoder, the adapted memory, and (with a selector) the attention
                 map. None: in training mode only.
         """
         supervision = self.training if supervision is None else supervision
-        tokens = self.tokenize(images_B3HW, padding_mask_BHW)
+        tokens = self.tokenize(images_B3HW, sizes_B2)
         selection = self.select(tokens)
         memory_BSC, layer_rows = self.encoder(tokens, selection.plan if selection else None)
         output = self.decode(tokens, selection, memory_BSC, supervision=supervision)
@@ -148,13 +148,13 @@ class Detr(nn.Module):
             output.encoder_auxiliary = self._predict_from_rows(layer_rows, tokens, selection)
         return output
 
-    def encode(self, images_B3HW: Tensor, padding_mask_BHW: Tensor) -> Tensor:
+    def encode(self, images_B3HW: Tensor, sizes_B2: Tensor) -> Tensor:
         """The encoder memory [B, S, C], without the decoder."""
-        tokens = self.tokenize(images_B3HW, padding_mask_BHW)
+        tokens = self.tokenize(images_B3HW, sizes_B2)
         selection = self.select(tokens)
         return self.encoder(tokens, selection.plan if selection else None)[0]
 
-    def tokenize(self, images_B3HW: Tensor, padding_mask_BHW: Tensor) -> Tokens:
+    def tokenize(self, images_B3HW: Tensor, sizes_B2: Tensor) -> Tokens:
         """The tokens of a batch: backbone maps projected to `width` channels, plus the further coarser levels."""
         maps = self.backbone(images_B3HW)
         maps = [to_channels_first(m, c) for m, c in zip(maps, self.backbone.num_channels, strict=True)]
@@ -163,7 +163,8 @@ class Detr(nn.Module):
         for project in self.input_proj[len(maps) :]:
             coarse = project(coarse)
             pyramid.append(coarse)
-        return Tokens.from_pyramid(pyramid, padding_mask_BHW, self.level_embed)
+        padded_size = (images_B3HW.shape[2], images_B3HW.shape[3])
+        return Tokens.from_pyramid(pyramid, sizes_B2, padded_size, self.level_embed)
 
     def select(self, tokens: Tokens) -> TokenScores | None:
         """Scores and selection of the tokens that the encoder updates. None: all tokens."""
@@ -171,8 +172,9 @@ class Detr(nn.Module):
             return None
         scored = tokens.features_BSC
         if self.select_by_proposals:
-            scored = self._embed_proposals(scored + tokens.positions_BSC, tokens.proposals[1])
-        return self.selector(scored, tokens.padding_mask_BS)
+            positions_BSC = tokens.rows(None)[0].view_as(scored)
+            scored = self._embed_proposals(scored + positions_BSC, tokens.geometry.allowed_BS)
+        return self.selector(scored, tokens.geometry)
 
     def decode(
         self, tokens: Tokens, selection: TokenScores | None, memory_BSC: Tensor, *, supervision: bool
@@ -194,15 +196,15 @@ class Detr(nn.Module):
             query_pos_BQC,
             references,
             memory_BSC,
-            tokens,
+            tokens.geometry,
             self.decoder_heads,
             every_layer=supervision,
             with_attention_map=supervision and selection is not None,
         )
         return DetectorOutput(
             last=predictions[-1],
-            level_shapes=tokens.level_shapes,
-            padding_mask_BS=tokens.padding_mask_BS,
+            level_shapes=tokens.geometry.level_shapes,
+            padding_mask_BS=tokens.geometry.padding_mask_BS,
             memory_BSC=memory_BSC,
             decoder_auxiliary=predictions[:-1],
             encoder=proposals,
@@ -229,8 +231,8 @@ class Detr(nn.Module):
         """
         head = self.proposal_head
         assert head is not None
-        proposals_BS4, allowed_BS = tokens.proposals
-        embedded_BSC = self._embed_proposals(memory_BSC, allowed_BS)
+        proposals_BS4 = tokens.geometry.proposals_BS4
+        embedded_BSC = self._embed_proposals(memory_BSC, tokens.geometry.allowed_BS)
         prediction = head(embedded_BSC, proposals_BS4) if everywhere else None
         if prediction is not None:
             logits = prediction.logits if self.class_specific_proposals else prediction.logits[..., :1]
@@ -264,7 +266,7 @@ class Detr(nn.Module):
         """Auxiliary predictions of all encoder layers except the last, at the kept tokens (packed)."""
         if not self.encoder_heads:
             return []
-        proposals_K4 = tokens.proposals[0].flatten(0, 1)
+        proposals_K4 = tokens.geometry.proposals_BS4.flatten(0, 1)
         if selection is not None:
             proposals_K4 = proposals_K4.index_select(0, selection.plan.flat_index_K)
         return [head(rows, proposals_K4) for head, rows in zip(self.encoder_heads, layer_rows, strict=False)]

@@ -136,15 +136,12 @@ class Encoder(nn.Module):
         Without a plan all tokens are updated, K = B * S.
         """
         memory_BSC = tokens.features_BSC
-        dense = (memory_BSC, tokens.positions_BSC, tokens.reference_points())
-        if plan is None:
-            rows_KC, positions_KC, references_KL2 = (tensor.flatten(0, 1) for tensor in dense)
-        else:
-            rows_KC, positions_KC, references_KL2 = pack_tokens(plan, *dense)
+        positions_KC, references_KL2 = tokens.rows(plan)
+        rows_KC = memory_BSC.flatten(0, 1) if plan is None else pack_tokens(plan, memory_BSC)[0]
         # With a plan, most rows of the memory never change: their values are projected once for all layers, and each
         # layer projects only the kept rows again.
         attentions: Any = [layer.attention for layer in self.layers]
-        mask_BS = tokens.padding_mask_BS
+        mask_BS, level_shapes = tokens.geometry.padding_mask_BS, tokens.geometry.level_shapes
         raw_values = [] if plan is None else project_values(attentions, memory_BSC, mask_BS)
         layer_rows: list[Tensor] = []
         for index, layer in enumerate(self.layers):
@@ -158,7 +155,7 @@ class Encoder(nn.Module):
             rows_KC = run_layer(
                 layer,
                 self.recompute and self.training,
-                *(rows_KC, positions_KC, references_KL2, value_BSC, tokens.level_shapes, plan),
+                *(rows_KC, positions_KC, references_KL2, value_BSC, level_shapes, plan),
             )
             layer_rows.append(rows_KC)
         if plan is None:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ats_detr.kernels import select_tokens
+from ats_detr.kernels import TokenGeometry, select_tokens
 from ats_detr.kernels.dispatch import choose_backend
 from ats_detr.model.output import TokenScores
 
@@ -53,15 +53,15 @@ class TokenSelector(nn.Module):
         if num_budgets > 1:
             self.budget = nn.Sequential(nn.Linear(half, quarter), nn.GELU(), nn.Linear(quarter, num_budgets))
 
-    def forward(self, features_BSC: Tensor, padding_mask_BS: Tensor) -> TokenScores:
+    def forward(self, features_BSC: Tensor, geometry: TokenGeometry) -> TokenScores:
         """Scores, budgets and the selection. Scores and budget logits have gradients.
 
         Args:
             features_BSC: tokens to score.
-            padding_mask_BS: bool, True on padding.
+            geometry: of the tokens.
         """
+        padding_mask_BS, num_valid_B = geometry.padding_mask_BS, geometry.num_valid_B
         valid_BS = ~padding_mask_BS
-        num_valid_B = valid_BS.sum(1)
         local_BSC, global_BSC = self.embed(features_BSC).chunk(2, dim=-1)
         if self.masked_mean:
             # At least float32: sums over tens of thousands of tokens overflow float16.

@@ -80,7 +80,7 @@ class DualTeacher:
         """
         device = batch.images_B3HW.device.type
         with torch.inference_mode(), torch.autocast(device, self.precision, self.precision != torch.float32):
-            strong_memory = self.strong.encode(batch.images_B3HW, batch.padding_mask_BHW)
+            strong_memory = self.strong.encode(batch.images_B3HW, batch.sizes_B2)
             precision_B = self._precision_of_weak(batch, targets, most_of_a_class)
         labels_B = budget_labels(precision_B, self.bias, self.num_budgets)
         assert student.adapted_memory_BSC is not None, "the student needs an adaption layer"

@@ -78,10 +78,11 @@ def check_geometry(check: Checker, output: DetectorOutput, tokens: Tokens, level
     sizes = [height * width for height, width in output.level_shapes]
     masks = output.padding_mask_BS.split(sizes, 1)
     check.equal("mask_pad_count", torch.stack([mask.sum(1) for mask in masks], 1))
-    check.close("valid_ratios", tokens.valid_ratios_BL2)
+    check.close("valid_ratios", tokens.geometry.valid_ratios_BL2)
     check.close("src_first16", tokens.features_BSC[:, :16])
+    positions_BSC = tokens.rows(None)[0].view_as(tokens.features_BSC)
     check.close(
-        "pos_first16", tokens.positions_BSC[:, :16] - level_embed_LC[0]
+        "pos_first16", positions_BSC[:, :16] - level_embed_LC[0]
     )  # stored without the level embedding
 
 

@@ -10,10 +10,13 @@ from torch import Tensor
 
 from ats_detr.batch import ImageBatch
 from ats_detr.data.transforms import resized_size
-from ats_detr.kernels import deformable_attention_map, multi_scale_deformable_attention
+from ats_detr.kernels import (
+    deformable_attention_map,
+    encode_boxes,
+    multi_scale_deformable_attention,
+    token_geometry,
+)
 from ats_detr.model.output import Prediction, top_detections
-from ats_detr.model.positions import encode_boxes, encode_grid
-from ats_detr.model.tokens import Tokens
 
 
 def assert_close(name: str, ours: Tensor, golden: Tensor, tolerance: float) -> None:
@@ -76,20 +79,19 @@ def test_positions_references_and_proposals(case):
         }
         shapes, width = [tuple(shape) for shape in sub["shapes"]], 2 * sub["feats"]
         batch = ImageBatch.collate([torch.zeros(3, *size) for size in sub["sizes"]])
-        pyramid = [torch.zeros(len(batch), width, *shape) for shape in shapes]
-        tokens = Tokens.from_pyramid(pyramid, batch.padding_mask_BHW, torch.zeros(len(shapes), width))
+        geometry = token_geometry(batch.sizes_B2, batch.images_B3HW.shape[-2:], shapes)
+        positions, references = geometry.rows(None, torch.zeros(len(shapes), width))
 
-        assert torch.equal(tokens.padding_mask_BS, golden["mask"].bool())
-        assert torch.equal((~tokens.padding_mask_BS).sum(1), case.tensor(f"s{index}_valid_token_nums"))
-        assert_close("valid_ratios", tokens.valid_ratios_BL2, golden["valid_ratios"], 1e-6)
-        assert_close(
-            "reference_points", tokens.reference_points(), case.tensor(f"s{index}_reference_points"), 1e-5
-        )
-        proposals, allowed = tokens.proposals
-        assert_close("proposals", proposals, golden["proposals"], 1e-5)
+        assert torch.equal(geometry.padding_mask_BS, golden["mask"].bool())
+        assert torch.equal(geometry.num_valid_B, case.tensor(f"s{index}_valid_token_nums"))
+        assert_close("valid_ratios", geometry.valid_ratios_BL2, golden["valid_ratios"], 1e-6)
+        references = references.unflatten(0, (len(batch), -1))
+        assert_close("reference_points", references, case.tensor(f"s{index}_reference_points"), 1e-5)
+        allowed = geometry.allowed_BS
+        assert_close("proposals", geometry.proposals_BS4, golden["proposals"], 1e-5)
         sizes = [height * width for height, width in shapes]
-        for level, mask in enumerate(tokens.padding_mask_BS.split(sizes, 1)):
-            ours = encode_grid(mask.unflatten(1, shapes[level]), width).permute(0, 3, 1, 2)
+        for level, ours in enumerate(positions.unflatten(0, (len(batch), -1)).split(sizes, 1)):
+            ours = ours.unflatten(1, shapes[level]).permute(0, 3, 1, 2)
             assert_close(f"pos{level}", ours, case.tensor(f"s{index}_pos{level}"), 1e-5)
 
         recipe, seed, num_images = case.recipe, sub["seed"], len(batch)

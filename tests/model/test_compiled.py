@@ -125,7 +125,7 @@ def traced(model: Detr, traces: list[object] | None = None) -> Callable[[ImageBa
         return graph.forward
 
     detect = torch.compile(model.detect, backend=backend, fullgraph=True, dynamic=True)
-    return lambda batch: detect(batch.images_B3HW, batch.padding_mask_BHW, supervision=False)
+    return lambda batch: detect(batch.images_B3HW, batch.sizes_B2, supervision=False)
 
 
 class _Pass(torch.nn.Module):
@@ -135,8 +135,8 @@ class _Pass(torch.nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, images_B3HW: Tensor, padding_mask_BHW: Tensor) -> list[Detections]:
-        output = self.model.detect(images_B3HW, padding_mask_BHW, supervision=False)
+    def forward(self, images_B3HW: Tensor, sizes_B2: Tensor) -> list[Detections]:
+        output = self.model.detect(images_B3HW, sizes_B2, supervision=False)
         return top_detections(output.last, [(480, 640)] * len(images_B3HW))
 
 
@@ -202,7 +202,7 @@ def test_the_whole_pass_by_inductor() -> None:
     model = small_model()
     batch = ImageBatch.collate(images(*SIZES))
     detect = torch.compile(model.detect, fullgraph=True)
-    output = detect(batch.images_B3HW, batch.padding_mask_BHW, supervision=False)
+    output = detect(batch.images_B3HW, batch.sizes_B2, supervision=False)
     assert_same_detections(output, model(batch))
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from ats_detr.batch import ImageBatch, bucket_size
 from ats_detr.config import BackboneConfig, ModelConfig, SelectorConfig
 from ats_detr.errors import UserError
+from ats_detr.kernels import token_geometry
 from ats_detr.model import Detr, build_model, top_detections
 from ats_detr.model.selector import TokenSelector
 from tests.small_detector import small_detector
@@ -95,7 +96,7 @@ def test_the_encoder_computes_kept_tokens_only():
 def test_only_kept_tokens_change_in_the_encoder():
     model = small_model()
     batch = ImageBatch.collate(images((128, 128), (64, 96)))
-    features = model.tokenize(batch.images_B3HW, batch.padding_mask_BHW).features_BSC
+    features = model.tokenize(batch.images_B3HW, batch.sizes_B2).features_BSC
     output = model(batch)
     kept = output.selection.plan.slot_BS >= 0
     changed = (output.memory_BSC != features).any(-1)
@@ -136,12 +137,14 @@ def test_an_image_smaller_than_the_number_of_queries():
 
 @torch.no_grad()
 def test_masked_mean_ignores_the_contents_of_padding():
-    features, padding = torch.randn(2, 40, 16), torch.zeros(2, 40, dtype=torch.bool)
-    padding[:, 30:] = True
-    other = torch.where(padding[..., None], torch.randn(2, 40, 16) * 9, features)
+    features, geometry = (
+        torch.randn(2, 40, 16),
+        token_geometry(torch.tensor([[3, 10]] * 2), (4, 10), [(4, 10)]),
+    )
+    other = torch.where(geometry.padding_mask_BS[..., None], torch.randn(2, 40, 16) * 9, features)
     for masked_mean in (True, False):
         selector = TokenSelector(16, 0.1, 0.5, 2, masked_mean=masked_mean)
-        one, two = selector(features, padding), selector(other, padding)
+        one, two = selector(features, geometry), selector(other, geometry)
         assert torch.allclose(one.budget_logits, two.budget_logits) == masked_mean
 
 
@@ -212,7 +215,7 @@ def test_budgets_of_a_float16_model_do_not_overflow():
     selector = TokenSelector(16, 0.1, 0.5, 5)
     selector.embed[1].bias += 20.0
     features_BSC = torch.randn(1, 8000, 16)
-    padding_mask_BS = torch.zeros(1, 8000, dtype=torch.bool)
-    expected = selector(features_BSC, padding_mask_BS).budget_logits
-    logits = selector.half()(features_BSC.half(), padding_mask_BS).budget_logits
+    geometry = token_geometry(torch.tensor([[80, 100]]), (80, 100), [(80, 100)])
+    expected = selector(features_BSC, geometry).budget_logits
+    logits = selector.half()(features_BSC.half(), geometry).budget_logits
     torch.testing.assert_close(logits.float(), expected, atol=0.05, rtol=0.01)
