@@ -127,13 +127,14 @@ def _limitation(level_shapes: LevelShapes) -> str | None:
 
 # ------------------------------------------------------------------------------------------------ the custom operators
 def _cells(sizes: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """(level, column, row) of all tokens, int64 [S]."""
+    """Level [S], (column, row) [S, 2] and (width, height) of the level [S, 2] of all tokens, int64."""
     levels = []
     for level, (height, width) in enumerate(zip(sizes[::2], sizes[1::2], strict=True)):
         cell = torch.arange(height * width, device=device)
-        levels.append(torch.stack([torch.full_like(cell, level), cell % width, cell // width]))
-    level_S, column_S, row_S = torch.cat(levels, 1)
-    return level_S, column_S, row_S
+        of_level = [torch.full_like(cell, number) for number in (level, width, height)]
+        levels.append(torch.stack([*of_level, cell % width, cell // width], 1))
+    level_S1, full_S2, cell_S2 = torch.cat(levels).split([1, 2, 2], 1)
+    return level_S1[:, 0], cell_S2, full_S2
 
 
 def _valid(image_side_B: Tensor, padded: int, cells: int) -> Tensor:
@@ -156,11 +157,16 @@ def _geometry(
         [torch.stack([_valid(sizes[:, 1], width, w), _valid(sizes[:, 0], height, h)], 1) for h, w in shapes],
         1,
     )
-    level_S, column_S, row_S = _cells(levels, sizes.device)
-    cell_S2 = torch.stack([column_S, row_S], 1)
+    ratios_BL2 = torch.stack(
+        [
+            torch.stack([counts_B2[:, 0] / w, counts_B2[:, 1] / h], 1)
+            for (h, w), counts_B2 in zip(shapes, counts_BL2.unbind(1), strict=True)
+        ],
+        1,
+    )
+    level_S, cell_S2, _ = _cells(levels, sizes.device)
     counts_BS2 = counts_BL2[:, level_S]
     padding_BS = (cell_S2 >= counts_BS2).any(-1)
-    full_L2 = torch.stack([torch.tensor([w, h]) for h, w in shapes]).to(sizes.device, torch.float32)
     centre_BS2 = (
         cell_S2 + 0.5
     ) / counts_BS2  # divided in float32, as published: border cells lie on the bounds
@@ -169,7 +175,7 @@ def _geometry(
     allowed_BS = ((boxes_BS4 > 0.01) & (boxes_BS4 < 0.99)).all(-1) & ~padding_BS
     proposals_BS4 = torch.log(boxes_BS4 / (1 - boxes_BS4)).masked_fill(~allowed_BS[..., None], torch.inf)
     num_valid_B = counts_BL2.long().prod(2).sum(1)
-    return counts_BL2, counts_BL2 / full_L2, num_valid_B, padding_BS, proposals_BS4, allowed_BS
+    return counts_BL2, ratios_BL2, num_valid_B, padding_BS, proposals_BS4, allowed_BS
 
 
 @_geometry.register_fake
@@ -193,14 +199,13 @@ def _rows(
     level_embed: Tensor, levels: Sequence[int], dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Positions [K, C], references [K, L, 2], and the level of each row, int32 [K]."""
-    level_K, column_K, row_K = _cells(levels, counts.device)
+    level_S, cell_S2, full_S2 = _cells(levels, counts.device)
     if token_index is None or image_index is None:
-        image_K = torch.arange(len(counts), device=counts.device).repeat_interleave(len(level_K))
-        level_K, column_K, row_K = (index.repeat(len(counts)) for index in (level_K, column_K, row_K))
+        token_K = torch.arange(len(level_S), device=counts.device).repeat(len(counts))
+        image_K = torch.arange(len(counts), device=counts.device).repeat_interleave(len(level_S))
     else:
         image_K, token_K = image_index.long(), token_index.long()
-        level_K, column_K, row_K = level_K[token_K], column_K[token_K], row_K[token_K]
-    cell_K2 = torch.stack([column_K, row_K], 1)
+    level_K, cell_K2 = level_S[token_K], cell_S2[token_K]
     counts_K2, ratios_KL2 = counts[image_K, level_K], ratios[image_K]
     # As published: a cell whose column or row is padding has a count of 0 along the other axis.
     other_K2 = (cell_K2 < counts_K2).flip(1)
@@ -208,8 +213,7 @@ def _rows(
     count_K2 = torch.minimum(cell_K2 + 1, last_K2)
     angle_K2 = (count_K2 - 0.5) / (last_K2 + 1e-6) * (2 * math.pi)
     positions_KC = sine_features(angle_K2.flip(1), level_embed.shape[1] // 2).flatten(1)
-    full_L2 = torch.tensor(levels).view(-1, 2).flip(1).to(counts.device, torch.float32)
-    centre_K2 = (cell_K2 + 0.5) / (ratios[image_K, level_K] * full_L2[level_K])
+    centre_K2 = (cell_K2 + 0.5) / (ratios[image_K, level_K] * full_S2[token_K])
     references_KL2 = centre_K2[:, None] * ratios_KL2
     return (positions_KC + level_embed[level_K]).to(dtype), references_KL2, level_K.int()
 
