@@ -161,6 +161,10 @@ def compare(problem: Problem) -> None:
         assert tensor.dtype == dtype, name
         # gradients by offsets and logits pass through the value's dtype, too
         allowed = max(TOLERANCE[problem.dtype], TOLERANCE.get(dtype, 0.0))
+        if (
+            name == "logits" and problem.dtype != SINGLE
+        ):  # <gradient, rounded output> subtracted, from nearly the same
+            allowed *= 3
         error = relative_error(tensor, expected[name])
         assert error < allowed, f"{name}: relative error {error:.1e}, allowed {allowed:.1e}"
 
