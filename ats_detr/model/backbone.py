@@ -11,12 +11,13 @@ from typing import Any
 import timm
 import torch
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-from timm.layers import freeze_batch_norm_2d
 from timm.models import FeatureDictNet
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from ats_detr.errors import UserError
+from ats_detr.kernels.dispatch import runs_inside_graph
 from ats_detr.model import swin
+from ats_detr.model.fusion import freeze_norms, fuse_convolutions
 
 logger = logging.getLogger(__name__)
 
@@ -93,7 +94,9 @@ class Backbone(nn.Module):
             swin.adapt(self.body)
             self.output_norms = swin.output_norms(self.num_channels)
         if frozen_norm:
-            self.body = freeze_batch_norm_2d(self.body)
+            self.body = freeze_norms(self.body)
+        self._fused: tuple[list[nn.Module], fx.GraphModule | None] | None = None
+        """The modules of `body`, and `body` with fused convolutions."""
         self._frozen_children: list[str] = []
         self._frozen_modules: list[nn.Module] = []
         if frozen_stages:
@@ -164,15 +167,43 @@ class Backbone(nn.Module):
         in sequence."""
         return self._frozen_children
 
+    def __getstate__(self) -> dict[str, Any]:
+        """The state without the fused network, which a copy makes of its own modules."""
+        return {**self.__dict__, "_fused": None}
+
     def forward(self, images_B3HW: Tensor) -> list[Tensor]:
-        """Feature maps [B, C_l, H_l, W_l], one for each stride, of normalised images [B, 3, H, W]."""
+        """Feature maps [B, C_l, H_l, W_l], one for each stride, of normalised images [B, 3, H, W].
+
+        Without gradients, convolutions are fused with the norms, sums and ReLUs that follow, where the architecture
+        allows it, and the maps are in channels-last memory.
+        """
         if self.output_norms is None:
-            return self.body(images_B3HW)
+            return self._maps(images_B3HW)
         maps_BHWC = self.body(swin.pad_to_patches(images_B3HW))
         return [
             norm(map_BHWC).permute(0, 3, 1, 2).contiguous()
             for norm, map_BHWC in zip(self.output_norms, maps_BHWC, strict=True)
         ]
+
+    def _maps(self, images_B3HW: Tensor) -> list[Tensor]:
+        trained = torch.is_grad_enabled() and (
+            images_B3HW.requires_grad or any(parameter.requires_grad for parameter in self.body.parameters())
+        )
+        # Compilers fuse by themselves, and counters of operations want the modules.
+        if not trained and not runs_inside_graph() and not torch.jit.is_tracing():
+            fused = self._fused_body()
+            if fused is not None:
+                return fused(images_B3HW.contiguous(memory_format=torch.channels_last))
+        return self.body(images_B3HW)
+
+    def _fused_body(self) -> fx.GraphModule | None:
+        """`body` with fused convolutions, made again when a module has been replaced; None: call `body`."""
+        modules = list(self.body.modules())
+        if any(m.training or m._forward_hooks or m._forward_pre_hooks for m in modules):
+            return None
+        if self._fused is None or self._fused[0] != modules:
+            self._fused = modules, fuse_convolutions(self.body)
+        return self._fused[1]
 
 
 def _arguments(name: str, options: Mapping[str, Any]) -> dict[str, Any]:

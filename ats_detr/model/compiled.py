@@ -14,12 +14,12 @@ from typing import Any
 
 import torch
 import torch._dynamo
-from torch import Tensor, fx, nn
-from torch.nn.utils.fusion import fuse_conv_bn_weights
+from torch import Tensor
 
 from ats_detr.batch import ImageBatch
 from ats_detr.kernels.dispatch import choose_backend
 from ats_detr.model.detr import Detr
+from ats_detr.model.fusion import fold_batch_norms
 from ats_detr.model.output import DetectorOutput
 
 logger = logging.getLogger(__name__)
@@ -175,57 +175,3 @@ def _copied(value: Any) -> Any:
     if is_dataclass(value) and not isinstance(value, type):
         return replace(value, **{field.name: _copied(getattr(value, field.name)) for field in fields(value)})
     return value
-
-
-def fold_batch_norms(network: nn.Module) -> int:
-    """Fold batch norms in evaluation mode into the preceding convolutions, in place. Returns the number folded.
-
-    A convolution whose output has another user is not folded. A network that torch.fx cannot trace is not changed.
-    """
-    try:
-        graph = _Tracer().trace(network)
-    except Exception as error:  # tracing may raise any exception
-        logger.info("batch norms are not folded: the network cannot be traced (%s)", error)
-        return 0
-    modules = dict(network.named_modules())
-    num_folded = 0
-    for node in graph.nodes:
-        norm = modules.get(node.target) if node.op == "call_module" else None
-        if norm is None or not _is_batch_norm(norm) or node.args[0].op != "call_module":
-            continue
-        convolution = modules[node.args[0].target]
-        # Subclasses may use their weights differently, and a module may be called more than once.
-        if type(convolution) is not nn.Conv2d or len(node.args[0].users) > 1:
-            continue
-        if sum(other.target == node.args[0].target for other in graph.nodes) > 1:
-            continue
-        weight, bias = fuse_conv_bn_weights(
-            convolution.weight,
-            convolution.bias,
-            norm.running_mean,
-            norm.running_var,
-            norm.eps,
-            norm.weight,
-            norm.bias,
-        )
-        convolution.weight, convolution.bias = weight, bias
-        parent, _, name = node.target.rpartition(".")
-        setattr(network.get_submodule(parent), name, _activation_of(norm))
-        num_folded += 1
-    return num_folded
-
-
-class _Tracer(fx.Tracer):
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return _is_batch_norm(m) or super().is_leaf_module(m, module_qualified_name)
-
-
-def _is_batch_norm(module: nn.Module) -> bool:
-    """Whether a module is a batch norm in evaluation mode, including timm's frozen ones, which are not subclasses."""
-    has_statistics = getattr(module, "running_mean", None) is not None
-    return has_statistics and hasattr(module, "eps") and not module.training
-
-
-def _activation_of(norm: nn.Module) -> nn.Module:
-    """The activation that a timm batch norm applies after normalising (its dropout is the identity in evaluation)."""
-    return getattr(norm, "act", nn.Identity())

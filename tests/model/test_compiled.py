@@ -18,7 +18,7 @@ from ats_detr.kernels import deformable_attention, dispatch, packed_linear, sele
 from ats_detr.model import CompiledDetr, Detr
 from ats_detr.model import compiled as compiled_module
 from ats_detr.model.backbone import Backbone
-from ats_detr.model.compiled import fold_batch_norms
+from ats_detr.model.fusion import fold_batch_norms
 from ats_detr.model.output import Detections, DetectorOutput, top_detections
 from tests.model.test_detr import images, small_model
 
