@@ -244,7 +244,8 @@ def test_frozen_stages_run_once_for_student_and_teachers_with_the_same_losses(tm
     stems = [model.backbone.body.conv1 for model in (student, weak, strong)]
     assert [isinstance(stem, nn.Identity) for stem in stems] == [False, True, True]
     together = compute_losses(student.train(), criterion, teachers, *batch)[1]
-    assert all(torch.equal(together[key], alone[key]) for key in alone)
+    for key, loss in alone.items():  # the teachers' own stages have folded norms
+        torch.testing.assert_close(together[key], loss, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("what", ["other weights", "trained", "other norms"])
