@@ -50,6 +50,7 @@ _MAXIMUM = {
     "model.num_heads": 256,
     "model.num_levels": 8,
     "model.num_points": 64,
+    "model.num_decoder_points": 64,
     "model.num_encoder_layers": 100,
     "model.num_decoder_layers": 100,
     "model.feedforward_width": 65_536,
@@ -182,7 +183,9 @@ class ModelConfig:
     num_levels: int = 4
     """Feature levels: strides 8, 16, 32, then each further level halves the resolution."""
     num_points: int = 4
-    """Sampling points per head and level."""
+    """Sampling points per head and level in the encoder, ..."""
+    num_decoder_points: int | None = None
+    """... and in the decoder. None: the same number."""
     num_encoder_layers: int = 6
     num_decoder_layers: int = 6
     feedforward_width: int = 1024
@@ -206,6 +209,8 @@ class ModelConfig:
             self, "width", "num_heads", "num_levels", "num_points", "num_encoder_layers", "num_decoder_layers"
         )
         _check_positive(self, "feedforward_width", "num_queries")
+        if self.num_decoder_points is not None:
+            _check_positive(self, "num_decoder_points")
         _check(0 <= self.dropout < 1, "dropout", self.dropout, "must be in [0, 1)")
         _check_at_least(self, 3, "num_levels")  # one for each feature map of the backbone
         classes = self.num_classes
@@ -368,6 +373,8 @@ class TrainConfig:
     """Optimiser, schedule, precision and checkpoints."""
 
     epochs: int = 50
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    """AdamW (published), or SGD with momentum 0.9."""
     learning_rate: float = 2e-4
     """Learning rate of all parameters but the two groups below, before scaling."""
     backbone_learning_rate: float = 2e-5

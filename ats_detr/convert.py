@@ -177,14 +177,18 @@ def detect_model(
         num_queries = int(arguments.get("num_queries", 300))
     else:
         num_queries = len(state["query_embed.weight"])
+    num_points, num_decoder_points = (
+        len(state[f"transformer.{layer}.attention_weights.bias"]) // (num_heads * num_levels)
+        for layer in ("encoder.layers.0.self_attn", "decoder.layers.0.cross_attn")
+    )
     return ModelConfig(
         backbone=BackboneConfig(name=_detect_backbone(state), pretrained=False),
         selector=_detect_selector(state, arguments, notes),
         width=width,
         num_heads=num_heads,
         num_levels=num_levels,
-        num_points=len(state["transformer.encoder.layers.0.self_attn.attention_weights.bias"])
-        // (num_heads * num_levels),
+        num_points=num_points,
+        num_decoder_points=None if num_decoder_points == num_points else num_decoder_points,
         num_encoder_layers=num_encoder_layers,
         num_decoder_layers=num_decoder_layers,
         feedforward_width=len(state["transformer.encoder.layers.0.linear1.bias"]),

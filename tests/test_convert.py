@@ -91,6 +91,7 @@ def official_state(config: ModelConfig, num_classes: int = 7) -> dict[str, Tenso
             "class_specific_proposals": False,
             "two_stage": False,
             "box_refine": False,
+            "num_decoder_points": 3,
         },
     ],
     ids=["teacher", "sparse", "adaptive", "efficient", "two-stage", "one-stage refined", "plain"],

@@ -336,7 +336,11 @@ def build_model(config: ModelConfig, num_classes: int) -> Detr:
             options=config.backbone.options,
         ),
         Encoder(config.num_encoder_layers, **layer),
-        Decoder(config.num_decoder_layers, config.box_refine, **layer),
+        Decoder(
+            config.num_decoder_layers,
+            config.box_refine,
+            **layer | {"num_points": config.num_decoder_points or config.num_points},
+        ),
         num_classes=num_classes,
         width=config.width,
         num_levels=config.num_levels,

@@ -8,7 +8,7 @@ from bisect import bisect_right
 
 import torch
 from torch import nn
-from torch.optim import AdamW
+from torch.optim import SGD, AdamW, Optimizer
 
 from ats_detr.config import TrainConfig
 from ats_detr.model import Detr
@@ -17,8 +17,8 @@ _OFFSET_NAMES = ("reference_points", "sampling_offsets")
 _REFERENCE_BATCH = 16
 
 
-def build_optimizer(model: nn.Module, config: TrainConfig, global_batch: int) -> AdamW:
-    """AdamW with three groups: `rest`, `backbone`, and `offsets` (sampling offsets and reference points).
+def build_optimizer(model: nn.Module, config: TrainConfig, global_batch: int) -> Optimizer:
+    """AdamW or SGD with three groups: `rest`, `backbone`, and `offsets` (sampling offsets and reference points).
 
     With `scale_learning_rate` both learning rates are multiplied by sqrt(global_batch / 16). Frozen parameters and
     empty groups are omitted. The fused implementation skips a step where its attribute `found_inf` is a tensor of 1.
@@ -41,6 +41,8 @@ def build_optimizer(model: nn.Module, config: TrainConfig, global_batch: int) ->
         for name, parameters in members.items()
         if parameters
     ]
+    if config.optimizer == "sgd":
+        return SGD(groups, momentum=0.9, weight_decay=config.weight_decay, fused=True)
     return AdamW(groups, weight_decay=config.weight_decay, fused=True)
 
 
@@ -65,7 +67,7 @@ def learning_rate_factor(config: TrainConfig, step: int, steps_per_epoch: int) -
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
 
 
-def set_learning_rates(optimizer: AdamW, factor: float) -> None:
+def set_learning_rates(optimizer: Optimizer, factor: float) -> None:
     """Set the learning rate of each group to `factor` times its base learning rate."""
     for group in optimizer.param_groups:
         group["lr"] = group["base_lr"] * factor

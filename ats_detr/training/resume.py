@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import AdamW
+from torch.optim import Optimizer
 
 from ats_detr import distributed
 from ats_detr.checkpoint import (
@@ -90,7 +90,7 @@ class State:
     """Everything that training changes."""
 
     model: Detr
-    optimizer: AdamW
+    optimizer: Optimizer
     average: MovingAverage | None
     progress: Progress
     difficulty: DifficultyCache | None = None

@@ -133,8 +133,9 @@ def test_two_processes_with_trained_norms_evaluate_the_model_that_they_save(tmp_
 
 def test_every_trained_parameter_has_a_gradient_also_without_objects(tmp_path: Path) -> None:
     """DDP waits for the gradient of every parameter; a missing gradient would be a deadlock."""
-    config = config_from_dict(small_tree(tmp_path))
+    config = config_from_dict(small_tree(tmp_path, model={"num_decoder_points": 3}))
     model = build_model(config.model, num_classes=3).train()
+    assert [layer.cross_attention.num_points for layer in model.decoder.layers] == [3, 3]
     batch, targets = random_batch(0, [0, 0])
     compute_losses(model, build_criterion(config, 3), None, batch, targets)[1]["loss"].backward()
     without = [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]

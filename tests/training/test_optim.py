@@ -5,7 +5,9 @@ from __future__ import annotations
 from itertools import pairwise
 
 import pytest
+import torch
 from torch import nn
+from torch.optim import SGD
 
 from ats_detr.config import TrainConfig
 from ats_detr.training.optim import build_optimizer, learning_rate_factor, set_learning_rates
@@ -44,6 +46,27 @@ def test_three_groups_with_rates_scaled_by_the_square_root_of_the_global_batch()
         ),
     }
     assert all(group["weight_decay"] == 1e-4 for group in optimizer.param_groups)
+
+
+def test_sgd_has_the_same_groups_and_skips_bad_steps() -> None:
+    model = Named()
+    optimizer = build_optimizer(model, TrainConfig(optimizer="sgd"), global_batch=16)
+    expected = build_optimizer(model, TrainConfig(), global_batch=16)
+    assert isinstance(optimizer, SGD)
+    for own, other in zip(optimizer.param_groups, expected.param_groups, strict=True):
+        assert (own["name"], own["lr"], own["weight_decay"]) == (
+            other["name"],
+            other["lr"],
+            other["weight_decay"],
+        )
+        assert own["momentum"] == 0.9
+    weight = model.encoder["value_proj"].weight
+    before = weight.item()
+    for is_bad, steps in ((1.0, 0), (0.0, 1)):
+        weight.grad = torch.ones_like(weight)
+        optimizer.found_inf = torch.tensor(is_bad)
+        optimizer.step()
+        assert weight.item() == pytest.approx(before - steps * 2e-4, abs=1e-6)
 
 
 def test_rates_are_unscaled_without_scaling() -> None:
