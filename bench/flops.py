@@ -10,7 +10,6 @@ norms.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -29,7 +28,7 @@ from ats_detr.checkpoint import build_without_fetching, load_checkpoint, load_de
 from ats_detr.config import Config, load_config
 from ats_detr.data.transforms import evaluation_transform
 from ats_detr.errors import UserError, run_cli
-from ats_detr.flops import Flops, count_flops, count_flops_eager, num_parameters
+from ats_detr.flops import count_flops, count_flops_eager, num_parameters
 from ats_detr.model import Detr
 from bench.measure import CONFIGS, new_parser, write_rows
 from bench.tables import numbers, print_table
@@ -56,25 +55,11 @@ class Subject:
     """Figures of the published counter; empty if there are none."""
 
 
-@dataclass(frozen=True)
-class Counts:
-    """Means over the images."""
-
-    published: Flops
-    needed: Flops
-    eager: Flops
-    dense_encoder: float
-    """The encoder without token selection, by the published convention."""
-
-
 def main() -> None:
     parser = new_parser("flops", __doc__)
     parser.add_argument("--compare-published", action="store_true", help="every model with a published count")
     parser.add_argument("--config", help="one YAML file instead")
-    parser.add_argument(
-        "--checkpoint",
-        help="trained weights, as for predict (with --config)",
-    )
+    parser.add_argument("--checkpoint", help="trained weights, as for predict (with --config)")
     parser.add_argument("--images", type=Path, help="a folder of images instead of one random image")
     parser.add_argument("--max-images", type=int, default=10, help="first images of the folder, by name")
     parser.add_argument("--json", type=Path, help="write rows to this file")
@@ -96,15 +81,14 @@ def main() -> None:
     else:
         config = load_config(arguments.config, arguments.overrides)
         subjects = [given_subject(config, arguments.checkpoint)]
-        images = (
-            folder_images(arguments.images, arguments.max_images, config)
-            if arguments.images
-            else [random_image()]
-        )
+        images = [random_image()]
+        if arguments.images:
+            tensors = read_folder(arguments.images, arguments.max_images, config)
+            images = [ImageBatch.collate([tensor], config.data.size_multiple) for tensor in tensors]
     rows = []
     for subject in subjects:
         with console.status(subject.config):
-            rows.append(row_of(subject, count(subject.model, images)))
+            rows.append(row_of(subject, images))
     height, width = images[0].sizes[0]
     shapes = f"3x{height}x{width}" if len(images) == 1 else f"mean over {len(images)} images"
     print_table(table_of(rows), console, f"giga multiply-adds per image, {shapes}", "", TABLE_WIDTH)
@@ -169,12 +153,6 @@ def random_image() -> ImageBatch:
     return ImageBatch.collate([torch.randn(3, *IMAGE_SIZE, generator=torch.Generator().manual_seed(0))])
 
 
-def folder_images(folder: Path, max_images: int, config: Config) -> list[ImageBatch]:
-    """The folder's images, resized and padded to their size bucket as in evaluation."""
-    tensors = read_folder(folder, max_images, config)
-    return [ImageBatch.collate([tensor], config.data.size_multiple) for tensor in tensors]
-
-
 def read_folder(folder: Path, max_images: int, config: Config) -> list[Tensor]:
     """The first images of a folder, by name, resized and normalised as in evaluation: float32 [3, h, w]."""
     transform = evaluation_transform(config.data.short_side, config.data.long_side)
@@ -193,50 +171,29 @@ def read_folder(folder: Path, max_images: int, config: Config) -> list[Tensor]:
     return images
 
 
-# ------------------------------------------------------------------------------------------------------------ counting
-def count(model: Detr, images: Sequence[ImageBatch]) -> Counts:
-    """Means over the images, counted one by one, each with its own budget."""
-    kinds: list[list[Flops]] = [[], [], []]
-    for image in images:
-        kinds[0].append(count_flops(model, image, as_published=True))
-        kinds[1].append(count_flops(model, image))
-        kinds[2].append(count_flops_eager(model, image, as_published=True))
-    dense_encoder = fmean(one.dense_encoder for one in kinds[0])
-    return Counts(*map(mean, kinds), dense_encoder)
-
-
-def mean(counts: Sequence[Flops]) -> Flops:
-    """Field by field."""
-
-    def mean_of(values: list[Any]) -> Any:
-        if isinstance(values[0], dict):
-            return {key: fmean(value[key] for value in values) for key in values[0]}
-        return fmean(values)
-
-    return Flops(
-        **{f.name: mean_of([getattr(one, f.name) for one in counts]) for f in dataclasses.fields(Flops)}
-    )
-
-
 # ------------------------------------------------------------------------------------------------------------- results
-def row_of(subject: Subject, counts: Counts) -> dict[str, Any]:
-    """One row of the JSON file; GFLOPs are giga multiply-adds per image."""
-    known = subject.published
+def row_of(subject: Subject, images: Sequence[ImageBatch]) -> dict[str, Any]:
+    """One row of the JSON file: giga multiply-adds, means over the images, each with its own budget."""
+    model, known = subject.model, subject.published
+    published = [count_flops(model, image, as_published=True) for image in images]
+    eager = [count_flops_eager(model, image, as_published=True) for image in images]
+    needed = [count_flops(model, image) for image in images]
+    encoder = fmean(flops.encoder for flops in published)
     return {
         "config": subject.config,
-        "keep_ratio": counts.published.keep_ratio,
-        "gflops": counts.published.total,
-        "encoder_gflops": counts.published.encoder,
-        "params": num_parameters(subject.model),
+        "keep_ratio": fmean(flops.keep_ratio for flops in published),
+        "gflops": fmean(flops.total for flops in published),
+        "encoder_gflops": encoder,
+        "params": num_parameters(model),
         "golden_gflops": known.get("gflops"),
         "golden_encoder_gflops": known.get("encoder_gflops"),
         "golden_params": known.get("params"),
         "published_gflops": known.get("published_gflops"),
-        "eager_gflops": counts.eager.total,
-        "eager_encoder_gflops": counts.eager.encoder,
-        "needed_gflops": counts.needed.total,
-        "needed_encoder_gflops": counts.needed.encoder,
-        "encoder_reduction": 1 - counts.published.encoder / counts.dense_encoder,
+        "eager_gflops": fmean(flops.total for flops in eager),
+        "eager_encoder_gflops": fmean(flops.encoder for flops in eager),
+        "needed_gflops": fmean(flops.total for flops in needed),
+        "needed_encoder_gflops": fmean(flops.encoder for flops in needed),
+        "encoder_reduction": 1 - encoder / fmean(flops.dense_encoder for flops in published),
     }
 
 

@@ -15,7 +15,6 @@ from ats_detr.checkpoint import build_without_fetching, save_checkpoint
 from ats_detr.config import config_to_dict, load_config
 from ats_detr.data.coco import ClassMap
 from ats_detr.data.synthetic import CLASSES
-from bench.flops import count as count_all
 from bench.flops import given_subject, row_of
 from bench.latency import QUICK_SIZE, generated_images
 from bench.measure import Row, read_rows
@@ -59,7 +58,7 @@ def test_multiply_adds_are_those_of_bench_flops(folder: Path) -> None:
     for ratio in (0.1, 0.5):
         overrides = [f"model.selector.keep_ratio={ratio}", "model.num_classes=3"]
         subject = given_subject(load_config(folder / "weak.yaml", overrides), None)
-        counted = row_of(subject, count_all(subject.model, images))
+        counted = row_of(subject, images)
         row = swept[str([ratio])]
         assert row["keep_ratio"] == pytest.approx(counted["keep_ratio"], abs=1e-4)
         assert row["encoder_gflops"] == pytest.approx(counted["needed_encoder_gflops"], abs=1e-4)
@@ -68,7 +67,7 @@ def test_multiply_adds_are_those_of_bench_flops(folder: Path) -> None:
     (dense,) = [row for row in rows_of(folder, "flops") if row["mode"] == "dense"]
     overrides = ["model.selector=null", "model.encoder_auxiliary=false", "model.num_classes=3"]
     subject = given_subject(load_config(folder / "weak.yaml", overrides), None)
-    counted = row_of(subject, count_all(subject.model, images))
+    counted = row_of(subject, images)
     assert dense["gflops"] == pytest.approx(counted["needed_gflops"], rel=1e-3)
 
 
