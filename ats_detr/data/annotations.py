@@ -260,14 +260,10 @@ def _read_categories(records: Sequence[Any], findings: Findings) -> dict[int, st
             findings.bad("entries of 'categories' that cannot be used", fault)
             continue
         if not isinstance(record["id"], int):
-            findings.add(
-                "warning", "category ids that are not integers (converted)", [f"{where}: {record['id']!r}"]
-            )
+            findings.warn("category ids that are not integers (converted)", f"{where}: {record['id']!r}")
         if not isinstance(name, str) or not name:
             has_name = isinstance(name, (int, float)) and not isinstance(name, bool)
-            findings.add(
-                "warning", "category names that are no text (replaced)", [f"{where}: {_shown(name)}"]
-            )
+            findings.warn("category names that are no text (replaced)", f"{where}: {_shown(name)}")
             name = _shown(name) if has_name else f"category {category_id}"
         name = name.encode("utf-16", "surrogatepass").decode(
             "utf-16", "replace"
@@ -275,7 +271,7 @@ def _read_categories(records: Sequence[Any], findings: Findings) -> dict[int, st
         if category_id not in categories:
             categories[category_id] = name
         elif categories[category_id] == name:
-            findings.add("warning", "categories that are listed twice", [f"{where}: {name}"])
+            findings.warn("categories that are listed twice", f"{where}: {name}")
         else:
             fault = f"{where} ({name}) repeats id {category_id} of {categories[category_id]}"
             findings.bad("ids that occur twice under 'categories'", fault)
@@ -303,9 +299,7 @@ def _read_images(records: Sequence[Any], findings: Findings) -> _Images:
     order = sorted(found) if is_numbered else list(found)
     if not is_numbered:
         first = next(key for key in found if isinstance(key, str))
-        findings.add(
-            "warning", "image ids that are not integers (numbered from 1; results have the ids)", [first]
-        )
+        findings.warn("image ids that are not integers (numbered from 1; results have the ids)", first)
     values = [found[key] for key in order]
     exact = all(type(value[3]) is int for value in values)
     names = [value[0].encode("utf-8", "surrogatepass") for value in values]
@@ -338,26 +332,24 @@ def _read_image(
     if isinstance(key, int) and key not in _INT64:
         return f"has id {_shown(key)}, which does not fit into 64 bits; renumber the ids"
     if isinstance(key, int) and not isinstance(record["id"], int):
-        findings.add(
-            "warning", "image ids that are not integers (converted)", [f"images[{i}]: {record['id']!r}"]
-        )
+        findings.warn("image ids that are not integers (converted)", f"images[{i}]: {record['id']!r}")
     name = _file_name(record)
     if name is None:
         return f"has file_name {_shown(record.get('file_name'))}; it must be the name of a file"
     if record.get("file_name") != name:
-        findings.add("warning", "file names that are taken from the URL", [f"images[{i}]: {name}"])
+        findings.warn("file names that are taken from the URL", f"images[{i}]: {name}")
     height, width = (_side(record.get(side)) for side in ("height", "width"))
     where = f"images[{i}]: width {_shown(record.get('width'))}, height {_shown(record.get('height'))}"
     if height == 0 or width == 0:
         height = width = 0
-        findings.add("warning", "images without a size (read from the file)", [where])
+        findings.warn("images without a size (read from the file)", where)
     elif not (isinstance(record["height"], int) and isinstance(record["width"], int)):
-        findings.add("warning", "image sizes that are not integers (converted)", [where])
+        findings.warn("image sizes that are not integers (converted)", where)
     entry = (name, height, width, record["id"])
     if key in found and found[key] != entry:
         return f"repeats id {key} of {found[key][0]}; ids must be unique"
     if key in found:
-        findings.add("warning", "images that are listed twice", [f"images[{i}]: {name}"])
+        findings.warn("images that are listed twice", f"images[{i}]: {name}")
     found[key] = entry
     return None
 
@@ -475,13 +467,9 @@ def _read_annotation(
         )
         return None
     if type(image_id) is not int and isinstance(key, int):
-        findings.add(
-            "warning", "ids in annotations that are not integers (converted)", [f"{where}: {image_id!r}"]
-        )
+        findings.warn("ids in annotations that are not integers (converted)", f"{where}: {image_id!r}")
     elif type(category_id) is not int:
-        findings.add(
-            "warning", "ids in annotations that are not integers (converted)", [f"{where}: {category_id!r}"]
-        )
+        findings.warn("ids in annotations that are not integers (converted)", f"{where}: {category_id!r}")
     is_crowd = _read_crowd(where, record, findings)
     box = _read_box(where, record, images, index, findings)
     if is_crowd is None or box is None:
@@ -500,7 +488,7 @@ def _read_crowd(where: str, record: Mapping[str, Any], findings: Findings) -> bo
         )
     elif type(value) is not int:
         text = f"{where}: {_shown(value)} is read as {int(is_crowd)}"
-        findings.add("warning", "values of iscrowd that are not integers (converted)", [text])
+        findings.warn("values of iscrowd that are not integers (converted)", text)
     return is_crowd
 
 
@@ -523,12 +511,10 @@ def _read_box(
                 f"{where} of {name} needs bbox [x, y, width, height] in pixels, found {_shown(given)}{hint}",
             )
             return None
-        findings.add(
-            "warning", "boxes that are taken from the segmentation", [f"{where}: bbox {_shown(given)}"]
-        )
+        findings.warn("boxes that are taken from the segmentation", f"{where}: bbox {_shown(given)}")
         box = list(segment)
     elif not all(type(value) is float or type(value) is int for value in given):
-        findings.add("warning", "boxes whose values are text (converted)", [f"{where}: {_shown(given)}"])
+        findings.warn("boxes whose values are text (converted)", f"{where}: {_shown(given)}")
     if box[2] < 0 or box[3] < 0:  # type: ignore[operator]
         findings.bad(
             "boxes of negative width or height", f"{where} of {name}: bbox {_shown(given)} is negative"
@@ -565,11 +551,9 @@ def _read_area(where: str, record: Mapping[str, Any], box: Sequence[float], find
     area = _number(given)
     if area is not None and area >= 0:
         if type(given) is str:
-            findings.add("warning", "areas that are text (converted)", [f"{where}: {given!r}"])
+            findings.warn("areas that are text (converted)", f"{where}: {given!r}")
         return area
-    findings.add(
-        "warning", "annotations without an area (that of the box is used)", [f"{where}: {_shown(given)}"]
-    )
+    findings.warn("annotations without an area (that of the box is used)", f"{where}: {_shown(given)}")
     return box[2] * box[3]
 
 

@@ -278,10 +278,9 @@ class CocoDetection(Dataset):
             self.findings.add("error", "annotation file with other categories than the model", [error])
             return own
         if mapped is not class_map:
-            self.findings.add(
-                "warning",
+            self.findings.warn(
                 "annotation file whose category ids are not those of the model (matched by name)",
-                [annotations.file.name],
+                annotations.file.name,
             )
         return mapped
 

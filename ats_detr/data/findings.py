@@ -60,10 +60,13 @@ class Findings:
             if finding.count <= _MAX_PLACES:
                 finding.places.append(str(place))
 
+    def warn(self, what: str, place: object) -> None:
+        self.add("warning", what, [place])
+
     def bad(self, what: str, place: object) -> None:
         """A record that cannot be used."""
         if self.skip_bad:
-            self.add("warning", f"{what} (omitted)", [place])
+            self.warn(f"{what} (omitted)", place)
         else:
             self.add("error", what, [place], "data.on_bad_annotation=skip omits them")
 
