@@ -183,9 +183,9 @@ class ModelConfig:
     num_levels: int = 4
     """Feature levels: strides 8, 16, 32, then each further level halves the resolution."""
     num_points: int = 4
-    """Sampling points per head and level in the encoder, ..."""
+    """Sampling points per head and level, in the encoder."""
     num_decoder_points: int | None = None
-    """... and in the decoder. None: the same number."""
+    """Sampling points per head and level, in the decoder. None: `num_points`."""
     num_encoder_layers: int = 6
     num_decoder_layers: int = 6
     feedforward_width: int = 1024

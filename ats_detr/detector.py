@@ -300,13 +300,14 @@ class Detector:
         if not 0 <= threshold <= 1:  # also true for NaN
             raise UserError(f"threshold = {threshold}: must be in [0, 1]")
 
-        turn = self.config.data.exif != "stored" if upright is None else upright
+        if upright is None:
+            upright = self.config.data.exif != "stored"
 
         def prepare(numbered: tuple[int, ImageSource]) -> _Prepared | ImageFileError:
             number, source = numbered
             name = str(source) if isinstance(source, (str, Path)) else f"image {number}"
             try:
-                image = read_image(source, name, upright=turn, allow_urls=allow_urls)
+                image = read_image(source, name, upright=upright, allow_urls=allow_urls)
             except ImageFileError as error:
                 if on_bad_image is None:
                     raise
@@ -324,8 +325,8 @@ class Detector:
                     on_bad_image(prepared)
 
         # Batches contain images of equal padded size, which are collected from a window of several batches.
-        windows, window_size = readable(), batch_size if batch_size == 1 else 4 * batch_size
-        while window := list(islice(windows, window_size)):
+        images_read, window_size = readable(), batch_size if batch_size == 1 else 4 * batch_size
+        while window := list(islice(images_read, window_size)):
             buckets: dict[tuple[int, int], list[int]] = defaultdict(list)
             for place, prepared in enumerate(window):
                 size = (prepared.pixels.shape[1], prepared.pixels.shape[2])
@@ -334,7 +335,7 @@ class Detector:
             for places in buckets.values():
                 for chosen in self._batches(places, batch_size):
                     found = self._detect(
-                        [window[i] for i in chosen], threshold, max_detections, keep_tokens, turn
+                        [window[i] for i in chosen], threshold, max_detections, keep_tokens, upright
                     )
                     results.update(zip(chosen, found, strict=True))
             yield from (results[place] for place in range(len(window)))
