@@ -262,43 +262,33 @@ def measure(
     batch = batch.to(device)
     for module in (setting.model, *(peer.model for peer in setting.peers.values())):
         module.eval().to(device)
-    selections: dict[str, TokenScores] = {}
-    passes: dict[str, Pass] = {}
-    described: dict[str, tuple[str, Budgets]] = {}
+    passes: dict[tuple[str, Budgets], Pass] = {}
     for mode in modes:
         if mode.startswith("peer:") and mode not in setting.peers:
             continue  # not installed
-        sparse = mode in ("packed", "padded", "captured", "fused")
-        for choice in budgets if sparse else [None]:
-            name = f"{mode} {_spelled(choice)}" if sparse else mode
-            described[name] = mode, choice
+        for choice in [None] if mode == "dense" or mode in setting.peers else budgets:
             if mode in setting.peers:
-                passes[name] = peer_pass(setting.peers[mode], batch)
+                passes[mode, choice] = peer_pass(setting.peers[mode], batch)
             elif mode in ("captured", "fused"):
-                fuse = mode == "fused"
-                passes[name] = captured_pass(setting, batch, choice, selections, name, fuse=fuse)
+                passes[mode, choice] = captured_pass(setting, batch, choice, fuse=mode == "fused")
             else:
-                passes[name] = own_pass(setting.model, mode, batch, choice, selections, name)
+                passes[mode, choice] = own_pass(setting.model, mode, batch, choice)
 
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=setting.dtype == "bfloat16")
     # On a GPU the first passes compile and tune. The last pass before the timed ones measures memory.
     warmup = 3 if device.type == "cuda" else 0
-    num_passes = len(passes) * (warmup + 1 + setting.rounds)
+    num_passes = len(passes) * (warmup + setting.rounds)
     with torch.inference_mode(), autocast, progress_bar(console, num_passes) as advance:
-        take_turns(passes, device, warmup, after_pass=advance)
-        peaks = {}
-        for name, run in passes.items():
-            # The memory of a CUDA graph is allocated at capture, not at replay.
-            replayed = device.type == "cuda" and described[name][0] in ("captured", "fused")
-            peaks[name] = None if replayed else peak_memory(run, device)
-            advance(name)
-        samples = take_turns(passes, device, setting.rounds, setting.clock, advance)
+        take_turns(passes, device, warmup, after_pass=lambda key: advance(key[0]))
+        untimed = {key: peak_memory(run, device) for key, run in passes.items()}
+        samples = take_turns(passes, device, setting.rounds, setting.clock, lambda key: advance(key[0]))
 
     facts = environment(device)
     rows = []
-    for name, stages in samples.items():
-        mode, choice = described[name]
-        selection = selections.get(name)
+    for (mode, choice), stages in samples.items():
+        selection, peak = untimed[mode, choice]
+        if device.type == "cuda" and mode in ("captured", "fused"):
+            peak = None  # the memory of a CUDA graph is allocated at capture, not at replay
         keep_ratio = 1.0 if selection is None else round(selection.keep_ratio_B.mean().item(), 4)
         for stage in STAGES:
             if stage not in stages:
@@ -322,21 +312,15 @@ def measure(
                 "clock": setting.clock,
             }
             if stage == "total":
-                row |= {"images_per_s": round(len(batch) / row["p50_ms"] * 1e3, 3), "peak_mb": peaks[name]}
+                row |= {"images_per_s": round(len(batch) / row["p50_ms"] * 1e3, 3), "peak_mb": peak}
             rows.append({**row, **facts})
     return rows
 
 
-def _spelled(choice: Budgets) -> str:
-    return "as decided" if choice is None else ",".join(f"{share:g}" for share in choice)
+def own_pass(model: Detr, mode: str, batch: ImageBatch, budgets: Budgets) -> Pass:
+    """One of the modes of this package by stages; returns its selection."""
 
-
-def own_pass(
-    model: Detr, mode: str, batch: ImageBatch, budgets: Budgets, selections: dict[str, TokenScores], name: str
-) -> Pass:
-    """One of the modes of this package. Stores the selection in `selections[name]`."""
-
-    def run(watch: Stopwatch) -> None:
+    def run(watch: Stopwatch) -> TokenScores | None:
         tokens = model.tokenize(batch.images_B3HW, batch.sizes_B2)
         watch.mark("backbone")
         selection = None
@@ -351,31 +335,21 @@ def own_pass(
         watch.mark("encoder")
         model.decode(tokens, selection, memory_BSC, supervision=False)
         watch.mark("decoder")
-        if selection is not None:
-            selections[name] = selection
+        return selection
 
     return run
 
 
-def captured_pass(
-    setting: Setting,
-    batch: ImageBatch,
-    budgets: Budgets,
-    selections: dict[str, TokenScores],
-    name: str,
-    *,
-    fuse: bool,
-) -> Pass:
-    """The model of `Detector.compile`, as one stage."""
+def captured_pass(setting: Setting, batch: ImageBatch, budgets: Budgets, *, fuse: bool) -> Pass:
+    """The model of `Detector.compile`, as one stage; returns its selection."""
     with forced_budgets(setting.model, budgets):
         # Copies the model, with its budgets.
         compiled = CompiledDetr(setting.model, dtype=getattr(torch, setting.dtype), fuse=fuse)
 
-    def run(watch: Stopwatch) -> None:
+    def run(watch: Stopwatch) -> TokenScores | None:
         output = compiled(batch)
         watch.mark("total")
-        if output.selection is not None:
-            selections[name] = output.selection
+        return output.selection
 
     return run
 

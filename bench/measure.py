@@ -23,7 +23,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -82,25 +82,26 @@ class Stopwatch:
         return before.elapsed_time(after) if self.on_gpu else (after - before) * 1e3
 
 
-Pass = Callable[[Stopwatch], object]
+Pass = Callable[[Stopwatch], Any]
 """One pass of something; marks its stages. Work after its last mark is not timed."""
+Key = TypeVar("Key")
 
 
 def take_turns(
-    passes: Mapping[str, Pass],
+    passes: Mapping[Key, Pass],
     device: torch.device,
     rounds: int,
     clock: str = "wall",
-    after_pass: Callable[[str], object] = lambda name: None,
+    after_pass: Callable[[Key], object] = lambda key: None,
     least_ms: float = 0.0,
-) -> dict[str, Samples]:
+) -> dict[Key, Samples]:
     """The stage times of each pass, one sample per round. Every round runs each pass once and starts with another one.
 
-    after_pass: called with the name of the pass that has just run.
+    after_pass: called with the key of the pass that has just run.
     least_ms: repeats a pass within its turn until this time is used up, and samples the mean: a short pass that ran
         once between long ones would be timed with cold caches.
     """
-    samples: dict[str, Samples] = {name: defaultdict(list) for name in passes}
+    samples: dict[Key, Samples] = {name: defaultdict(list) for name in passes}
     names = list(passes)
     for turn in range(rounds):
         first = turn % len(names)
@@ -151,24 +152,25 @@ def operator_times(function: Callable[[], object], device: torch.device) -> dict
     return {"device_ms": kernels, "wall_ms": wall}
 
 
-def peak_memory(run: Pass, device: torch.device) -> float | None:
-    """Peak memory of one pass in megabytes (10^6 bytes), beyond what was allocated before it; None where unknown.
+def peak_memory(run: Pass, device: torch.device) -> tuple[Any, float | None]:
+    """The result of one pass, and its peak memory in megabytes (10^6 bytes), beyond what was allocated before it.
 
-    On a GPU the memory that torch allocates; on the CPU the growth of the process's resident memory (Linux only).
+    On a GPU the memory that torch allocates; on the CPU the growth of the process's resident memory
+    (Linux only, elsewhere None).
     """
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
-        run(Stopwatch(device))
-        return round((torch.cuda.max_memory_allocated(device) - before) / 1e6, 1)
+        result = run(Stopwatch(device))
+        return result, round((torch.cuda.max_memory_allocated(device) - before) / 1e6, 1)
     try:
         ctypes.CDLL(None).malloc_trim(0)  # returns freed memory to the system
         Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
         before = _status_bytes("VmRSS")
-        run(Stopwatch(device))
-        return round((_status_bytes("VmHWM") - before) / 1e6, 1)
     except (OSError, AttributeError):
-        return None
+        return run(Stopwatch(device)), None
+    result = run(Stopwatch(device))
+    return result, round((_status_bytes("VmHWM") - before) / 1e6, 1)
 
 
 def _status_bytes(key: str) -> int:
@@ -327,9 +329,7 @@ def shares(text: str) -> tuple[float, ...]:
 
 def batch_sizes(text: str) -> list[int]:
     """An argument such as 1,4,8."""
-    if not words(text) or not all(word.isdigit() and int(word) > 0 for word in words(text)):
-        raise argparse.ArgumentTypeError(f"{text!r}: must be integers > 0, such as 1,4,8")
-    return [int(word) for word in words(text)]
+    return [positive(word) for word in words(text)] or [positive(text)]
 
 
 def image_size(text: str) -> tuple[int, int]:

@@ -170,7 +170,7 @@ def run_latency(*arguments: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--batch", "1,0"], "--batch: '1,0': must be integers > 0"),
+        (["--batch", "1,0"], "--batch: '0': must be an integer > 0"),
         (["--ratios", "a tenth"], "--ratios: 'a tenth': must be numbers in (0, 1]"),
         (["--rounds", "-1"], "--rounds: '-1': must be an integer > 0"),
         (["--image-size", "800"], "--image-size: '800': must be HEIGHTxWIDTH"),

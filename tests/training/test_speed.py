@@ -18,7 +18,7 @@ def test_the_losses_equal_their_definition_at_the_shapes_of_r50() -> None:
 
 @pytest.mark.slow
 def test_labels_matching_and_criterion_are_faster_than_their_definitions() -> None:
-    times = compare_with_definitions(repeat=9)
+    times = compare_with_definitions(rounds=9)
     ratios = {name: slow / fast for name, (slow, fast) in times.items()}
     print({name: round(ratio, 1) for name, ratio in ratios.items()})
     assert ratios["labels"] >= 50, "0.8 ms instead of 53 to 63"
