@@ -96,8 +96,12 @@ def test_two_processes_equal_one_in_every_gradient_and_parameter(tmp_path: Path,
         assert expected.keys() == together[what].keys()
         for name, tensor in expected.items():
             difference = (together[what][name] - tensor).abs().max().item()
-            noise = what == "parameters" and name == "adaption.bias"
-            assert difference < 1e-5 or noise, f"{what}: {name} differs by {difference}"
+            # Float32 rounding: 6e-5 of the largest gradient of the stem. A wrong average differs by a factor of 2.
+            # Parameters: a step of Adam is 1e-3, also from the rounding noise in the gradient of the keys' bias.
+            is_parameter = what == "parameters"
+            tolerance = 5e-5 if is_parameter else 1e-6 + 3e-4 * tensor.abs().max().item()
+            noise = is_parameter and name == "adaption.bias"
+            assert difference < tolerance or noise, f"{what}: {name} differs by {difference}"
 
 
 def train_in_one_of_two(rank: int, folder: Path) -> None:
