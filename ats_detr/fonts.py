@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import unicodedata
 from pathlib import Path
 
 import matplotlib
@@ -34,10 +35,13 @@ def font_for(text: str, size: int) -> tuple[ImageFont.FreeTypeFont, str]:
 def legible(text: str) -> str:
     """`text` in one line, with characters that DejaVu Sans lacks transliterated to ASCII."""
     covered = _covered(DEFAULT)
-    return "".join(
-        character if ord(character) in covered else anyascii(character) or f"U+{ord(character):04X}"
-        for character in one_line(text)
-    )
+    return "".join(c if ord(c) in covered else _ascii(c) for c in one_line(text))
+
+
+def _ascii(character: str) -> str:
+    """A transliteration; of marks without one, such as the virama of Indic scripts, nothing."""
+    is_mark = unicodedata.category(character).startswith("M")
+    return anyascii(character) or ("" if is_mark else f"U+{ord(character):04X}")
 
 
 def one_line(text: str) -> str:

@@ -55,7 +55,8 @@ def test_every_character_has_a_glyph(script: str) -> None:
 @pytest.mark.usefixtures("no_system_fonts")
 def test_without_system_fonts_other_scripts_are_transliterated() -> None:
     assert fonts.font_for("猫 0.93", 20)[1] == "Mao 0.93"
-    assert fonts.font_for("кошка é", 20)[1] == "кошка é"
+    assert fonts.font_for("кошка é قطة", 20)[1] == "кошка é قطة"
+    assert fonts.font_for("हिन्दी 🐈", 20)[1] == "hindi :cat2:"
     assert fonts.font_for("\ue000", 20)[1] == "U+E000"
 
 
