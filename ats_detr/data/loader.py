@@ -14,11 +14,14 @@ import logging
 import math
 import multiprocessing
 import signal
+import threading
 import time
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -157,17 +160,19 @@ class _Reader:
         )
         while True:
             try:
-                return result()
+                with _alarm(deadline):
+                    return result()
+            except TimeoutError as error:
+                cause: Exception = error
+                reason = f"no batch in train.timeout_minutes = {self._timeout_minutes:g}"
+                fix = "the disk may not respond"
             except RuntimeError as error:
                 reason = str(error).strip().splitlines()[0]
                 if not reason.startswith(("DataLoader", "Pin memory")):
                     raise
                 if "timed out" in reason:
-                    if time.monotonic() < deadline:
-                        continue
-                    reason = f"no batch in train.timeout_minutes = {self._timeout_minutes:g}"
-                    fix = "the disk may not respond"
-                cause: Exception = error
+                    continue
+                cause = error
             except (ConnectionError, EOFError, FileNotFoundError) as error:
                 cause, reason = error, f"a loader process ended while it sent a batch: {error}"
             except OSError as error:
@@ -177,6 +182,31 @@ class _Reader:
             raise UserError(
                 f"loading images failed ({reason}); {fix}; data.num_workers=0 uses no loader processes"
             ) from cause
+
+
+@contextmanager
+def _alarm(deadline: float) -> Iterator[None]:
+    """Raise TimeoutError at this time in the main thread. A stalled worker can stop anywhere, also within a message."""
+    seconds = deadline - time.monotonic()
+    if seconds <= 0:
+        raise TimeoutError
+    if threading.current_thread() is not threading.main_thread():
+        yield
+    else:
+        handler = signal.signal(signal.SIGALRM, _raise_timeout)
+        before, interval = signal.setitimer(signal.ITIMER_REAL, seconds)
+        try:
+            yield
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, handler)
+            if before:
+                elapsed = time.monotonic() - (deadline - seconds)
+                signal.setitimer(signal.ITIMER_REAL, max(before - elapsed, 1e-3), interval)
+
+
+def _raise_timeout(number: int, frame: FrameType | None) -> None:
+    raise TimeoutError
 
 
 def _start(loader: DataLoader) -> Iterator[_LoadedBatch]:
@@ -199,10 +229,18 @@ def _end_workers(loader: DataLoader) -> None:
     """End the workers. They ignore SIGTERM: at its end, the process would wait for a stalled one forever."""
     iterator: Any = loader._iterator
     loader._iterator = None
-    if iterator is not None:
-        iterator._shutdown_workers()  # waits up to 10 seconds for each stalled worker
-        for worker in iterator._workers:
-            worker.kill()
+    if iterator is None:
+        return
+    shutdown = threading.Thread(
+        target=iterator._shutdown_workers, daemon=True
+    )  # it may wait for stalled workers
+    with contextlib.suppress(RuntimeError):  # no threads start at the end of the interpreter
+        shutdown.start()
+        shutdown.join(_POLL_SECONDS)
+    for worker in iterator._workers:
+        worker.kill()
+    if shutdown.is_alive():
+        shutdown.join(_POLL_SECONDS)
 
 
 def _ignore_stop_signals(worker: int) -> None:

@@ -87,6 +87,7 @@ def train_epochs(run: Run) -> None:
         try:
             train_epoch(run, progress.epoch)
         except Interrupted:
+            report_skipped(run, any_skipped=True)
             run.checkpoints.save(run.state, run.device)
             raise stopped(run) from None
         progress.epoch, progress.epoch_step = progress.epoch + 1, 0

@@ -7,7 +7,6 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
-import shutil
 import time
 
 import numpy as np
@@ -118,9 +117,7 @@ def test_cache_is_reused_and_nothing_unfinished_is_left(tmp_path):
 
 
 def test_two_processes_at_once_end_with_one_complete_dataset(tmp_path):
-    name = synthetic_dataset(tmp_path / "other", **TINY).name
-    shutil.rmtree(tmp_path / "other")
-    (tmp_path / f".{name}-abcd" / "train2017").mkdir(parents=True)  # of a killed process
+    (tmp_path / ".synthetic-v1-other-abcd" / "train2017").mkdir(parents=True)  # of a killed process
     context = multiprocessing.get_context("fork")
     processes = [context.Process(target=synthetic_dataset, args=(tmp_path,), kwargs=TINY) for _ in range(3)]
     for process in processes:

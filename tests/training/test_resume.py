@@ -23,6 +23,8 @@ from ats_detr.training.resume import digest
 from ats_detr.training.stages import plan_stages, train_stages
 from tests.training.small import small_config, small_tree, write_small_chain
 
+pytestmark = pytest.mark.xdist_group("resume")  # one worker: the killed run is shared
+
 
 def train(folder: Path, *overrides: str) -> None:
     config = load_config(folder / "config.yaml", overrides)
@@ -51,11 +53,23 @@ def write_config(folder: Path, **changes: Any) -> None:
     (folder / "config.yaml").write_text(yaml.safe_dump(small_tree(folder, **changes)))
 
 
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("killed")
+    write_config(folder)
+    train_until_killed(folder, num_saved=1)
+    return folder
+
+
 @pytest.fixture
-def half_done(tmp_path: Path) -> Path:
+def half_done(killed: Path, tmp_path: Path) -> Path:
     """A run that was killed after the first of two epochs of four steps."""
+    shutil.copytree(killed, tmp_path, dirs_exist_ok=True)
     write_config(tmp_path)
-    train_until_killed(tmp_path, num_saved=1)
+    path = tmp_path / "run" / "checkpoint.pt"
+    checkpoint = torch.load(path)
+    checkpoint["config"]["data"]["root"] = str(tmp_path / "data")
+    torch.save(checkpoint, path)
     return tmp_path
 
 
