@@ -13,11 +13,12 @@ import torch
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from timm.models import FeatureDictNet
 from torch import Tensor, fx, nn
+from torch.func import functional_call
 
 from ats_detr.errors import UserError
-from ats_detr.kernels.dispatch import runs_inside_graph
+from ats_detr.kernels.dispatch import autocast, runs_inside_graph
 from ats_detr.model import swin
-from ats_detr.model.fusion import freeze_norms, fuse_convolutions
+from ats_detr.model.fusion import freeze_norms, fuse_convolutions, training_constants
 
 logger = logging.getLogger(__name__)
 
@@ -186,15 +187,20 @@ class Backbone(nn.Module):
         ]
 
     def _maps(self, images_B3HW: Tensor) -> list[Tensor]:
-        trained = torch.is_grad_enabled() and (
-            images_B3HW.requires_grad or any(parameter.requires_grad for parameter in self.body.parameters())
-        )
         # Compilers fuse by themselves, and counters of operations want the modules.
-        if not trained and not runs_inside_graph() and not torch.jit.is_tracing():
-            fused = self._fused_body()
-            if fused is not None:
-                return fused(images_B3HW.contiguous(memory_format=torch.channels_last))
-        return self.body(images_B3HW)
+        if runs_inside_graph() or torch.jit.is_tracing():
+            return self.body(images_B3HW)
+        if torch.is_grad_enabled() and (
+            images_B3HW.requires_grad or any(parameter.requires_grad for parameter in self.body.parameters())
+        ):
+            if not self.training:  # threads may share the model
+                return self.body(images_B3HW)
+            constants = training_constants(self.body, autocast(images_B3HW).dtype)
+            return functional_call(self.body, constants, (images_B3HW,))
+        fused = self._fused_body()
+        if fused is None:
+            return self.body(images_B3HW)
+        return fused(images_B3HW.contiguous(memory_format=torch.channels_last))
 
     def _fused_body(self) -> fx.GraphModule | None:
         """`body` with fused convolutions, made again when a module has been replaced; None: call `body`."""

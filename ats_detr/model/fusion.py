@@ -35,6 +35,8 @@ class FrozenNorm(nn.Module):
     bias: Tensor
     running_mean: Tensor
     running_var: Tensor
+    scale: Tensor | None
+    shift: Tensor | None
 
     def __init__(self, norm: nn.Module) -> None:
         """The same map as a batch norm of PyTorch or timm in evaluation; timm's include an activation."""
@@ -47,10 +49,15 @@ class FrozenNorm(nn.Module):
             self.register_buffer(name, tensor)
         self.eps = norm.eps
         self.act = activation_of(norm)
+        # Set by `training_constants` for a pass.
+        self.register_buffer("scale", None, persistent=False)
+        self.register_buffer("shift", None, persistent=False)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
-        scale_C = self.weight * (self.running_var + self.eps).rsqrt()
-        shift_C = self.bias - self.running_mean * scale_C
+        scale_C, shift_C = self.scale, self.shift
+        if scale_C is None or shift_C is None:
+            scale_C = self.weight * (self.running_var + self.eps).rsqrt()
+            shift_C = self.bias - self.running_mean * scale_C
         scale, shift = (vector.to(x_BCHW.dtype)[:, None, None] for vector in (scale_C, shift_C))
         return self.act(torch.addcmul(shift, x_BCHW, scale))
 
@@ -94,6 +101,61 @@ def norm_constants(norms: Sequence[Any]) -> list[tuple[Tensor, Tensor]]:
 def activation_of(norm: nn.Module) -> nn.Module:
     """The activation that a timm batch norm applies after normalising (its dropout is the identity in evaluation)."""
     return getattr(norm, "act", nn.Identity())
+
+
+# ----------------------------------------------------------------------------------------------------------- training
+def training_constants(network: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Tensors of a training pass that computes in `dtype`, by name, for `torch.func.functional_call`.
+
+    The constants of frozen norms, and the weights of convolutions cast to `dtype`, by few operations. Weights of one
+    child of the network are cast together: their gradients become ready, and may be exchanged between processes, at
+    once.
+    """
+    norms = {name: module for name, module in network.named_modules() if isinstance(module, FrozenNorm)}
+    constants = norm_constants(list(norms.values()))
+    vectors = _cast([vector for pair in constants for vector in pair], dtype)
+    tensors = {
+        f"{name}.{key}": vectors[2 * index + offset]
+        for index, name in enumerate(norms)
+        for offset, key in enumerate(("scale", "shift"))
+    }
+    for child_name, child in network.named_children():
+        weights = {
+            f"{child_name}.{name}.weight" if name else f"{child_name}.weight": module.weight
+            for name, module in child.named_modules()
+            if isinstance(module, nn.Conv2d) and module.weight.dtype != dtype
+        }
+        if weights:
+            tensors.update(zip(weights, _CastWeights.apply(dtype, *weights.values()), strict=True))
+    return tensors
+
+
+class _CastWeights(torch.autograd.Function):
+    """Casts weights, and their gradients in the backward pass, with one operation for all."""
+
+    @staticmethod
+    def forward(ctx: Any, dtype: torch.dtype, *weights: Tensor) -> tuple[Tensor, ...]:
+        ctx.dtype = weights[0].dtype
+        ctx.set_materialize_grads(False)
+        cast = _cast(weights, dtype)
+        ctx.mark_non_differentiable(
+            *[new for new, old in zip(cast, weights, strict=True) if not old.requires_grad]
+        )
+        return tuple(cast)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        present = iter(_cast([gradient for gradient in gradients if gradient is not None], ctx.dtype))
+        return (None, *[None if gradient is None else next(present) for gradient in gradients])
+
+
+def _cast(tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """The tensors in `dtype`, by one operation."""
+    if all(tensor.dtype == dtype for tensor in tensors):
+        return list(tensors)
+    cast = [torch.empty_like(tensor, dtype=dtype) for tensor in tensors]
+    torch._foreach_copy_(cast, list(tensors))
+    return cast
 
 
 # --------------------------------------------------------------------------------------------------- fusing a network
@@ -162,13 +224,7 @@ class _Preparation(nn.Module):
             folded = torch._foreach_mul([weights[index] for index in normed], factors) if normed else []
             for index, weight in zip(normed, folded, strict=True):
                 weights[index], scales[index] = weight, None
-        others = [index for index, weight in enumerate(weights) if weight.dtype != dtype]
-        if others:
-            cast = [torch.empty_like(weights[index], dtype=dtype) for index in others]
-            torch._foreach_copy_(cast, [weights[index] for index in others])
-            for index, weight in zip(others, cast, strict=True):
-                weights[index] = weight
-        return list(zip(weights, scales, biases, strict=True))
+        return list(zip(_cast(weights, dtype), scales, biases, strict=True))
 
 
 def fuse_convolutions(network: nn.Module) -> fx.GraphModule | None:

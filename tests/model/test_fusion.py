@@ -226,3 +226,42 @@ def test_autocast_computes_the_whole_backbone_in_its_dtype() -> None:
         maps = own(IMAGES)
     assert {map_BCHW.dtype for map_BCHW in maps} == {torch.bfloat16}
     assert_equal_maps(maps, expected, 0.03)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_training_has_the_same_gradients_with_prepared_norms_and_weights(dtype: torch.dtype) -> None:
+    own = backbone("test_resnet").train()
+    own.body.layer1.requires_grad_(False)
+    results = []
+    for run in (own, own.body):
+        own.zero_grad()
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            maps = run(IMAGES)
+        assert {map_BCHW.dtype for map_BCHW in maps} == {dtype}
+        sum(map_BCHW.float().square().mean() for map_BCHW in maps).backward()
+        results.append([parameter.grad for parameter in own.parameters()])
+    for name, ours, expected in zip(dict(own.named_parameters()), *results, strict=True):
+        assert (ours is None) == (expected is None) == name.startswith("body.layer1")
+        if ours is not None:
+            assert ours.dtype == torch.float32
+            torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-6)
+    assert own.body.bn1.scale is None and own.body.conv1[0].weight.dtype == torch.float32
+
+
+def test_bfloat16_keeps_half_the_activations_of_float32_for_the_backward_pass() -> None:
+    own = backbone("test_resnet").train()
+    kept = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        saved: dict[int, int] = {}
+
+        def pack(tensor: Tensor, saved: dict[int, int] = saved) -> Tensor:
+            if tensor.shape[:1] == IMAGES.shape[:1]:  # not a weight
+                saved[tensor.data_ptr()] = tensor.nbytes
+            return tensor
+
+        with (
+            torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
+            torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16),
+        ):
+            kept[dtype] = (own(IMAGES), sum(saved.values()))[1]
+    assert kept[torch.bfloat16] <= 0.6 * kept[torch.float32]
