@@ -113,7 +113,9 @@ def check_target(name: str, target: Tensor, *sources: Tensor | None) -> None:
 
 
 def _check_no_overlap(name: str, tensor: Tensor) -> None:
-    if any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True)):
+    if tensor.numel() and any(
+        stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True)
+    ):
         raise ValueError(
             f"{name} {list(tensor.shape)} is expanded, so its elements share memory: call .contiguous() first"
         )
