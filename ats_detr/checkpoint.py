@@ -32,7 +32,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from ats_detr.config import Config, ConfigError, apply_override, config_from_dict
-from ats_detr.convert import ALLOWED_TYPES, from_official, is_official
+from ats_detr.convert import ALLOWED_TYPES, from_official, is_official, mismatches
 from ats_detr.data.classes import ClassMap
 from ats_detr.errors import UserError
 from ats_detr.files import replaced_file
@@ -351,18 +351,5 @@ def load_weights(model: nn.Module, state: Mapping[str, Tensor], path: str | Path
 
 def check_weights(model: nn.Module, state: Mapping[str, Tensor], path: str | Path) -> None:
     """Raise UserError, listing missing, unknown and reshaped tensors, where names or shapes differ."""
-    own = model.state_dict()
-    missing = [name for name in own if name not in state]
-    unknown = [name for name in state if name not in own]
-    reshaped = [name for name in own if name in state and own[name].shape != state[name].shape]
-    parts = [
-        f"{len(names)} {what}, such as {names[0]}"
-        for names, what in (
-            (missing, "tensors missing"),
-            (unknown, "unknown"),
-            (reshaped, "of another shape"),
-        )
-        if names
-    ]
-    if parts:
-        raise UserError(f"{path}: a checkpoint of another architecture ({'; '.join(parts)})")
+    if found := mismatches(model.state_dict(), state):
+        raise UserError(f"{path}: a checkpoint of another architecture ({found})")

@@ -259,20 +259,24 @@ def _rename(state: Mapping[str, Tensor], model: Detr, source: str) -> dict[str, 
     Names and shapes must match exactly, and tensors that are stored several times must be equal.
     """
     ours, own = official_names(model), model.state_dict()
-    problems = {
-        "missing": [name for name in ours if name not in state],
-        "unknown": [name for name in state if name not in ours],
-        "of another shape": [n for n in ours if n in state and state[n].shape != own[ours[n]].shape],
-    }
-    parts = [f"{len(names)} {what}, such as {names[0]}" for what, names in problems.items() if names]
-    if parts:
-        raise UserError(f"{source}: not a model of this family ({'; '.join(parts)})")
+    if found := mismatches({name: own[our_name] for name, our_name in ours.items()}, state):
+        raise UserError(f"{source}: not a model of this family ({found})")
     renamed: dict[str, Tensor] = {}
     for name, tensor in state.items():
         copy = renamed.setdefault(ours[name], tensor)
         if copy is not tensor and not torch.equal(copy, tensor):
             raise UserError(f"{source}: {name} differs from its copy under another name")
     return renamed
+
+
+def mismatches(expected: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> str:
+    """Missing, unknown and reshaped tensors of a state dict in one phrase; empty if names and shapes agree."""
+    problems = {
+        "missing": [name for name in expected if name not in state],
+        "unknown": [name for name in state if name not in expected],
+        "of another shape": [n for n in expected if n in state and state[n].shape != expected[n].shape],
+    }
+    return "; ".join(f"{len(names)} {what}, such as {names[0]}" for what, names in problems.items() if names)
 
 
 def _classes(num_rows: int) -> ClassMap:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from ats_detr.checkpoint import (
     CHECKPOINT_SUFFIXES,
+    config_of,
     load_model,
     read_file,
     save_checkpoint,
@@ -19,7 +20,7 @@ from ats_detr.checkpoint import (
 )
 from ats_detr.cli.info import name_of_model
 from ats_detr.cli.options import add_overrides
-from ats_detr.config import ConfigError, apply_override, config_from_dict
+from ats_detr.config import config_to_dict
 from ats_detr.console import say
 from ats_detr.convert import from_official, is_official, to_official
 from ats_detr.errors import UserError
@@ -78,12 +79,8 @@ def convert(
             say(f"{destination}: in the format of the published code")
         return
     checkpoint = from_official(content, source=str(source), keep_adaption=keep_adaption)
-    for override in overrides:
-        apply_override(checkpoint["config"], override)
-    try:
-        config = config_from_dict(checkpoint["config"])
-    except ConfigError as error:
-        raise UserError(str(error)) from error
+    config = config_of(checkpoint, source, overrides)
+    checkpoint["config"] = config_to_dict(config)
     (save_folder if is_folder else save_checkpoint)(checkpoint, destination)
     model, _ = load_model(destination)  # strict: the file contains exactly the model of its configuration
     for note in checkpoint["notes"]:
