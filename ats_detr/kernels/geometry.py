@@ -223,11 +223,11 @@ def _(
     counts: Tensor, ratios: Tensor, token_index: Tensor | None, image_index: Tensor | None, num_rows: Tensor | None,
     level_embed: Tensor, levels: Sequence[int], dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    num_rows = len(counts) * _num_tokens(levels) if token_index is None else token_index.shape[0]
+    length = len(counts) * _num_tokens(levels) if token_index is None else token_index.shape[0]
     return (
-        ratios.new_empty(num_rows, level_embed.shape[1], dtype=dtype),
-        ratios.new_empty(num_rows, ratios.shape[1], 2),
-        counts.new_empty(num_rows),
+        ratios.new_empty(length, level_embed.shape[1], dtype=dtype),
+        ratios.new_empty(length, ratios.shape[1], 2),
+        counts.new_empty(length),
     )
 
 

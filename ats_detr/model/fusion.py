@@ -41,13 +41,13 @@ class FrozenNorm(nn.Module):
     def __init__(self, norm: nn.Module) -> None:
         """The same map as a batch norm of PyTorch or timm in evaluation; timm's include an activation."""
         super().__init__()
-        ones = torch.ones_like(norm.running_var)
         tensors = {name: getattr(norm, name) for name in ("weight", "bias", "running_mean", "running_var")}
+        ones = torch.ones_like(tensors["running_var"])
         for name, default in (("weight", ones), ("bias", ones * 0)):
             tensors[name] = default if tensors[name] is None else tensors[name].detach().clone()
         for name, tensor in tensors.items():
             self.register_buffer(name, tensor)
-        self.eps = norm.eps
+        self.eps: Any = norm.eps
         self.act = activation_of(norm)
         # Set by `training_constants` for a pass.
         self.register_buffer("scale", None, persistent=False)
@@ -279,7 +279,7 @@ class _Chain:
         """`taken`: the nodes of earlier chains, to which this one's are added."""
         self.first, self.modules, self.taken = first, modules, taken
         self.last = first
-        self.convolution: Any = modules[first.target]
+        self.convolution: Any = modules[str(first.target)]
         self.norm: nn.Module | None = None
         self.activation: nn.Module | None = None
         """Of the norm, if it is not a ReLU."""
@@ -310,7 +310,7 @@ class _Chain:
 
     def _next_module(self) -> nn.Module | None:
         user = self._next()
-        return self.modules[user.target] if user is not None and user.op == "call_module" else None
+        return self.modules[str(user.target)] if user is not None and user.op == "call_module" else None
 
     def _extend(self, residual: fx.Node | None = None) -> bool:
         """Include the next node, unless an input of the chain is overwritten before it."""
