@@ -50,8 +50,9 @@ def assert_no_spills(rows: list[dict]) -> None:
     assert not spilled
 
 
+# sm_80 is left to the slow test: its code has the structure of sm_120's, and an architecture takes 50 s.
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("architecture", [80, 90, 100, 120])
+@pytest.mark.parametrize("architecture", [90, 100, 120])
 def test_default_configurations(architecture: int) -> None:
     rows = compiled(architecture, everything=False)
     assert_no_spills(rows)

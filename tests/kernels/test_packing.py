@@ -118,10 +118,20 @@ def test_zeroed_padding(share: float, width: int, dtype: torch.dtype) -> None:
         torch.testing.assert_close(dense, expected, rtol=0, atol=0, equal_nan=True)
 
 
-def test_a_padding_mask_of_another_shape_is_refused() -> None:
-    for mask in (torch.zeros(4, 5).bool(), torch.zeros(1, 5).bool(), torch.zeros(2, 5)):
-        with pytest.raises(ValueError, match="must be"):
-            zero_padding(torch.zeros(2, 5, 3), mask)
+@pytest.mark.parametrize("backend", ["triton", "reference"])
+@pytest.mark.parametrize(
+    ("dense", "mask", "message"),
+    [
+        (torch.zeros(2, 5, 3), torch.zeros(2, 4, dtype=torch.bool), "padding mask"),
+        (torch.zeros(2, 5, 3), torch.zeros(2, 5), "padding mask"),
+        (torch.zeros(2, 5, 3), torch.zeros(2, 5, 3, dtype=torch.bool), "padding mask"),
+        (torch.zeros(5), torch.zeros(5, dtype=torch.bool), "tensor"),
+        (torch.zeros(1, 5, 3).expand(2, 5, 3), torch.zeros(2, 5, dtype=torch.bool), "is expanded"),
+    ],
+)
+def test_paddings_that_do_not_fit_are_refused(dense, mask, message: str, backend: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        zero_padding(dense.to(DEVICE), mask.to(DEVICE), backend=backend)
 
 
 def test_zeroed_padding_gets_no_gradient() -> None:
