@@ -25,7 +25,7 @@ from ats_detr.data.transforms import IMAGE_MEAN, IMAGE_STD
 from ats_detr.detector import Detector
 from ats_detr.errors import UserError
 from ats_detr.evaluation import MAX_DETECTIONS
-from ats_detr.kernels import TokenPlan, geometry, reference
+from ats_detr.kernels import TokenPlan, geometry, linear, reference
 from ats_detr.model import Detr
 from ats_detr.model.output import top_pairs
 
@@ -123,6 +123,9 @@ def _decompositions() -> dict[Any, Any]:
         operators.token_geometry.default: _inline(geometry._geometry),
         operators.token_rows.default: _inline(geometry._rows),
         operators.encode_boxes.default: _inline(geometry._encode),
+        operators.refine_boxes.default: _inline(geometry._refine),
+        operators.packed_linear.default: _inline(linear._packed_linear),
+        operators.packed_linear_norm.default: _inline(linear._packed_linear_norm),
         operators.select.default: _select,
         operators.pack.default: _pack,
         operators.scatter.default: _scatter,

@@ -227,7 +227,7 @@ def count_step(dtype: torch.dtype, images: int) -> list[Row]:
         optimizer.zero_grad()
         run: Any = types.SimpleNamespace(
             config=config, device=torch.device("cpu"), num_steps=100, parallel_model=student, teachers=teachers,
-            criterion=criterion.build_criterion(config, NUM_CLASSES), precision=dtype,
+            criterion=criterion.build_criterion(config, NUM_CLASSES), precision=dtype, budgets=None,
             batch_norms=BatchNormSnapshot(student), guard=StepGuard(10),
             state=types.SimpleNamespace(progress=Progress(), model=student, average=None, optimizer=optimizer),
         )  # fmt: skip
@@ -263,6 +263,7 @@ class _Matches:
 
     def finish(self) -> list[Match]:
         pairs = torch.empty(2, self.num_layers * self.num_objects, dtype=torch.int64).clone()  # the transfer
+        self.all_pairs = pairs
         return [Match(*part) for part in pairs.split(self.num_objects, dim=1)]
 
 

@@ -202,7 +202,7 @@ def linear_launches(operator: str, rows: torch.dtype, dtype: torch.dtype, config
     layers = (torch.zeros(HIDDEN, WIDTH, dtype=dtype), wide[0], wide.new_zeros(WIDTH, HIDDEN), vector)
     norm = (vector, vector, 1e-5, count)
     calls = {
-        "linear": lambda: linear.packed_linear(x, projection, bias, count, x, torch.float32),
+        "linear": lambda: linear.packed_linear(x, projection, bias, count, x, torch.float32, False),
         "linear_norm": lambda: linear.packed_linear_norm(wide[:, :WIDTH], square, vector, x, *norm),
         "feedforward": lambda: linear.fused_feedforward(x, *layers, *norm),
     }
@@ -252,6 +252,9 @@ def other_launches(dtype: torch.dtype) -> list[Launch]:
             lambda: geometry.token_rows(counts, ratios, index, index, index[:1], square[:4], sizes, dtype)
         ),
         *caught(lambda: geometry.encode_boxes(ratios, 128)),
+        *caught(
+            lambda: geometry.refine_boxes(memory[:2, :, :4], references[:2, :, 0].repeat(1, 1, 2), ratios)
+        ),
     ]
 
 

@@ -53,7 +53,7 @@ def _refine(
     """One layer on padded queries, [B, Q, C]."""
     attention = layer.attention
     (value_BSC,) = project_values([attention], memory_BSC, tokens.geometry.padding_mask_BS)
-    offsets, logits = attention.project_query((rows_BQC + positions_BQC).flatten(0, 1))
+    offsets, logits = attention.project_query(rows_BQC.flatten(0, 1), positions_BQC.flatten(0, 1))
     gathered = attention.attend(
         value_BSC, tokens.geometry.level_shapes, references_BQL2.flatten(0, 1), offsets, logits
     )

@@ -7,7 +7,7 @@ choose between the two (`dispatch.choose_backend`) and register the operators wi
 from ats_detr.kernels.attention import deformable_attention, multi_scale_deformable_attention
 from ats_detr.kernels.attention_map import deformable_attention_map
 from ats_detr.kernels.convolution import affine_relu_, affine_relu_max_pool, fused_convolution
-from ats_detr.kernels.geometry import TokenGeometry, encode_boxes, token_geometry
+from ats_detr.kernels.geometry import TokenGeometry, encode_boxes, refine_boxes, token_geometry
 from ats_detr.kernels.linear import packed_feedforward, packed_linear, packed_linear_norm
 from ats_detr.kernels.packing import pack_tokens, scatter_tokens, zero_padding
 from ats_detr.kernels.plan import TokenPlan
@@ -27,6 +27,7 @@ __all__ = [
     "packed_feedforward",
     "packed_linear",
     "packed_linear_norm",
+    "refine_boxes",
     "scatter_tokens",
     "select_tokens",
     "token_geometry",

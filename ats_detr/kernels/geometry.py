@@ -20,6 +20,9 @@ from ats_detr.kernels.reference import LevelShapes
 
 MAX_LEVELS = 8
 TEMPERATURE = 10000.0
+REFERENCE_EPS = 1e-5
+"""Smallest distance of a reference from 0 and 1 when its logit is computed (Deformable DETR)."""
+LARGEST_LOGIT = math.log((1 - REFERENCE_EPS) / REFERENCE_EPS)
 
 
 @dataclass(frozen=True)
@@ -101,6 +104,29 @@ def encode_boxes(boxes_cxcywh: Tensor, width: int, *, backend: str | None = None
     if boxes_cxcywh.shape[-1] != 4 or not boxes_cxcywh.is_floating_point():
         raise invalid("boxes", boxes_cxcywh, "[..., 4], floating point")
     return _encode(boxes_cxcywh, width // 2, backend=backend, limitation=no_transforms())
+
+
+def refine_boxes(
+    offset_BQ4: Tensor, reference_BQ4: Tensor, valid_ratios_BL2: Tensor, *, backend: str | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Boxes of predicted offsets, and the references of the next layer (Deformable DETR, appendix A.4).
+
+    Args:
+        offset_BQ4: floating point; its gradient reaches the boxes only.
+        reference_BQ4: float32 logits of the current references.
+
+    Returns:
+        float32: the boxes, sigmoid(offset + reference), cxcywh [B, Q, 4]; their logits, clamped to +-LARGEST_LOGIT;
+        and the boxes normalised to the padded map of each level, [B * Q, L, 4]. The last two have no gradient.
+    """
+    if not (offset_BQ4.ndim == 3 and offset_BQ4.shape[2] == 4 and offset_BQ4.is_floating_point()):
+        raise invalid("offset", offset_BQ4, "[B, Q, 4], floating point")
+    if reference_BQ4.shape != offset_BQ4.shape or reference_BQ4.dtype != torch.float32:
+        raise invalid("reference", reference_BQ4, f"{list(offset_BQ4.shape)} of torch.float32")
+    limitation = no_transforms()
+    if torch.is_grad_enabled() and (offset_BQ4.requires_grad or reference_BQ4.requires_grad):
+        return _refine.definition(offset_BQ4, reference_BQ4, valid_ratios_BL2)
+    return _refine(offset_BQ4, reference_BQ4, valid_ratios_BL2, backend=backend, limitation=limitation)
 
 
 def sine_features(angle: Tensor, num_features: int) -> Tensor:
@@ -256,3 +282,18 @@ def _encode(boxes: Tensor, num_features: int) -> Tensor:
 @_encode.register_fake
 def _(boxes: Tensor, num_features: int) -> Tensor:
     return boxes.new_empty(*boxes.shape[:-1], 4 * num_features, dtype=torch.float32)
+
+
+@operator("geometry.refine_boxes")
+def _refine(offset: Tensor, reference: Tensor, ratios: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    logits = offset.float() + reference
+    boxes = logits.sigmoid()
+    on_levels = boxes.detach()[:, :, None] * ratios.repeat(1, 1, 2)[:, None]
+    return boxes, logits.detach().clamp(-LARGEST_LOGIT, LARGEST_LOGIT), on_levels.flatten(0, 1)
+
+
+@_refine.register_fake
+def _(offset: Tensor, reference: Tensor, ratios: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    batch, num_queries, _ = reference.shape
+    on_levels = reference.new_empty(batch * num_queries, ratios.shape[1], 4)
+    return torch.empty_like(reference), torch.empty_like(reference), on_levels

@@ -37,6 +37,7 @@ def packed_linear(
     num_rows: Tensor | None = None,
     *,
     add_KC: Tensor | None = None,
+    relu: bool = False,
     dtype: torch.dtype | None = None,
     memory_BSF: Tensor | None = None,
     plan: TokenPlan | None = None,
@@ -47,6 +48,7 @@ def packed_linear(
     Args:
         x_KC: float32 or 16-bit; may be a slice of a wider matrix. The sum with `add_KC` is cast to the weight's dtype.
         add_KC: like `x_KC`.
+        relu: max(result, 0). Only of packed rows, without `memory_BSF`.
         weight_FC: under autocast, cast to the autocast dtype.
         num_rows: integer [1] on the device: rows in use (`TokenPlan.num_rows`); later rows are neither read nor
             written. None: all.
@@ -55,7 +57,8 @@ def packed_linear(
             slice of wider rows.
         plan: the tokens of the rows.
         backend: 'triton' or 'reference', see `choose_backend`. None: the kernel if it is faster, that is, on CUDA with
-            16-bit weights and `num_rows`. The kernels need compute capability 8.0.
+            16-bit weights and one of `num_rows`, `add_KC`, `relu` and another `dtype`. The kernels need compute
+            capability 8.0.
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit together, `memory_BSF` without `plan` or the reverse.
@@ -73,14 +76,18 @@ def packed_linear(
     weight_FC = autocast(weight_FC)
     _refuse_gradients(x_KC, weight_FC, bias_F, add_KC)
     layer = (x_KC, weight_FC, bias_F, num_rows, add_KC)
+    wider = dtype is not None and dtype != weight_FC.dtype
     choice: dict[str, Any] = {
-        "kernel_pays": _kernel_pays("packed_linear", weight_FC, num_rows),
+        # Of a plain product of all rows, a library's is as fast.
+        "kernel_pays": _kernel_pays(weight_FC, num_rows is not None or add_KC is not None or relu or wider),
         "limitation": _limitation(x_KC),
     }
     if memory_BSF is None and plan is None:
-        return _packed_linear(*layer, dtype or weight_FC.dtype, backend=backend, **choice)
+        return _packed_linear(*layer, dtype or weight_FC.dtype, relu, backend=backend, **choice)
     if memory_BSF is None or plan is None:
         raise ValueError("memory and plan: pass both or neither")
+    if relu:
+        raise ValueError("relu with a memory: must be False")
     shape = (*plan.slot_BS.shape, weight_FC.shape[0])
     if not (memory_BSF.shape == shape and memory_BSF.dtype in FLOATS):
         raise invalid("memory", memory_BSF, f"{list(shape)}, floats")
@@ -89,7 +96,7 @@ def packed_linear(
     check_target("memory", memory_BSF)
     tensors = [tensor for tensor in (*layer, memory_BSF) if tensor is not None]
     if choose_backend(tensors, backend, **choice) == "reference":
-        rows = _packed_linear(*layer, memory_BSF.dtype, backend="reference")
+        rows = _packed_linear(*layer, memory_BSF.dtype, False, backend="reference")
         # With the backend as requested: unlike the product, the scatter is always faster with the kernel.
         return scatter_tokens(plan, memory_BSF, rows, in_place=True, backend=backend)
     index = (plan.token_index_K, plan.image_index_K, plan.slot_BS)
@@ -128,7 +135,7 @@ def packed_linear_norm(
     return _packed_linear_norm(
         *arguments,
         backend=backend,
-        kernel_pays=_kernel_pays("packed_linear_norm", weight_FC, num_rows),
+        kernel_pays=_kernel_pays(weight_FC),
         limitation=_limitation(x_KC, width),
     )
 
@@ -177,7 +184,7 @@ def packed_feedforward(
     return _packed_feedforward(
         *arguments,
         backend=backend,
-        kernel_pays=_kernel_pays("packed_feedforward", weight1_FC, num_rows),
+        kernel_pays=_kernel_pays(weight1_FC, num_rows is not None),
         limitation=_limitation(x_KC, width),
     )
 
@@ -224,27 +231,28 @@ def _limitation(x: Tensor, normalised_width: int = 0) -> str | None:
     return no_transforms()
 
 
-def _kernel_pays(name: str, weight: Tensor, num_rows: Tensor | None) -> bool:
+def _kernel_pays(weight: Tensor, fused: bool = True) -> bool:
     """Measured on an H200 for 21,384 rows of capacity, against PyTorch on all of them: with bfloat16 weights 1.0 to 2.3
     times as fast if every row is in use, 1.5 to 3.6 times with half of them. float32 weights have no tensor cores to
     use: 0.3 to 0.6 times, and 0.7 to 1.1 times.
     """
-    fused = num_rows is not None or name == "packed_linear_norm"  # otherwise a library's product is as fast
     return fused and weight.element_size() == 2
 
 
 # ------------------------------------------------------------------------------------------------ the custom operators
 @operator("linear.packed_linear")
 def _packed_linear(
-    x: Tensor, weight: Tensor, bias: Tensor, num_rows: Tensor | None, add: Tensor | None, dtype: torch.dtype
-) -> Tensor:
-    return reference.packed_linear(x, weight, bias, num_rows, add, dtype)
+    x: Tensor, weight: Tensor, bias: Tensor, num_rows: Tensor | None, add: Tensor | None, dtype: torch.dtype,
+    relu: bool,
+) -> Tensor:  # fmt: skip
+    return reference.packed_linear(x, weight, bias, num_rows, add, dtype, relu)
 
 
 @_packed_linear.register_fake
 def _(
-    x: Tensor, weight: Tensor, bias: Tensor, num_rows: Tensor | None, add: Tensor | None, dtype: torch.dtype
-) -> Tensor:
+    x: Tensor, weight: Tensor, bias: Tensor, num_rows: Tensor | None, add: Tensor | None, dtype: torch.dtype,
+    relu: bool,
+) -> Tensor:  # fmt: skip
     return x.new_empty(x.shape[0], weight.shape[0], dtype=dtype)
 
 

@@ -346,11 +346,14 @@ def packed_linear(
     num_rows: Tensor | None = None,
     add_KC: Tensor | None = None,
     dtype: torch.dtype | None = None,
+    relu: bool = False,
 ) -> Tensor:
-    """(x + add) W^T + b, [K, F], computed in the weight's dtype; rows past `num_rows` (int [1]) are unspecified."""
+    """(x + add) W^T + b, [K, F], computed in the weight's dtype, with `relu` at least 0. Rows past `num_rows` (int [1])
+    are unspecified."""
     used = _rows_in_use(x_KC, num_rows)
     x = x_KC[:used] if add_KC is None else x_KC[:used] + add_KC[:used]
     out = F.linear(x.to(weight_FC.dtype), weight_FC, bias_F.to(weight_FC.dtype))
+    out = out.relu_() if relu else out
     return _to_capacity(out if dtype is None else out.to(dtype), x_KC)
 
 

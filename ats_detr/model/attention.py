@@ -9,7 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ats_detr.kernels import TokenPlan, deformable_attention, packed_linear, scatter_tokens, zero_padding
+from ats_detr.kernels import (
+    TokenPlan,
+    deformable_attention,
+    packed_linear,
+    packed_linear_norm,
+    scatter_tokens,
+    zero_padding,
+)
 from ats_detr.kernels.reference import LevelShapes
 
 
@@ -32,6 +39,8 @@ class DeformableAttention(nn.Module):
         self.sampling_offsets = nn.Linear(width, num_heads * num_levels * num_points * 2)
         self.attention_weights = nn.Linear(width, num_heads * num_levels * num_points)
         self.output_proj = nn.Linear(width, width)
+        self.register_buffer("query_weight", None, persistent=False)  # see `fuse_weights`
+        self.register_buffer("query_bias", None, persistent=False)
         self.reset_parameters()
 
     @torch.no_grad()
@@ -53,26 +62,29 @@ class DeformableAttention(nn.Module):
         bias = offsets.expand(self.num_heads, self.num_levels, self.num_points, 2).flatten()
         self.sampling_offsets.bias.copy_(bias)
 
-    def project_query(self, query_KC: Tensor) -> tuple[Tensor, Tensor]:
-        """Sampling offsets [K, H, L, P, 2] in pixels and attention logits [K, H, L, P] of packed queries."""
-        shape = (self.num_heads, self.num_levels, self.num_points)
-        offsets = self.sampling_offsets(query_KC).unflatten(-1, (*shape, 2))
-        return offsets, self.attention_weights(query_KC).unflatten(-1, shape)
+    def fuse_weights(self) -> None:
+        """Store the weights of both projections of the query as one, for inference with weights that never change."""
+        self.query_weight, self.query_bias = _concatenated([self.sampling_offsets, self.attention_weights])
 
-    def project_packed_query(
-        self, rows_KC: Tensor, positions_KC: Tensor, num_rows: Tensor
+    def project_query(
+        self, rows_KC: Tensor, positions_KC: Tensor, num_rows: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """`project_query(rows_KC + positions_KC)` of the first `num_rows` rows, as one GEMM with float32 results.
+        """Sampling offsets [K, H, L, P, 2] in pixels and attention logits [K, H, L, P] of packed queries.
 
-        For inference only. Later rows are uninitialised.
+        Args:
+            rows_KC: features of the queries; their positions are added.
+            num_rows: int32 [1] on the device: rows in use; later rows are uninitialised. None: all.
         """
-        weight = torch.cat([self.sampling_offsets.weight, self.attention_weights.weight])
-        bias = torch.cat([self.sampling_offsets.bias, self.attention_weights.bias])
-        both = packed_linear(rows_KC, weight, bias, num_rows, add_KC=positions_KC, dtype=torch.float32)
-        offsets, logits = both.split(
-            [self.sampling_offsets.out_features, self.attention_weights.out_features], 1
-        )
         shape = (self.num_heads, self.num_levels, self.num_points)
+        if torch.is_grad_enabled() or (num_rows is None and self.query_weight is None):
+            query_KC = rows_KC + positions_KC
+            offsets, logits = self.sampling_offsets(query_KC), self.attention_weights(query_KC)
+        else:  # one GEMM with float32 results
+            weight, bias = self.query_weight, self.query_bias
+            if weight is None:
+                weight, bias = _concatenated([self.sampling_offsets, self.attention_weights])
+            both = packed_linear(rows_KC, weight, bias, num_rows, add_KC=positions_KC, dtype=torch.float32)
+            offsets, logits = both.split([2 * math.prod(shape), math.prod(shape)], 1)
         return offsets.unflatten(-1, (*shape, 2)), logits.unflatten(-1, shape)
 
     def update_values(self, plan: TokenPlan, value_BSC: Tensor, rows_KC: Tensor) -> Tensor:
@@ -117,18 +129,56 @@ class DeformableAttention(nn.Module):
 
 
 def project_values(
-    attentions: Sequence[DeformableAttention], memory_BSC: Tensor, padding_mask_BS: Tensor
+    attentions: Sequence[DeformableAttention],
+    memory_BSC: Tensor,
+    padding_mask_BS: Tensor,
+    fused: tuple[Tensor | None, Tensor | None] = (None, None),
 ) -> list[Tensor]:
     """Projected values [B, S, C] of the same memory for each of several attention layers, zero at padding.
 
     On CUDA, the values are slices of the result of one GEMM, which the kernels read in place. On the CPU, separate
     projections take the same time, and sampling contiguous rows is faster (1,782 queries of R50: 2.3 ms instead of
     6.4 ms, two CPU threads, 2026-11-23).
+
+    Args:
+        fused: `value_weights` of the layers, where they are stored.
     """
     if memory_BSC.is_cuda:
-        projections = [attention.value_proj for attention in attentions]
-        weight = torch.cat([projection.weight for projection in projections])
-        bias = torch.cat([projection.bias for projection in projections])
+        weight, bias = value_weights(attentions) if fused[0] is None else fused
         values = zero_padding(F.linear(memory_BSC, weight, bias), padding_mask_BS)
         return list(values.chunk(len(attentions), dim=-1))
     return [zero_padding(attention.value_proj(memory_BSC), padding_mask_BS) for attention in attentions]
+
+
+def value_weights(attentions: Sequence[DeformableAttention]) -> tuple[Tensor, Tensor]:
+    """Weight and bias of the value projections of several layers as one."""
+    return _concatenated([attention.value_proj for attention in attentions])
+
+
+def _concatenated(layers: Sequence[nn.Linear]) -> tuple[Tensor, Tensor]:
+    return torch.cat([layer.weight for layer in layers]), torch.cat([layer.bias for layer in layers])
+
+
+def linear_norm(
+    x: Tensor, linear: nn.Linear, dropout: nn.Dropout, residual: Tensor, norm: nn.LayerNorm
+) -> Tensor:
+    """norm(residual + dropout(linear(x))), [..., C]."""
+    if torch.is_grad_enabled() or norm.training:
+        return norm(residual + dropout(linear(x)))
+    rows = packed_linear_norm(
+        x.flatten(0, -2),
+        linear.weight,
+        linear.bias,
+        residual.flatten(0, -2),
+        norm.weight,
+        norm.bias,
+        norm.eps,
+    )
+    return rows.view_as(residual)
+
+
+def linear_relu(x: Tensor, linear: nn.Linear) -> Tensor:
+    """max(linear(x), 0)."""
+    if torch.is_grad_enabled():
+        return linear(x).relu()
+    return packed_linear(x.flatten(0, -2), linear.weight, linear.bias, relu=True).unflatten(0, x.shape[:-1])

@@ -18,7 +18,10 @@ from torch import Tensor
 
 from ats_detr.batch import ImageBatch
 from ats_detr.kernels.dispatch import choose_backend
+from ats_detr.model.attention import DeformableAttention
+from ats_detr.model.decoder import Decoder
 from ats_detr.model.detr import Detr
+from ats_detr.model.encoder import Encoder
 from ats_detr.model.fusion import fold_batch_norms
 from ats_detr.model.output import DetectorOutput
 
@@ -67,6 +70,9 @@ class CompiledDetr:
         model = copy.deepcopy(model).eval().requires_grad_(False)
         fold_batch_norms(model.backbone.body)
         self.model = model.to(dtype)
+        for part in model.modules():
+            if isinstance(part, (DeformableAttention, Encoder, Decoder)):
+                part.fuse_weights()
         for part in (model.backbone, model.input_proj):
             part.to(memory_format=torch.channels_last)
         self.dtype, self.fuse, self.max_graphs = dtype, fuse, max_graphs

@@ -7,12 +7,18 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ats_detr.boxes import inverse_sigmoid
-from ats_detr.kernels import TokenGeometry, deformable_attention_map
+from ats_detr.kernels import TokenGeometry, deformable_attention_map, packed_linear, refine_boxes
 from ats_detr.kernels.reference import LevelShapes
-from ats_detr.model.attention import DeformableAttention, project_values
+from ats_detr.model.attention import (
+    DeformableAttention,
+    linear_norm,
+    linear_relu,
+    project_values,
+    value_weights,
+)
 from ats_detr.model.encoder import FeedForward, run_layer
 from ats_detr.model.output import Prediction
 
@@ -34,21 +40,16 @@ class PredictionHead(nn.Module):
 
         Args:
             x: features [..., C].
-            reference: logits of points [..., 2] or boxes [..., 4] to which the predicted offsets are added.
+            reference: float32 logits of boxes [..., 4] to which the predicted offsets are added.
         """
-        return Prediction(self.classify(x), self.boxes(x, reference))
+        return Prediction(self.classify(x), (self.offsets(x).float() + reference).sigmoid())
 
-    def boxes(self, x: Tensor, reference: Tensor) -> Tensor:
-        """The boxes of `forward`, float32 [..., 4]."""
-        box = x
-        for layer in self.box[:-1]:
-            box = layer(box).relu()
-        box = self.box[-1](box).float()
-        if reference.shape[-1] == 2:
-            box = torch.cat([box[..., :2] + reference, box[..., 2:]], -1)
-        else:
-            box = box + reference
-        return box.sigmoid()
+    def offsets(self, x: Tensor) -> Tensor:
+        """Offsets [..., 4] of the boxes from their references, in logits."""
+        *hidden, last = self.box
+        for layer in hidden:
+            x = linear_relu(x, layer)
+        return last(x)
 
 
 class DecoderLayer(nn.Module):
@@ -87,15 +88,34 @@ class DecoderLayer(nn.Module):
             level_references: [B * Q, L, 2] points or [B * Q, L, 4] boxes, normalised to each level.
             value_BSC: projected values of the memory.
         """
-        query = x_BQC + query_pos_BQC
-        attended, _ = self.self_attention(query, query, x_BQC, need_weights=False)
-        x_BQC = self.self_norm(x_BQC + self.dropout(attended))
-        attention = self.cross_attention
-        offsets, logits = attention.project_query((x_BQC + query_pos_BQC).flatten(0, 1))
-        gathered = attention.attend(value_BSC, level_shapes, level_references, offsets, logits)
-        gathered = attention.output_proj(gathered).view_as(x_BQC)
-        x_BQC = self.cross_norm(x_BQC + self.dropout(gathered))
+        attended_BQC = self._attend_to_queries(x_BQC, query_pos_BQC)
+        own, cross = self.self_attention, self.cross_attention
+        x_BQC = linear_norm(attended_BQC, own.out_proj, self.dropout, x_BQC, self.self_norm)
+        offsets, logits = cross.project_query(x_BQC.flatten(0, 1), query_pos_BQC.flatten(0, 1))
+        gathered = cross.attend(value_BSC, level_shapes, level_references, offsets, logits).view_as(x_BQC)
+        x_BQC = linear_norm(gathered, cross.output_proj, self.dropout, x_BQC, self.cross_norm)
         return self.feedforward(x_BQC), (offsets, logits)
+
+    def _attend_to_queries(self, x_BQC: Tensor, query_pos_BQC: Tensor) -> Tensor:
+        """Self-attention of the queries before its output projection, as nn.MultiheadAttention, batch first."""
+        attention, width = self.self_attention, x_BQC.shape[-1]
+        weights = attention.in_proj_weight.split([2 * width, width])
+        biases = attention.in_proj_bias.split([2 * width, width])
+        if torch.is_grad_enabled():
+            projected = F.linear(x_BQC + query_pos_BQC, weights[0], biases[0])
+        else:
+            rows, positions = x_BQC.flatten(0, 1), query_pos_BQC.flatten(0, 1)
+            projected = packed_linear(rows, weights[0], biases[0], add_KC=positions).view(
+                *x_BQC.shape[:2], -1
+            )
+        values = F.linear(x_BQC, weights[1], biases[1])
+        query, key, value = (
+            rows.unflatten(-1, (attention.num_heads, -1)).transpose(1, 2)
+            for rows in (*projected.chunk(2, dim=-1), values)
+        )
+        dropout = attention.dropout if self.training else 0.0
+        attended = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout)
+        return attended.transpose(1, 2).flatten(2)
 
 
 class Decoder(nn.Module):
@@ -107,12 +127,19 @@ class Decoder(nn.Module):
         self.box_refine = box_refine
         self.recompute = False
         """Recompute the activations of each layer in the backward pass (training only)."""
+        self.register_buffer("value_weight", None, persistent=False)  # see `fuse_weights`
+        self.register_buffer("value_bias", None, persistent=False)
+
+    def fuse_weights(self) -> None:
+        """Store the weights of the layers' value projections as one, for inference with weights that never change."""
+        self.value_weight, self.value_bias = value_weights([layer.cross_attention for layer in self.layers])
 
     def forward(
         self,
         x_BQC: Tensor,
         query_pos_BQC: Tensor,
         references: Tensor,
+        reference_logits: Tensor,
         memory_BSC: Tensor,
         geometry: TokenGeometry,
         heads: Sequence[PredictionHead],
@@ -124,27 +151,23 @@ class Decoder(nn.Module):
 
         Args:
             references: initial references in 0..1 of the unpadded image, [B, Q, 2] points or [B, Q, 4] boxes.
+            reference_logits: their logits.
             heads: one head per layer, or one shared head.
             every_layer: return the predictions of all layers instead of the last only.
             with_attention_map: compute the attention map; otherwise None is returned for it.
         """
         predictions, attention_map_BS = [], None
+        ratios = geometry.valid_ratios_BL2.repeat(1, 1, references.shape[-1] // 2)  # [B, L, 2 or 4]
+        level_references = (references[:, :, None] * ratios[:, None]).flatten(0, 1)
         attentions: Any = [layer.cross_attention for layer in self.layers]
-        values = project_values(attentions, memory_BSC, geometry.padding_mask_BS)
+        fused = (self.value_weight, self.value_bias)
+        values = project_values(attentions, memory_BSC, geometry.padding_mask_BS, fused)
         for index, (layer, value_BSC) in enumerate(zip(self.layers, values, strict=True)):
-            ratios = geometry.valid_ratios_BL2.repeat(1, 1, references.shape[-1] // 2)  # [B, L, 2 or 4]
-            level_references = (references[:, :, None] * ratios[:, None]).flatten(0, 1)
             x_BQC, (offsets, logits) = run_layer(
                 layer,
                 self.recompute and self.training,
                 *(x_BQC, query_pos_BQC, level_references, value_BSC, geometry.level_shapes),
             )
-            head, reference = heads[index % len(heads)], inverse_sigmoid(references)
-            if every_layer or layer is self.layers[-1]:
-                predictions.append(head(x_BQC, reference))
-            if self.box_refine and layer is not self.layers[-1]:
-                boxes_BQ4 = predictions[-1].boxes if every_layer else head.boxes(x_BQC, reference)
-                references = boxes_BQ4.detach()
             if with_attention_map:
                 attention_map_BS = deformable_attention_map(
                     level_references,
@@ -154,4 +177,17 @@ class Decoder(nn.Module):
                     len(x_BQC),
                     into=attention_map_BS,
                 )
+            is_wanted = every_layer or layer is self.layers[-1]
+            if is_wanted or self.box_refine:
+                head = heads[index % len(heads)]
+                # A point is a box whose width and height are predicted without a reference.
+                if reference_logits.shape[-1] == 2:
+                    reference_logits = F.pad(reference_logits, (0, 2))
+                boxes_BQ4, refined_BQ4, on_levels = refine_boxes(
+                    head.offsets(x_BQC), reference_logits, geometry.valid_ratios_BL2
+                )
+                if is_wanted:
+                    predictions.append(Prediction(head.classify(x_BQC), boxes_BQ4))
+                if self.box_refine:
+                    reference_logits, level_references = refined_BQ4, on_levels
         return predictions, attention_map_BS

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from ats_detr.batch import ImageBatch
 from ats_detr.config import ModelConfig
-from ats_detr.kernels import encode_boxes
+from ats_detr.kernels import encode_boxes, refine_boxes
+from ats_detr.kernels.geometry import REFERENCE_EPS
 from ats_detr.model.attention import DeformableAttention
 from ats_detr.model.backbone import Backbone, to_channels_first
 from ats_detr.model.decoder import Decoder, PredictionHead
@@ -188,13 +189,17 @@ class Detr(nn.Module):
                 content_BQC.contiguous()
             )  # its strides would fix the batch size of an exported graph
             references = self.reference_points(query_pos_BQC).float().sigmoid()
+            reference_logits = references.logit(REFERENCE_EPS)
         else:
-            proposals, query_index_BQ, references = self._propose(memory_BSC, tokens, everywhere=supervision)
+            proposals, query_index_BQ, references, reference_logits = self._propose(
+                memory_BSC, tokens, everywhere=supervision
+            )
             query_pos_BQC, content_BQC = self._queries(memory_BSC, query_index_BQ, references)
         predictions, attention_map_BS = self.decoder(
             content_BQC,
             query_pos_BQC,
             references,
+            reference_logits,
             memory_BSC,
             tokens.geometry,
             self.decoder_heads,
@@ -223,8 +228,8 @@ class Detr(nn.Module):
 
     def _propose(
         self, memory_BSC: Tensor, tokens: Tokens, *, everywhere: bool
-    ) -> tuple[Prediction | None, Tensor, Tensor]:
-        """Predictions at all tokens, and indices [B, Q] and (detached) boxes [B, Q, 4] of the best Q tokens.
+    ) -> tuple[Prediction | None, Tensor, Tensor, Tensor]:
+        """Predictions at all tokens; indices [B, Q], boxes and their logits [B, Q, 4] (detached) of the best Q tokens.
 
         Only losses need predictions at all tokens. Without `everywhere`, ranking scores of all tokens and boxes of
         the best tokens are computed, and the first result is None.
@@ -243,13 +248,18 @@ class Detr(nn.Module):
         num_queries = min(self.num_queries, score_BS.shape[1])
         if prediction is not None:
             index_BQ = score_BS.topk(num_queries, dim=1).indices
-            boxes_BQ4 = _take(prediction.boxes, index_BQ)
+            boxes_BQ4 = _take(prediction.boxes, index_BQ).detach()
+            logits_BQ4 = boxes_BQ4.logit(REFERENCE_EPS)
         else:
             # Invalid tokens share one score, and small images need some of them as queries. Ties select the lower
             # index, so the choice does not depend on batch, device or runtime, as it does with top-k.
             index_BQ = score_BS.sort(dim=1, descending=True, stable=True).indices[:, :num_queries]
-            boxes_BQ4 = head.boxes(_take(embedded_BSC, index_BQ), _take(proposals_BS4, index_BQ))
-        return prediction, index_BQ, boxes_BQ4.detach()
+            offsets_BQ4 = head.offsets(_take(embedded_BSC, index_BQ)).detach()
+            reference_BQ4 = _take(proposals_BS4, index_BQ)
+            boxes_BQ4, logits_BQ4, _ = refine_boxes(
+                offsets_BQ4, reference_BQ4, tokens.geometry.valid_ratios_BL2
+            )
+        return prediction, index_BQ, boxes_BQ4, logits_BQ4
 
     def _queries(self, memory_BSC: Tensor, index_BQ: Tensor, boxes_BQ4: Tensor) -> tuple[Tensor, Tensor]:
         """Positional part and content, both [B, Q, C], of two-stage queries with these tokens and boxes."""

@@ -15,7 +15,13 @@ from ats_detr.kernels import (
     scatter_tokens,
 )
 from ats_detr.kernels.reference import LevelShapes
-from ats_detr.model.attention import DeformableAttention, project_values
+from ats_detr.model.attention import (
+    DeformableAttention,
+    linear_norm,
+    linear_relu,
+    project_values,
+    value_weights,
+)
 from ats_detr.model.tokens import Tokens
 
 
@@ -31,7 +37,8 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Updated features [..., C] of features [..., C]."""
-        return self.norm(x + self.dropout(self.linear2(self.dropout(self.linear1(x).relu()))))
+        hidden = self.dropout(linear_relu(x, self.linear1))
+        return linear_norm(hidden, self.linear2, self.dropout, x, self.norm)
 
 
 class EncoderLayer(nn.Module):
@@ -75,10 +82,10 @@ class EncoderLayer(nn.Module):
             return self._refine_rows_in_use(
                 rows_KC, positions_KC, references_KL2, value_BSC, level_shapes, plan
             )
-        offsets, logits = attention.project_query(rows_KC + positions_KC)
+        offsets, logits = attention.project_query(rows_KC, positions_KC)
         image_index_K = None if plan is None else plan.image_index_K
         gathered = attention.attend(value_BSC, level_shapes, references_KL2, offsets, logits, image_index_K)
-        rows_KC = self.attention_norm(rows_KC + self.dropout(attention.output_proj(gathered)))
+        rows_KC = linear_norm(gathered, attention.output_proj, self.dropout, rows_KC, self.attention_norm)
         return self.feedforward(rows_KC)
 
     def _refine_rows_in_use(
@@ -94,7 +101,7 @@ class EncoderLayer(nn.Module):
         attention, norm, feedforward = self.attention, self.attention_norm, self.feedforward
         num_rows = plan.num_rows
         assert num_rows is not None
-        offsets, logits = attention.project_packed_query(rows_KC, positions_KC, num_rows)
+        offsets, logits = attention.project_query(rows_KC, positions_KC, num_rows)
         gathered = attention.attend(
             value_BSC, level_shapes, references_KL2, offsets, logits, plan.image_index_K, num_rows
         )
@@ -128,6 +135,12 @@ class Encoder(nn.Module):
         self.layers = nn.ModuleList(EncoderLayer(**layer) for _ in range(num_layers))
         self.recompute = False
         """Recompute the activations of each layer in the backward pass (training only)."""
+        self.register_buffer("value_weight", None, persistent=False)  # see `fuse_weights`
+        self.register_buffer("value_bias", None, persistent=False)
+
+    def fuse_weights(self) -> None:
+        """Store the weights of the layers' value projections as one, for inference with weights that never change."""
+        self.value_weight, self.value_bias = value_weights([layer.attention for layer in self.layers])
 
     def forward(self, tokens: Tokens, plan: TokenPlan | None) -> tuple[Tensor, list[Tensor]]:
         """The memory [B, S, C] and the kept rows [K, C] after each layer.
@@ -142,7 +155,8 @@ class Encoder(nn.Module):
         # layer projects only the kept rows again.
         attentions: Any = [layer.attention for layer in self.layers]
         mask_BS, level_shapes = tokens.geometry.padding_mask_BS, tokens.geometry.level_shapes
-        raw_values = [] if plan is None else project_values(attentions, memory_BSC, mask_BS)
+        fused = (self.value_weight, self.value_bias)
+        raw_values = [] if plan is None else project_values(attentions, memory_BSC, mask_BS, fused)
         layer_rows: list[Tensor] = []
         for index, layer in enumerate(self.layers):
             attention = attentions[index]

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ats_detr.kernels import TokenGeometry, select_tokens
+from ats_detr.kernels import TokenGeometry, packed_linear, select_tokens
 from ats_detr.kernels.dispatch import choose_backend
 from ats_detr.model.output import TokenScores
 
@@ -121,5 +121,9 @@ class TokenSelector(nn.Module):
 
 def ranking_logits(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """x W^T + b in float32, also under autocast, because 16-bit scores would have thousands of ties."""
+    is_small = x.dtype == weight.dtype and x.element_size() == 2
+    if is_small and not torch.is_grad_enabled() and choose_backend(x) == "triton":
+        # The kernel multiplies 16-bit factors exactly; PyTorch would round the result.
+        return packed_linear(x.flatten(0, -2), weight, bias, dtype=torch.float32).unflatten(0, x.shape[:-1])
     with torch.autocast(x.device.type, enabled=False):
         return F.linear(x.float(), weight.float(), bias.float())

@@ -170,10 +170,11 @@ class SetCriterion(nn.Module):
                 decoder_auxiliary=self.decoder_auxiliary,
             )
             matches = self.matcher.start(list(layers.values()), targets)
-            logits = [layer.logits_RT.float() for layer in layers.values()]
-            background = [background_loss(x, self.focal_alpha, self.focal_gamma) for x in logits]
+            logits_RT = torch.cat([layer.logits_RT for layer in layers.values()]).float()
+            counts = [len(layer.logits_RT) for layer in layers.values()]
+            background = background_loss(logits_RT, counts, self.focal_alpha, self.focal_gamma)
             others = self._selector_losses(output, metrics) if output.selection is not None else {}
-            return PendingLosses(self, layers, targets, matches, logits, background, others, metrics)
+            return PendingLosses(self, layers, targets, matches, logits_RT, background, others, metrics)
 
     def _selector_losses(self, output: DetectorOutput, metrics: bool) -> dict[str, Tensor]:
         selection, attention = output.selection, output.attention_map_BS
@@ -225,62 +226,62 @@ class PendingLosses:
     layers: dict[str, PredictionRows]
     targets: Sequence[Target]
     matches: PendingMatches
-    logits: list[Tensor]
-    """float32 [R, T] of each layer."""
-    background: list[tuple[Tensor, Tensor]]
-    """`background_loss` of each layer."""
+    logits_RT: Tensor
+    """float32, of all layers."""
+    background: tuple[Tensor, Tensor]
+    """`background_loss` of all layers."""
     others: dict[str, Tensor]
     """Losses that need no matching."""
     metrics: bool
 
     def finish(self, num_boxes: Tensor | float) -> dict[str, Tensor]:
         """The losses of `SetCriterion.forward`. If `matches.problem` is set afterwards, they are meaningless."""
-        with torch.autocast(self.logits[0].device.type, enabled=False):
+        with torch.autocast(self.logits_RT.device.type, enabled=False):
             matches = self.matches.finish()
             labels = torch.cat([target.labels_N for target in self.targets])
-            losses = self._class_losses(matches, labels, num_boxes) | self._box_losses(matches, num_boxes)
+            # Of the pairs of all layers: rows of the concatenated layers, and objects.
+            rows_M, objects_M = self.matches.all_pairs.unbind()
+            counts = [len(match.rows_M) for match in matches]
+            values = self._class_losses(labels[objects_M], rows_M, counts)
+            values |= self._box_losses(objects_M, rows_M, counts)
+            losses = {
+                key + suffix: loss
+                for key, loss_of_layers in values.items()
+                for suffix, loss in zip(self.layers, (loss_of_layers / num_boxes).unbind(), strict=True)
+            }
             if self.metrics:
                 with torch.no_grad():
                     losses |= self._metrics(matches[0], labels)
             return losses | self.others
 
-    def _class_losses(
-        self, matches: list[Match], labels: Tensor, num_boxes: Tensor | float
-    ) -> dict[str, Tensor]:
-        losses = {}
-        parts = zip(self.layers.items(), self.logits, self.background, matches, strict=True)
-        for (suffix, layer), logits, (background, derivative), match in parts:
-            wanted = labels[match.objects_M]
-            if layer.class_agnostic:
-                wanted = torch.zeros_like(wanted)
-            focal = self.criterion.focal_alpha, self.criterion.focal_gamma
-            total = FocalLoss.apply(logits, background, derivative, match.rows_M, wanted, *focal)
-            losses["loss_ce" + suffix] = total / num_boxes
-        return losses
+    def _class_losses(self, labels_M: Tensor, rows_M: Tensor, counts: list[int]) -> dict[str, Tensor]:
+        """The sum over the pairs and the background of each layer."""
+        agnostic = [layer.class_agnostic for layer in self.layers.values()]
+        if any(agnostic):
+            parts = zip(labels_M.split(counts), agnostic, strict=True)
+            labels_M = torch.cat([torch.zeros_like(part) if zero else part for part, zero in parts])
+        num_rows = [len(layer.logits_RT) for layer in self.layers.values()]
+        focal = self.criterion.focal_alpha, self.criterion.focal_gamma
+        return {
+            "loss_ce": FocalLoss.apply(
+                self.logits_RT, *self.background, rows_M, labels_M, num_rows, counts, *focal
+            )
+        }
 
-    def _box_losses(self, matches: list[Match], num_boxes: Tensor | float) -> dict[str, Tensor]:
-        object_boxes = torch.cat([target.boxes_N4 for target in self.targets]).float()
-        boxes = torch.cat(
-            [layer.boxes_R4[m.rows_M] for layer, m in zip(self.layers.values(), matches, strict=True)]
-        ).float()
-        wanted = object_boxes[torch.cat([match.objects_M for match in matches])]
-        distance = F.l1_loss(boxes, wanted, reduction="none").sum(1) / num_boxes
-        giou = (1 - generalized_iou(cxcywh_to_xyxy(boxes), cxcywh_to_xyxy(wanted))) / num_boxes
-        counts = [len(match.rows_M) for match in matches]
-        losses = {}
-        for suffix, bbox_part, giou_part in zip(
-            self.layers, distance.split(counts), giou.split(counts), strict=True
-        ):
-            losses["loss_bbox" + suffix] = bbox_part.sum()
-            losses["loss_giou" + suffix] = giou_part.sum()
-        return losses
+    def _box_losses(self, objects_M: Tensor, rows_M: Tensor, counts: list[int]) -> dict[str, Tensor]:
+        """The sums over the pairs of each layer."""
+        boxes = torch.cat([layer.boxes_R4 for layer in self.layers.values()])[rows_M].float()
+        wanted = torch.cat([target.boxes_N4 for target in self.targets]).float()[objects_M]
+        distance = F.l1_loss(boxes, wanted, reduction="none").sum(1)
+        giou = 1 - generalized_iou(cxcywh_to_xyxy(boxes), cxcywh_to_xyxy(wanted))
+        return {"loss_bbox": sums_of_parts(distance, counts), "loss_giou": sums_of_parts(giou, counts)}
 
     def _metrics(self, match: Match, labels: Tensor) -> dict[str, Tensor]:
         """Metrics of all layers; `match` belongs to the last decoder layer."""
         num_objects_B = torch.tensor([len(target.labels_N) for target in self.targets]).to(
             labels.device, non_blocking=True
         )
-        best = [logits.argmax(1) for logits in self.logits]
+        best = self.logits_RT.argmax(1).split([len(layer.logits_RT) for layer in self.layers.values()])
         found = {
             "cardinality_error" + suffix: _cardinality_error(
                 own, layer.starts, num_objects_B, self.criterion.num_classes
@@ -363,9 +364,19 @@ def _cardinality_error(
 
 
 # --------------------------------------------------------------------------------------------------------- focal loss
+def sums_of_parts(values: Tensor, counts: Sequence[int]) -> Tensor:
+    """The sum of each of the consecutive parts of `values`, of `counts` entries of the first axis."""
+    if len(set(counts)) == 1:
+        return values.unflatten(0, (len(counts), counts[0])).flatten(1).sum(1)
+    return torch.stack([part.sum() for part in values.split(counts)])
+
+
 @torch.no_grad()
-def background_loss(logits_RT: Tensor, alpha: float, gamma: float) -> tuple[Tensor, Tensor]:
-    """The sigmoid focal loss (Lin et al. 2017) of all entries as background: sum, and derivative [R, T].
+def background_loss(
+    logits_RT: Tensor, counts: Sequence[int], alpha: float, gamma: float
+) -> tuple[Tensor, Tensor]:
+    """The sigmoid focal loss (Lin et al. 2017) of all entries as background: the sum of each layer, of `counts` rows,
+    and the derivative [R, T].
 
     (1 - alpha) p^gamma softplus(x), whose derivative is (1 - alpha) p^gamma (gamma (1 - p) softplus(x) + p).
     Independent of the matching, so the device computes it while the host solves the assignments.
@@ -373,16 +384,16 @@ def background_loss(logits_RT: Tensor, alpha: float, gamma: float) -> tuple[Tens
     p = logits_RT.sigmoid()
     cost = F.softplus(logits_RT)
     weight = p.pow(gamma).mul_(1 - alpha)
-    total = (weight * cost).sum()
+    totals = sums_of_parts(weight * cost, counts)
     derivative = cost.mul_(1 - p).mul_(gamma).add_(p).mul_(weight)
-    return total, derivative
+    return totals, derivative
 
 
 class FocalLoss(torch.autograd.Function):
-    """Sum of the sigmoid focal loss where the entries (rows_M[i], labels_M[i]), all distinct, are objects.
+    """Sum of each layer's sigmoid focal loss where the entries (rows_M[i], labels_M[i]), all distinct, are objects.
 
-    Takes the results of `background_loss` for the same logits. The backward pass scales that derivative and replaces
-    the entries of objects.
+    Takes the results of `background_loss` for the same logits, and the numbers of rows and of pairs of each layer. The
+    backward pass scales that derivative and replaces the entries of objects.
     """
 
     @staticmethod
@@ -393,6 +404,8 @@ class FocalLoss(torch.autograd.Function):
         derivative_RT: Tensor,
         rows_M: Tensor,
         labels_M: Tensor,
+        num_rows: Sequence[int],
+        num_pairs: Sequence[int],
         alpha: float,
         gamma: float,
     ) -> Tensor:
@@ -400,13 +413,16 @@ class FocalLoss(torch.autograd.Function):
         p, cost = x.sigmoid(), F.softplus(-x)
         weight = alpha * (1 - p).pow(gamma)
         as_background = (1 - alpha) * p.pow(gamma) * F.softplus(x)
+        ctx.num_rows = num_rows
         ctx.save_for_backward(derivative_RT, rows_M, labels_M, -weight * (gamma * p * cost + (1 - p)))
-        return background + (weight * cost - as_background).sum()
+        return background + sums_of_parts(weight * cost - as_background, num_pairs)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         derivative_RT, rows_M, labels_M, of_objects_M = ctx.saved_tensors
-        grad_RT = derivative_RT * gradient
-        grad_RT[rows_M, labels_M] = of_objects_M * gradient
-        return grad_RT, None, None, None, None, None, None
+        parts = zip(gradient.unbind(), ctx.num_rows, strict=True)
+        gradient_R1 = torch.cat([of_layer.expand(count) for of_layer, count in parts])[:, None]
+        grad_RT = derivative_RT * gradient_R1
+        grad_RT[rows_M, labels_M] = of_objects_M * gradient_R1[rows_M, 0]
+        return grad_RT, None, None, None, None, None, None, None, None

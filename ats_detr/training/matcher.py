@@ -92,13 +92,13 @@ class HungarianMatcher:
         images = [np.repeat(np.arange(len(targets)), counts) for counts in num_rows]
         image_R = torch.from_numpy(np.concatenate(images)).to(device, non_blocking=True)
 
-        parts = zip(layers, image_R.split([int(counts.sum()) for counts in num_rows]), strict=True)
+        parts = zip(layers, labels_BN[image_R].split([int(counts.sum()) for counts in num_rows]), strict=True)
         logits_RN = torch.cat(
             [
                 layer.logits_RT[:, :1].expand(-1, labels_BN.shape[1])
                 if layer.class_agnostic
-                else layer.logits_RT.gather(1, labels_BN[image])
-                for layer, image in parts
+                else layer.logits_RT.gather(1, labels)
+                for layer, labels in parts
             ]
         )
         p = logits_RN.float().sigmoid()
@@ -128,6 +128,8 @@ class PendingMatches:
         self.layers, self.targets = layers, targets
         self.problem: str | None = None
         """Set by `finish` where a cost is not finite: the tensor that caused it. The matches are then arbitrary."""
+        self.all_pairs: Tensor | None = None
+        """int64 [2, M], set by `finish`: rows of all layers concatenated, and objects, of the pairs of all layers."""
         self.costs_RN = costs_RN.to("cpu", non_blocking=True)  # from a GPU: into pinned memory
         self.arrived: torch.cuda.Event | None = None
         if costs_RN.is_cuda:
@@ -153,11 +155,13 @@ class PendingMatches:
                     cost = np.nan_to_num(cost, nan=0.0, posinf=0.0, neginf=0.0)
                 rows, objects = linear_sum_assignment(cost)
                 pairs.append(np.stack([rows + start, objects + first_object[image]]))
+            pairs_of_layer = np.concatenate(pairs, axis=1)
+            matched.append(np.concatenate([pairs_of_layer, pairs_of_layer[:1] + first_row]))
             first_row += layer.starts[-1]
-            matched.append(np.concatenate(pairs, axis=1))
         on_host = torch.from_numpy(np.concatenate(matched, axis=1))
         on_device = on_host.to(self.layers[0].boxes_R4.device, non_blocking=True)
-        return [Match(*part) for part in on_device.split([pairs.shape[1] for pairs in matched], dim=1)]
+        self.all_pairs = torch.stack([on_device[2], on_device[1]])
+        return [Match(*part) for part in on_device[:2].split([pairs.shape[1] for pairs in matched], dim=1)]
 
 
 def _describe_problem(layer: PredictionRows, image: int, target: Target) -> str:

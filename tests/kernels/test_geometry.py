@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ats_detr.batch import ImageBatch
-from ats_detr.kernels import TokenPlan, encode_boxes, token_geometry
+from ats_detr.kernels import TokenPlan, encode_boxes, refine_boxes, token_geometry
 
 from .cases import DEVICE
 
@@ -66,6 +66,22 @@ def test_boxes_are_encoded_like_the_definition(width, shape, dtype):
     boxes = torch.rand(*shape, device=DEVICE).to(dtype)
     ours, expected = (encode_boxes(boxes, width, backend=backend) for backend in ("triton", "reference"))
     torch.testing.assert_close(ours, expected, atol=ATOL, rtol=0)
+
+
+@pytest.mark.parametrize("shape", [(0, 3, 4), (2, 0, 4), (2, 77, 4)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_boxes_are_refined_like_the_definition(shape, dtype):
+    generator = torch.Generator().manual_seed(0)
+    offset, reference = (torch.randn(2, *shape, generator=generator) * 4).to(DEVICE)
+    if reference.numel():
+        reference.view(-1)[:4] = torch.tensor([torch.inf, -torch.inf, torch.nan, 50.0])
+    ratios = torch.rand(shape[0], 3, 2, generator=generator).to(DEVICE)
+    arguments = offset.to(dtype), reference, ratios
+    ours, expected = (refine_boxes(*arguments, backend=backend) for backend in ("triton", "reference"))
+    torch.testing.assert_close(ours, expected, atol=1e-6, rtol=1e-6, equal_nan=True)
+    leaf = arguments[0].clone().requires_grad_()
+    boxes, logits, on_levels = refine_boxes(leaf, reference, ratios)
+    assert boxes.requires_grad and not logits.requires_grad and not on_levels.requires_grad
 
 
 def test_wrong_arguments_are_named():

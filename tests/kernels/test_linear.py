@@ -241,11 +241,9 @@ def test_the_library_computes_exact_plans_and_the_kernels_capacities(monkeypatch
 def test_kernels_compute_where_they_were_measured_faster() -> None:
     from ats_detr.kernels.linear import _kernel_pays
 
-    count = torch.zeros(1, dtype=torch.int32)
-    for operator in ("packed_linear", "packed_linear_norm", "packed_feedforward"):
-        assert _kernel_pays(operator, torch.zeros(1, dtype=BRAIN), count)
-        assert not _kernel_pays(operator, torch.zeros(1), count)
-        assert _kernel_pays(operator, torch.zeros(1, dtype=HALF), None) == (operator == "packed_linear_norm")
+    assert _kernel_pays(torch.zeros(1, dtype=BRAIN))
+    assert not _kernel_pays(torch.zeros(1, dtype=HALF), fused=False)
+    assert not _kernel_pays(torch.zeros(1))
 
 
 # ------------------------------------------------------------------------------------------------------------ operators
@@ -260,7 +258,7 @@ def test_opcheck(backend: str) -> None:
     norm = (t["norm_weight"], t["norm_bias"], 1e-5, count)
     operators = torch.ops.ats_detr
     layer = (t["x"], t["weight1"], t["bias1"], count, t["add"])
-    torch.library.opcheck(operators.packed_linear.default, (*layer, SINGLE, backend))
+    torch.library.opcheck(operators.packed_linear.default, (*layer, SINGLE, True, backend))
     index = (plan.token_index_K, plan.image_index_K, plan.slot_BS)
     torch.library.opcheck(operators.packed_linear_.default, (t["memory"], *layer, *index, backend))
     layer2 = (t["wide"], t["weight2"], t["bias2"], t["x"], *norm)
@@ -297,7 +295,7 @@ def test_flops_of_the_capacity() -> None:
     norm = (t["norm_weight"], t["norm_bias"], 1e-5, None, "reference")
     layers = (t["x"], t["weight1"], t["bias1"], t["weight2"], t["bias2"])
     with FlopCounterMode(display=False) as counter:
-        torch.ops.ats_detr.packed_linear(*layers[:3], None, None, SINGLE, "reference")
+        torch.ops.ats_detr.packed_linear(*layers[:3], None, None, SINGLE, False, "reference")
         torch.ops.ats_detr.packed_linear_norm(t["wide"], t["weight2"], t["bias2"], t["x"], *norm)
         torch.ops.ats_detr.packed_feedforward(*layers, *norm)
     assert counter.get_total_flops() == 4 * 2 * 20 * 32 * 48

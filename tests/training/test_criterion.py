@@ -283,10 +283,11 @@ def test_focal_alpha_and_gamma_reach_loss_and_cost(tmp_path: Path) -> None:
     pending = plain.start(output, targets)
     loss = pending.finish(5)["loss_ce"]
     match = plain.matcher([pending.layers[""]], targets)[0]
-    wanted = torch.zeros_like(pending.logits[0])
+    logits = pending.layers[""].logits_RT
+    wanted = torch.zeros_like(logits)
     labels = torch.cat([target.labels_N for target in targets])
     wanted[match.rows_M, labels[match.objects_M]] = 1
-    expected = 0.5 * F.binary_cross_entropy_with_logits(pending.logits[0], wanted, reduction="sum") / 5
+    expected = 0.5 * F.binary_cross_entropy_with_logits(logits, wanted, reduction="sum") / 5
     torch.testing.assert_close(loss, expected)  # gamma 0 and alpha 0.5: half of the binary cross entropy
 
 

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ats_detr.kernels.geometry import LARGEST_LOGIT
 from ats_detr.kernels.gpu.common import INTERPRETING, SIZES, cdiv, level_size, next_power_of_2
 
 BLOCK = 4096 if INTERPRETING else 256  # tokens
@@ -196,6 +197,28 @@ def sine_of_values(
     )
 
 
+@triton.jit(do_not_specialize=["num_queries", "num_values"])
+def refine_references(
+    offset_ptr, reference_ptr, ratio_ptr,  # [B, Q, 4], [B, Q, 4] float32, [B, LEVELS, 2] float32
+    box_ptr, logit_ptr, on_level_ptr,  # float32 [B, Q, 4], [B, Q, 4], [B * Q, LEVELS, 4]
+    num_queries, num_values, LEVELS: tl.constexpr, LARGEST: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One program: BLOCK coordinates."""
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    live = at < num_values
+    logit = tl.load(offset_ptr + at, mask=live, other=0.0).to(tl.float32)
+    logit += tl.load(reference_ptr + at, mask=live, other=0.0)
+    box = 1.0 / (1.0 + tl.exp(-logit))
+    tl.store(box_ptr + at, box, mask=live)
+    logit = tl.minimum(logit, LARGEST, propagate_nan=tl.PropagateNan.ALL)
+    tl.store(logit_ptr + at, tl.maximum(logit, -LARGEST, propagate_nan=tl.PropagateNan.ALL), mask=live)
+    query = at // 4
+    image = tl.where(live, query // num_queries, 0)
+    for level in tl.static_range(LEVELS):
+        ratio = tl.load(ratio_ptr + (image * LEVELS + level) * 2 + at % 2)
+        tl.store(on_level_ptr + (query * LEVELS + level) * 4 + at % 4, box * ratio, mask=live)
+
+
 # ------------------------------------------------------------------------------------------------------------ launchers
 def _levels(levels: Sequence[int]) -> list[int]:
     packed = [height << 16 | width for height, width in zip(levels[::2], levels[1::2], strict=True)]
@@ -257,3 +280,16 @@ def encode_boxes(boxes: Tensor, num_features: int) -> Tensor:
             boxes.contiguous(), out, boxes.numel(), FEATURES=num_features, WIDTH=width, BLOCK=block, num_warps=4,
         )  # fmt: skip
     return out
+
+
+def refine_boxes(offset: Tensor, reference: Tensor, ratios: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Boxes and their clamped logits [B, Q, 4], and the boxes on every level [B * Q, L, 4]."""
+    (batch, num_queries, _), num_levels = reference.shape, ratios.shape[1]
+    boxes, logits = (reference.new_empty(reference.shape) for _ in range(2))
+    on_levels = reference.new_empty(batch * num_queries, num_levels, 4)
+    if boxes.numel():
+        refine_references[(cdiv(boxes.numel(), BLOCK),)](
+            offset.contiguous(), reference.contiguous(), ratios.contiguous(), boxes, logits, on_levels,
+            num_queries, boxes.numel(), LEVELS=num_levels, LARGEST=LARGEST_LOGIT, BLOCK=BLOCK, num_warps=4,
+        )  # fmt: skip
+    return boxes, logits, on_levels

@@ -228,11 +228,12 @@ def _padded(width: int) -> int:
 
 
 def packed_linear(
-    x: Tensor, weight: Tensor, bias: Tensor, num_rows: Tensor | None, add: Tensor | None, dtype: torch.dtype
-) -> Tensor:
-    """[K, OUT] (x + add) W^T + b."""
+    x: Tensor, weight: Tensor, bias: Tensor, num_rows: Tensor | None, add: Tensor | None, dtype: torch.dtype,
+    relu: bool,
+) -> Tensor:  # fmt: skip
+    """[K, OUT] (x + add) W^T + b, with `relu` at least 0."""
     out = x.new_empty(x.shape[0], weight.shape[0], dtype=dtype)
-    _linear(x, weight, bias, num_rows, add, False, out)
+    _linear(x, weight, bias, num_rows, add, relu, out)
     return out
 
 
@@ -244,7 +245,7 @@ def packed_linear_(
     if rows_evenly_spaced(memory) and not share_storage(memory, x, add):
         _linear(x, weight, bias, num_rows, add, False, memory, token_index, image_index)
     else:
-        rows = packed_linear(x, weight, bias, num_rows, add, memory.dtype)
+        rows = packed_linear(x, weight, bias, num_rows, add, memory.dtype, False)
         scatter_(memory, rows, token_index, image_index, slots, num_rows)
 
 
