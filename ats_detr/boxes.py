@@ -8,8 +8,13 @@ from torchvision.ops import box_convert
 
 
 def cxcywh_to_xyxy(boxes: Tensor) -> Tensor:
-    """Corners (x0, y0, x1, y1) [..., 4] of boxes (centre x, centre y, width, height) [..., 4]."""
-    return box_convert(boxes, "cxcywh", "xyxy")
+    """Corners (x0, y0, x1, y1) [..., 4] of boxes (centre x, centre y, width, height) [..., 4].
+
+    Equals torchvision's conversion, in half as many kernels.
+    """
+    centre, size = boxes.split(2, dim=-1)
+    half = 0.5 * size
+    return torch.cat([centre - half, centre + half], dim=-1)
 
 
 def xyxy_to_cxcywh(boxes: Tensor) -> Tensor:
@@ -33,19 +38,20 @@ def generalized_iou(a_xyxy: Tensor, b_xyxy: Tensor) -> Tensor:
     have zero area.
     """
     overlap, union = _overlap_and_union(a_xyxy, b_xyxy)
-    a_left, a_top, a_right, a_bottom = a_xyxy.unbind(-1)
-    b_left, b_top, b_right, b_bottom = b_xyxy.unbind(-1)
-    width = torch.maximum(a_right, b_right) - torch.minimum(a_left, b_left)
-    height = torch.maximum(a_bottom, b_bottom) - torch.minimum(a_top, b_top)
-    hull = width * height
+    hull = _area(
+        torch.minimum(a_xyxy[..., :2], b_xyxy[..., :2]), torch.maximum(a_xyxy[..., 2:], b_xyxy[..., 2:])
+    )
     return overlap / union - (hull - union) / hull
 
 
 def _overlap_and_union(a_xyxy: Tensor, b_xyxy: Tensor) -> tuple[Tensor, Tensor]:
-    a_left, a_top, a_right, a_bottom = a_xyxy.unbind(-1)
-    b_left, b_top, b_right, b_bottom = b_xyxy.unbind(-1)
-    width = torch.minimum(a_right, b_right) - torch.maximum(a_left, b_left)
-    height = torch.minimum(a_bottom, b_bottom) - torch.maximum(a_top, b_top)
-    overlap = width.clamp(min=0) * height.clamp(min=0)
-    area_a, area_b = (a_right - a_left) * (a_bottom - a_top), (b_right - b_left) * (b_bottom - b_top)
+    first = torch.maximum(a_xyxy[..., :2], b_xyxy[..., :2])
+    width, height = (torch.minimum(a_xyxy[..., 2:], b_xyxy[..., 2:]) - first).clamp(min=0).unbind(-1)
+    overlap = width * height
+    area_a, area_b = (_area(boxes[..., :2], boxes[..., 2:]) for boxes in (a_xyxy, b_xyxy))
     return overlap, area_a + area_b - overlap
+
+
+def _area(first_xy: Tensor, last_xy: Tensor) -> Tensor:
+    width, height = (last_xy - first_xy).unbind(-1)
+    return width * height

@@ -10,8 +10,9 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 from torch.utils.flop_counter import register_flop_formula
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -118,15 +119,20 @@ class Operator:
         schema = torch.library.infer_schema(definition, mutates_args=mutates_args)
         signature, returns = schema.rsplit(") ->", 1)
 
-        def run(*all_arguments: Any) -> Any:
-            *arguments, backend = all_arguments
-            if backend == "reference":
-                return definition(*arguments)
+        def launch(*arguments: Any) -> Any:
             # Imported here: Triton is optional, and reads TRITON_INTERPRET on import.
-            launch = getattr(importlib.import_module(f"ats_detr.kernels.gpu.{module}"), launcher)
+            function = getattr(importlib.import_module(f"ats_detr.kernels.gpu.{module}"), launcher)
             # Triton launches on the current GPU, not on that of the tensors.
             with torch.cuda.device_of(tensors_of(arguments)[0]):
-                return launch(*arguments)
+                return function(*arguments)
+
+        def run(*all_arguments: Any) -> Any:
+            *arguments, backend = all_arguments
+            return definition(*arguments) if backend == "reference" else launch(*arguments)
+
+        self._launch = launch
+        names = [argument.name for argument in torch._C.parse_schema(f"f{schema}").arguments]
+        self._mutated = [names.index(name) for name in mutates_args]
 
         self._registered = torch.library.custom_op(
             f"ats_detr::{self.name}",
@@ -161,6 +167,11 @@ class Operator:
         chosen = choose_backend(tensors, backend, kernel_pays=kernel_pays, limitation=limitation)
         if chosen == "reference" and not registered and not runs_inside_graph():
             return self.definition(*arguments)
+        if chosen == "triton" and _is_plain_call(tensors):
+            for position in self._mutated:
+                if not arguments[position].is_inference():
+                    torch.autograd.graph.increment_version(arguments[position])
+            return self._launch(*arguments)
         return self.packet(*arguments, chosen)
 
     def register_fake(self, fake: Callable[..., Any]) -> Callable[..., Any]:
@@ -206,6 +217,18 @@ def tensors_of(arguments: Sequence[Any]) -> list[Tensor]:
         elif isinstance(argument, (list, tuple)):
             tensors += [item for item in argument if isinstance(item, Tensor)]
     return tensors
+
+
+def _is_plain_call(tensors: Sequence[Tensor]) -> bool:
+    """Whether nothing records or traces a call: its kernels are then launched without PyTorch's dispatcher."""
+    return (
+        not runs_inside_graph()
+        and not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))
+        and _get_current_dispatch_mode() is None
+        and all(type(tensor) in (Tensor, nn.Parameter) for tensor in tensors)
+        and no_transforms() is None
+        and not torch.jit.is_tracing()
+    )
 
 
 def share_storage(target: Tensor, *sources: Tensor | None) -> bool:

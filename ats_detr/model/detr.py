@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ats_detr.batch import ImageBatch
 from ats_detr.config import ModelConfig
-from ats_detr.kernels import encode_boxes, refine_boxes
+from ats_detr.kernels import encode_boxes, fused_convolution, refine_boxes
 from ats_detr.kernels.geometry import REFERENCE_EPS
 from ats_detr.model.attention import DeformableAttention
 from ats_detr.model.backbone import Backbone, to_channels_first
@@ -159,10 +159,10 @@ class Detr(nn.Module):
         """The tokens of a batch: backbone maps projected to `width` channels, plus the further coarser levels."""
         maps = self.backbone(images_B3HW)
         maps = [to_channels_first(m, c) for m, c in zip(maps, self.backbone.num_channels, strict=True)]
-        pyramid = [project(m) for project, m in zip(self.input_proj, maps, strict=False)]
+        pyramid = [_project(projection, m) for projection, m in zip(self.input_proj, maps, strict=False)]
         coarse = maps[-1]
         for project in self.input_proj[len(maps) :]:
-            coarse = project(coarse)
+            coarse = _project(project, coarse)
             pyramid.append(coarse)
         padded_size = (images_B3HW.shape[2], images_B3HW.shape[3])
         return Tokens.from_pyramid(pyramid, sizes_B2, padded_size, self.level_embed)
@@ -280,6 +280,18 @@ class Detr(nn.Module):
         if selection is not None:
             proposals_K4 = proposals_K4.index_select(0, selection.plan.flat_index_K)
         return [head(rows, proposals_K4) for head, rows in zip(self.encoder_heads, layer_rows, strict=False)]
+
+
+def _project(projection: nn.Module, map_BCHW: Tensor) -> Tensor:
+    """A convolution with its bias, and the GroupNorm after it."""
+    assert isinstance(projection, nn.Sequential)
+    convolution, norm = projection
+    if torch.is_grad_enabled() or not map_BCHW.is_cuda:
+        return projection(map_BCHW)
+    stride, padding = convolution.stride, convolution.padding
+    return norm(
+        fused_convolution(map_BCHW, convolution.weight, convolution.bias, stride=stride, padding=padding)
+    )
 
 
 def _take(tensor_BSF: Tensor, index_BQ: Tensor) -> Tensor:

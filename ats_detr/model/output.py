@@ -142,6 +142,6 @@ def top_pairs(prediction: Prediction, max_detections: int) -> tuple[Tensor, Tens
     num_classes = prediction.logits.shape[-1]
     scores = prediction.logits.float().sigmoid().flatten(1)  # [B, Q * T]
     top = scores.topk(min(max_detections, scores.shape[1]), dim=1)
-    boxes_BN4 = cxcywh_to_xyxy(prediction.boxes.float())
-    boxes_BN4 = boxes_BN4.gather(1, (top.indices // num_classes)[..., None].expand(-1, -1, 4))
+    index_BN4 = (top.indices // num_classes)[..., None].expand(-1, -1, 4)
+    boxes_BN4 = cxcywh_to_xyxy(prediction.boxes.float().gather(1, index_BN4))
     return top.values, top.indices % num_classes, boxes_BN4

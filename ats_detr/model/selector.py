@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ats_detr.kernels import TokenGeometry, packed_linear, select_tokens
+from ats_detr.kernels import TokenGeometry, packed_linear, select_tokens, zero_padding
 from ats_detr.kernels.dispatch import choose_backend
 from ats_detr.model.output import TokenScores
 
@@ -61,12 +61,16 @@ class TokenSelector(nn.Module):
             geometry: of the tokens.
         """
         padding_mask_BS, num_valid_B = geometry.padding_mask_BS, geometry.num_valid_B
-        valid_BS = ~padding_mask_BS
-        local_BSC, global_BSC = self.embed(features_BSC).chunk(2, dim=-1)
+        embedded_BSC = self.embed(features_BSC)
+        local_BSC, global_BSC = embedded_BSC.chunk(2, dim=-1)
         if self.masked_mean:
             # At least float32: sums over tens of thousands of tokens overflow float16.
             exact = torch.promote_types(global_BSC.dtype, torch.float32)
-            total_BC = (global_BSC * valid_BS[..., None]).sum(1, dtype=exact)
+            if torch.is_grad_enabled():
+                global_BSC = global_BSC * ~padding_mask_BS[..., None]
+            else:  # padded rows only; their scores are replaced
+                zero_padding(embedded_BSC, padding_mask_BS)
+            total_BC = global_BSC.sum(1, dtype=exact)
             global_BC = (total_BC / num_valid_B.clamp(min=1)[:, None]).to(global_BSC.dtype)
         else:
             global_BC = global_BSC.mean(1)
@@ -115,7 +119,8 @@ class TokenSelector(nn.Module):
             step = (self.max_ratio - self.min_ratio) / (self.num_budgets - 1)
             ratio_B = self.min_ratio + step * budget_logits.argmax(-1)
             num_kept_B = (num_valid_B * ratio_B.clamp(0.01, 0.99)).long() + 1
-            num_kept_B = num_kept_B.clamp(min=self.min_tokens)
+            if self.min_tokens > 1:
+                num_kept_B = num_kept_B.clamp(min=self.min_tokens)
         return num_kept_B.minimum(num_valid_B)
 
 

@@ -217,3 +217,21 @@ def test_an_exported_scatter_writes_to_a_new_tensor(strict: bool) -> None:
     program = torch.export.export(Scatter(), inputs, strict=strict)
     assert "ats_detr.scatter.default" in str(program.graph)
     assert "ats_detr.scatter_.default" not in str(program.graph)
+
+
+def test_calls_that_nothing_records_launch_their_kernels_directly(monkeypatch) -> None:
+    from ats_detr.kernels import packing
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("the dispatcher was called")
+
+    monkeypatch.setattr(packing._zero_padding_in_place, "packet", refuse)
+    dense, mask = torch.ones(1, 3, 4, device=DEVICE), torch.tensor([[True, False, True]], device=DEVICE)
+    version = dense._version
+    assert zero_padding(dense, mask, backend="triton").sum().item() == 4
+    assert dense._version > version, "autograd must notice the change"
+    monkeypatch.setattr(packing._pack, "packet", refuse)
+    plan = TokenPlan.from_mask(~mask)
+    assert pack_tokens(plan, dense, backend="triton")[0].shape == (1, 4)
+    with pytest.raises(AssertionError, match="the dispatcher was called"):
+        pack_tokens(plan, dense.requires_grad_(), backend="triton")
