@@ -353,7 +353,7 @@ def packed_linear(
     used = _rows_in_use(x_KC, num_rows)
     x = x_KC[:used] if add_KC is None else x_KC[:used] + add_KC[:used]
     out = F.linear(x.to(weight_FC.dtype), weight_FC, bias_F.to(weight_FC.dtype))
-    out = out.relu_() if relu else out
+    out = out.relu() if relu else out
     return _to_capacity(out if dtype is None else out.to(dtype), x_KC)
 
 

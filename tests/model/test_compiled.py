@@ -154,8 +154,8 @@ def test_a_cuda_pass_does_not_synchronise(changes: dict) -> None:
             for name, tensor in state.items()
         }
         pictures = torch.empty(3, 3, 128, 192, device="cuda")
-        padding = torch.empty(3, 128, 192, dtype=torch.bool, device="cuda")
-        detections = torch.func.functional_call(model, weights, (pictures, padding))
+        sizes = torch.empty(3, 2, dtype=torch.int64, device="cuda")
+        detections = torch.func.functional_call(model, weights, (pictures, sizes))
         assert [len(found.boxes_xyxy_N4) for found in detections] == [50, 50, 50]
         assert detections[0].boxes_xyxy_N4.device.type == "cuda"
         with pytest.raises(DataDependentOutputException):
