@@ -15,10 +15,9 @@ import torch
 from torch import Tensor
 
 from ats_detr.kernels.dispatch import invalid, no_transforms, operator
+from ats_detr.kernels.levels import MAX_LEVELS, LevelShapes
 from ats_detr.kernels.plan import TokenPlan
-from ats_detr.kernels.reference import LevelShapes
 
-MAX_LEVELS = 8
 TEMPERATURE = 10000.0
 REFERENCE_EPS = 1e-5
 """Smallest distance of a reference from 0 and 1 when its logit is computed (Deformable DETR)."""

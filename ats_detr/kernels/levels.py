@@ -12,6 +12,8 @@ from torch import Tensor
 from ats_detr.kernels.dispatch import INTEGERS, invalid, runs_inside_graph
 
 LevelShapes = Sequence[tuple[int, int]]
+MAX_LEVELS = 8
+"""Levels that the Triton kernels support."""
 
 
 def as_level_shapes(level_shapes: LevelShapes | Tensor) -> LevelShapes | Tensor:

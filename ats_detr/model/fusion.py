@@ -38,7 +38,7 @@ class FrozenNorm(nn.Module):
     scale: Tensor | None
     shift: Tensor | None
 
-    def __init__(self, norm: nn.Module) -> None:
+    def __init__(self, norm: Any) -> None:
         """The same map as a batch norm of PyTorch or timm in evaluation; timm's include an activation."""
         super().__init__()
         tensors = {name: getattr(norm, name) for name in ("weight", "bias", "running_mean", "running_var")}
