@@ -720,14 +720,13 @@ def _convert(value: Any, hint: Any, key: str) -> Any:
         if value in arguments:
             return value
         raise ConfigError(key, value, f"must be one of {', '.join(map(str, arguments))}")
+    if origin in (tuple, dict):
+        fix = f"at most {_MAX_LENGTH} values, nested at most {_MAX_DEPTH} times"
+        _check(_is_small(value), key, value, fix)
     if origin is tuple:
         return _convert_tuple(value, arguments, key)
     if origin is dict:
-        if not isinstance(value, dict):
-            raise ConfigError(key, value, "must be a mapping of settings, key: value")
-        _check(
-            _is_small(value), key, value, f"at most {_MAX_LENGTH} values, nested at most {_MAX_DEPTH} times"
-        )
+        _check(isinstance(value, dict), key, value, "must be a mapping of settings, key: value")
         return value
     if hint is bool and isinstance(value, bool):
         return value
@@ -754,25 +753,17 @@ def _is_small(value: Any) -> bool:
         count += 1
         if depth > _MAX_DEPTH:
             return False
-        inner = (
-            entry.values() if isinstance(entry, dict) else entry if isinstance(entry, (list, tuple)) else ()
-        )
-        pending += [(child, depth + 1) for child in inner]
+        entry = list(entry.values()) if isinstance(entry, dict) else entry
+        if isinstance(entry, (list, tuple)):
+            pending += [(child, depth + 1) for child in entry]
     return count <= _MAX_LENGTH
 
 
 def _convert_tuple(value: Any, arguments: tuple[Any, ...], key: str) -> tuple[Any, ...]:
     repeated = len(arguments) == 2 and arguments[1] is Ellipsis
-    _check(
-        not hasattr(value, "__len__") or len(value) <= _MAX_LENGTH,
-        key,
-        value,
-        f"at most {_MAX_LENGTH} values",
-    )
-    if not isinstance(value, (list, tuple)) or not (repeated or len(value) == len(arguments)):
-        raise ConfigError(
-            key, value, f"must be a list of {'values' if repeated else len(arguments)}, such as [1, 2]"
-        )
+    is_list = isinstance(value, (list, tuple)) and (repeated or len(value) == len(arguments))
+    fix = f"must be a list of {'values' if repeated else len(arguments)}, such as [1, 2]"
+    _check(is_list, key, value, fix)
     kinds = [arguments[0]] * len(value) if repeated else arguments
     return tuple(
         _convert(entry, kind, f"{key}[{i}]") for i, (entry, kind) in enumerate(zip(value, kinds, strict=True))
