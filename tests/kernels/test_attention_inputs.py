@@ -46,7 +46,8 @@ def _offset(tensor: Tensor) -> Tensor:
 def _columns(tensor: Tensor) -> Tensor:
     """A slice of rows that have an odd number of further elements."""
     rows = tensor.flatten(1)
-    wide = torch.cat([rows, rows.new_full((len(rows), 3), torch.nan)], 1)
+    unread = torch.nan if rows.is_floating_point() else 1
+    wide = torch.cat([rows, rows.new_full((len(rows), 3), unread)], 1)
     return wide[:, : rows.shape[1]].view(tensor.shape)
 
 
