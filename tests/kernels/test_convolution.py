@@ -57,7 +57,7 @@ class Case:
             "residual_BFHW": normal(*out.shape, dtype=self.residual) if self.residual else None,
         }
 
-    def run(self, exact: bool = False, backend: str = "triton") -> Tensor:
+    def run(self, exact: bool = False, backend: str | None = "triton") -> Tensor:
         """`exact`: by the definition in float64."""
         tensors = self.tensors()
         if exact:
@@ -91,6 +91,9 @@ CASES = {
     "dilated, groups": Case(kernel=3, padding=(2, 0), dilation=(2, 1), groups=4),
     "1x1, groups": Case(groups=8),
     "1x1, padded": Case(padding=(1, 0)),
+    "bias and residual": Case(kernel=3, scale=False, padding=(1, 1)),
+    "bias and ReLU": Case(kernel=3, scale=False, residual=None, padding=(1, 1), channels_last=False),
+    "residual, no ReLU": Case(scale=False, bias=False, relu=False, groups=8),
 }
 
 
@@ -98,7 +101,7 @@ CASES = {
 def test_kernels_match_the_definition(name: str) -> None:
     case = CASES[name]
     expected = case.run(exact=True)
-    for backend in ("triton", "reference"):
+    for backend in ("triton", "reference", None):
         result = case.run(backend=backend)
         assert result.shape == expected.shape and result.dtype == case.dtype
         assert relative_error(result, expected) < TOLERANCE[case.dtype]
