@@ -164,6 +164,8 @@ class Operator:
             devices = dict.fromkeys(str(tensor.device) for tensor in tensors)
             if len(devices) > 1:
                 raise ValueError(f"{self.name}: all tensors must be on one device, got {', '.join(devices)}")
+            if any(arguments[position].is_neg() for position in self._mutated):
+                limitation = "writing to a view with the negative bit is not supported"
         chosen = choose_backend(tensors, backend, kernel_pays=kernel_pays, limitation=limitation)
         if chosen == "reference" and not registered and not runs_inside_graph():
             return self.definition(*arguments)
@@ -225,7 +227,7 @@ def _is_plain_call(tensors: Sequence[Tensor]) -> bool:
         not runs_inside_graph()
         and not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))
         and _get_current_dispatch_mode() is None
-        and all(type(tensor) in (Tensor, nn.Parameter) for tensor in tensors)
+        and all(type(tensor) in (Tensor, nn.Parameter) and not tensor.is_neg() for tensor in tensors)
         and no_transforms() is None
         and not torch.jit.is_tracing()
     )
