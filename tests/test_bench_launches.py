@@ -10,12 +10,12 @@ import sys
 import pytest
 
 BUDGETS = {
-    ("captured", "bfloat16", 1): {"launches": 300, "megabytes": 2400, "floor_us": 1150},
+    ("captured", "bfloat16", 1): {"launches": 300, "megabytes": 2300, "floor_us": 1150},
     ("captured", "bfloat16", 4): {"floor_us": 3300},
     ("eager", "float32", 1): {"launches": 480},
     ("eager", "bfloat16", 1): {"launches": 560},
-    ("training", "float32", 2): {"launches": 4250},
-    ("training", "bfloat16", 2): {"launches": 5520},
+    ("training", "float32", 2): {"launches": 3950},
+    ("training", "bfloat16", 2): {"launches": 5000},
 }
 """Lower these with the launches; raising one needs a reason."""
 
