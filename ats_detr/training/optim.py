@@ -42,7 +42,11 @@ def build_optimizer(model: nn.Module, config: TrainConfig, global_batch: int) ->
         if parameters
     ]
     if config.optimizer == "sgd":
-        return SGD(groups, momentum=0.9, weight_decay=config.weight_decay, fused=True)
+        optimizer = SGD(groups, momentum=0.9, weight_decay=config.weight_decay, fused=True)
+        for parameter in (parameter for group in groups for parameter in group["params"]):
+            # torch leaves the momentum uninitialised where the first step is skipped.
+            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        return optimizer
     return AdamW(groups, weight_decay=config.weight_decay, fused=True)
 
 
