@@ -189,7 +189,7 @@ def _has_onednn(x: Tensor, backend: str | None) -> bool:
     if backend or os.environ.get("ATS_DETR_BACKEND") or runs_inside_graph() or x.device.type != "cpu":
         return False
     is_known = hasattr(torch.ops.mkldnn, "_convolution_pointwise")
-    return is_known and torch.backends.mkldnn.enabled and x.dtype == torch.float32 and x.numel() > 0
+    return bool(is_known and torch.backends.mkldnn.enabled) and x.dtype == torch.float32 and x.numel() > 0
 
 
 def _onednn_convolution(
@@ -198,11 +198,11 @@ def _onednn_convolution(
 ) -> Tensor:  # fmt: skip
     layout = (list(padding), list(stride), list(dilation), groups)
     bias = None if bias is None else bias.to(x.dtype)
+    convolution = torch.ops.mkldnn._convolution_pointwise
     if residual is None:
-        epilogue = ("relu" if relu else "none", [], "")
-        return torch.ops.mkldnn._convolution_pointwise(x, weight, bias, *layout, *epilogue)
-    epilogue = ("add", 1.0, "relu" if relu else None, [], None)
-    return torch.ops.mkldnn._convolution_pointwise.binary(x, residual, weight, bias, *layout, *epilogue)
+        return convolution(x, weight, bias, *layout, "relu" if relu else "none", [], "")
+    relu_name = "relu" if relu else None
+    return convolution.binary(x, residual, weight, bias, *layout, "add", 1.0, relu_name, [], None)
 
 
 # ------------------------------------------------------------------------------------------------ the custom operators

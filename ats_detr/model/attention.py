@@ -132,7 +132,7 @@ def project_values(
     attentions: Sequence[DeformableAttention],
     memory_BSC: Tensor,
     padding_mask_BS: Tensor,
-    fused: tuple[Tensor | None, Tensor | None] = (None, None),
+    fused: tuple[Tensor, Tensor] | tuple[None, None] = (None, None),
 ) -> list[Tensor]:
     """Projected values [B, S, C] of the same memory for each of several attention layers, zero at padding.
 
@@ -144,7 +144,7 @@ def project_values(
         fused: `value_weights` of the layers, where they are stored.
     """
     if memory_BSC.is_cuda:
-        weight, bias = value_weights(attentions) if fused[0] is None else fused
+        weight, bias = fused if fused[0] is not None else value_weights(attentions)
         values = zero_padding(F.linear(memory_BSC, weight, bias), padding_mask_BS)
         return list(values.chunk(len(attentions), dim=-1))
     return [zero_padding(attention.value_proj(memory_BSC), padding_mask_BS) for attention in attentions]

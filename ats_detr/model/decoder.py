@@ -24,7 +24,7 @@ from ats_detr.model.output import Prediction
 
 
 class PredictionHead(nn.Module):
-    """Classes (linear layer) and boxes (3-layer perceptron) of queries or geometry."""
+    """Classes (linear layer) and boxes (3-layer perceptron) of queries or proposals."""
 
     def __init__(self, width: int, num_classes: int) -> None:
         super().__init__()
@@ -48,7 +48,7 @@ class PredictionHead(nn.Module):
         """Offsets [..., 4] of the boxes from their references, in logits."""
         *hidden, last = self.box
         for layer in hidden:
-            x = linear_relu(x, layer)
+            x = linear_relu(x, layer)  # type: ignore[arg-type]
         return last(x)
 
 
@@ -132,7 +132,8 @@ class Decoder(nn.Module):
 
     def fuse_weights(self) -> None:
         """Store the weights of the layers' value projections as one, for inference with weights that never change."""
-        self.value_weight, self.value_bias = value_weights([layer.cross_attention for layer in self.layers])
+        attentions: Any = [layer.cross_attention for layer in self.layers]
+        self.value_weight, self.value_bias = value_weights(attentions)
 
     def forward(
         self,

@@ -284,8 +284,8 @@ class Detr(nn.Module):
 
 def _project(projection: nn.Module, map_BCHW: Tensor) -> Tensor:
     """A convolution with its bias, and the GroupNorm after it."""
-    assert isinstance(projection, nn.Sequential)
-    convolution, norm = projection
+    convolution: Any
+    convolution, norm = projection.children()
     if torch.is_grad_enabled() or not map_BCHW.is_cuda:
         return projection(map_BCHW)
     stride, padding = convolution.stride, convolution.padding

@@ -140,7 +140,8 @@ class Encoder(nn.Module):
 
     def fuse_weights(self) -> None:
         """Store the weights of the layers' value projections as one, for inference with weights that never change."""
-        self.value_weight, self.value_bias = value_weights([layer.attention for layer in self.layers])
+        attentions: Any = [layer.attention for layer in self.layers]
+        self.value_weight, self.value_bias = value_weights(attentions)
 
     def forward(self, tokens: Tokens, plan: TokenPlan | None) -> tuple[Tensor, list[Tensor]]:
         """The memory [B, S, C] and the kept rows [K, C] after each layer.

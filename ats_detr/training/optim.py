@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 from bisect import bisect_right
 
@@ -43,7 +44,7 @@ def build_optimizer(model: nn.Module, config: TrainConfig, global_batch: int) ->
     ]
     if config.optimizer == "sgd":
         optimizer = SGD(groups, momentum=0.9, weight_decay=config.weight_decay, fused=True)
-        for parameter in (parameter for group in groups for parameter in group["params"]):
+        for parameter in itertools.chain(*members.values()):
             # torch leaves the momentum uninitialised where the first step is skipped.
             optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
         return optimizer

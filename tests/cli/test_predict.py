@@ -137,8 +137,8 @@ def test_a_format_is_known_to_every_thread_from_the_start() -> None:
         (["http://localhost:1/a.jpg"], "allow_urls=True"),
         (["plain.png", "--threshold", "40"], r"threshold = 40\.0: must be in"),
         (["plain.png", "--threshold", "nan"], "threshold = nan"),
-        (["plain.png", "--batch-size", "0"], "batch_size = 0: must be >= 1"),
-        (["plain.png", "--max-detections", "0"], "max_detections = 0: must be >= 1"),
+        (["plain.png", "--batch-size", "0"], "batch_size = 0: must be in 1..1000000"),
+        (["plain.png", "--max-detections", "0"], "max_detections = 0: must be in 1..1000000"),
     ],
 )
 def test_errors_are_one_line(
