@@ -9,7 +9,6 @@ import base64
 import html
 import io
 import json
-import os
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from PIL import Image
 
 from ats_detr.data.coco import ClassMap
 from ats_detr.detector import Result
+from ats_detr.files import replaced_file
 from ats_detr.visualize import class_colour
 
 MOST_IMAGES = 1000
@@ -94,14 +94,14 @@ class Gallery:
         page = (files("ats_detr.cli") / "gallery.html").read_text(encoding="utf-8")
         before, marker, after = page.partition("/*DATA*/")
         assert marker
-        temporary = path.with_name(path.name + ".tmp")
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(before.replace("{{title}}", html.escape(self.title)))
-            file.write(f"const shared = {_for_script(shared)};\nconst images = [\n")
-            for entry in self._entries:
-                file.write(f"{entry},\n")
-            file.write(f"];\n{after}")
-        os.replace(temporary, path)
+        pieces = (
+            before.replace("{{title}}", html.escape(self.title)),
+            f"const shared = {_for_script(shared)};\nconst images = [\n",
+            *(f"{entry},\n" for entry in self._entries),
+            f"];\n{after}",
+        )
+        with replaced_file(path) as file:
+            file.writelines(piece.encode("utf-8") for piece in pieces)
         return path
 
 

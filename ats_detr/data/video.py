@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
@@ -72,7 +73,7 @@ class VideoWriter:
 
     def __init__(self, path: Path, frames_per_second: float) -> None:
         self._av, self._path = _av(path), path
-        self._temporary = path.with_name(f".{path.name}.tmp")
+        self._temporary = path.with_name(f".ats-detr-{secrets.token_hex(8)}.tmp")
         self._container = self._av.open(str(self._temporary), "w", format="mp4")
         self._rate = Fraction(frames_per_second).limit_denominator(1001)
         self._stream: Any = None
