@@ -20,6 +20,7 @@ from ats_detr.kernels.dispatch import (
 )
 from ats_detr.kernels.levels import (
     MAX_LEVELS,
+    MAX_SIDE,
     LevelShapes,
     as_level_shapes,
     check_num_tokens,
@@ -27,7 +28,7 @@ from ats_detr.kernels.levels import (
     split_shapes,
 )
 
-MAX_POINTS, MAX_SIDE = 16, 32767
+MAX_POINTS = 16
 """Limits of the Triton kernels. Calls beyond them run the reference, or raise with backend='triton'."""
 MAX_HEAD_DIM = 256
 """Channels of a head that a kernel holds; wider heads take several launches."""

@@ -10,6 +10,7 @@ from torch import Tensor
 from ats_detr.kernels import attention, reference
 from ats_detr.kernels.dispatch import invalid, operator
 from ats_detr.kernels.levels import LevelShapes, as_level_shapes, join_shapes, num_tokens_of, split_shapes
+from ats_detr.kernels.packing import check_no_overlap
 
 
 def deformable_attention_map(
@@ -51,6 +52,7 @@ def deformable_attention_map(
             raise invalid("into", into, f"float32 [{num_images}, {num_tokens}]")
         if into.requires_grad:
             raise ValueError("into requires a gradient: the attention map has none; pass into.detach()")
+        check_no_overlap("into", into)
         map_BS = into
     elif isinstance(shapes, Tensor):
         raise ValueError(

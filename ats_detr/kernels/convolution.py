@@ -18,12 +18,14 @@ from ats_detr.kernels import reference
 from ats_detr.kernels.dispatch import (
     FLOATS,
     autocast,
+    check_one_device,
     choose_backend,
     compute_capability,
     invalid,
     no_transforms,
     operator,
     runs_inside_graph,
+    tensors_of,
 )
 from ats_detr.kernels.linear import MIN_CAPABILITY
 from ats_detr.kernels.packing import check_target
@@ -72,6 +74,8 @@ def fused_convolution(
     _refuse_gradients(x_BCHW, weight_FCHW, scale_F, bias_F, residual_BFHW)
     limitation = _limitation(x_BCHW)
     epilogue = (scale_F, bias_F, residual_BFHW, relu)
+    if not runs_inside_graph():
+        check_one_device("fused_convolution", tensors_of((x_BCHW, weight_FCHW, *epilogue)))
     if tuple(weight_FCHW.shape[2:]) == (1, 1) and groups == 1 and tuple(padding) == (0, 0):
         # Exact float32 products have no tensor cores to use.
         pays = weight_FCHW.element_size() == 2
@@ -184,8 +188,7 @@ def _limitation(x: Tensor) -> str | None:
 
 # ----------------------------------------------------------------------------------------------------------- on the CPU
 def _has_onednn(x: Tensor, backend: str | None) -> bool:
-    """Whether oneDNN's convolution with a sum and a ReLU can compute it, to the same bits, in 0.93 of the time
-    (ResNet-50, 800x1088, one thread of a Xeon, 2026-11-26). A requested reference is the definition."""
+    """Whether oneDNN's convolution with a bias and a sum can compute it. A requested reference is the definition."""
     if backend or os.environ.get("ATS_DETR_BACKEND") or runs_inside_graph() or x.device.type != "cpu":
         return False
     is_known = hasattr(torch.ops.mkldnn, "_convolution_pointwise")
@@ -197,12 +200,13 @@ def _onednn_convolution(
     dilation: Pair, groups: int,
 ) -> Tensor:  # fmt: skip
     layout = (list(padding), list(stride), list(dilation), groups)
-    bias = None if bias is None else bias.to(x.dtype)
+    bias = None if bias is None else bias.to(x.dtype).contiguous()  # oneDNN ignores its stride
     convolution = torch.ops.mkldnn._convolution_pointwise
     if residual is None:
-        return convolution(x, weight, bias, *layout, "relu" if relu else "none", [], "")
-    relu_name = "relu" if relu else None
-    return convolution.binary(x, residual, weight, bias, *layout, "add", 1.0, relu_name, [], None)
+        out = convolution(x, weight, bias, *layout, "none", [], "")
+    else:
+        out = convolution.binary(x, residual, weight, bias, *layout, "add", 1.0, None, [], None)
+    return out.relu_() if relu else out  # oneDNN's ReLU of NaN is 0, after a sum that of infinity is finite
 
 
 # ------------------------------------------------------------------------------------------------ the custom operators

@@ -161,9 +161,7 @@ class Operator:
         """
         tensors = tensors_of(arguments)
         if not runs_inside_graph():
-            devices = dict.fromkeys(str(tensor.device) for tensor in tensors)
-            if len(devices) > 1:
-                raise ValueError(f"{self.name}: all tensors must be on one device, got {', '.join(devices)}")
+            check_one_device(self.name, tensors)
             if any(arguments[position].is_neg() for position in self._mutated):
                 limitation = "writing to a view with the negative bit is not supported"
         chosen = choose_backend(tensors, backend, kernel_pays=kernel_pays, limitation=limitation)
@@ -219,6 +217,13 @@ def tensors_of(arguments: Sequence[Any]) -> list[Tensor]:
         elif isinstance(argument, (list, tuple)):
             tensors += [item for item in argument if isinstance(item, Tensor)]
     return tensors
+
+
+def check_one_device(name: str, tensors: Sequence[Tensor]) -> None:
+    """Raises ValueError if the tensors of operator `name` are on several devices."""
+    devices = dict.fromkeys(str(tensor.device) for tensor in tensors)
+    if len(devices) > 1:
+        raise ValueError(f"{name}: all tensors must be on one device, got {', '.join(devices)}")
 
 
 def _is_plain_call(tensors: Sequence[Tensor]) -> bool:

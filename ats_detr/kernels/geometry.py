@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ats_detr.kernels.dispatch import invalid, no_transforms, operator
-from ats_detr.kernels.levels import MAX_LEVELS, LevelShapes
+from ats_detr.kernels.dispatch import FLOATS, INTEGERS, invalid, no_transforms, operator
+from ats_detr.kernels.levels import MAX_LEVELS, MAX_SIDE, LevelShapes, as_level_shapes
 from ats_detr.kernels.plan import TokenPlan
 
 TEMPERATURE = 10000.0
@@ -64,9 +64,21 @@ class TokenGeometry:
             the level's embedding; unspecified for padded tokens. And its centre (x, y), normalised to the padded map of
             every level, float32 [K, L, 2].
         """
-        num_levels, width = level_embed_LC.shape
-        if num_levels != len(self.level_shapes) or width % 4:
-            raise invalid("level_embed", level_embed_LC, f"[{len(self.level_shapes)}, a multiple of 4]")
+        num_levels = len(self.level_shapes)
+        if not (
+            level_embed_LC.ndim == 2
+            and level_embed_LC.shape[0] == num_levels
+            and level_embed_LC.shape[1] % 4 == 0
+            and level_embed_LC.numel()
+            and level_embed_LC.dtype in FLOATS
+        ):
+            raise invalid("level_embed", level_embed_LC, f"[{num_levels}, a multiple of 4], floating point")
+        if dtype not in FLOATS:
+            raise ValueError(f"dtype {dtype}: must be floating point")
+        if plan is not None and plan.slot_BS.shape != self.padding_mask_BS.shape:
+            raise invalid(
+                "plan.slot_BS", plan.slot_BS, f"{list(self.padding_mask_BS.shape)} like the geometry"
+            )
         index = (
             (None, None, None) if plan is None else (plan.token_index_K, plan.image_index_K, plan.num_rows)
         )
@@ -85,14 +97,21 @@ def token_geometry(
     Args:
         sizes_B2: integers, (height, width) of each image without padding, at least 1.
         padded_size: (height, width) of the batch.
-        level_shapes: (height, width) of each level.
+        level_shapes: (height, width) of each level, at least one.
+
+    Raises ValueError for shapes, dtypes or sizes that do not fit together.
     """
-    if not (sizes_B2.ndim == 2 and sizes_B2.shape[1] == 2 and not sizes_B2.is_floating_point()):
+    if not (sizes_B2.ndim == 2 and sizes_B2.shape[1] == 2 and sizes_B2.dtype in INTEGERS):
         raise invalid("sizes", sizes_B2, "[B, 2], integers")
+    if len(padded_size) != 2 or any(side < 1 for side in padded_size):
+        raise ValueError(f"padded_size {tuple(padded_size)}: must be two integers >= 1")
+    shapes = as_level_shapes(level_shapes)
+    if isinstance(shapes, Tensor) or not shapes:
+        raise ValueError(f"level_shapes {level_shapes}: must be (height, width) of at least one level")
     tensors = _geometry(
-        sizes_B2, *padded_size, _flat(level_shapes), backend=backend, limitation=_limitation(level_shapes)
+        sizes_B2, *padded_size, _flat(shapes), backend=backend, limitation=_limitation(shapes)
     )
-    return TokenGeometry(tuple(level_shapes), *tensors)
+    return TokenGeometry(tuple(shapes), *tensors)
 
 
 def encode_boxes(boxes_cxcywh: Tensor, width: int, *, backend: str | None = None) -> Tensor:
@@ -100,8 +119,10 @@ def encode_boxes(boxes_cxcywh: Tensor, width: int, *, backend: str | None = None
 
     (Efficient DETR.) `width` is a multiple of 4.
     """
-    if boxes_cxcywh.shape[-1] != 4 or not boxes_cxcywh.is_floating_point():
+    if boxes_cxcywh.shape[-1:] != (4,) or boxes_cxcywh.dtype not in FLOATS:
         raise invalid("boxes", boxes_cxcywh, "[..., 4], floating point")
+    if width < 0 or width % 4:
+        raise ValueError(f"width {width}: must be a multiple of 4")
     return _encode(boxes_cxcywh, width // 2, backend=backend, limitation=no_transforms())
 
 
@@ -122,6 +143,9 @@ def refine_boxes(
         raise invalid("offset", offset_BQ4, "[B, Q, 4], floating point")
     if reference_BQ4.shape != offset_BQ4.shape or reference_BQ4.dtype != torch.float32:
         raise invalid("reference", reference_BQ4, f"{list(offset_BQ4.shape)} of torch.float32")
+    ratios = valid_ratios_BL2
+    if not (ratios.ndim == 3 and ratios.shape[::2] == (offset_BQ4.shape[0], 2) and ratios.dtype in FLOATS):
+        raise invalid("valid_ratios", ratios, f"[{offset_BQ4.shape[0]}, L, 2], floating point")
     limitation = no_transforms()
     if torch.is_grad_enabled() and (offset_BQ4.requires_grad or reference_BQ4.requires_grad):
         return _refine.definition(offset_BQ4, reference_BQ4, valid_ratios_BL2)
@@ -147,6 +171,8 @@ def _flat(level_shapes: LevelShapes) -> list[int]:
 def _limitation(level_shapes: LevelShapes) -> str | None:
     if len(level_shapes) > MAX_LEVELS:
         return f"{len(level_shapes)} levels exceed the maximum of {MAX_LEVELS}"
+    if any(side > MAX_SIDE for shape in level_shapes for side in shape):
+        return f"a side of level_shapes {list(level_shapes)} exceeds the maximum of {MAX_SIDE} pixels"
     return no_transforms()
 
 

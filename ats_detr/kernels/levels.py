@@ -14,6 +14,8 @@ from ats_detr.kernels.dispatch import INTEGERS, invalid, runs_inside_graph
 LevelShapes = Sequence[tuple[int, int]]
 MAX_LEVELS = 8
 """Levels that the Triton kernels support."""
+MAX_SIDE = 32767
+"""Longest side of a level that they support."""
 
 
 def as_level_shapes(level_shapes: LevelShapes | Tensor) -> LevelShapes | Tensor:

@@ -87,7 +87,7 @@ def zero_padding(dense_BSN: Tensor, padding_mask_BS: Tensor, *, backend: str | N
     if dense_BSN.ndim < 2:
         raise invalid("tensor", dense_BSN, "[B, S, ...]")
     check_padding_mask(padding_mask_BS, dense_BSN)
-    _check_no_overlap("tensor", dense_BSN)
+    check_no_overlap("tensor", dense_BSN)
     limitation = _limitation([dense_BSN])
     recorded = runs_inside_graph() or (dense_BSN.requires_grad and torch.is_grad_enabled())
     if recorded or choose_backend(dense_BSN, backend, limitation=limitation) == "reference":
@@ -105,20 +105,23 @@ def _check_dense(name: str, tensor: Tensor, plan: TokenPlan) -> None:
 
 def check_target(name: str, target: Tensor, *sources: Tensor | None) -> None:
     """Raises unless `target` may be overwritten: without gradients, and with each element in a place of its own."""
-    _check_no_overlap(name, target)
+    check_no_overlap(name, target)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (target, *sources)):
         raise RuntimeError(
             f"writing to {name} in place has no gradient: call it under torch.no_grad(), or use scatter_tokens"
         )
 
 
-def _check_no_overlap(name: str, tensor: Tensor) -> None:
-    if tensor.numel() and any(
-        stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True)
-    ):
-        raise ValueError(
-            f"{name} {list(tensor.shape)} is expanded, so its elements share memory: call .contiguous() first"
-        )
+def check_no_overlap(name: str, tensor: Tensor) -> None:
+    """Raises ValueError where elements of the tensor may share memory."""
+    reach = 0  # distance between the first and the last element of the axes of smaller strides
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1 and stride <= reach and tensor.numel():
+            raise ValueError(
+                f"{name} {list(tensor.shape)} of strides {tensor.stride()}: its elements share memory, as those of an"
+                " expanded tensor; call .contiguous() first"
+            )
+        reach += stride * (size - 1)
 
 
 def _limitation(dense: Sequence[Tensor]) -> str | None:

@@ -59,7 +59,8 @@ LAYOUTS = {
     "last axes transposed": _transposed,
     "first axes transposed": lambda tensor: tensor.transpose(0, 1).contiguous().transpose(0, 1),
     "expanded rows": lambda tensor: tensor[:1].expand_as(tensor),
-    "negated view": lambda tensor: torch._neg_view(-tensor),  # the dispatcher negates it
+    # The dispatcher negates it; masks have no negation.
+    "negated view": lambda tensor: tensor if tensor.dtype == torch.bool else torch._neg_view(-tensor),
     "expanded last axis": lambda tensor: tensor[..., :1].expand_as(tensor),
 }
 

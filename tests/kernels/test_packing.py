@@ -126,7 +126,7 @@ def test_zeroed_padding(share: float, width: int, dtype: torch.dtype) -> None:
         (torch.zeros(2, 5, 3), torch.zeros(2, 5), "padding mask"),
         (torch.zeros(2, 5, 3), torch.zeros(2, 5, 3, dtype=torch.bool), "padding mask"),
         (torch.zeros(5), torch.zeros(5, dtype=torch.bool), "tensor"),
-        (torch.zeros(1, 5, 3).expand(2, 5, 3), torch.zeros(2, 5, dtype=torch.bool), "is expanded"),
+        (torch.zeros(1, 5, 3).expand(2, 5, 3), torch.zeros(2, 5, dtype=torch.bool), "share memory"),
     ],
 )
 def test_paddings_that_do_not_fit_are_refused(dense, mask, message: str, backend: str) -> None:

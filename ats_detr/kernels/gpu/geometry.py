@@ -92,8 +92,13 @@ def geometry_of_tokens(
 ):  # fmt: skip
     """Grid: blocks of tokens, images. The first block of an image also writes its counts."""
     image = tl.program_id(1).to(tl.int64)
-    image_height = tl.load(size_ptr + 2 * image).to(tl.int32)
-    image_width = tl.load(size_ptr + 2 * image + 1).to(tl.int32)
+    # Clamped before the cast: int64 would wrap around.
+    image_height = tl.minimum(tl.maximum(tl.load(size_ptr + 2 * image).to(tl.int64), 0), padded_height).to(
+        tl.int32
+    )
+    image_width = tl.minimum(tl.maximum(tl.load(size_ptr + 2 * image + 1).to(tl.int64), 0), padded_width).to(
+        tl.int32
+    )
     if tl.program_id(0) == 0:
         num_valid = image * 0
         for i in tl.static_range(0, LEVELS):

@@ -242,7 +242,7 @@ def packed_linear_(
     token_index: Tensor, image_index: Tensor, slots: Tensor,
 ) -> None:  # fmt: skip
     """Writes (x + add) W^T + b to the tokens of a memory [B, S, OUT]."""
-    if rows_evenly_spaced(memory) and not share_storage(memory, x, add):
+    if rows_evenly_spaced(memory) and not share_storage(memory, x, add, weight, bias):
         _linear(x, weight, bias, num_rows, add, False, memory, token_index, image_index)
     else:
         rows = packed_linear(x, weight, bias, num_rows, add, memory.dtype, False)
