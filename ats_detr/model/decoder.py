@@ -23,6 +23,16 @@ from ats_detr.model.encoder import FeedForward, run_layer
 from ats_detr.model.output import Prediction
 
 
+class Perceptron(nn.ModuleList):
+    """Linear layers with ReLUs between them; features [..., C]."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        *hidden, last = self
+        for layer in hidden:
+            x = linear_relu(x, layer)  # type: ignore[arg-type]
+        return last(x)
+
+
 class PredictionHead(nn.Module):
     """Classes (linear layer) and boxes (3-layer perceptron) of queries or proposals."""
 
@@ -30,7 +40,7 @@ class PredictionHead(nn.Module):
         super().__init__()
         self.classify = nn.Linear(width, num_classes)
         last = nn.Linear(width, 4)
-        self.box = nn.ModuleList([nn.Linear(width, width), nn.Linear(width, width), last])
+        self.box = Perceptron([nn.Linear(width, width), nn.Linear(width, width), last])
         nn.init.constant_(self.classify.bias, -math.log(99))  # every class starts at probability 0.01
         nn.init.zeros_(last.weight)
         nn.init.zeros_(last.bias)
@@ -46,10 +56,7 @@ class PredictionHead(nn.Module):
 
     def offsets(self, x: Tensor) -> Tensor:
         """Offsets [..., 4] of the boxes from their references, in logits."""
-        *hidden, last = self.box
-        for layer in hidden:
-            x = linear_relu(x, layer)  # type: ignore[arg-type]
-        return last(x)
+        return self.box(x)
 
 
 class DecoderLayer(nn.Module):

@@ -53,12 +53,12 @@ def random_prediction(batch: int, num_queries: int) -> Prediction:
     return Prediction(logits, torch.rand(batch, num_queries, 4, generator=generator) * 0.4 + 0.1)
 
 
-def random_tokens(batch: int, levels: tuple[tuple[int, int], ...], width: int) -> Tokens:
+def random_tokens(padded_size: tuple[int, int], levels: tuple[tuple[int, int], ...], width: int) -> Tokens:
+    """The tokens of one image without padding."""
     generator = torch.Generator().manual_seed(3)
-    num_tokens = sum(height * width for height, width in levels)
-    features, positions = torch.randn(2, batch, num_tokens, width, generator=generator).unbind(0)
-    mask = torch.zeros(batch, num_tokens, dtype=torch.bool)
-    return Tokens(features, positions, mask, levels, torch.ones(batch, len(levels), 2))
+    pyramid = [torch.randn(1, width, *level, generator=generator) for level in levels]
+    level_embed = torch.zeros(len(levels), width)
+    return Tokens.from_pyramid(pyramid, torch.tensor([padded_size]), padded_size, level_embed)
 
 
 def test_matching(benchmark: Any) -> None:
@@ -147,7 +147,7 @@ def test_packed_encoder(benchmark: Any, share: float) -> None:
         "dropout": 0.0,
     }
     encoder = Encoder(2, **layer).eval()
-    tokens = random_tokens(1, LEVELS, 256)
+    tokens = random_tokens((400, 533), LEVELS, 256)
     num_tokens = tokens.features_BSC.shape[1]
     plan = select_tokens(torch.randn(1, num_tokens), torch.tensor([int(share * num_tokens)]))
     with torch.inference_mode():
