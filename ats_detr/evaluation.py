@@ -26,6 +26,7 @@ from ats_detr.config import SelectorConfig
 from ats_detr.data.coco import ClassMap, CocoAnnotations, CocoDetection, ImageFileError
 from ats_detr.data.loader import EvaluationLoader
 from ats_detr.errors import Stopped, UserError
+from ats_detr.files import replaced_file
 from ats_detr.model import CompiledDetr, Detr
 from ats_detr.model.output import Detections, DetectorOutput, TokenBudget, token_budgets, top_detections
 
@@ -281,7 +282,8 @@ def _write_results(results: list[dict[str, Any]], file: Path) -> str | None:
     """Write COCO results; returns an error message, if any."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(results), encoding="utf-8")
+        with replaced_file(file) as output:
+            output.write(json.dumps(results).encode())
     except OSError as error:
         return f"cannot write the detections to {file} ({error.strerror})"
     return None

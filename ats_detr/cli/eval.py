@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from argparse import ArgumentParser, Namespace
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,6 +26,7 @@ from ats_detr.config import Config, load_config
 from ats_detr.console import console, say
 from ats_detr.data.coco import ClassMap
 from ats_detr.data.loader import EvaluationLoader
+from ats_detr.errors import UserError
 from ats_detr.evaluation import Metrics, evaluate, warn_of_limits, warn_of_minimum
 from ats_detr.flops import count_flops
 from ats_detr.model import CompiledDetr, Detr
@@ -102,6 +104,10 @@ def evaluate_checkpoint(
     model, class_map, _ = _load(config, path, device)
     loader = build_evaluation_loader(config, class_map)
     make_folder(folder)
+    if detections_file is not None:
+        make_folder(detections_file.parent)
+        if detections_file.is_dir() or not os.access(detections_file.parent, os.W_OK):
+            raise UserError(f"--detections {detections_file}: cannot write this file; choose another one")
     evaluated = model if compiled is None else CompiledDetr(model, dtype=compiled)
     max_detections = config.evaluation.max_detections
     warn_of_limits(loader.dataset, config.model.num_queries, max_detections)

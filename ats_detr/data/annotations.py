@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,6 +20,7 @@ _TOLERATED_EXCESS = 0.05
 clipped."""
 _MAX_NAME_BYTES = 4096
 _MAX_SIDE = 2**31
+_INTEGER_TEXT = re.compile(r"(-?[0-9]{1,19})(?:\.0+)?", re.ASCII)
 _INT64 = range(-(2**63), 2**63)
 
 
@@ -216,8 +218,13 @@ def _integer(value: Any) -> int | None:
 
 def _image_key(value: Any) -> int | str | None:
     """What identifies an image: an integer, or a string that is none."""
-    integer = _integer(value)
-    return value if integer is None and isinstance(value, str) and value else integer
+    if not isinstance(value, str):
+        return _integer(value)
+    # Other texts that Python reads as numbers are names: 12345e67 is hexadecimal, 2024_01 a date.
+    number = _INTEGER_TEXT.fullmatch(value.strip())
+    if number and int(number[1]) in _INT64:
+        return int(number[1])
+    return value or None
 
 
 def _crowd(value: Any) -> bool | None:
@@ -249,6 +256,7 @@ def _shown(value: Any) -> str:
 def _read_categories(records: Sequence[Any], findings: Findings) -> dict[int, str]:
     """Names by id, ascending."""
     categories: dict[int, str] = {}
+    repeated: set[int] = set()
     for i, record in enumerate(records):
         where = f"categories[{i}]"
         if not isinstance(record, dict):
@@ -273,9 +281,10 @@ def _read_categories(records: Sequence[Any], findings: Findings) -> dict[int, st
         elif categories[category_id] == name:
             findings.warn("categories that are listed twice", f"{where}: {name}")
         else:
+            repeated.add(category_id)
             fault = f"{where} ({name}) repeats id {category_id} of {categories[category_id]}"
             findings.bad("ids that occur twice under 'categories'", fault)
-    return dict(sorted(categories.items()))
+    return {key: name for key, name in sorted(categories.items()) if key not in repeated}
 
 
 # ------------------------------------------------------------------------------------------------------------- images
@@ -291,10 +300,13 @@ class _Images:
 
 def _read_images(records: Sequence[Any], findings: Findings) -> _Images:
     found: dict[int | str, tuple[str, int, int, Any]] = {}
+    repeated: set[int | str] = set()
     for i, record in enumerate(records):
-        fault = _read_image(i, record, found, findings)
+        fault = _read_image(i, record, found, repeated, findings)
         if fault is not None:
             findings.bad("entries of 'images' that cannot be used", f"images[{i}] {fault}")
+    for key in repeated:  # their annotations may belong to either image
+        del found[key]
     is_numbered = all(isinstance(key, int) for key in found)
     order = sorted(found) if is_numbered else list(found)
     if not is_numbered:
@@ -321,7 +333,11 @@ def _read_images(records: Sequence[Any], findings: Findings) -> _Images:
 
 
 def _read_image(
-    i: int, record: Any, found: dict[int | str, tuple[str, int, int, Any]], findings: Findings
+    i: int,
+    record: Any,
+    found: dict[int | str, tuple[str, int, int, Any]],
+    repeated: set[int | str],
+    findings: Findings,
 ) -> str | None:
     """Add an image as (file name, height, width, id as in the file); returns what makes it unusable."""
     if not isinstance(record, dict):
@@ -347,6 +363,7 @@ def _read_image(
         findings.warn("image sizes that are not integers (converted)", where)
     entry = (name, height, width, record["id"])
     if key in found and found[key] != entry:
+        repeated.add(key)
         return f"repeats id {key} of {found[key][0]}; ids must be unique"
     if key in found:
         findings.warn("images that are listed twice", f"images[{i}]: {name}")
@@ -534,7 +551,7 @@ def _segment_box(segmentation: Any) -> Sequence[float] | None:
             return None
         corners = np.array(points, np.float64).reshape(-1, 2)
         low, high = corners.min(0), corners.max(0)
-        return [*low.tolist(), *(high - low).tolist()]
+        return [*low.tolist(), *(high - low).tolist()] if np.abs(corners).max() < 1e9 else None
     if isinstance(segmentation, dict):
         try:
             encoded = segmentation
@@ -581,9 +598,9 @@ def check_boxes(annotations: CocoAnnotations, findings: Findings, *, need_object
             yield f"{annotations.file_name(index[row])}: bbox {box} in {width:.0f} x {height:.0f} pixels"
 
     objects = counted & ~flat
-    small = objects & (annotations.boxes_xywh <= 1).all(1)
+    small = objects & (annotations.boxes_xywh <= 1 + _TOLERATED_EXCESS).all(1)
     tiny = objects & (size < 1).all(1)
-    corners = objects & (size >= start).all(1) & (size <= sides + tolerance).all(1)
+    corners = objects & (start >= 0).all(1) & (size >= start).all(1) & (size <= sides + tolerance).all(1)
     num_objects, is_implausible = int(objects.sum()), True
     if num_objects and 2 * small.sum() >= num_objects:
         fix = "multiply them by width and height of the image"

@@ -227,8 +227,12 @@ def _arguments(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
                 " (ats_detr.model.backbone.OPTIONS lists the allowed ones)"
             )
         _check_option(f"model.backbone.options.{key}", value, depth=0)
-        if key in _LAYER_COUNTS and sum(value if isinstance(value, (list, tuple)) else [value]) > _MAX_LAYERS:
-            raise UserError(f"model.backbone.options.{key} = {value!r}: at most {_MAX_LAYERS} layers in all")
+        counts = value if isinstance(value, (list, tuple)) else [value]
+        if key in _LAYER_COUNTS and not (
+            all(type(count) is int and count >= 0 for count in counts) and sum(counts) <= _MAX_LAYERS
+        ):
+            fix = f"must be integers >= 0, at most {_MAX_LAYERS} layers in all"
+            raise UserError(f"model.backbone.options.{key} = {value!r}: {fix}")
     arguments: dict[str, Any] = {"features_only": True, **options}
     return {**swin.creation_options(), **arguments} if swin.is_swin(name) else arguments
 

@@ -10,11 +10,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from ats_detr.config import DataConfig
 from ats_detr.data.check import check_dataset, find_splits, report
+from ats_detr.data.coco import CocoDetection
 from ats_detr.errors import UserError
 from ats_detr.training.datasets import open_dataset
 from ats_detr.training.stages import plan_stages, train_stages
@@ -76,6 +78,33 @@ def test_an_unclear_choice_of_files_is_reported_and_not_guessed(tmp_path: Path) 
     with pytest.raises(UserError, match=r"set data\.val_annotations"):
         opened(root, train_annotations="fold_0.json")
     assert opened(root, train_annotations="fold_0.json", val_annotations="fold_1.json") == (4, 4)
+
+
+@pytest.mark.parametrize(
+    "ids", [("12345e67", "12346e67"), ("1e5", "10e4"), ("2024_01", "202401"), ("12345678901234567890", "3")]
+)
+def test_texts_that_python_reads_as_numbers_are_image_ids(ids: tuple[str, str], tmp_path: Path) -> None:
+    data = content()
+    for i, name in enumerate(ids):
+        data["images"][i]["id"] = data["annotations"][i]["image_id"] = name
+    root = write(Case({"data.json": data}, {"p1.jpg": {}, "p2.jpg": {}}), tmp_path)
+    dataset = CocoDetection(None, root / "data.json")
+    assert [len(dataset.objects(i)[1]) for i in range(len(dataset))] == [1, 1]
+
+
+@pytest.mark.parametrize("key", ["images", "categories"])
+def test_objects_of_an_id_with_two_meanings_are_omitted(key: str, tmp_path: Path) -> None:
+    """Which of the two records an annotation belongs to is unknown."""
+    data = content()
+    data["categories"].append({"id": 2, "name": "other"})
+    data["annotations"][1]["category_id"] = 2
+    data[key].append({**data[key][0], "file_name": "p3.jpg", "name": "another"})
+    root = write(Case({"data.json": data}, {f"p{i}.jpg": {} for i in (1, 2, 3)}), tmp_path)
+    with pytest.raises(UserError, match="repeats id 1"):
+        CocoDetection(None, root / "data.json")
+    dataset = CocoDetection(None, root / "data.json", on_bad_annotation="skip")
+    labels = [dataset.objects(i)[1].tolist() for i in range(len(dataset))]
+    assert [row for rows in labels for row in rows] == [dataset.class_map.rows_of(np.array([2])).item()]
 
 
 STEP = {"kind": "coco", "batch_size": 2, "eval_batch_size": 2}
