@@ -284,7 +284,8 @@ def _read_categories(records: Sequence[Any], findings: Findings) -> dict[int, st
             repeated.add(category_id)
             fault = f"{where} ({name}) repeats id {category_id} of {categories[category_id]}"
             findings.bad("ids that occur twice under 'categories'", fault)
-    return {key: name for key, name in sorted(categories.items()) if key not in repeated}
+    omitted = repeated if findings.skip_bad else ()
+    return {key: name for key, name in sorted(categories.items()) if key not in omitted}
 
 
 # ------------------------------------------------------------------------------------------------------------- images
@@ -305,8 +306,9 @@ def _read_images(records: Sequence[Any], findings: Findings) -> _Images:
         fault = _read_image(i, record, found, repeated, findings)
         if fault is not None:
             findings.bad("entries of 'images' that cannot be used", f"images[{i}] {fault}")
-    for key in repeated:  # their annotations may belong to either image
-        del found[key]
+    if findings.skip_bad:
+        for key in repeated:  # their annotations may belong to either image
+            del found[key]
     is_numbered = all(isinstance(key, int) for key in found)
     order = sorted(found) if is_numbered else list(found)
     if not is_numbered:
