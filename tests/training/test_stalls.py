@@ -71,7 +71,11 @@ def test_batches_that_do_not_fit_into_shared_memory_are_sent_by_pipe(
     ("number", "words"),
     [
         (signal.SIGKILL, "memory may be too small: lower data.num_workers, or enlarge /dev/shm .*--shm-size"),
-        (signal.SIGSTOP, r"no batch in train\.timeout_minutes = 0\.01\); .* data\.num_workers=0 uses no"),
+        pytest.param(
+            signal.SIGSTOP,
+            r"no batch in train\.timeout_minutes = 0\.01\); .* data\.num_workers=0 uses no",
+            marks=pytest.mark.slow,  # on a busy machine the epochs may end before the worker stops
+        ),
     ],
 )
 def test_a_killed_or_stalled_worker_ends_the_run_in_one_line(
