@@ -74,7 +74,7 @@ def test_batches_that_do_not_fit_into_shared_memory_are_sent_by_pipe(
         pytest.param(
             signal.SIGSTOP,
             r"no batch in train\.timeout_minutes = 0\.01\); .* data\.num_workers=0 uses no",
-            marks=pytest.mark.slow,  # on a busy machine the epochs may end before the worker stops
+            marks=pytest.mark.slow,  # failed once in two full runs: no error; cause unknown
         ),
     ],
 )
