@@ -288,6 +288,12 @@ class DataConfig:
     """Shorter sides before a random crop, applied to half of the training images. Empty: no crops."""
     crop_size: tuple[int, int] = (384, 600)
     """Minimum and maximum side of that crop in pixels."""
+    rotate_90: bool = False
+    """Rotate training images by a random multiple of 90 degrees: for images without an up direction, such as aerial
+    photographs."""
+    color_jitter: float = 0.0
+    """Scale brightness, contrast and saturation of training images by independent random factors in 1 - color_jitter..
+    1 + color_jitter; in [0, 1). 0: off (published)."""
     size_multiple: int = 64
     """Evaluation pads each image to a multiple of this, and batches images of equal padded size only."""
     batch_size: int = 2
@@ -311,6 +317,7 @@ class DataConfig:
         if self.max_image_pixels is not None:
             _check_positive(self, "max_image_pixels")
         _check_at_least(self, 0, "num_workers")
+        _check(0 <= self.color_jitter < 1, "color_jitter", self.color_jitter, "must be in [0, 1)")
         _check(len(self.train_short_sides) > 0, "train_short_sides", (), "must have at least one length")
         for key in ("train_short_sides", "crop_short_sides"):
             sides = getattr(self, key)

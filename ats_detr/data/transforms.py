@@ -89,6 +89,16 @@ class CropRandomSize(v2.Transform):
         return F.crop(inpt, **params)
 
 
+class RandomRotate90(v2.Transform):
+    """Rotate by 0, 90, 180 or 270 degrees, with equal probability. Exact for pixels and boxes."""
+
+    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
+        return {"angle": 90 * int(torch.randint(4, ()))}
+
+    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
+        return F.rotate(inpt, params["angle"], expand=True) if params["angle"] else inpt
+
+
 class Transform:
     """Transform of an image with its boxes and labels.
 
@@ -121,11 +131,18 @@ def training_transform(
     long_side: int = 1333,
     crop_short_sides: Sequence[int] = (400, 500, 600),
     crop_size: tuple[int, int] = (384, 600),
+    rotate_90: bool = False,
+    color_jitter: float = 0.0,
 ) -> Transform:
-    """The published augmentation (DETR).
+    """The published augmentation (DETR), and options for small datasets.
 
     A horizontal flip with probability 0.5; then, with probability 0.5 each, either a random resize, or a resize to
     `crop_short_sides`, a crop with sides in `crop_size`, and the random resize. Empty `crop_short_sides`: no crops.
+
+    Args:
+        rotate_90: before that, rotate by a random multiple of 90 degrees.
+        color_jitter: before that, scale brightness, contrast and saturation by independent random factors in
+            1 - color_jitter..1 + color_jitter.
 
     Raises ValueError if sizes are inconsistent, such as a smallest crop above the smallest of `crop_short_sides`.
     """
@@ -134,8 +151,11 @@ def training_transform(
             f"train_short_sides {tuple(short_sides)} and long_side {long_side} must be positive sizes"
         )
     resize = ResizeShortSide(short_sides, long_side)
+    first: list[v2.Transform] = [v2.ColorJitter(*[color_jitter] * 3)] if color_jitter else []
+    first += [RandomRotate90()] if rotate_90 else []
+    first.append(v2.RandomHorizontalFlip())
     if not crop_short_sides:
-        return Transform(v2.Compose([v2.RandomHorizontalFlip(), resize]))
+        return Transform(v2.Compose([*first, resize]))
     smallest, largest = crop_size
     if not 1 <= smallest <= min(largest, *crop_short_sides):
         raise ValueError(
@@ -143,4 +163,4 @@ def training_transform(
             f" min(crop_short_sides) = {min(crop_short_sides)}"
         )
     crop = v2.Compose([ResizeShortSide(crop_short_sides), CropRandomSize(smallest, largest), resize])
-    return Transform(v2.Compose([v2.RandomHorizontalFlip(), v2.RandomChoice([resize, crop])]))
+    return Transform(v2.Compose([*first, v2.RandomChoice([resize, crop])]))

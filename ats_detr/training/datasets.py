@@ -43,6 +43,8 @@ def build_loaders(config: Config, *, pin_memory: bool = False) -> Loaders:
         long_side=data.long_side,
         crop_short_sides=data.crop_short_sides,
         crop_size=data.crop_size,
+        rotate_90=data.rotate_90,
+        color_jitter=data.color_jitter,
     )
     train = TrainingLoader(
         train_set,

@@ -139,6 +139,8 @@ def _largest_sizes(loader: TrainingLoader, config: DataConfig) -> np.ndarray:
                 resized_size(crop, short_side, long_side)
                 for crop in ((height, min(smallest, width)), (min(smallest, height), width))
             ]
+        if config.rotate_90:
+            own += [(width, height) for height, width in own]
         variants.append(own)
     return np.array(variants).transpose(1, 0, 2)
 

@@ -171,3 +171,30 @@ def test_evaluation_transform_resizes_and_scales_boxes():
 def test_impossible_sizes_are_refused(sizes):
     with pytest.raises(ValueError, match="short_sides|crop_size"):
         training_transform(**sizes)
+
+
+def test_rotation_by_90_degrees_moves_boxes_with_the_pixels():
+    image, box = painted(120, 80, (10, 10, 50, 50)), torch.tensor([[10.0, 10, 50, 50]])
+    transform = training_transform((80,), 200, (), rotate_90=True)
+    shapes = set()
+    for seed in range(60):
+        torch.manual_seed(seed)
+        pixels, boxes, _ = transform(image, box, torch.tensor([1]))
+        height, width = pixels.shape[1:]
+        x, y, w, h = (boxes[0] * torch.tensor([width, height, width, height])).tolist()
+        corners = torch.tensor([x - w / 2, y - h / 2, x + w / 2, y + h / 2])
+        torch.testing.assert_close(measured_box(pixels), corners, atol=1e-4, rtol=0)
+        shapes.add((tuple(pixels.shape[1:]), round(x), round(y)))
+    assert len(shapes) == 8  # four angles, each with and without the flip
+
+
+def test_colour_jitter_changes_pixels_only():
+    image, box = painted(60, 50, (5, 5, 30, 30)), torch.tensor([[5.0, 5, 30, 30]])
+    torch.manual_seed(0)
+    pixels, boxes, labels = training_transform((50,), 200, (), color_jitter=0.5)(
+        image, box, torch.tensor([3])
+    )
+    plain, _, _ = evaluation_transform(50, 200)(image, box, torch.tensor([3]))
+    assert min((pixels - plain).abs().max(), (pixels.flip(-1) - plain).abs().max()) > 0.05
+    torch.testing.assert_close(boxes[0, 2:], torch.tensor([25 / 60, 0.5]))
+    assert labels.tolist() == [3]

@@ -233,9 +233,9 @@ def test_the_memory_preflight_runs_the_largest_batch_and_restores_all_state(tmp_
 
 
 @pytest.mark.parametrize("batch_size", [1, 2])
-@pytest.mark.parametrize("crops", [[], [64, 100]])
+@pytest.mark.parametrize(("crops", "rotate_90"), [([], False), ([64, 100], False), ([], True)])
 def test_no_batch_of_any_epoch_is_larger_than_the_largest(
-    tmp_path: Path, batch_size: int, crops: list[int]
+    tmp_path: Path, batch_size: int, crops: list[int], rotate_90: bool
 ) -> None:
     synthetic = {"max_aspect_ratio": 2.0, "num_train": 16}
     sides = {
@@ -243,6 +243,7 @@ def test_no_batch_of_any_epoch_is_larger_than_the_largest(
         "long_side": 160,
         "crop_short_sides": crops,
         "crop_size": [40, 90],
+        "rotate_90": rotate_90,
     }
     run = small_run(tmp_path, data={"batch_size": batch_size, "synthetic": synthetic, **sides})
     batches = [batch for epoch in range(5) for batch in run.loaders.train.epoch(epoch)]
