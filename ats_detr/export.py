@@ -25,7 +25,7 @@ from ats_detr.data.transforms import IMAGE_MEAN, IMAGE_STD
 from ats_detr.detector import Detector
 from ats_detr.errors import UserError
 from ats_detr.evaluation import MAX_DETECTIONS
-from ats_detr.kernels import TokenPlan, geometry, linear, reference
+from ats_detr.kernels import TokenPlan, geometry, linear, packing, reference
 from ats_detr.model import Detr
 from ats_detr.model.output import top_pairs
 
@@ -127,7 +127,7 @@ def _decompositions() -> dict[Any, Any]:
         operators.packed_linear.default: _inline(linear._packed_linear),
         operators.packed_linear_norm.default: _inline(linear._packed_linear_norm),
         operators.select.default: _select,
-        operators.pack.default: _pack,
+        operators.pack.default: _inline(packing._pack),
         operators.scatter.default: _scatter,
         operators.msda.default: _msda,
     }
@@ -148,18 +148,6 @@ def _select(
     kept_by_rank = torch.arange(scores.shape[1], device=scores.device) < num_keep[:, None]
     plan = TokenPlan.from_mask(torch.zeros_like(kept_by_rank).scatter(1, order, kept_by_rank), capacity)
     return plan.token_index_K, plan.image_index_K, plan.offsets_B1, plan.slot_BS
-
-
-def _pack(
-    token_index: Tensor,
-    image_index: Tensor,
-    slots: Tensor,
-    num_rows: Tensor | None,
-    dense: Sequence[Tensor],
-    backend: str,
-) -> list[Tensor]:
-    flat_K = image_index.long() * slots.shape[1] + token_index.long()
-    return [tensor.flatten(0, 1).index_select(0, flat_K) for tensor in dense]
 
 
 def _scatter(

@@ -6,6 +6,7 @@ writes the final result; other convolutions are the library's, followed by one p
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -19,15 +20,15 @@ from ats_detr.kernels.dispatch import (
     FLOATS,
     autocast,
     check_one_device,
+    check_vectors,
     choose_backend,
-    compute_capability,
     invalid,
-    no_transforms,
     operator,
+    product_limitation,
+    refuse_gradients,
     runs_inside_graph,
     tensors_of,
 )
-from ats_detr.kernels.linear import MIN_CAPABILITY
 from ats_detr.kernels.packing import check_target
 
 Pair = tuple[int, int]
@@ -68,11 +69,11 @@ def fused_convolution(
     shape = convolution_shape(x_BCHW, weight_FCHW, stride, padding, dilation, groups)
     if weight_FCHW.dtype != x_BCHW.dtype:
         raise invalid("weight", weight_FCHW, f"of x's {x_BCHW.dtype}")
-    _check_epilogue(shape[1], scale_F, bias_F)
+    check_vectors(shape[1], scale=scale_F, bias=bias_F)
     if residual_BFHW is not None and not (residual_BFHW.shape == shape and residual_BFHW.dtype in FLOATS):
         raise invalid("residual", residual_BFHW, f"{list(shape)}, floats")
-    _refuse_gradients(x_BCHW, weight_FCHW, scale_F, bias_F, residual_BFHW)
-    limitation = _limitation(x_BCHW)
+    refuse_gradients("fused convolutions", x_BCHW, weight_FCHW, scale_F, bias_F, residual_BFHW)
+    limitation = product_limitation(x_BCHW.device)
     epilogue = (scale_F, bias_F, residual_BFHW, relu)
     if not runs_inside_graph():
         check_one_device("fused_convolution", tensors_of((x_BCHW, weight_FCHW, *epilogue)))
@@ -110,13 +111,13 @@ def affine_relu_(
     As `fused_convolution`. The kernel reads and writes channels-last maps; the reference computes others.
     """
     _check_map("x", x_BCHW)
-    _check_epilogue(x_BCHW.shape[1], scale_C, bias_C)
+    check_vectors(x_BCHW.shape[1], scale=scale_C, bias=bias_C)
     if residual_BCHW is not None and not (
         residual_BCHW.shape == x_BCHW.shape and residual_BCHW.dtype in FLOATS
     ):
         raise invalid("residual", residual_BCHW, f"{list(x_BCHW.shape)}, floats")
     check_target("x", x_BCHW, scale_C, bias_C, residual_BCHW)
-    limitation = _limitation(x_BCHW)
+    limitation = product_limitation(x_BCHW.device)
     if not x_BCHW.is_contiguous(memory_format=torch.channels_last):
         limitation = limitation or "x is not in channels-last memory"
     _affine_relu_(x_BCHW, scale_C, bias_C, residual_BCHW, relu, backend=backend, limitation=limitation)
@@ -131,11 +132,13 @@ def affine_relu_max_pool(
     As `fused_convolution`. NaN in a window is its maximum.
     """
     _check_map("x", x_BCHW)
-    _check_epilogue(x_BCHW.shape[1], scale_C, bias_C)
-    _refuse_gradients(x_BCHW, scale_C, bias_C)
+    check_vectors(x_BCHW.shape[1], scale=scale_C, bias=bias_C)
+    refuse_gradients("fused convolutions", x_BCHW, scale_C, bias_C)
     if 0 in x_BCHW.shape[2:]:
         raise invalid("x", x_BCHW, "at least one pixel high and wide")
-    return _affine_relu_max_pool(x_BCHW, scale_C, bias_C, backend=backend, limitation=_limitation(x_BCHW))
+    return _affine_relu_max_pool(
+        x_BCHW, scale_C, bias_C, backend=backend, limitation=product_limitation(x_BCHW.device)
+    )
 
 
 def convolution_shape(
@@ -163,27 +166,6 @@ def convolution_shape(
 def _check_map(name: str, x: Tensor) -> None:
     if not (x.ndim == 4 and x.dtype in FLOATS):
         raise invalid(name, x, "[B, C, H, W], floating point")
-
-
-def _check_epilogue(width: int, scale: Tensor | None, bias: Tensor | None) -> None:
-    for name, vector in (("scale", scale), ("bias", bias)):
-        if vector is not None and not (vector.shape == (width,) and vector.dtype in FLOATS):
-            raise invalid(name, vector, f"[{width}], floating point")
-
-
-def _refuse_gradients(*tensors: Tensor | None) -> None:
-    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors):
-        raise RuntimeError(
-            "fused convolutions have no gradient: call them under torch.no_grad(), or train with torch.nn.functional"
-        )
-
-
-def _limitation(x: Tensor) -> str | None:
-    """Why the kernels cannot compute a map."""
-    capability = compute_capability(x.device)
-    if capability is not None and capability < MIN_CAPABILITY:
-        return f"compute capability {capability[0]}.{capability[1]} is below {MIN_CAPABILITY[0]}.{MIN_CAPABILITY[1]}"
-    return no_transforms()
 
 
 # ----------------------------------------------------------------------------------------------------------- on the CPU
@@ -219,20 +201,21 @@ def _pointwise_convolution(
     return out.contiguous(memory_format=torch.channels_last)
 
 
+def _strided(x: Sequence[int], stride: Sequence[int]) -> list[int]:
+    return [(side - 1) // step + 1 for side, step in zip(x[2:], stride, strict=True)]
+
+
 @_pointwise_convolution.register_fake
-def _(
-    x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None, residual: Tensor | None, relu: bool,
-    stride: Sequence[int],
-) -> Tensor:  # fmt: skip
-    sides = [(side - 1) // step + 1 for side, step in zip(x.shape[2:], stride, strict=True)]
-    return _channels_last(x, x.shape[0], weight.shape[0], *sides)
+def _(x: Tensor, weight: Tensor, *others: Any) -> Tensor:
+    return _channels_last(x, x.shape[0], weight.shape[0], *_strided(x.shape, others[-1]))
 
 
-@operator("convolution.affine_relu_", mutates_args=("x",))
-def _affine_relu_(
-    x: Tensor, scale: Tensor | None, bias: Tensor | None, residual: Tensor | None, relu: bool
-) -> None:
-    reference.affine_relu_(x, scale, bias, residual, relu)
+@_pointwise_convolution.register_flops
+def _(x: torch.Size, weight: torch.Size, *others: Any) -> int:
+    return 2 * x[0] * math.prod(_strided(x, others[-1])) * weight[0] * weight[1]
+
+
+_affine_relu_ = operator("convolution.affine_relu_", mutates_args=("x_BCHW",))(reference.affine_relu_)
 
 
 @operator("convolution.affine_relu_max_pool")
@@ -241,15 +224,8 @@ def _affine_relu_max_pool(x: Tensor, scale: Tensor | None, bias: Tensor | None) 
 
 
 @_affine_relu_max_pool.register_fake
-def _(x: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:
-    return _channels_last(x, x.shape[0], x.shape[1], *[(side + 1) // 2 for side in x.shape[2:]])
-
-
-@_pointwise_convolution.register_flops
-def _(x: torch.Size, weight: torch.Size, *others: Any) -> int:
-    stride = others[-1]
-    pixels = x[0] * ((x[2] - 1) // stride[0] + 1) * ((x[3] - 1) // stride[1] + 1)
-    return 2 * pixels * weight[0] * weight[1]
+def _(x: Tensor, *_: Any) -> Tensor:
+    return _channels_last(x, *x.shape[:2], *_strided(x.shape, (2, 2)))
 
 
 def _channels_last(like: Tensor, *shape: int) -> Tensor:

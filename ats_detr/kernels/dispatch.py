@@ -17,6 +17,9 @@ from torch.utils.flop_counter import register_flop_formula
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 BACKENDS = ("reference", "triton")
+MIN_CAPABILITY = (8, 0)
+"""Oldest GPUs that run the kernels with matrix products: before, they spill up to 11 KB or exceed the shared memory of
+a program."""
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 """Dtypes that the operators compute with; float64 in the reference only."""
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
@@ -82,6 +85,14 @@ def no_transforms() -> str | None:
     if forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():
         return "forward-mode differentiation and the transforms of torch.func are not supported"
     return None
+
+
+def product_limitation(device: torch.device) -> str | None:
+    """The limitation of kernels with matrix products, see MIN_CAPABILITY; otherwise that of `no_transforms`."""
+    capability = compute_capability(device)
+    if capability is not None and capability < MIN_CAPABILITY:
+        return f"compute capability {capability[0]}.{capability[1]} is below {MIN_CAPABILITY[0]}.{MIN_CAPABILITY[1]}"
+    return no_transforms()
 
 
 @torch.compiler.assume_constant_result
@@ -242,6 +253,21 @@ def share_storage(target: Tensor, *sources: Tensor | None) -> bool:
     """Whether writing to `target` may change one of the sources before it is read."""
     storage = target.untyped_storage().data_ptr()
     return any(source is not None and source.untyped_storage().data_ptr() == storage for source in sources)
+
+
+def refuse_gradients(what: str, *arguments: object) -> None:
+    """Raises RuntimeError where a gradient would be recorded of operators without one."""
+    if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in arguments):
+        raise RuntimeError(
+            f"{what} have no gradient: call them under torch.no_grad(), or train with torch.nn.functional"
+        )
+
+
+def check_vectors(width: int, **vectors: Tensor | None) -> None:
+    """Raises ValueError unless the vectors that are given are floating point and have `width` entries."""
+    for name, vector in vectors.items():
+        if vector is not None and not (vector.shape == (width,) and vector.dtype in FLOATS):
+            raise invalid(name, vector, f"[{width}], floating point")
 
 
 def invalid(name: str, tensor: Tensor, requirement: str) -> ValueError:

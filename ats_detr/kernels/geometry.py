@@ -271,9 +271,9 @@ def _rows(
 
 @_rows.register_fake
 def _(
-    counts: Tensor, ratios: Tensor, token_index: Tensor | None, image_index: Tensor | None, num_rows: Tensor | None,
-    level_embed: Tensor, levels: Sequence[int], dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    counts: Tensor, ratios: Tensor, token_index: Tensor | None, *others: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    _, _, level_embed, levels, dtype = others
     length = len(counts) * _num_tokens(levels) if token_index is None else token_index.shape[0]
     return (
         ratios.new_empty(length, level_embed.shape[1], dtype=dtype),

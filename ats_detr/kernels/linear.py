@@ -15,19 +15,19 @@ from ats_detr.kernels import reference
 from ats_detr.kernels.dispatch import (
     FLOATS,
     autocast,
+    check_vectors,
     choose_backend,
-    compute_capability,
     invalid,
-    no_transforms,
     operator,
+    product_limitation,
+    refuse_gradients,
 )
 from ats_detr.kernels.packing import check_target, scatter_tokens
 from ats_detr.kernels.plan import TokenPlan
 
+_LAYERS = "packed linear layers"
 MAX_WIDTH = 256
 """Widest rows that a kernel normalises. PyTorch's operators compute wider ones, for all rows of the capacity."""
-MIN_CAPABILITY = (8, 0)
-"""Oldest GPUs that run the kernels: before, they spill up to 11 KB or exceed the shared memory of a program."""
 
 
 def packed_linear(
@@ -74,7 +74,7 @@ def packed_linear(
         raise ValueError(f"dtype {dtype}: must be floating point")
     _check_num_rows(num_rows)
     weight_FC = autocast(weight_FC)
-    _refuse_gradients(x_KC, weight_FC, bias_F, add_KC)
+    refuse_gradients(_LAYERS, x_KC, weight_FC, bias_F, add_KC)
     layer = (x_KC, weight_FC, bias_F, num_rows, add_KC)
     wider = dtype is not None and dtype != weight_FC.dtype
     choice: dict[str, Any] = {
@@ -127,11 +127,11 @@ def packed_linear_norm(
     _check_rows("residual", residual_KF)
     if residual_KF.shape != (x_KC.shape[0], width):
         raise invalid("residual", residual_KF, f"[{x_KC.shape[0]}, {width}]")
-    _check_norm(norm_weight_F, norm_bias_F, width)
+    check_vectors(width, norm_weight=norm_weight_F, norm_bias=norm_bias_F)
     _check_num_rows(num_rows)
     weight_FC = autocast(weight_FC)
     arguments = (x_KC, weight_FC, bias_F, residual_KF, norm_weight_F, norm_bias_F, eps, num_rows)
-    _refuse_gradients(*arguments)
+    refuse_gradients(_LAYERS, *arguments)
     return _packed_linear_norm(
         *arguments,
         backend=backend,
@@ -166,21 +166,12 @@ def packed_feedforward(
         raise invalid("weight2", weight2_CF, f"[{width}, {weight1_FC.shape[0]}]")
     if weight1_FC.dtype != weight2_CF.dtype:
         raise invalid("weight2", weight2_CF, f"of weight1's {weight1_FC.dtype}")
-    _check_norm(norm_weight_C, norm_bias_C, width)
+    check_vectors(width, norm_weight=norm_weight_C, norm_bias=norm_bias_C)
     _check_num_rows(num_rows)
     weight1_FC, weight2_CF = autocast(weight1_FC), autocast(weight2_CF)
-    arguments = (
-        x_KC,
-        weight1_FC,
-        bias1_F,
-        weight2_CF,
-        bias2_C,
-        norm_weight_C,
-        norm_bias_C,
-        eps,
-        num_rows,
-    )
-    _refuse_gradients(*arguments)
+    layers = (weight1_FC, bias1_F, weight2_CF, bias2_C)
+    arguments = (x_KC, *layers, norm_weight_C, norm_bias_C, eps, num_rows)
+    refuse_gradients(_LAYERS, *arguments)
     return _packed_feedforward(
         *arguments,
         backend=backend,
@@ -198,14 +189,7 @@ def _check_rows(name: str, rows: Tensor) -> None:
 def _check_layer(weight_name: str, weight: Tensor, bias_name: str, bias: Tensor, width: int) -> None:
     if not (weight.ndim == 2 and weight.shape[1] == width and weight.dtype in FLOATS):
         raise invalid(weight_name, weight, f"[F, {width}], floating point")
-    if not (bias.shape == weight.shape[:1] and bias.dtype in FLOATS):
-        raise invalid(bias_name, bias, f"[{weight.shape[0]}], floats")
-
-
-def _check_norm(weight: Tensor, bias: Tensor, width: int) -> None:
-    for name, vector in (("norm weight", weight), ("norm bias", bias)):
-        if not (vector.shape == (width,) and vector.dtype in FLOATS):
-            raise invalid(name, vector, f"[{width}], floating point")
+    check_vectors(weight.shape[0], **{bias_name: bias})
 
 
 def _check_num_rows(num_rows: Tensor | None) -> None:
@@ -213,22 +197,11 @@ def _check_num_rows(num_rows: Tensor | None) -> None:
         raise invalid("num_rows", num_rows, "one int32 or int64")
 
 
-def _refuse_gradients(*arguments: object) -> None:
-    if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in arguments):
-        raise RuntimeError(
-            "packed linear layers have no gradient: call them under torch.no_grad(), or train with "
-            "torch.nn.functional on the rows of an exact plan"
-        )
-
-
 def _limitation(x: Tensor, normalised_width: int = 0) -> str | None:
     """Why the kernels cannot compute a layer."""
     if normalised_width > MAX_WIDTH:
         return f"rows of {normalised_width} channels exceed the maximum of {MAX_WIDTH}"
-    capability = compute_capability(x.device)
-    if capability is not None and capability < MIN_CAPABILITY:
-        return f"compute capability {capability[0]}.{capability[1]} is below {MIN_CAPABILITY[0]}.{MIN_CAPABILITY[1]}"
-    return no_transforms()
+    return product_limitation(x.device)
 
 
 def _kernel_pays(weight: Tensor, fused: bool = True) -> bool:
@@ -240,20 +213,14 @@ def _kernel_pays(weight: Tensor, fused: bool = True) -> bool:
 
 
 # ------------------------------------------------------------------------------------------------ the custom operators
-@operator("linear.packed_linear")
-def _packed_linear(
-    x: Tensor, weight: Tensor, bias: Tensor, num_rows: Tensor | None, add: Tensor | None, dtype: torch.dtype,
-    relu: bool,
-) -> Tensor:  # fmt: skip
-    return reference.packed_linear(x, weight, bias, num_rows, add, dtype, relu)
-
-
-@_packed_linear.register_fake
-def _(
-    x: Tensor, weight: Tensor, bias: Tensor, num_rows: Tensor | None, add: Tensor | None, dtype: torch.dtype,
-    relu: bool,
-) -> Tensor:  # fmt: skip
-    return x.new_empty(x.shape[0], weight.shape[0], dtype=dtype)
+_packed_linear = operator("linear.packed_linear")(reference.packed_linear)
+_packed_linear_norm = operator("linear.packed_linear_norm")(reference.packed_linear_norm)
+_packed_feedforward = operator("linear.packed_feedforward")(reference.packed_feedforward)
+_packed_linear.register_fake(
+    lambda x, weight, bias, num_rows, add, dtype, relu: x.new_empty(x.shape[0], weight.shape[0], dtype=dtype)
+)
+_packed_linear_norm.register_fake(lambda x, weight, bias, residual, *_: residual.new_empty(residual.shape))
+_packed_feedforward.register_fake(lambda x, *_: x.new_empty(x.shape))
 
 
 # Not an optional argument of `packed_linear`: Inductor cannot lower an optional argument that is mutated.
@@ -262,60 +229,16 @@ def _packed_linear_into(
     memory: Tensor, x: Tensor, weight: Tensor, bias: Tensor, num_rows: Tensor | None, add: Tensor | None,
     token_index: Tensor, image_index: Tensor, slots: Tensor,
 ) -> None:  # fmt: skip
-    rows = reference.packed_linear(x, weight, bias, num_rows, add, memory.dtype)
+    rows = reference.packed_linear(x, weight, bias, num_rows, add, memory.dtype, False)
     reference.scatter_(memory, rows, token_index, image_index, slots, num_rows)
 
 
-@operator("linear.packed_linear_norm")
-def _packed_linear_norm(
-    x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor, norm_weight: Tensor, norm_bias: Tensor, eps: float,
-    num_rows: Tensor | None,
-) -> Tensor:  # fmt: skip
-    return reference.packed_linear_norm(x, weight, bias, residual, norm_weight, norm_bias, eps, num_rows)
-
-
-@_packed_linear_norm.register_fake
-def _(
-    x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor, norm_weight: Tensor, norm_bias: Tensor, eps: float,
-    num_rows: Tensor | None,
-) -> Tensor:  # fmt: skip
-    return residual.new_empty(residual.shape)
-
-
-@operator("linear.packed_feedforward")
-def _packed_feedforward(
-    x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor, norm_weight: Tensor, norm_bias: Tensor,
-    eps: float, num_rows: Tensor | None,
-) -> Tensor:  # fmt: skip
-    return reference.packed_feedforward(
-        x, weight1, bias1, weight2, bias2, norm_weight, norm_bias, eps, num_rows
-    )
-
-
-@_packed_feedforward.register_fake
-def _(
-    x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor, norm_weight: Tensor, norm_bias: Tensor,
-    eps: float, num_rows: Tensor | None,
-) -> Tensor:  # fmt: skip
-    return x.new_empty(x.shape)
-
-
 # A multiplication and an addition per weight and row of the capacity; norms are not counted, as in PyTorch.
-@_packed_linear.register_flops
-def _(x: torch.Size, weight: torch.Size, *_: object) -> int:
+def _flops(x: torch.Size, weight: torch.Size, *_: object) -> int:
     return 2 * x[0] * weight[0] * weight[1]
 
 
-@_packed_linear_into.register_flops
-def _(memory: torch.Size, x: torch.Size, weight: torch.Size, *_: object) -> int:
-    return 2 * x[0] * weight[0] * weight[1]
-
-
-@_packed_linear_norm.register_flops
-def _(x: torch.Size, weight: torch.Size, *_: object) -> int:
-    return 2 * x[0] * weight[0] * weight[1]
-
-
-@_packed_feedforward.register_flops
-def _(x: torch.Size, weight1: torch.Size, *_: object) -> int:
-    return 4 * x[0] * weight1[0] * weight1[1]
+_packed_linear.register_flops(_flops)
+_packed_linear_norm.register_flops(_flops)
+_packed_linear_into.register_flops(lambda memory, *layer: _flops(*layer))
+_packed_feedforward.register_flops(lambda *layers: 2 * _flops(*layers))

@@ -146,51 +146,24 @@ def _like(mask: Tensor, dense: Tensor) -> Tensor:
 
 
 # ------------------------------------------------------------------------------------------------ the custom operators
-@operator("packing.pack")
-def _pack(
-    token_index: Tensor, image_index: Tensor, slots: Tensor, num_rows: Tensor | None, dense: Sequence[Tensor]
-) -> list[Tensor]:
-    return reference.pack(token_index, image_index, slots, num_rows, dense)
+# The gradients of `scatter` are `pack` and itself, and those of `pack` are `scatter`, so that both have derivatives of
+# any order.
+_pack = operator("packing.pack")(reference.pack)
+_scatter = operator("packing.scatter")(reference.scatter)
+_scatter_in_place = operator("packing.scatter_", mutates_args=("memory",))(reference.scatter_)
 
 
 @_pack.register_fake
-def _(
-    token_index: Tensor, image_index: Tensor, slots: Tensor, num_rows: Tensor | None, dense: Sequence[Tensor]
-) -> list[Tensor]:
-    return [tensor.new_empty(token_index.shape[0], *tensor.shape[2:]) for tensor in dense]
-
-
-@operator("packing.scatter")
-def _scatter(
-    memory: Tensor | None, rows: Tensor | None, token_index: Tensor, image_index: Tensor, slots: Tensor,
-    num_rows: Tensor | None,
-) -> Tensor:  # fmt: skip
-    """Without memory or rows there are zeros instead. Its gradients are `pack` and itself, and those of `pack` are this
-    operator, so that both have derivatives of any order."""
-    return reference.scatter(memory, rows, token_index, image_index, slots, num_rows)
+def _(token_index: Tensor, *others: Any) -> list[Tensor]:
+    return [tensor.new_empty(token_index.shape[0], *tensor.shape[2:]) for tensor in others[-1]]
 
 
 @_scatter.register_fake
-def _(
-    memory: Tensor | None, rows: Tensor | None, token_index: Tensor, image_index: Tensor, slots: Tensor,
-    num_rows: Tensor | None,
-) -> Tensor:  # fmt: skip
+def _(memory: Tensor | None, rows: Tensor | None, *others: Any) -> Tensor:
     if memory is not None:
         return memory.new_empty(memory.shape)
     assert rows is not None
-    return rows.new_empty(*slots.shape, *rows.shape[1:])
-
-
-@operator("packing.scatter_", mutates_args=("memory",))
-def _scatter_in_place(
-    memory: Tensor,
-    rows: Tensor,
-    token_index: Tensor,
-    image_index: Tensor,
-    slots: Tensor,
-    num_rows: Tensor | None,
-) -> None:
-    reference.scatter_(memory, rows, token_index, image_index, slots, num_rows)
+    return rows.new_empty(*others[2].shape, *rows.shape[1:])
 
 
 @operator("packing.zero_padding_", mutates_args=("dense",))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import accumulate, pairwise
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -48,11 +48,6 @@ class TokenPlan:
             )
 
     @property
-    def counts_B(self) -> Tensor:
-        """[B] kept tokens of each image."""
-        return self.offsets_B1.diff()
-
-    @property
     def num_rows(self) -> Tensor | None:
         """int32 [1] number of rows in use, on the device; None if all are."""
         return None if self.exact else self.offsets_B1[-1:]
@@ -62,10 +57,6 @@ class TokenPlan:
         """[K] int64 row of each kept token in a [B*S, ...] view of the dense tokens."""
         num_tokens = self.slot_BS.shape[1]
         return self.image_index_K.long() * num_tokens + self.token_index_K.long()
-
-    def image_slices(self) -> list[slice]:
-        """Packed rows of each image."""
-        return [slice(start, end) for start, end in pairwise(self.starts_on_host())]
 
     def starts_on_host(self) -> tuple[int, ...]:
         """`offsets_B1` as integers. Synchronises with the device unless the plan holds them already."""

@@ -343,18 +343,21 @@ def packed_linear(
     x_KC: Tensor,
     weight_FC: Tensor,
     bias_F: Tensor,
-    num_rows: Tensor | None = None,
-    add_KC: Tensor | None = None,
-    dtype: torch.dtype | None = None,
-    relu: bool = False,
+    num_rows: Tensor | None,
+    add_KC: Tensor | None,
+    dtype: torch.dtype,
+    relu: bool,
 ) -> Tensor:
     """(x + add) W^T + b, [K, F], computed in the weight's dtype, with `relu` at least 0. Rows past `num_rows` (int [1])
     are unspecified."""
     used = _rows_in_use(x_KC, num_rows)
     x = x_KC[:used] if add_KC is None else x_KC[:used] + add_KC[:used]
-    out = F.linear(x.to(weight_FC.dtype), weight_FC, bias_F.to(weight_FC.dtype))
-    out = out.relu() if relu else out
-    return _to_capacity(out if dtype is None else out.to(dtype), x_KC)
+    out = _linear(x, weight_FC, bias_F)
+    return _to_capacity((out.relu() if relu else out).to(dtype), x_KC)
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return F.linear(x.to(weight.dtype), weight, bias.to(weight.dtype))
 
 
 def packed_linear_norm(
@@ -365,11 +368,11 @@ def packed_linear_norm(
     norm_weight_F: Tensor,
     norm_bias_F: Tensor,
     eps: float,
-    num_rows: Tensor | None = None,
+    num_rows: Tensor | None,
 ) -> Tensor:
     """LayerNorm(residual + x W^T + b), [K, F], normalised in at least float32, in the residual's dtype."""
     used = _rows_in_use(x_KC, num_rows)
-    total = _at_least_float32(residual_KF[:used] + packed_linear(x_KC[:used], weight_FC, bias_F))
+    total = _at_least_float32(residual_KF[:used] + _linear(x_KC[:used], weight_FC, bias_F))
     norm_weight_F, norm_bias_F = norm_weight_F.to(total.dtype), norm_bias_F.to(total.dtype)
     out = F.layer_norm(total, norm_weight_F.shape, norm_weight_F, norm_bias_F, eps)
     return _to_capacity(out.to(residual_KF.dtype), x_KC)
@@ -384,12 +387,12 @@ def packed_feedforward(
     norm_weight_C: Tensor,
     norm_bias_C: Tensor,
     eps: float,
-    num_rows: Tensor | None = None,
+    num_rows: Tensor | None,
 ) -> Tensor:
     """LayerNorm(x + relu(x W1^T + b1) W2^T + b2), the feed-forward network of a post-norm transformer layer."""
     x = x_KC[: _rows_in_use(x_KC, num_rows)]
-    hidden = packed_linear(x, weight1_FC, bias1_F).relu_()
-    out = packed_linear_norm(hidden, weight2_CF, bias2_C, x, norm_weight_C, norm_bias_C, eps)
+    hidden = _linear(x, weight1_FC, bias1_F).relu_()
+    out = packed_linear_norm(hidden, weight2_CF, bias2_C, x, norm_weight_C, norm_bias_C, eps, None)
     return _to_capacity(out, x_KC)
 
 
@@ -427,10 +430,10 @@ def fused_convolution(
 
 def affine_relu_(
     x_BCHW: Tensor,
-    scale_C: Tensor | None = None,
-    bias_C: Tensor | None = None,
-    residual_BCHW: Tensor | None = None,
-    relu: bool = True,
+    scale_C: Tensor | None,
+    bias_C: Tensor | None,
+    residual_BCHW: Tensor | None,
+    relu: bool,
 ) -> None:
     """x = ReLU(x * scale + bias + residual), computed in at least float32."""
     if residual_BCHW is not None and share_storage(x_BCHW, residual_BCHW):
@@ -454,7 +457,7 @@ def affine_relu_max_pool(
 ) -> Tensor:
     """The 3x3 maximum of ReLU(x * scale + bias) with stride 2 and padding 1, [B, C, ceil(H / 2), ceil(W / 2)]."""
     x_BCHW = x_BCHW.clone()
-    affine_relu_(x_BCHW, scale_C, bias_C)
+    affine_relu_(x_BCHW, scale_C, bias_C, None, True)
     return F.max_pool2d(x_BCHW, 3, 2, 1)
 
 

@@ -82,12 +82,7 @@ def check_padding_mask(padding_mask_BS: Tensor, dense: Tensor) -> None:
         raise invalid("padding mask", padding_mask_BS, f"{list(dense.shape[:2])} of torch.bool")
 
 
-@operator("selection.select")
-def _select(
-    scores: Tensor, num_keep: Tensor, padding_mask: Tensor | None, capacity: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(token index [capacity], image index [capacity], offsets [Bp1], slots [B, S]), int32."""
-    return reference.select_tokens(scores, num_keep, padding_mask, capacity)
+_select = operator("selection.select")(reference.select_tokens)
 
 
 @_select.register_fake
