@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -32,7 +34,8 @@ from ats_detr.distributed import choose_device
 from ats_detr.errors import UserError
 from ats_detr.evaluation import MAX_DETECTIONS
 from ats_detr.model import CompiledDetr, Detr
-from ats_detr.model.output import Detections, DetectorOutput, TokenBudget, token_budgets, top_detections
+from ats_detr.model.compiled import MAX_GRAPHS, GraphCache, can_capture, model_state
+from ats_detr.model.output import DetectedBatch, TokenBudget, token_budgets
 from ats_detr.visualize import KeptTokens, draw_boxes
 
 if TYPE_CHECKING:
@@ -163,25 +166,44 @@ class Detector:
         config: the configuration of the model; its evaluation sizes are used for preprocessing.
         classes: category ids and names of the class indices.
         facts: further plain values of the checkpoint (epochs, metrics, ...), which `save` writes.
+        capture: on CUDA, capture passes as CUDA graphs and replay them: `auto` when a combination of padded size and
+            number of images occurs for the second time, True for the first time, False never. At most 32 graphs are
+            kept. Weights may be changed in place; other changes of the model discard its graphs.
+
+    Raises:
+        ValueError: for another value of `capture`.
     """
 
     def __init__(
-        self, model: Detr, config: Config, classes: ClassMap, facts: dict[str, Any] | None = None
+        self,
+        model: Detr,
+        config: Config,
+        classes: ClassMap,
+        facts: dict[str, Any] | None = None,
+        *,
+        capture: bool | Literal["auto"] = "auto",
     ) -> None:
+        if capture not in (True, False, "auto"):
+            raise ValueError(f"capture = {capture!r}: must be 'auto', True or False")
         self.model, self.config, self.classes = model.eval(), config, classes
         self.facts = facts or {}
+        self.capture = capture
+        self._graphs = GraphCache(MAX_GRAPHS if capture else 0, capture_at=2 if capture == "auto" else 1)
         self.compiled: CompiledDetr | None = None
         """The compiled model after `compile`. Its `warm_up_seconds` has the time of the first batch of each shape."""
         self._transform = evaluation_transform(config.data.short_side, config.data.long_side)
 
     @staticmethod
-    def from_checkpoint(source: str | Path, *, device: str = "auto") -> Detector:
+    def from_checkpoint(
+        source: str | Path, *, device: str = "auto", capture: bool | Literal["auto"] = "auto"
+    ) -> Detector:
         """A detector from a checkpoint file, a model folder, or a finished run.
 
         Args:
             source: a file (of this package or of the published code), a folder written by `save`, the folder of a run,
                 or the name of a run in `runs/`. For a run with teachers, the student is loaded.
             device: `auto` (CUDA if available, otherwise the CPU), `cpu`, `cuda` or `cuda:1`.
+            capture: see `Detector`.
 
         Raises:
             UserError: if the checkpoint does not exist or cannot be read.
@@ -195,18 +217,20 @@ class Detector:
             config_of(checkpoint, path),
             ClassMap.from_dict(checkpoint["classes"]),
             {key: value for key, value in checkpoint.items() if key not in dropped},
+            capture=capture,
         )
 
     def compile(
-        self, *, dtype: torch.dtype = torch.float32, fuse: bool = False, max_graphs: int = 32
+        self, *, dtype: torch.dtype = torch.float32, fuse: bool = False, max_graphs: int = MAX_GRAPHS
     ) -> Detector:
         """Optimise the model for repeated prediction, in place, and return the detector.
 
         Batch norms are folded, and on CUDA each input shape is captured as a CUDA graph, with a warm-up at its first
-        batch. Padded sizes are those of the evaluation. See `ats_detr.model.CompiledDetr` for the arguments, and
-        docs/inference.md for the effect of bfloat16 on AP. A copy of a compiled detector is compiled, too, and repeats
-        the warm-up.
+        batch (unless the detector has `capture=False`). Padded sizes are those of the evaluation. Later changes of
+        `model` have no effect. See `ats_detr.model.CompiledDetr` for the arguments, and docs/inference.md for the
+        effect of bfloat16 on AP. A copy of a compiled detector is compiled, too, and repeats the warm-up.
         """
+        max_graphs = max_graphs if self.capture else 0
         self.compiled = CompiledDetr(self.model, dtype=dtype, fuse=fuse, max_graphs=max_graphs)
         return self
 
@@ -341,11 +365,11 @@ class Detector:
             yield from (results[place] for place in range(len(window)))
 
     def _batches(self, places: list[int], batch_size: int) -> Iterator[list[int]]:
-        """`places` in batches. With CUDA graphs, incomplete batches are split into single images.
+        """`places` in batches. With a graph for every shape, incomplete batches are split into single images.
 
         Otherwise every number of images would need its own graph.
         """
-        has_graphs = self.compiled is not None and self.device.type == "cuda"
+        has_graphs = self.compiled is not None and self.capture and self.device.type == "cuda"
         for start in range(0, len(places), batch_size):
             batch = places[start : start + batch_size]
             yield from [[place] for place in batch] if has_graphs and len(batch) < batch_size else [batch]
@@ -354,11 +378,13 @@ class Detector:
         self, images: list[_Prepared], threshold: float, max_detections: int, keep_tokens: bool, upright: bool
     ) -> list[Result]:
         batch = ImageBatch.collate([image.pixels for image in images], self.config.data.size_multiple)
+        scale_B4 = torch.tensor([image.size[::-1] * 2 for image in images])
         with torch.inference_mode():
-            output = self._run(batch.to(self.device))
-            detections = top_detections(output.last, [image.size for image in images], max_detections)
-            budgets = token_budgets(output)
-        kept = _kept_tokens(output, batch) if keep_tokens else [None] * len(images)
+            found = self._run(
+                batch.to(self.device), scale_B4.to(self.device, non_blocking=True), max_detections
+            )
+        detections_BN6, budgets = found.detections_BN6.cpu().numpy(), token_budgets(found.budgets_B3)
+        kept = _kept_tokens(found, batch) if keep_tokens else [None] * len(images)
         return [
             Result(
                 source=image.source,
@@ -367,24 +393,47 @@ class Detector:
                 budget=budget,
                 kept_tokens=tokens,
                 upright=upright,
-                **self._fields_of(found, threshold),
+                **self._fields_of(detections_N6, threshold),
             )
-            for image, found, budget, tokens in zip(images, detections, budgets, kept, strict=True)
+            for image, detections_N6, budget, tokens in zip(
+                images, detections_BN6, budgets, kept, strict=True
+            )
         ]
 
-    def _run(self, batch: ImageBatch) -> DetectorOutput:
+    def _run(self, batch: ImageBatch, scale_B4: Tensor, max_detections: int) -> DetectedBatch:
         if self.compiled is not None:
-            return self.compiled(batch)
-        return self.model(batch, supervision=False)
+            return self.compiled.detect(batch, scale_B4, max_detections)
+        model = self.model
 
-    def _fields_of(self, detections: Detections, threshold: float) -> dict[str, Any]:
+        def detect(images_B3HW: Tensor, sizes_B2: Tensor, scale_B4: Tensor) -> DetectedBatch:
+            output = model.detect(images_B3HW, sizes_B2, supervision=False)
+            return DetectedBatch.from_output(output, scale_B4, max_detections)
+
+        def detect_eagerly() -> DetectedBatch:
+            return DetectedBatch.from_output(model(batch, supervision=False), scale_B4, max_detections)
+
+        dtype = model.level_embed.dtype
+        if not self.capture or not can_capture(self.device, dtype, warn=False):
+            return detect_eagerly()
+        images_B3HW = batch.images_B3HW
+        return self._graphs.run(
+            (max_detections, images_B3HW.shape, images_B3HW.dtype),
+            detect,
+            images_B3HW,
+            batch.sizes_B2,
+            scale_B4,
+            eager=detect_eagerly,
+            state=functools.partial(model_state, model),
+            tensors=itertools.chain(model.parameters(), model.buffers()),
+        )
+
+    def _fields_of(self, detections_N6: np.ndarray, threshold: float) -> dict[str, Any]:
         """The fields of a result: detections of named classes with scores >= `threshold`."""
-        labels = detections.labels_N.cpu().numpy()
-        scores = detections.scores_N.cpu().numpy()
+        scores, labels = detections_N6[:, 4], detections_N6[:, 5].astype(np.int64)
         category_ids = self.classes.category_ids_of(labels)
         shown = (scores >= threshold) & (category_ids >= 0)  # ten of COCO's 91 class indices have no category
         return {
-            "boxes_xyxy": detections.boxes_xyxy_N4.cpu().numpy()[shown],
+            "boxes_xyxy": detections_N6[shown, :4],
             "scores": scores[shown],
             "labels": labels[shown],
             "category_ids": category_ids[shown],
@@ -392,14 +441,13 @@ class Detector:
         }
 
 
-def _kept_tokens(output: DetectorOutput, batch: ImageBatch) -> list[KeptTokens | None]:
-    if output.selection is None:
+def _kept_tokens(found: DetectedBatch, batch: ImageBatch) -> list[KeptTokens | None]:
+    if found.kept_BS is None:
         return [None] * len(batch)
-    kept_BS = (output.selection.plan.slot_BS >= 0).cpu()
     padded_size = (batch.images_B3HW.shape[2], batch.images_B3HW.shape[3])
     return [
-        KeptTokens.from_flat(kept_S, output.level_shapes, resized_size=size, padded_size=padded_size)
-        for kept_S, size in zip(kept_BS, batch.sizes, strict=True)
+        KeptTokens.from_flat(kept_S, found.level_shapes, resized_size=size, padded_size=padded_size)
+        for kept_S, size in zip(found.kept_BS.cpu(), batch.sizes, strict=True)
     ]
 
 

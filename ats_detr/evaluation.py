@@ -28,7 +28,14 @@ from ats_detr.data.loader import EvaluationLoader
 from ats_detr.errors import Stopped, UserError
 from ats_detr.files import replaced_file
 from ats_detr.model import CompiledDetr, Detr
-from ats_detr.model.output import Detections, DetectorOutput, TokenBudget, token_budgets, top_detections
+from ats_detr.model.output import (
+    Detections,
+    DetectorOutput,
+    TokenBudget,
+    budget_table,
+    token_budgets,
+    top_detections,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -340,7 +347,7 @@ class _Found:
         self.detections.append(DetectionTable.from_batch(indices, found, dataset.class_map))
         if output.selection is not None and output.selection.budget_logits is not None:
             self.num_budgets = output.selection.budget_logits.shape[1]
-        for target, budget in zip(targets, token_budgets(output), strict=True):
+        for target, budget in zip(targets, token_budgets(budget_table(output)), strict=True):
             self.records.append(
                 ImageRecord(image_id=target.image_id, num_objects=len(target.labels_N), **vars(budget))
             )

@@ -279,8 +279,7 @@ def counted() -> Iterator[LaunchCounter]:
             (FakeTensor, "data_ptr", lambda tensor: tensor.storage_offset() * tensor.element_size()),
             (torch.UntypedStorage, "data_ptr", lambda storage: storage._cdata),
             (torch.cuda, "device_of", contextlib.nullcontext),
-            (compiled, "_can_capture", lambda *_: False),
-            (compiled, "_current", lambda *_: contextlib.nullcontext()),
+            (compiled, "can_capture", lambda *_: False),
             (selector, "select_tokens", _select_tokens),
         ):
             stack.enter_context(patch.object(owner, name, value))

@@ -5,16 +5,19 @@ from __future__ import annotations
 import copy
 import functools
 import logging
+import os
 import threading
 import time
 from collections import OrderedDict
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import fields, is_dataclass, replace
-from typing import Any
+from collections.abc import Callable, Hashable, Iterable
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from typing import Any, TypeVar
 
 import torch
 import torch._dynamo
 from torch import Tensor
+from torch.nn.modules import module as module_hooks
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from ats_detr.batch import ImageBatch
 from ats_detr.kernels.dispatch import choose_backend
@@ -23,14 +26,22 @@ from ats_detr.model.decoder import Decoder
 from ats_detr.model.detr import Detr
 from ats_detr.model.encoder import Encoder
 from ats_detr.model.fusion import fold_batch_norms
-from ats_detr.model.output import DetectorOutput
+from ats_detr.model.output import DetectedBatch, DetectorOutput
 
 logger = logging.getLogger(__name__)
 
 _WARM_UP_PASSES = 3
 """Passes before a capture, in which kernels are tuned and libraries choose their algorithms."""
+MAX_GRAPHS = 32
+"""Default maximum number of CUDA graphs of a model."""
+_MAX_SHAPES = 10_000
+"""Shapes whose calls are counted; the least recently used one is forgotten."""
 _MAX_TRACES = 128
 """Recompile limit of torch.compile (default 8), shared by all models of a process. Further shapes run uncompiled."""
+
+T = TypeVar("T")
+Capture = Callable[..., Callable[..., Any]]
+"""Of a function and its inputs: a function that replays it with other inputs of the same shapes."""
 
 
 class CompiledDetr:
@@ -42,6 +53,7 @@ class CompiledDetr:
     (`data.size_multiple`) to limit the number of shapes. The number of kept tokens may differ between passes.
 
     Calls from several threads run sequentially; they may use different streams. An enclosing autocast has no effect.
+    A shape that cannot be captured (too little memory, for example) is reported once and runs as a normal pass.
     A copy (`copy.deepcopy`, pickle) has the same weights and settings, and captures its own graphs.
 
     Args:
@@ -51,10 +63,10 @@ class CompiledDetr:
             sum, activation). Compilation takes time for each of the first 128 shapes of a process; later shapes run
             uncompiled.
         max_graphs: maximum number of CUDA graphs; the least recently used one is dropped. Graphs share the memory of
-            their activations; each has its own inputs and outputs.
+            their activations; each has its own inputs and outputs. 0: none.
 
     Raises:
-        ValueError: if `max_graphs` < 1.
+        ValueError: if `max_graphs` < 0.
     """
 
     def __init__(
@@ -63,10 +75,8 @@ class CompiledDetr:
         *,
         dtype: torch.dtype = torch.float32,
         fuse: bool = False,
-        max_graphs: int = 32,
+        max_graphs: int = MAX_GRAPHS,
     ) -> None:
-        if max_graphs < 1:
-            raise ValueError(f"max_graphs is {max_graphs}, must be >= 1")
         model = copy.deepcopy(model).eval().requires_grad_(False)
         fold_batch_norms(model.backbone.body)
         self.model = model.to(dtype)
@@ -76,34 +86,42 @@ class CompiledDetr:
         for part in (model.backbone, model.input_proj):
             part.to(memory_format=torch.channels_last)
         self.dtype, self.fuse, self.max_graphs = dtype, fuse, max_graphs
+        self.graphs = GraphCache(max_graphs, capture_at=1)
         self.device = model.level_embed.device
         self.warm_up_seconds: dict[tuple[int, int, int], float] = {}
         """Seconds until the first result of each (batch, height, width)."""
         if fuse:
             self.model.backbone.compile(dynamic=False)
-        self._graphs: OrderedDict[tuple[int, int, int], _Graph] = OrderedDict()
-        self._pool: Any = None
-        self._captures = _can_capture(self.device, dtype)
-        if self._captures:
-            self._pool, self._done = torch.cuda.graph_pool_handle(), torch.cuda.Event()
         self._lock = threading.Lock()
+        self._captures = max_graphs > 0 and can_capture(self.device, dtype)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle the model and the settings only: locks and CUDA graphs cannot be copied."""
         make = functools.partial(CompiledDetr, dtype=self.dtype, fuse=self.fuse, max_graphs=self.max_graphs)
         return make, (self.model,)
 
-    @torch.inference_mode()
     def __call__(self, batch: ImageBatch) -> DetectorOutput:
         """Predictions, as `Detr.forward(batch, supervision=False)` returns them."""
-        images_B3HW, sizes_B2 = batch.images_B3HW, batch.sizes_B2
-        size = (len(batch), *images_B3HW.shape[-2:])
-        with self._lock, _current(self.device), torch.autocast(self.device.type, enabled=False):
+        return self._run(None, self._detect, batch.images_B3HW, batch.sizes_B2)
+
+    def detect(self, batch: ImageBatch, scale_B4: Tensor, max_detections: int) -> DetectedBatch:
+        """Detections of a batch, see `DetectedBatch.from_output`; postprocessing is part of the CUDA graph."""
+
+        def detect(images_B3HW: Tensor, sizes_B2: Tensor, scale_B4: Tensor) -> DetectedBatch:
+            return DetectedBatch.from_output(self._detect(images_B3HW, sizes_B2), scale_B4, max_detections)
+
+        return self._run(max_detections, detect, batch.images_B3HW, batch.sizes_B2, scale_B4)
+
+    @torch.inference_mode()
+    def _run(self, kind: Hashable, function: Callable[..., T], images_B3HW: Tensor, *inputs: Tensor) -> T:
+        batch, _, height, width = images_B3HW.shape
+        size = (batch, height, width)
+        with self._lock, torch.autocast(self.device.type, enabled=False):
             started = time.perf_counter()
-            if not self._captures:
-                output = self._detect(images_B3HW, sizes_B2)
+            if self._captures:
+                output = self.graphs.run((kind, size), function, images_B3HW, *inputs)
             else:
-                output = self._replay(size, images_B3HW, sizes_B2)
+                output = function(images_B3HW, *inputs)
             if size not in self.warm_up_seconds:
                 self.warm_up_seconds[size] = time.perf_counter() - started
                 logger.info("first batch of %d x %dx%d: %.1f s", *size, self.warm_up_seconds[size])
@@ -114,62 +132,219 @@ class CompiledDetr:
         with torch._dynamo.config.patch(recompile_limit=_MAX_TRACES):
             return self.model.detect(images_B3HW, sizes_B2, supervision=False)
 
-    def _replay(self, size: tuple[int, int, int], *inputs: Tensor) -> DetectorOutput:
-        stream = torch.cuda.current_stream()
-        stream.wait_event(self._done)  # the previous pass may be on another stream, from another thread
-        graph = self._graphs.pop(size, None)
-        if graph is None:
-            graph = _Graph(self._detect, inputs, self._pool)
-        self._graphs[size] = graph  # the last entry is the most recently used
-        if len(self._graphs) > self.max_graphs:
-            self._graphs.popitem(last=False)
-        output = _copied(graph(*inputs))
-        self._done.record(stream)
-        return output
 
-
-def _can_capture(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether passes on this device can be captured; a warning says why a CUDA device cannot."""
+def can_capture(device: torch.device, dtype: torch.dtype, *, warn: bool = True) -> bool:
+    """Whether passes on this device can be captured; a warning says why those of a CUDA device cannot."""
     if device.type != "cuda":
         return False
     if choose_backend(torch.empty(0, dtype=dtype, device=device)) == "reference":
-        logger.warning(
-            "running without CUDA graphs: the reference operators synchronise with the device. For CUDA graphs, "
-            "install triton, unset ATS_DETR_BACKEND, and use another dtype than float64"
-        )
+        if warn:
+            logger.warning(
+                "running without CUDA graphs: the reference operators synchronise with the device. For CUDA graphs, "
+                "install triton, unset ATS_DETR_BACKEND, and use another dtype than float64"
+            )
         return False
     return True
 
 
-class _Graph:
-    """A CUDA graph of `function` for inputs of fixed shapes.
+def model_state(model: Detr) -> list[Any] | None:
+    """What a captured pass of `model` holds fixed: compare it to find out whether a graph is outdated.
 
-    Graphs of one memory pool overwrite each other's activations: replay them sequentially, and copy the output.
+    The addresses of its tensors (values may change in place), plain attributes of its modules, and the settings of
+    PyTorch that choose kernels. None: the pass must run in Python, because of hooks, training mode, autocast, a
+    dispatch mode, or another `forward`.
+    """
+    if (
+        type(model).forward is not Detr.forward
+        or torch.is_autocast_enabled("cuda")
+        or _get_current_dispatch_mode() is not None
+        or module_hooks._global_forward_hooks
+        or module_hooks._global_forward_pre_hooks
+    ):
+        return None
+    state: list[Any] = [
+        os.environ.get("ATS_DETR_BACKEND"),
+        torch.get_float32_matmul_precision(),
+        torch.backends.cudnn.allow_tf32,
+        torch.are_deterministic_algorithms_enabled(),
+    ]
+    for module in model.modules():
+        if module.training or module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
+            return None
+        state.append(id(module))
+        for value in vars(module).values():
+            if type(value) in (bool, int, float, str):
+                state.append(value)
+        for tensors in (module._parameters, module._buffers):
+            state += [None if tensor is None else tensor.data_ptr() for tensor in tensors.values()]
+    return state
+
+
+@dataclass
+class _Shape:
+    """What is known of one key of a `GraphCache`."""
+
+    num_calls: int = 0
+    """Since the start, or since its graph was dropped."""
+    num_captures: int = 0
+    replay: Callable[..., Any] | None = None
+    state: list[Any] | None = None
+    tensors: list[Tensor] = field(default_factory=list)
+    """Keep the memory that the graph reads, even if the model no longer uses it."""
+
+    def drop(self) -> None:
+        self.replay, self.state, self.tensors, self.num_calls = None, None, [], 0
+
+
+class GraphCache:
+    """Runs functions of tensors, and captures each as a CUDA graph when its key occurs for the `capture_at`-th time.
+
+    After a graph is dropped, its key has to occur twice as often as before its last capture: more keys than graphs, or
+    a model that changes again and again, do not cause a capture at every call. A failed capture is reported once, and
+    nothing is captured from then on. Threads may share it. A copy has the same settings and no graphs.
+
+    Args:
+        max_graphs: maximum number of graphs; the least recently used one is dropped.
+        capture_at: 1 captures at the first call of a key.
+        capture: None: as CUDA graphs that share the memory of their activations.
     """
 
-    def __init__(self, function: Any, inputs: tuple[Tensor, ...], pool: Any) -> None:
-        self.inputs = tuple(tensor.clone() for tensor in inputs)
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(_WARM_UP_PASSES):
-                function(*self.inputs)
-        torch.cuda.current_stream().wait_stream(stream)
-        self.graph = torch.cuda.CUDAGraph()
-        # Allocations by other threads during the capture (of pinned memory, for example) are allowed and not captured.
-        with torch.cuda.graph(self.graph, pool=pool, capture_error_mode="thread_local"):
-            self.output = function(*self.inputs)
+    def __init__(self, max_graphs: int, *, capture_at: int, capture: Capture | None = None) -> None:
+        if max_graphs < 0:
+            raise ValueError(f"max_graphs = {max_graphs}: must be >= 0")
+        self.max_graphs, self.capture_at, self.capture = max_graphs, capture_at, capture
+        self._shapes: OrderedDict[Hashable, _Shape] = OrderedDict()
+        """The last entry is the most recently used."""
+        self._is_able = max_graphs > 0
+        self._capture: Capture = capture or _CudaGraphs()
+        self._lock = threading.Lock()
 
-    def __call__(self, *inputs: Tensor) -> Any:
-        for own, new in zip(self.inputs, inputs, strict=True):
-            own.copy_(new, non_blocking=True)
-        self.graph.replay()
-        return self.output
+    def __reduce__(self) -> tuple[Any, ...]:
+        make = functools.partial(GraphCache, capture_at=self.capture_at, capture=self.capture)
+        return make, (self.max_graphs,)
+
+    def run(
+        self,
+        key: Hashable,
+        function: Callable[..., T],
+        *inputs: Tensor,
+        eager: Callable[[], T] | None = None,
+        state: Callable[[], list[Any] | None] = list,
+        tensors: Iterable[Tensor] = (),
+    ) -> T:
+        """`function(*inputs)`, replayed if there is a graph.
+
+        Args:
+            key: of all that determines the pass, except the contents of the inputs and `state`.
+            function: without device-to-host synchronisation.
+            inputs: tensors of the same shapes for a key.
+            eager: runs instead of `function` where nothing is captured.
+            state: of what `function` depends on. Graphs of another state are dropped; None: must run in Python.
+            tensors: further tensors that `function` reads. Their memory is kept as long as the graph.
+        """
+        with self._lock:
+            shape = self._shapes.setdefault(key, _Shape())
+            self._shapes.move_to_end(key)
+            if shape.replay is not None:
+                output = shape.replay(*inputs)
+                current = state()  # while the GPU computes
+                if current == shape.state:
+                    return output
+                if current is not None:
+                    self.drop()
+            elif self._is_able:
+                shape.num_calls += 1
+                is_due = shape.num_calls >= self.capture_at << shape.num_captures
+                if is_due and (current := state()) is not None and self._try_capture(shape, function, inputs):
+                    shape.state, shape.tensors = current, [tensor.detach() for tensor in tensors]
+                    assert shape.replay is not None
+                    return shape.replay(*inputs)
+            self._limit()
+        run = functools.partial(function, *inputs) if eager is None else eager
+        try:
+            return run()
+        except torch.OutOfMemoryError:
+            with self._lock:  # the graphs may hold the memory that is missing
+                if not self.drop():
+                    raise
+                self._is_able = False
+            logger.warning("out of memory: all CUDA graphs are dropped, and passes are no longer captured")
+        torch.cuda.empty_cache()
+        return run()
+
+    def drop(self) -> int:
+        """Drop all graphs. Returns their number."""
+        dropped = [shape for shape in self._shapes.values() if shape.replay is not None]
+        for shape in dropped:
+            shape.drop()
+        return len(dropped)
+
+    def _try_capture(self, shape: _Shape, function: Callable[..., Any], inputs: tuple[Tensor, ...]) -> bool:
+        try:
+            shape.replay = self._capture(function, *inputs)
+        except Exception as error:  # of any library; an error of the pass itself is raised by the normal pass
+            self._is_able = False
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            logger.warning("passes run without CUDA graphs, since one cannot be captured: %s", reason)
+            return False
+        shape.num_captures += 1
+        self._limit()
+        return True
+
+    def _limit(self) -> None:
+        graphs = [shape for shape in self._shapes.values() if shape.replay is not None]
+        for shape in graphs[: max(0, len(graphs) - self.max_graphs)]:
+            shape.drop()
+        while len(self._shapes) > _MAX_SHAPES:
+            self._shapes.popitem(last=False)
 
 
-def _current(device: torch.device) -> AbstractContextManager[object]:
-    """Context in which `device` is the current GPU: streams, graphs and Triton launches use the current one."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+class _CudaGraphs:
+    """Captures functions as CUDA graphs of one memory pool, which overwrite each other's activations.
+
+    Call it, and the replays, sequentially. They may be on different streams.
+    """
+
+    def __init__(self) -> None:
+        self._pool: Any = None
+        self._done: torch.cuda.Event | None = None
+        """The end of the last replay."""
+
+    def __call__(self, function: Callable[..., Any], *inputs: Tensor) -> Callable[..., Any]:
+        with torch.cuda.device(inputs[0].device):
+            if self._pool is None:
+                self._pool = torch.cuda.graph_pool_handle()
+            self._wait()
+            own_inputs = tuple(tensor.clone() for tensor in inputs)
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                for _ in range(_WARM_UP_PASSES):
+                    function(*own_inputs)
+            torch.cuda.current_stream().wait_stream(stream)
+            graph = torch.cuda.CUDAGraph()
+            # Other threads may allocate during the capture (pinned memory, for example); this is not captured.
+            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+                output = function(*own_inputs)
+        return functools.partial(self._replay, graph, own_inputs, output)
+
+    def _replay(
+        self, graph: torch.cuda.CUDAGraph, own_inputs: tuple[Tensor, ...], output: Any, *inputs: Tensor
+    ) -> Any:
+        # Streams, graphs and Triton launches use the current GPU.
+        with torch.cuda.device(own_inputs[0].device):
+            self._wait()
+            for own, new in zip(own_inputs, inputs, strict=True):
+                own.copy_(new, non_blocking=True)
+            graph.replay()
+            copy = _copied(output)
+            self._done = torch.cuda.Event()
+            self._done.record()
+        return copy
+
+    def _wait(self) -> None:
+        if self._done is not None:
+            torch.cuda.current_stream().wait_event(self._done)
 
 
 def _copied(value: Any) -> Any:

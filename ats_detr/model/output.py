@@ -98,20 +98,46 @@ class Detections:
     """float32 corners in pixels of the original image, not clipped to it."""
 
 
-def token_budgets(output: DetectorOutput) -> list[TokenBudget]:
-    """The token budgets of a batch, with one device-to-host transfer."""
+@dataclass
+class DetectedBatch:
+    """Detections and budgets of a batch, in few small tensors on the device of the model."""
+
+    detections_BN6: Tensor
+    """float32 x1, y1, x2, y2 in pixels of the original image, score, and class index, by descending score."""
+    budgets_B3: Tensor
+    """See `budget_table`."""
+    kept_BS: Tensor | None
+    """Bool, True on kept tokens; None for a dense encoder."""
+    level_shapes: tuple[tuple[int, int], ...]
+    """(height, width) of each level."""
+
+    @staticmethod
+    def from_output(output: DetectorOutput, scale_B4: Tensor, max_detections: int) -> DetectedBatch:
+        """Without device-to-host synchronisation. `scale_B4`: width, height, width, height of the original images."""
+        scores_BN, labels_BN, boxes_BN4 = top_pairs(output.last, max_detections)
+        columns = (boxes_BN4 * scale_B4[:, None], scores_BN[..., None], labels_BN[..., None].float())
+        kept_BS = None if output.selection is None else output.selection.plan.slot_BS >= 0
+        return DetectedBatch(torch.cat(columns, -1), budget_table(output), kept_BS, output.level_shapes)
+
+
+def budget_table(output: DetectorOutput) -> Tensor:
+    """int64 [B, 3]: number of valid tokens, number of kept tokens, and budget class (-1: none) of each image."""
     num_valid_B = (~output.padding_mask_BS).sum(1)
     num_kept_B, budget_B = num_valid_B, torch.full_like(num_valid_B, -1)
     if output.selection is not None:
         num_kept_B = output.selection.num_kept_B
         if output.selection.budget_logits is not None:
             budget_B = output.selection.budget_logits.argmax(1)
-    columns = torch.stack([num_valid_B, num_kept_B.to(num_valid_B), budget_B], dim=1).tolist()
+    return torch.stack([num_valid_B, num_kept_B.to(num_valid_B), budget_B], dim=1)
+
+
+def token_budgets(table_B3: Tensor) -> list[TokenBudget]:
+    """The rows of a `budget_table`, with one device-to-host transfer."""
     return [
         TokenBudget(
             num_valid_tokens=num_valid, num_kept_tokens=num_kept, budget_class=None if budget < 0 else budget
         )
-        for num_valid, num_kept, budget in columns
+        for num_valid, num_kept, budget in table_B3.tolist()
     ]
 
 

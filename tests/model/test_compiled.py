@@ -179,21 +179,21 @@ def test_passes_of_the_reference_operators_are_not_captured(
     monkeypatch.setenv("ATS_DETR_BACKEND", requested)
     monkeypatch.setattr(dispatch, "HAS_TRITON", has_triton)
     with FakeTensorMode():
-        assert compiled_module._can_capture(torch.device("cuda"), dtype) == captured
+        assert compiled_module.can_capture(torch.device("cuda"), dtype) == captured
     assert ["install triton" in record.message for record in caplog.records] == [True] * (not captured)
-    assert not compiled_module._can_capture(torch.device("cpu"), dtype)
+    assert not compiled_module.can_capture(torch.device("cpu"), dtype)
 
 
 @torch.no_grad()
 def test_a_pass_that_cannot_be_captured_runs_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
-    monkeypatch.setattr(compiled_module, "_can_capture", lambda *arguments: asked.append(arguments))
+    monkeypatch.setattr(compiled_module, "can_capture", lambda *arguments: asked.append(arguments))
     model, batch = small_model(), ImageBatch.collate(images((64, 96)))
     compiled = CompiledDetr(model)
     assert asked == [(torch.device("cpu"), torch.float32)]
     for _ in range(2):
         assert_same_detections(compiled(batch), model(batch))
-    assert not compiled._graphs
+    assert not compiled.graphs.drop()
 
 
 @pytest.mark.slow

@@ -1,0 +1,353 @@
+"""Which passes are captured as CUDA graphs, with a capture that replays in Python. Runs without a GPU."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import pickle
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from ats_detr import detector as detector_module
+from ats_detr.detector import Detector
+from ats_detr.model import Detr
+from ats_detr.model import compiled as compiled_module
+from ats_detr.model.compiled import GraphCache, model_state
+from tests.model.test_detr import small_model
+from tests.small_detector import small_detector
+
+
+class FakeGraphs:
+    """Replays like a CUDA graph: the Python code of the function runs at the capture only."""
+
+    def __init__(self) -> None:
+        self.captured: list[tuple[torch.Size, ...]] = []
+        self.num_replays = 0
+        self.error: Exception | None = None
+
+    def __call__(self, function: Callable[..., Any], *inputs: Tensor) -> Callable[..., Any]:
+        if self.error is not None:
+            raise self.error
+        output = function(*inputs)
+        self.captured.append(tuple(tensor.shape for tensor in inputs))
+
+        def replay(*new: Tensor) -> Any:
+            assert [tensor.shape for tensor in new] == [tensor.shape for tensor in inputs]
+            self.num_replays += 1
+            return output
+
+        return replay
+
+
+def double(x: Tensor) -> Tensor:
+    return 2 * x
+
+
+def called(cache: GraphCache, keys: str) -> str:
+    """For each call, `c` if it was captured, `r` if it was replayed, and `e` if it ran eagerly."""
+    graphs = cache._capture
+    assert isinstance(graphs, FakeGraphs)
+    result = ""
+    for key in keys:
+        before = (len(graphs.captured), graphs.num_replays)
+        cache.run(key, double, torch.ones(3))
+        after = (len(graphs.captured), graphs.num_replays)
+        result += "c" if after[0] > before[0] else "r" if after[1] > before[1] else "e"
+    return result
+
+
+def test_a_key_is_captured_at_its_second_call_or_at_its_first() -> None:
+    assert called(GraphCache(4, capture_at=2, capture=FakeGraphs()), "aababba") == "ecercrr"
+    assert called(GraphCache(4, capture_at=1, capture=FakeGraphs()), "aab") == "crc"
+    assert called(GraphCache(0, capture_at=1, capture=FakeGraphs()), "aaa") == "eee"
+    with pytest.raises(ValueError, match=r"max_graphs = -1: must be >= 0"):
+        GraphCache(-1, capture_at=1)
+
+
+def test_the_least_recently_used_graph_is_dropped_and_captured_again_ever_later() -> None:
+    cache = GraphCache(2, capture_at=2, capture=FakeGraphs())
+    assert called(cache, "aabbacc") == "ececrec"  # drops b, which a's replay left behind
+    assert called(cache, "abbbb") == "reeec"  # b needs twice as many calls
+    rotation = called(GraphCache(2, capture_at=1, capture=FakeGraphs()), "abc" * 100)
+    assert rotation.count("c") <= 3 * 7, "captures of keys that do not fit become rare"
+
+
+def test_a_failed_capture_is_reported_once_and_stays_eager(caplog: pytest.LogCaptureFixture) -> None:
+    graphs = FakeGraphs()
+    cache = GraphCache(4, capture_at=2, capture=graphs)
+    assert called(cache, "aa") == "ec"
+    graphs.error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB\nmore")
+    assert called(cache, "bbbb") == "eeee"
+    assert torch.equal(cache.run("b", double, torch.ones(3)), torch.full((3,), 2.0))
+    graphs.error = None
+    assert called(cache, "bba") == "eer", "earlier graphs are still replayed"
+    (record,) = caplog.records
+    assert record.levelno == logging.WARNING
+    assert record.message.endswith("cannot be captured: CUDA out of memory. Tried to allocate 1 GiB")
+
+
+def test_graphs_give_way_to_a_pass_that_lacks_memory(caplog: pytest.LogCaptureFixture) -> None:
+    cache = GraphCache(4, capture_at=1, capture=FakeGraphs())
+    assert called(cache, "ab") == "cc"
+    failures = [torch.OutOfMemoryError("CUDA out of memory")]
+    no_state = {"state": lambda: None}
+
+    def large(x: Tensor) -> Tensor:
+        if failures:
+            raise failures.pop()
+        return x
+
+    assert torch.equal(cache.run("large", large, torch.ones(2), **no_state), torch.ones(2))
+    assert called(cache, "aab") == "eee"
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    failures.append(torch.OutOfMemoryError("CUDA out of memory"))
+    with pytest.raises(torch.OutOfMemoryError):
+        cache.run("large", large, torch.ones(2), **no_state)
+
+
+def test_a_changed_state_drops_all_graphs_and_none_runs_in_python() -> None:
+    cache = GraphCache(4, capture_at=1, capture=FakeGraphs())
+    state: list[Any] = [["old"]]
+
+    def run(key: str, value: float) -> float:
+        return cache.run(key, lambda x: x * value, torch.ones(()), state=lambda: state[-1]).item()
+
+    assert run("a", 1) == run("a", 2) == 1, "replayed"
+    assert run("b", 1) == 1
+    state.append(["new"])
+    assert run("a", 3) == 3, "eager"
+    assert run("b", 4) == 4, "the graphs of other keys are outdated, too"
+    assert run("a", 5) == 5
+    assert run("a", 6) == 6, "captured again"
+    assert run("a", 7) == 6
+    state.append(None)
+    assert run("a", 8) == 8
+    state.pop()
+    assert run("a", 9) == 6, "the graph is still valid"
+
+
+def test_shapes_are_counted_within_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiled_module, "_MAX_SHAPES", 10)
+    cache = GraphCache(4, capture_at=2, capture=FakeGraphs())
+    for number in range(100):
+        cache.run(number, double, torch.ones(3))
+    assert len(cache._shapes) == 10
+
+
+def test_threads_share_a_cache() -> None:
+    graphs = FakeGraphs()
+    cache = GraphCache(4, capture_at=2, capture=graphs)
+
+    def work() -> None:
+        for number in range(200):
+            assert cache.run(number % 3, double, torch.ones(3)).sum() == 6
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(graphs.captured) == 3 and graphs.num_replays >= 3 * 200
+
+
+def test_copies_have_the_settings_and_no_graphs() -> None:
+    cache = GraphCache(3, capture_at=2)
+    for other in (copy.deepcopy(cache), pickle.loads(pickle.dumps(cache))):
+        assert (other.max_graphs, other.capture_at) == (3, 2)
+        assert other.drop() == 0 and other._lock is not cache._lock
+
+
+# ------------------------------------------------------------------------------------------------ state of a model
+def test_weights_may_change_in_place() -> None:
+    model = small_model()
+    before = model_state(model)
+    with torch.no_grad():
+        model.level_embed.add_(1)
+    model.load_state_dict(small_model().state_dict())
+    assert before is not None and model_state(model) == before
+
+
+CHANGES: dict[str, Callable[[Any], object]] = {
+    "another tensor": lambda model: model.load_state_dict(small_model().state_dict(), assign=True),
+    "another module": lambda model: setattr(model, "encoder", small_model().encoder.eval()),
+    "a fixed ratio": lambda model: model.selector.fix_ratio(0.5),
+    "another number of queries": lambda model: setattr(model, "num_queries", 7),
+    "products in TF32": lambda model: torch.set_float32_matmul_precision("high"),
+    "another backend": lambda model: pytest.MonkeyPatch().setenv("ATS_DETR_BACKEND", "reference"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_changes_that_a_graph_does_not_see_change_the_state(
+    change: Callable[[Any], object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ATS_DETR_BACKEND", "")
+    precision, model = torch.get_float32_matmul_precision(), small_model().eval()
+    before = model_state(model)
+    try:
+        change(model)
+        assert model_state(model) not in (before, None)
+    finally:
+        torch.set_float32_matmul_precision(precision)
+
+
+def test_hooks_training_autocast_and_other_passes_run_in_python(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = small_model().eval()
+    assert model_state(model) is not None
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: device == "cuda")
+    assert model_state(model) is None
+    monkeypatch.undo()
+    hook = model.encoder.layers[0].register_forward_hook(lambda *_: None)
+    assert model_state(model) is None
+    hook.remove()
+    model.decoder.train()
+    assert model_state(model) is None
+    model.eval()
+    with torch.utils.flop_counter.FlopCounterMode(display=False):
+        assert model_state(model) is None
+    assert model_state(model) is not None
+    model.__class__ = type("Wrapped", (Detr,), {"forward": lambda *_, **__: None})
+    assert model_state(model) is None
+
+
+# ------------------------------------------------------------------------------------------------------ the detector
+@pytest.fixture
+def graphs(monkeypatch: pytest.MonkeyPatch) -> FakeGraphs:
+    """Captures in place of CUDA graphs, of detectors made afterwards."""
+    fake = FakeGraphs()
+    monkeypatch.setattr(detector_module, "can_capture", lambda *_, **__: True)
+    monkeypatch.setattr(compiled_module, "can_capture", lambda *_, **__: True)
+    monkeypatch.setattr(compiled_module, "_CudaGraphs", lambda: fake)
+    return fake
+
+
+def with_capture(capture: Any) -> Detector:
+    small = small_detector()
+    return Detector(small.model, small.config, small.classes, capture=capture)
+
+
+IMAGE = np.random.default_rng(0).integers(0, 256, (60, 90, 3), dtype=np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("capture", "calls_captured"), [("auto", [0, 1, 1]), (True, [1, 1, 1]), (False, [0] * 3)]
+)
+def test_a_detector_captures_the_size_of_its_images(
+    graphs: FakeGraphs, capture: Any, calls_captured: list[int]
+) -> None:
+    detector = with_capture(capture)
+    expected = small_detector().predict(IMAGE, threshold=0)[0]
+    for number in calls_captured:
+        (result,) = detector.predict(IMAGE, threshold=0)
+        np.testing.assert_array_equal(result.boxes_xyxy, expected.boxes_xyxy)
+        np.testing.assert_array_equal(result.labels, expected.labels)
+        assert result.budget == expected.budget
+        assert len(graphs.captured) == number
+    if capture:
+        detector.predict([IMAGE] * 4, batch_size=2)
+        assert graphs.captured[-1][0][0] == 2, "another number of images"
+        detector.predict([IMAGE[:, :40]] * 2)
+        assert graphs.captured[-1][0] != graphs.captured[0][0], "another padded size"
+
+
+def test_postprocessing_is_part_of_the_graph(graphs: FakeGraphs) -> None:
+    """Original sizes are inputs of the graph; the number of detections is fixed by it."""
+    detector = with_capture(True)
+    detector.predict(IMAGE)
+    assert graphs.captured == [((1, 3, 64, 96), (1, 2), (1, 4))]
+    assert len(detector.predict(IMAGE, threshold=0, max_detections=5)[0]) == 5
+    assert len(graphs.captured) == 2
+    compiled = with_capture("auto").compile()
+    compiled.predict(IMAGE)
+    assert graphs.captured[2:] == graphs.captured[:1]
+    with_capture(False).compile().predict(IMAGE)
+    assert len(graphs.captured) == 3
+
+
+def test_a_replayed_pass_of_a_changed_model_is_not_used(graphs: FakeGraphs) -> None:
+    detector = with_capture(True)
+    detector.predict(IMAGE)
+    assert detector.model.selector is not None
+    detector.model.selector.fix_ratio(1.0)
+    (result,) = detector.predict(IMAGE)
+    assert result.budget.keep_ratio == 1
+    seen = []
+    detector.model.register_forward_hook(lambda *_: seen.append(1))
+    detector.predict(IMAGE)
+    assert seen, "hooks are called"
+
+
+def test_other_values_of_capture_are_errors() -> None:
+    with pytest.raises(ValueError, match="capture = 'always': must be 'auto', True or False"):
+        with_capture("always")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("capture", ["auto", True])
+def test_captured_detections_equal_eager_ones_on_a_gpu(capture: Any) -> None:
+    random = np.random.default_rng(1)
+    images = [
+        random.integers(0, 256, (height, width, 3), dtype=np.uint8) for height, width in [(60, 90), (64, 64)]
+    ]
+    small = small_detector(width=64)
+    eager = Detector(small.model.cuda(), small.config, small.classes, capture=False)
+    detector = Detector(small.model, small.config, small.classes, capture=capture)
+    with torch.backends.cudnn.flags(allow_tf32=False):
+        for step in range(4):
+            for one, other in zip(
+                detector.predict(images, threshold=0), eager.predict(images, threshold=0), strict=True
+            ):
+                assert one.budget == other.budget
+                np.testing.assert_allclose(one.scores, other.scores, atol=1e-4)
+            with torch.no_grad():  # graphs read the weights again
+                detector.model.level_embed.add_(0.01 * step)
+    assert detector._graphs.drop() == 2
+
+
+@pytest.mark.gpu
+def test_a_capture_that_fails_on_a_gpu_leaves_the_detector_usable(caplog: pytest.LogCaptureFixture) -> None:
+    """A synchronisation inside the pass is not allowed in a capture."""
+    small = small_detector(width=64)
+    detector = Detector(small.model.cuda(), small.config, small.classes, capture=True)
+    original = detector.model.encoder.forward
+
+    class Synchronising(type(detector.model.encoder)):  # type: ignore[misc]
+        def forward(self, *inputs: Any) -> Any:
+            torch.cuda.synchronize()
+            return original(*inputs)
+
+    detector.model.encoder.__class__ = Synchronising
+    expected = Detector(small.model, small.config, small.classes, capture=False).predict(IMAGE, threshold=0)
+    for _ in range(2):
+        (result,) = detector.predict(IMAGE, threshold=0)
+        np.testing.assert_allclose(result.scores, expected[0].scores, atol=1e-4)
+    assert sum("cannot be captured" in record.message for record in caplog.records) == 1
+
+
+@pytest.mark.gpu
+def test_threads_and_streams_share_captured_passes() -> None:
+    small = small_detector(width=64)
+    detector = Detector(small.model.cuda(), small.config, small.classes, capture=True)
+    random = np.random.default_rng(2)
+    images = [random.integers(0, 256, (60, 90, 3), dtype=np.uint8) for _ in range(8)]
+    expected = [result.scores for result in detector.predict(images, threshold=0)]
+    errors: list[float] = []
+
+    def work(number: int) -> None:
+        with torch.cuda.stream(torch.cuda.Stream()):
+            for _ in range(20):
+                (result,) = detector.predict(images[number], threshold=0)
+                errors.append(float(np.abs(result.scores - expected[number]).max()))
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(errors) == 160 and max(errors) < 1e-4
