@@ -183,12 +183,7 @@ def count_pass(mode: str, dtype: torch.dtype, images: int) -> list[Row]:
     detector = CompiledDetr(model, dtype=dtype) if mode == "captured" else model
     model = detector.model if isinstance(detector, CompiledDetr) else model
     with counted() as counter, torch.no_grad(), contextlib.ExitStack() as stack:
-        for module in model.modules():
-            for values in (module._parameters, module._buffers):
-                for name, t in values.items():
-                    if t is not None:
-                        fake = torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="cuda")
-                        values[name] = fake.requires_grad_(t.requires_grad)
+        _drop_contents(model, "cuda")
         batch = ImageBatch(torch.empty(images, 3, *IMAGE_SIZE, device="cuda"), [IMAGE_SIZE] * images)
         for owner, name, stage in (
             (model.backbone, "forward", "backbone"), (model, "tokenize", "tokens"), (model, "select", "selection"),
@@ -215,11 +210,13 @@ def count_pass(mode: str, dtype: torch.dtype, images: int) -> list[Row]:
 def count_step(dtype: torch.dtype, images: int) -> list[Row]:
     """The calls of one training step with both teachers."""
     config = _config("ats_r50_0.1_0.2")
+    student, weak, strong = map(_build, ("ats_r50_0.1_0.2", "ats_teacher_r50_0.1", "ats_teacher_r50_0.2"))
+    teachers = DualTeacher(weak, strong)
+    with patch.object(torch, "equal", return_value=True):
+        teachers.connect(student, dtype)
     with counted() as counter, patch.object(FakeTensor, "is_cuda", True), contextlib.ExitStack() as stack:
-        student, weak, strong = map(_build, ("ats_r50_0.1_0.2", "ats_teacher_r50_0.1", "ats_teacher_r50_0.2"))
-        teachers = DualTeacher(weak, strong, precision=dtype)
-        with patch.object(torch, "equal", return_value=True):
-            teachers.share_frozen_stages(student)
+        for model in (student, weak, strong):
+            _drop_contents(model, "cpu")
         optimizer = build_optimizer(student, config.train, images)
         for parameter in student.parameters():  # the first step creates the optimiser's state
             parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None
@@ -251,6 +248,16 @@ def count_step(dtype: torch.dtype, images: int) -> list[Row]:
         targets = [Target(i, IMAGE_SIZE, *objects) for i in range(images)]
         trainer.train_step(run, 0, [(batch, targets)], metrics=False)
     return counter.calls
+
+
+def _drop_contents(model: nn.Module, device: str) -> None:
+    """Replace the tensors of a model by ones without contents."""
+    for module in model.modules():
+        for values in (module._parameters, module._buffers):
+            for name, t in values.items():
+                if t is not None:
+                    fake = torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=device)
+                    values[name] = fake.requires_grad_(t.requires_grad)
 
 
 class _Matches:

@@ -180,7 +180,7 @@ def step_times(rounds: int, device: str = "cpu") -> dict[str, float]:
         step(None)()
 
     shared = DualTeacher(copy.deepcopy(weak), copy.deepcopy(strong))
-    assert shared.share_frozen_stages(student) == ["weak", "strong"]
+    assert shared.connect(student) == ["weak", "strong"]
     return median_times(
         {
             "student alone": step(None),

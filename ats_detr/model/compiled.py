@@ -77,17 +77,10 @@ class CompiledDetr:
         fuse: bool = False,
         max_graphs: int = MAX_GRAPHS,
     ) -> None:
-        model = copy.deepcopy(model).eval().requires_grad_(False)
-        fold_batch_norms(model.backbone.body)
-        self.model = model.to(dtype)
-        for part in model.modules():
-            if isinstance(part, (DeformableAttention, Encoder, Decoder)):
-                part.fuse_weights()
-        for part in (model.backbone, model.input_proj):
-            part.to(memory_format=torch.channels_last)
+        self.model = freeze_weights(copy.deepcopy(model), dtype)
         self.dtype, self.fuse, self.max_graphs = dtype, fuse, max_graphs
         self.graphs = GraphCache(max_graphs, capture_at=1)
-        self.device = model.level_embed.device
+        self.device = self.model.level_embed.device
         self.warm_up_seconds: dict[tuple[int, int, int], float] = {}
         """Seconds until the first result of each (batch, height, width)."""
         if fuse:
@@ -131,6 +124,22 @@ class CompiledDetr:
         images_B3HW = images_B3HW.to(self.dtype, memory_format=torch.channels_last)
         with torch._dynamo.config.patch(recompile_limit=_MAX_TRACES):
             return self.model.detect(images_B3HW, sizes_B2, supervision=False)
+
+
+def freeze_weights(model: Detr, dtype: torch.dtype) -> Detr:
+    """The model, optimised in place for inference with weights that never change again.
+
+    In evaluation mode and without gradients, with folded batch norms, weights in `dtype` (those of convolutions in
+    channels-last memory), and the weights of projections of the same rows as one.
+    """
+    fold_batch_norms(model.eval().requires_grad_(False).backbone.body)
+    model.to(dtype)
+    for part in model.modules():
+        if isinstance(part, (DeformableAttention, Encoder, Decoder)):
+            part.fuse_weights()
+    for part in (model.backbone, model.input_proj):
+        part.to(memory_format=torch.channels_last)
+    return model
 
 
 def can_capture(device: torch.device, dtype: torch.dtype, *, warn: bool = True) -> bool:

@@ -16,6 +16,7 @@ from torch import Tensor
 from ats_detr.batch import NO_IMAGE, ImageBatch, Target
 from ats_detr.distributed import sum_over_processes
 from ats_detr.model import Detr
+from ats_detr.model.compiled import freeze_weights
 from ats_detr.model.output import DetectorOutput, top_detections
 from ats_detr.training.average_precision import image_average_precision
 from ats_detr.training.frozen_stages import share_frozen_stages
@@ -38,7 +39,6 @@ class DualTeacher:
         num_budgets: int = 2,
         level_weights: Sequence[float] = (0.25, 0.25, 0.25, 0.25),
         num_detections: int = 100,
-        precision: torch.dtype = torch.float32,
         iou_threshold: float = 0.5,
         cache_difficulty: bool = False,
     ) -> None:
@@ -48,7 +48,6 @@ class DualTeacher:
             bias: average precision of the weak teacher, in (0, 1], from which an image counts as easy.
             level_weights: weight of each pyramid level in the memory loss.
             num_detections: detections of the weak teacher per image, best first, in its average precision.
-            precision: dtype of the teachers' forward passes; bfloat16 by autocast.
             iou_threshold: IoU from which a detection of the weak teacher matches an object.
             cache_difficulty: measure the average precision of each image once only.
         """
@@ -58,7 +57,6 @@ class DualTeacher:
         self.num_budgets = num_budgets
         self.level_weights = tuple(level_weights)
         self.num_detections = num_detections
-        self.precision = precision
         self.iou_threshold = iou_threshold
         self.difficulty = DifficultyCache() if cache_difficulty else None
 
@@ -78,14 +76,14 @@ class DualTeacher:
         Args:
             most_of_a_class: see `image_average_precision`.
         """
-        device = batch.images_B3HW.device.type
-        with torch.inference_mode(), torch.autocast(device, self.precision, self.precision != torch.float32):
-            strong_memory = self.strong.encode(batch.images_B3HW, batch.sizes_B2)
-            precision_B = self._precision_of_weak(batch, targets, most_of_a_class)
-        labels_B = budget_labels(precision_B, self.bias, self.num_budgets)
         assert student.adapted_memory_BSC is not None, "the student needs an adaption layer"
         assert student.selection is not None and student.selection.budget_logits is not None
-        with torch.autocast(device, enabled=False):
+        with torch.autocast(batch.images_B3HW.device.type, enabled=False):
+            with torch.inference_mode():
+                images_B3HW, sizes_B2 = batch.images_B3HW.to(self.strong.level_embed.dtype), batch.sizes_B2
+                strong_memory = self.strong.encode(images_B3HW, sizes_B2)
+                precision_B = self._precision_of_weak(images_B3HW, sizes_B2, targets, most_of_a_class)
+            labels_B = budget_labels(precision_B, self.bias, self.num_budgets)
             loss_budget = F.cross_entropy(student.selection.budget_logits.float(), labels_B)
             loss_memory = memory_loss(
                 student.adapted_memory_BSC,
@@ -98,15 +96,16 @@ class DualTeacher:
         return {"loss_budget": loss_budget, "loss_memory": loss_memory, "easy_images": easy_images}
 
     def _precision_of_weak(
-        self, batch: ImageBatch, targets: Sequence[Target], most_of_a_class: int | None
+        self, images_B3HW: Tensor, sizes_B2: Tensor, targets: Sequence[Target], most_of_a_class: int | None
     ) -> Tensor:
         """float32 [B] average precision of the weak teacher on each image."""
         image_ids = [target.image_id for target in targets]
         known_B = self.difficulty.get(image_ids) if self.difficulty is not None else None
         if known_B is not None:
             return known_B
+        output = self.weak.detect(images_B3HW, sizes_B2)
         sizes = [target.original_size for target in targets]
-        detections = top_detections(self.weak(batch).last, sizes, self.num_detections)
+        detections = top_detections(output.last, sizes, self.num_detections)
         precision_B = image_average_precision(
             detections, targets, self.iou_threshold, most_of_a_class=most_of_a_class
         )
@@ -114,13 +113,19 @@ class DualTeacher:
             self.difficulty.put(image_ids, precision_B)
         return precision_B
 
-    def share_frozen_stages(self, student: Detr) -> list[str]:
-        """Replace the teachers' frozen backbone stages by the student's, where these are equal; see `frozen_stages`.
+    def connect(self, student: Detr, precision: torch.dtype = torch.float32) -> list[str]:
+        """Prepare the teachers, in place, for the training of `student`; call it once.
+
+        Their frozen backbone stages are replaced by the student's, where these are equal (see `frozen_stages`), and
+        their weights are optimised for passes in `precision` (see `freeze_weights`).
 
         Returns the names of the teachers that share. From then on the student must run on a batch before its teachers.
         """
         teachers = {"weak": self.weak, "strong": self.strong}
-        return [name for name, teacher in teachers.items() if share_frozen_stages(student, teacher)]
+        sharing = [name for name, teacher in teachers.items() if share_frozen_stages(student, teacher)]
+        for teacher in teachers.values():
+            freeze_weights(teacher, precision)
+        return sharing
 
 
 class DifficultyCache:

@@ -29,7 +29,7 @@ def share_frozen_stages(student: Detr, teacher: Detr) -> bool:
             return False
     for name in names:
         is_read = name == names[-1] or name in own.return_layers
-        other[name] = _LastOutput(own[name]) if is_read else nn.Identity()
+        other[name] = (_LastOutput(own[name]) if is_read else nn.Identity()).train(other[name].training)
     return True
 
 
@@ -37,7 +37,7 @@ _DIFFERENT_IN_TRAINING = (nn.modules.batchnorm._BatchNorm, nn.Dropout, DropPath)
 
 
 class _LastOutput(nn.Module):
-    """Returns the last output of another module, independent of its own input."""
+    """Returns the last output of another module in the dtype of its own input, which it does not read."""
 
     def __init__(self, source: nn.Module) -> None:
         super().__init__()
@@ -49,4 +49,4 @@ class _LastOutput(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         assert self.output is not None, "the student must run on the batch first"
-        return self.output
+        return self.output.to(x.dtype)

@@ -322,9 +322,8 @@ def uncompile_layers(model: Detr) -> None:
 
 # --------------------------------------------------------------------------------------------------------- teachers
 def connect_teachers(supervision: DualTeacher, student: Detr, config: Config) -> None:
-    """Set the teachers' precision and let them reuse the student's frozen stages where these are equal."""
-    supervision.precision = PRECISIONS[config.train.precision]
-    sharing = supervision.share_frozen_stages(student)
+    """Optimise the teachers, and let them reuse the student's frozen stages where these are equal."""
+    sharing = supervision.connect(student, PRECISIONS[config.train.precision])
     if sharing:
         logger.info(
             "the frozen backbone stages run once for the student and its teachers (%s)", ", ".join(sharing)

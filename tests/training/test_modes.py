@@ -240,7 +240,7 @@ def test_frozen_stages_run_once_for_student_and_teachers_with_the_same_losses(tm
     batch = random_batch(0, [3, 0, 2, 1], size=64)
     alone = compute_losses(student.train(), criterion, DualTeacher(weak, strong), *batch)[1]
     teachers = DualTeacher(weak, strong)
-    assert teachers.share_frozen_stages(student) == ["weak", "strong"]
+    assert teachers.connect(student) == ["weak", "strong"]
     stems = [model.backbone.body.conv1 for model in (student, weak, strong)]
     assert [isinstance(stem, nn.Identity) for stem in stems] == [False, True, True]
     together = compute_losses(student.train(), criterion, teachers, *batch)[1]
@@ -258,4 +258,4 @@ def test_stages_that_differ_are_not_shared(tmp_path: Path, what: str) -> None:
         with torch.no_grad():
             next(weak.backbone.parameters()).add_(1e-3)
     expected = ["strong"] if what == "other weights" else []
-    assert DualTeacher(weak, strong).share_frozen_stages(student) == expected
+    assert DualTeacher(weak, strong).connect(student) == expected
