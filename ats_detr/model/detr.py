@@ -10,13 +10,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from ats_detr.batch import ImageBatch
 from ats_detr.config import ModelConfig
 from ats_detr.kernels import encode_boxes, fused_convolution, refine_boxes
+from ats_detr.kernels.dispatch import autocast
 from ats_detr.kernels.geometry import REFERENCE_EPS
 from ats_detr.model.attention import DeformableAttention
 from ats_detr.model.backbone import Backbone, to_channels_first
+from ats_detr.model.casting import cast_weights
 from ats_detr.model.decoder import Decoder, PredictionHead
 from ats_detr.model.encoder import Encoder
 from ats_detr.model.output import DetectorOutput, Prediction, TokenScores
@@ -125,7 +128,18 @@ class Detr(nn.Module):
             nn.init.zeros_(self.reference_points.bias)
 
     def forward(self, batch: ImageBatch, *, supervision: bool | None = None) -> DetectorOutput:
-        """Predictions for a batch of normalised images; see `detect`."""
+        """Predictions for a batch of normalised images; see `detect`.
+
+        In training under autocast, weights are cast once for the whole pass instead of at each use.
+        """
+        if self.training and torch.is_grad_enabled() and supervision is not False:
+            dtype = autocast(self.level_embed).dtype
+            weights: dict[str, Tensor] = {}
+            for name, child in self.named_children():
+                if child is not self.backbone:  # casts its own weights
+                    weights |= cast_weights(child, f"{name}.", dtype)
+            if weights:
+                return functional_call(self, weights, (batch,), {"supervision": supervision})
         return self.detect(batch.images_B3HW, batch.sizes_B2, supervision=supervision)
 
     def detect(

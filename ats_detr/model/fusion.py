@@ -17,6 +17,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 from ats_detr.kernels import affine_relu_max_pool, fused_convolution
 from ats_detr.kernels.convolution import convolution_shape
 from ats_detr.kernels.dispatch import autocast, choose_backend
+from ats_detr.model.casting import cast, cast_weights
 
 logger = logging.getLogger(__name__)
 
@@ -107,55 +108,19 @@ def activation_of(norm: nn.Module) -> nn.Module:
 def training_constants(network: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
     """Tensors of a training pass that computes in `dtype`, by name, for `torch.func.functional_call`.
 
-    The constants of frozen norms, and the weights of convolutions cast to `dtype`, by few operations. Weights of one
-    child of the network are cast together: their gradients become ready, and may be exchanged between processes, at
-    once.
+    The constants of frozen norms, and the weights of each child of the network (see `cast_weights`), by few operations.
     """
     norms = {name: module for name, module in network.named_modules() if isinstance(module, FrozenNorm)}
     constants = norm_constants(list(norms.values()))
-    vectors = _cast([vector for pair in constants for vector in pair], dtype)
+    vectors = cast([vector for pair in constants for vector in pair], dtype)
     tensors = {
         f"{name}.{key}": vectors[2 * index + offset]
         for index, name in enumerate(norms)
         for offset, key in enumerate(("scale", "shift"))
     }
-    for child_name, child in network.named_children():
-        weights = {
-            f"{child_name}.{name}.weight" if name else f"{child_name}.weight": module.weight
-            for name, module in child.named_modules()
-            if isinstance(module, nn.Conv2d) and module.weight.dtype != dtype
-        }
-        if weights:
-            tensors.update(zip(weights, _CastWeights.apply(dtype, *weights.values()), strict=True))
+    for name, child in network.named_children():
+        tensors |= cast_weights(child, f"{name}.", dtype)
     return tensors
-
-
-class _CastWeights(torch.autograd.Function):
-    """Casts weights, and their gradients in the backward pass, with one operation for all."""
-
-    @staticmethod
-    def forward(ctx: Any, dtype: torch.dtype, *weights: Tensor) -> tuple[Tensor, ...]:
-        ctx.dtype = weights[0].dtype
-        ctx.set_materialize_grads(False)
-        cast = _cast(weights, dtype)
-        ctx.mark_non_differentiable(
-            *[new for new, old in zip(cast, weights, strict=True) if not old.requires_grad]
-        )
-        return tuple(cast)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        present = iter(_cast([gradient for gradient in gradients if gradient is not None], ctx.dtype))
-        return (None, *[None if gradient is None else next(present) for gradient in gradients])
-
-
-def _cast(tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
-    """The tensors in `dtype`, by one operation."""
-    if all(tensor.dtype == dtype for tensor in tensors):
-        return list(tensors)
-    cast = [torch.empty_like(tensor, dtype=dtype) for tensor in tensors]
-    torch._foreach_copy_(cast, list(tensors))
-    return cast
 
 
 # --------------------------------------------------------------------------------------------------- fusing a network
@@ -224,7 +189,7 @@ class _Preparation(nn.Module):
             folded = torch._foreach_mul([weights[index] for index in normed], factors) if normed else []
             for index, weight in zip(normed, folded, strict=True):
                 weights[index], scales[index] = weight, None
-        return list(zip(_cast(weights, dtype), scales, biases, strict=True))
+        return list(zip(cast(weights, dtype), scales, biases, strict=True))
 
 
 def fuse_convolutions(network: nn.Module) -> fx.GraphModule | None:

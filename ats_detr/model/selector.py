@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -47,7 +46,7 @@ class TokenSelector(nn.Module):
         half, quarter = width // 2, width // 4
         self.embed = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width), nn.GELU())
         self.score = nn.Sequential(
-            nn.Linear(width, half), nn.GELU(), nn.Linear(half, quarter), nn.GELU(), nn.Linear(quarter, 1)
+            nn.Linear(width, half), nn.GELU(), nn.Linear(half, quarter), nn.GELU(), RankingLayer(quarter, 1)
         )
         self.budget: nn.Sequential | None = None
         if num_budgets > 1:
@@ -75,10 +74,7 @@ class TokenSelector(nn.Module):
         else:
             global_BC = global_BSC.mean(1)
         hidden_BSC = torch.cat([local_BSC, global_BC[:, None].expand_as(local_BSC)], -1)
-        *hidden_layers, last = cast(list[nn.Linear], list(self.score))
-        for layer in hidden_layers:
-            hidden_BSC = layer(hidden_BSC)
-        scores_BS = ranking_logits(hidden_BSC, last.weight, last.bias).squeeze(-1)
+        scores_BS = self.score(hidden_BSC).squeeze(-1)
         if self.masked_mean:
             lowest = scores_BS.masked_fill(padding_mask_BS, torch.inf).amin(1, keepdim=True)
             scores_BS = torch.where(padding_mask_BS, lowest, scores_BS)
@@ -122,6 +118,13 @@ class TokenSelector(nn.Module):
             if self.min_tokens > 1:
                 num_kept_B = num_kept_B.clamp(min=self.min_tokens)
         return num_kept_B.minimum(num_valid_B)
+
+
+class RankingLayer(nn.Linear):
+    """A linear layer with float32 results, see `ranking_logits`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ranking_logits(x, self.weight, self.bias)
 
 
 def ranking_logits(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate, pairwise
+from itertools import accumulate, groupby, pairwise
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from ats_detr.boxes import cxcywh_to_xyxy, generalized_iou
 from ats_detr.config import Config
 from ats_detr.model.output import DetectorOutput, Prediction
 from ats_detr.training.distillation import DualTeacher
-from ats_detr.training.matcher import HungarianMatcher, Match, PendingMatches, PredictionRows
+from ats_detr.training.matcher import HungarianMatcher, Match, PendingMatches, PredictionRows, concatenated
 
 # Shapes: B images; S tokens of the pyramid; T classes; N objects; R prediction rows of a layer; M matched pairs.
 
@@ -68,8 +68,9 @@ def compute_losses(
     losses = pending.finish(num_boxes) | distillation
     if share != 1.0:
         losses = {k: v if k.startswith(SUMS_OVER_OBJECTS) else v * share for k, v in losses.items()}
-    weighted = [weight * losses[key] for key, weight in criterion.weights.items() if key in losses]
-    total = torch.stack(weighted).sum()
+    weights = {key: weight for key, weight in criterion.weights.items() if key in losses}
+    factors = torch.tensor(list(weights.values())).to(device, non_blocking=True)
+    total = (torch.stack([losses[key] for key in weights]) * factors).sum()
     # A loss that is not finite may have finite gradients, which the other processes would use.
     is_good = total.detach().isfinite() & (pending.matches.problem is None)
     total = total * torch.where(is_good, 1.0, torch.nan)
@@ -169,12 +170,14 @@ class SetCriterion(nn.Module):
                 class_specific_proposals=self.class_specific_proposals,
                 decoder_auxiliary=self.decoder_auxiliary,
             )
-            matches = self.matcher.start(list(layers.values()), targets)
-            logits_RT = torch.cat([layer.logits_RT for layer in layers.values()]).float()
+            logits_RT, boxes_R4 = concatenated(list(layers.values()))
+            matches = self.matcher.start(list(layers.values()), targets, logits_RT, boxes_R4)
             counts = [len(layer.logits_RT) for layer in layers.values()]
             background = background_loss(logits_RT, counts, self.focal_alpha, self.focal_gamma)
             others = self._selector_losses(output, metrics) if output.selection is not None else {}
-            return PendingLosses(self, layers, targets, matches, logits_RT, background, others, metrics)
+            return PendingLosses(
+                self, layers, targets, matches, logits_RT, boxes_R4, background, others, metrics
+            )
 
     def _selector_losses(self, output: DetectorOutput, metrics: bool) -> dict[str, Tensor]:
         selection, attention = output.selection, output.attention_map_BS
@@ -184,7 +187,7 @@ class SetCriterion(nn.Module):
             )
         attention = attention.float()
         wanted = most_attended(attention, selection.num_kept_B, output.padding_mask_BS)
-        loss = F.multilabel_soft_margin_loss(selection.scores_BS.float(), wanted.float())
+        loss = F.binary_cross_entropy_with_logits(selection.scores_BS.float(), wanted.float())
         losses = {"loss_mask_prediction": loss}
         if metrics:
             losses |= attention_coverage(attention, selection.plan.slot_BS >= 0, output.level_shapes)
@@ -228,6 +231,8 @@ class PendingLosses:
     matches: PendingMatches
     logits_RT: Tensor
     """float32, of all layers."""
+    boxes_R4: Tensor
+    """float32, of all layers."""
     background: tuple[Tensor, Tensor]
     """`background_loss` of all layers."""
     others: dict[str, Tensor]
@@ -270,7 +275,7 @@ class PendingLosses:
 
     def _box_losses(self, objects_M: Tensor, rows_M: Tensor, counts: list[int]) -> dict[str, Tensor]:
         """The sums over the pairs of each layer."""
-        boxes = torch.cat([layer.boxes_R4 for layer in self.layers.values()])[rows_M].float()
+        boxes = self.boxes_R4[rows_M]
         wanted = torch.cat([target.boxes_N4 for target in self.targets]).float()[objects_M]
         distance = F.l1_loss(boxes, wanted, reduction="none").sum(1)
         giou = 1 - generalized_iou(cxcywh_to_xyxy(boxes), cxcywh_to_xyxy(wanted))
@@ -366,9 +371,9 @@ def _cardinality_error(
 # --------------------------------------------------------------------------------------------------------- focal loss
 def sums_of_parts(values: Tensor, counts: Sequence[int]) -> Tensor:
     """The sum of each of the consecutive parts of `values`, of `counts` entries of the first axis."""
-    if len(set(counts)) == 1:
-        return values.unflatten(0, (len(counts), counts[0])).flatten(1).sum(1)
-    return torch.stack([part.sum() for part in values.split(counts)])
+    runs = [(len(list(run)), count) for count, run in groupby(counts)]  # equal counts are summed together
+    parts = zip(values.split([length * count for length, count in runs]), runs, strict=True)
+    return torch.cat([part.unflatten(0, run).flatten(1).sum(1) for part, run in parts])
 
 
 @torch.no_grad()

@@ -223,34 +223,39 @@ def memory_loss(
     """
     sizes = [height * width for height, width in level_shapes]
     both_BSC = torch.cat([student_BSC.float(), teacher_BSC.float()], dim=2)
-    width = student_BSC.shape[2]
-    loss = student_BSC.new_zeros((), dtype=torch.float32)
-    levels = standardise(both_BSC.split(sizes, dim=1), (~padding_mask_BS).split(sizes, dim=1))
-    for weight, level_BSC in zip(level_weights, levels, strict=True):
-        student, teacher = level_BSC.split([width, level_BSC.shape[2] - width], dim=2)
-        loss = loss + weight * F.mse_loss(student, teacher) / 2
-    return loss
+    student_BSC, teacher_BSC = standardise(both_BSC, ~padding_mask_BS, sizes).chunk(2, dim=2)
+    error_BSC = (student_BSC - teacher_BSC).square()
+    mean_L = torch.stack([error.mean() for error in error_BSC.split(sizes, dim=1)])
+    weights_L = torch.tensor(list(level_weights)).to(mean_L.device, non_blocking=True)
+    return (mean_L * weights_L).sum() / 2
 
 
-def standardise(levels_BSC: Sequence[Tensor], valid_BS: Sequence[Tensor], eps: float = 1e-6) -> list[Tensor]:
+def standardise(x_BSC: Tensor, valid_BS: Tensor, sizes: Sequence[int], eps: float = 1e-6) -> Tensor:
     """Normalise each channel of each level to zero mean and unit (population) deviation over the valid positions.
 
     Padded positions become 0. Mean and deviation are computed over the batches of all processes (in the published code,
     of each process), with two all-reduces for all levels together. A channel that is constant becomes 0 without
     gradient (in the published code, the gradient is NaN).
+
+    Args:
+        sizes: number of tokens of each level.
     """
-    pairs = [(level, valid[..., None]) for level, valid in zip(levels_BSC, valid_BS, strict=True)]
-    sum_LC = torch.stack([torch.where(valid, level, 0).sum((0, 1)) for level, valid in pairs])
-    num_valid_L1 = torch.stack([valid.sum().to(sum_LC) for _, valid in pairs])[:, None]
-    totals = sum_over_processes(torch.cat([sum_LC, num_valid_L1], dim=1))
-    sum_LC, num_valid_L1 = totals.split([sum_LC.shape[1], 1], dim=1)
+    valid_BS1, zero = valid_BS[..., None], x_BSC.new_zeros(())
+
+    def sums(values_BSC: Tensor) -> Tensor:
+        """[L, C]."""
+        return torch.stack([level.sum((0, 1)) for level in values_BSC.split(sizes, dim=1)])
+
+    def of_tokens(values_LC: Tensor) -> Tensor:
+        """[S, C]."""
+        levels = zip(values_LC, sizes, strict=True)
+        return torch.cat([value_C.expand(size, -1) for value_C, size in levels])
+
+    totals = torch.cat([sums(torch.where(valid_BS1, x_BSC, zero)), sums(valid_BS1.to(x_BSC))], dim=1)
+    sum_LC, num_valid_L1 = sum_over_processes(totals).split([x_BSC.shape[2], 1], dim=1)
     num_valid_L1 = num_valid_L1.clamp(min=1)
-    mean_LC = sum_LC / num_valid_L1
-    centred = [
-        torch.where(valid, level - mean_C, 0) for (level, valid), mean_C in zip(pairs, mean_LC, strict=True)
-    ]
-    variance_LC = sum_over_processes(torch.stack([x.square().sum((0, 1)) for x in centred])) / num_valid_L1
+    centred_BSC = torch.where(valid_BS1, x_BSC - of_tokens(sum_LC / num_valid_L1), zero)
+    variance_LC = sum_over_processes(sums(centred_BSC.square())) / num_valid_L1
     varies_LC = variance_LC > 0
     deviation_LC = torch.where(varies_LC, variance_LC, 1).sqrt() + eps
-    parts = zip(centred, varies_LC, deviation_LC, strict=True)
-    return [torch.where(varies_C, x / deviation_C, 0) for x, varies_C, deviation_C in parts]
+    return centred_BSC * of_tokens(torch.where(varies_LC, 1 / deviation_LC, zero))

@@ -71,48 +71,61 @@ class HungarianMatcher:
         Raises:
             FloatingPointError: a cost is NaN or infinite; the message names the tensor that caused it.
         """
-        pending = self.start(layers, targets)
+        pending = self.start(layers, targets, *concatenated(layers))
         matches = pending.finish()
         if pending.problem is not None:
             raise FloatingPointError(pending.problem)
         return matches
 
     @torch.no_grad()
-    def start(self, layers: Sequence[PredictionRows], targets: Sequence[Target]) -> PendingMatches:
-        """Compute the costs and start their transfer, without device-to-host synchronisation."""
-        costs_RN = self.costs(layers, targets)
+    def start(
+        self,
+        layers: Sequence[PredictionRows],
+        targets: Sequence[Target],
+        logits_RT: Tensor,
+        boxes_R4: Tensor,
+    ) -> PendingMatches:
+        """Compute the costs and start their transfer, without device-to-host synchronisation.
+
+        Args:
+            logits_RT: of all layers, as `boxes_R4`; see `concatenated`.
+        """
+        costs_RN = self.costs(layers, targets, logits_RT, boxes_R4)
         return PendingMatches(layers, targets, costs_RN)
 
-    def costs(self, layers: Sequence[PredictionRows], targets: Sequence[Target]) -> Tensor:
+    def costs(
+        self,
+        layers: Sequence[PredictionRows],
+        targets: Sequence[Target],
+        logits_RT: Tensor,
+        boxes_R4: Tensor,
+    ) -> Tensor:
         """float32 [R, N] cost of each row of all layers for each object of its image; arbitrary for padded objects."""
-        device = layers[0].boxes_R4.device
         labels_BN = pad_sequence([target.labels_N for target in targets], batch_first=True)
         boxes_BN4 = pad_sequence([target.boxes_N4.float() for target in targets], batch_first=True)
-        num_rows = [np.diff(layer.starts) for layer in layers]
-        images = [np.repeat(np.arange(len(targets)), counts) for counts in num_rows]
-        image_R = torch.from_numpy(np.concatenate(images)).to(device, non_blocking=True)
+        images = [np.repeat(np.arange(len(targets)), np.diff(layer.starts)) for layer in layers]
+        is_agnostic = np.repeat([layer.class_agnostic for layer in layers], [len(rows) for rows in images])
+        on_host = torch.from_numpy(np.stack([np.concatenate(images), is_agnostic]))
+        image_R, agnostic_R = on_host.to(boxes_R4.device, non_blocking=True).unbind()
 
-        parts = zip(layers, labels_BN[image_R].split([int(counts.sum()) for counts in num_rows]), strict=True)
-        logits_RN = torch.cat(
-            [
-                layer.logits_RT[:, :1].expand(-1, labels_BN.shape[1])
-                if layer.class_agnostic
-                else layer.logits_RT.gather(1, labels)
-                for layer, labels in parts
-            ]
-        )
-        p = logits_RN.float().sigmoid()
+        labels_RN = labels_BN[image_R] * (1 - agnostic_R)[:, None]
+        p = logits_RT.gather(1, labels_RN).sigmoid()
         found = (1 - p).pow(self.focal_gamma).mul_((p + 1e-8).log_()).mul_(-self.focal_alpha)
         missed = p.pow(self.focal_gamma).mul_((1 - p).add_(1e-8).log_()).mul_(self.focal_alpha - 1)
         costs_RN = found.sub_(missed).mul_(self.class_cost)
 
-        boxes_R4 = torch.cat([layer.boxes_R4 for layer in layers]).float()
         own_R14, wanted_RN4 = _coordinates_first(boxes_R4[:, None]), _coordinates_first(boxes_BN4, image_R)
         for own_R1, wanted_RN in zip(own_R14.unbind(-1), wanted_RN4.unbind(-1), strict=True):
             costs_RN.add_((own_R1 - wanted_RN).abs_(), alpha=self.bbox_cost)
         own_R14 = _coordinates_first(cxcywh_to_xyxy(boxes_R4)[:, None])
         wanted_RN4 = _coordinates_first(cxcywh_to_xyxy(boxes_BN4), image_R)
         return costs_RN.sub_(generalized_iou(own_R14, wanted_RN4), alpha=self.giou_cost)
+
+
+def concatenated(layers: Sequence[PredictionRows]) -> tuple[Tensor, Tensor]:
+    """float32 logits [R, T] and boxes [R, 4] of all layers."""
+    logits_RT = torch.cat([layer.logits_RT for layer in layers]).float()
+    return logits_RT, torch.cat([layer.boxes_R4 for layer in layers]).float()
 
 
 def _coordinates_first(boxes: Tensor, index: Tensor | None = None) -> Tensor:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from ats_detr.batch import Target
-from ats_detr.training.matcher import HungarianMatcher, PredictionRows
+from ats_detr.training.matcher import HungarianMatcher, PredictionRows, concatenated
 
 
 def random_target(num_objects: int, num_classes: int, generator: torch.Generator) -> Target:
@@ -146,4 +146,4 @@ def test_half_precision_predictions_are_matched_in_float32() -> None:
         boxes_R4=layer.boxes_R4.bfloat16(),
         starts=layer.starts,
     )
-    assert HungarianMatcher().costs([half], [target]).dtype == torch.float32
+    assert HungarianMatcher().costs([half], [target], *concatenated([half])).dtype == torch.float32

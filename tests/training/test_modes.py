@@ -13,14 +13,22 @@ import yaml
 from torch import Tensor, nn
 
 from ats_detr.config import load_config
-from ats_detr.model import Detr, build_model
+from ats_detr.model import Detr, build_model, detr
 from ats_detr.training import trainer
 from ats_detr.training.criterion import build_criterion, compute_losses
 from ats_detr.training.distillation import DualTeacher
 from ats_detr.training.optim import MovingAverage
 from ats_detr.training.setup import Run
 from ats_detr.training.stages import plan_stages, train_stages
-from tests.training.small import ADAPTIVE, merged, random_batch, small_config, small_run, small_tree
+from tests.training.small import (
+    ADAPTIVE,
+    SMALL_MODEL,
+    merged,
+    random_batch,
+    small_config,
+    small_run,
+    small_tree,
+)
 
 ROOT = Path(__file__).parents[2]
 
@@ -216,6 +224,18 @@ def test_a_step_in_bfloat16_keeps_weights_and_losses_in_float32(tmp_path: Path) 
     assert torch.bfloat16 in seen, "something is computed in it"
 
 
+@pytest.mark.parametrize("recompute", [False, True])
+def test_weights_that_are_cast_once_have_the_gradients_of_autocast(
+    tmp_path: Path, recompute: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = small_run(tmp_path, train={"precision": "bfloat16", "recompute": recompute})
+    batch = random_batch(0, [3, 0, 2, 1], size=64)
+    own = gradients(run, [batch])
+    monkeypatch.setattr(detr, "cast_weights", lambda *_: {})
+    autocast = gradients(run, [batch])
+    assert_close(own, autocast, 0)
+
+
 # ------------------------------------------------------------------------------------------------------ shared stages
 FROZEN = {"backbone": {"frozen_stages": 1, "frozen_norm": True}}
 
@@ -241,6 +261,7 @@ def test_frozen_stages_run_once_for_student_and_teachers_with_the_same_losses(tm
     alone = compute_losses(student.train(), criterion, DualTeacher(weak, strong), *batch)[1]
     teachers = DualTeacher(weak, strong)
     assert teachers.connect(student) == ["weak", "strong"]
+    assert not any(module.training for teacher in (weak, strong) for module in teacher.modules())
     stems = [model.backbone.body.conv1 for model in (student, weak, strong)]
     assert [isinstance(stem, nn.Identity) for stem in stems] == [False, True, True]
     together = compute_losses(student.train(), criterion, teachers, *batch)[1]
@@ -259,3 +280,19 @@ def test_stages_that_differ_are_not_shared(tmp_path: Path, what: str) -> None:
             next(weak.backbone.parameters()).add_(1e-3)
     expected = ["strong"] if what == "other weights" else []
     assert DualTeacher(weak, strong).connect(student) == expected
+
+
+@pytest.mark.parametrize("name", ["resnet10t", "test_convnext"])
+def test_teachers_in_bfloat16_stay_close(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With shared frozen stages, and without, which ConvNeXt has for its dropout."""
+    monkeypatch.setitem(SMALL_MODEL, "backbone", {"name": name, "pretrained": False})
+    student, weak, strong = student_and_teachers(tmp_path)
+    criterion = build_criterion(small_config(tmp_path), 3)
+    batch = random_batch(0, [3, 0, 2, 1], size=64)
+    expected = compute_losses(student.train(), criterion, DualTeacher(weak, strong), *batch)[1]
+    teachers = DualTeacher(weak, strong)
+    assert teachers.connect(student, torch.bfloat16) == (["weak", "strong"] if name == "resnet10t" else [])
+    losses = compute_losses(student, criterion, teachers, *batch, precision=torch.bfloat16)[1]
+    for name in ("loss_memory", "loss_budget"):
+        assert losses[name].dtype == torch.float32
+        torch.testing.assert_close(losses[name], expected[name], rtol=0.05, atol=0.01)
