@@ -67,6 +67,7 @@ _MAXIMUM = {
     "data.eval_batch_size": 65_536,
     "data.num_workers": 1024,
     "data.synthetic.seed": 2**32 - 1,
+    "data.split_seed": 2**32 - 1,
     "data.synthetic.image_size": 16_384,
     "data.synthetic.num_train": 10_000_000,
     "data.synthetic.num_val": 10_000_000,
@@ -262,9 +263,9 @@ class DataConfig:
     """Images, annotations, augmentation and batches."""
 
     kind: Literal["coco", "synthetic"] = "coco"
-    """Folders in COCO format, or images generated once into `root`."""
+    """A dataset in COCO, YOLO or Pascal VOC format, or images generated once into `root`."""
     root: str = "data/coco"
-    """Folder that the four paths below are relative to."""
+    """Folder of the dataset, whose layout is detected; the paths below are relative to it. Or one annotation file."""
     train_annotations: str | None = None
     """Annotation file to train on. None: the one under `root` whose name or folder says `train`, or the only one."""
     train_images: str | None = None
@@ -273,6 +274,15 @@ class DataConfig:
     """Annotation file to evaluate on. None: the one under `root` whose name or folder says `val`, otherwise `test`;
     without any, the training images, with a warning."""
     val_images: str | None = None
+    """Folder of its images, found like `train_images`."""
+    val_share: float | None = None
+    """Share of the training images that are not trained on but evaluated, in (0, 1), for a dataset without a validation
+    split. The division is stratified by class and depends on `split_seed`."""
+    split_seed: int = 0
+    """Seed of that division."""
+    test_annotations: str | None = None
+    """Annotation file of `eval --split test`. None: the one under `root` whose name or folder says `test`."""
+    test_images: str | None = None
     """Folder of its images, found like `train_images`."""
     exif: Literal["auto", "stored", "upright"] = "auto"
     """Which pixels the boxes refer to. `stored`: as stored; `upright`: turned as the EXIF orientation says, as viewers
@@ -316,7 +326,14 @@ class DataConfig:
         _check_positive(self, "short_side", "long_side", "size_multiple", "batch_size", "eval_batch_size")
         if self.max_image_pixels is not None:
             _check_positive(self, "max_image_pixels")
-        _check_at_least(self, 0, "num_workers")
+        _check_at_least(self, 0, "num_workers", "split_seed")
+        if self.val_share is not None:
+            _check(0 < self.val_share < 1, "val_share", self.val_share, "must be in (0, 1)")
+            for key in ("val_annotations", "val_images"):
+                given = getattr(self, key)
+                _check(
+                    given is None, "val_share", self.val_share, f"has no effect with data.{key} = {given!r}"
+                )
         _check(0 <= self.color_jitter < 1, "color_jitter", self.color_jitter, "must be in [0, 1)")
         _check(len(self.train_short_sides) > 0, "train_short_sides", (), "must have at least one length")
         for key in ("train_short_sides", "crop_short_sides"):

@@ -19,6 +19,16 @@ _TEMPORARY = ".ats-detr-{}.tmp"
 _LOCK = ".ats-detr.lock"
 
 
+def cache_folder() -> Path:
+    """The folder of files that are made once: the environment variable ATS_DETR_CACHE, or ~/.cache/ats_detr."""
+    if folder := os.environ.get("ATS_DETR_CACHE"):
+        return Path(folder)
+    try:
+        return Path.home() / ".cache" / "ats_detr"
+    except RuntimeError:
+        raise UserError("there is no home folder; set ATS_DETR_CACHE to a folder for cached files") from None
+
+
 @contextmanager
 def replaced_file(path: Path, *, previous: Path | None = None) -> Iterator[BinaryIO]:
     """A new file that replaces `path` atomically, flushed to disk, where the context ends without an error.

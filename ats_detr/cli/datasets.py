@@ -1,7 +1,11 @@
-"""Check a COCO-format dataset: `ats-detr datasets check PATH`.
+"""Check, convert and divide datasets in COCO, YOLO and Pascal VOC format. PATH is a folder, or one annotation file.
 
-Reads every record, decodes every image and reports all problems at once. The exit code is 1 if there are errors;
-warnings and notes do not change it.
+check PATH        reads every record, decodes every image and reports all problems at once; the exit code is 1 if
+                  there are errors, warnings and notes do not change it
+convert PATH OUT  writes a YOLO or VOC dataset as COCO files, OUT/annotations/instances_SPLIT.json, which refer to
+                  the images where they are; OUT is then a dataset
+split PATH OUT    divides one annotation file into OUT/annotations/instances_train.json and instances_val.json,
+                  stratified by class
 """
 
 from __future__ import annotations
@@ -15,13 +19,25 @@ from pathlib import Path
 from ats_detr.cli.options import FAILURES
 from ats_detr.console import say, track
 from ats_detr.data.check import Split, check_dataset, find_splits, lines, plot_dataset, report
+from ats_detr.data.formats import convert, find_definitions, open_foreign
+from ats_detr.data.layout import choose_split
+from ats_detr.data.sources import find_layout
+from ats_detr.data.splitting import split_file
 from ats_detr.errors import UserError
 
 
 def add_arguments(parser: ArgumentParser) -> None:
     """Declare the options."""
-    parser.add_argument("action", choices=("check",))
+    parser.add_argument("action", choices=("check", "convert", "split"))
     parser.add_argument("path", type=Path, help="the folder of a dataset, or one annotation file")
+    parser.add_argument("out", type=Path, nargs="?", help="a new folder, for convert and split")
+    parser.add_argument(
+        "--share",
+        type=float,
+        default=0.2,
+        help="share of the validation images of split; default: %(default)s",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of split; default: %(default)s")
     parser.add_argument(
         "--images", type=Path, help="folder of the images; default: determined from the annotation file"
     )
@@ -42,14 +58,71 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def run(arguments: Namespace) -> None:
+    """Execute one action."""
+    if arguments.action == "check":
+        if arguments.out is not None:
+            raise UserError(f"{arguments.out}: check has no output folder; omit it")
+        check(arguments)
+        return
+    if arguments.out is None:
+        raise UserError(
+            f"{arguments.action}: needs the folder to write, datasets {arguments.action} PATH OUT"
+        )
+    if arguments.action == "convert":
+        convert_dataset(arguments.path, arguments.out)
+    else:
+        split_dataset(arguments.path, arguments.out, arguments.share, arguments.seed, arguments.images)
+
+
+def convert_dataset(path: Path, out: Path) -> None:
+    """Write the COCO files of a YOLO or VOC dataset. Raises UserError."""
+    found = find_definitions(path) if path.exists() else []
+    if len(found) != 1:
+        layout = find_layout(path)  # raises where there is nothing, or more than one dataset
+        raise UserError(f"{path}: is in COCO's format already ({layout.title})")
+    _require_apart(out, path)
+    foreign = open_foreign(*found[0])
+    files = [out / "annotations" / f"instances_{part.name}.json" for part in foreign.parts]
+    convert(foreign, files, images_from=out)
+    for part, file in zip(foreign.parts, files, strict=True):
+        say(f"{file}: {len(part.images)} images")
+
+
+def split_dataset(path: Path, out: Path, share: float, seed: int, images: Path | None = None) -> None:
+    """Write the training and the validation part of a dataset that has no validation images. Raises UserError."""
+    if not 0 < share < 1:
+        raise UserError(f"--share {share:g}: must be in (0, 1)")
+    splits = find_layout(path).splits
+    if found := [split for split in splits if split.role == "val"]:
+        raise UserError(f"{path}: has validation images already ({found[0].annotations})")
+    _require_apart(out, path)
+    whole = choose_split(splits, "train")
+    train, val = (out / "annotations" / f"instances_{name}.json" for name in ("train", "val"))
+    split_file(whole.annotations, images or whole.images, share, seed, train, val, images_from=out)
+    for file in (train, val):
+        say(f"{file}: {len(json.loads(file.read_bytes())['images'])} images")
+
+
+def _require_apart(out: Path, path: Path) -> None:
+    """Raise UserError where the written files would become a part of the dataset that was read."""
+    folder = (path if path.is_dir() else path.parent).resolve()
+    if folder in (out.resolve(), *out.resolve().parents):
+        raise UserError(
+            f"{out}: is inside {folder}, which would then contain two datasets; choose another folder"
+        )
+
+
+def check(arguments: Namespace) -> None:
     """Check the splits and print the findings."""
     if arguments.most < 0:
         raise UserError(f"--most {arguments.most}: must be >= 0")
     try:
+        title = find_layout(arguments.path).title
         splits = find_splits(arguments.path, arguments.images)
     except UserError:
         _write_report([], arguments.json)
         raise
+    say(f"{arguments.path}: {title}")
 
     check_dataset(
         splits,

@@ -1,4 +1,4 @@
-"""Evaluate a checkpoint on the validation images: COCO AP, the budgets, and pictures."""
+"""Evaluate a checkpoint on the validation images, or on another split: COCO AP, the budgets, and pictures."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ from ats_detr.cli.options import CHECKPOINT, add_config, add_overrides
 from ats_detr.config import Config, load_config
 from ats_detr.console import console, say
 from ats_detr.data.coco import ClassMap
+from ats_detr.data.layout import Role
 from ats_detr.data.loader import EvaluationLoader
 from ats_detr.errors import UserError
 from ats_detr.evaluation import Metrics, evaluate, warn_of_limits, warn_of_minimum
@@ -51,6 +52,12 @@ def add_arguments(parser: ArgumentParser) -> None:
     add_config(parser, default="the configuration stored in the checkpoint")
     parser.add_argument("--checkpoint", required=True, help=CHECKPOINT)
     parser.add_argument(
+        "--split",
+        choices=("val", "test", "train"),
+        default="val",
+        help="the images to evaluate on, as data.SPLIT_annotations; default: %(default)s",
+    )
+    parser.add_argument(
         "--output",
         type=Path,
         help="folder for metrics.json and the pictures; default: evaluation/ beside the checkpoint",
@@ -73,12 +80,19 @@ def run(arguments: Namespace) -> None:
         config = load_config(arguments.config, arguments.overrides)
     else:
         config = config_of(load_checkpoint(path), path, arguments.overrides)
-    output = arguments.output or path.parent / "evaluation"
+    folder = "evaluation" if arguments.split == "val" else f"evaluation_{arguments.split}"
+    output = arguments.output or path.parent / folder
     with distributed.process_group(config.device, config.train.timeout_minutes) as device:
         run_log.configure()
         compiled = getattr(torch, arguments.compile) if arguments.compile else None
         evaluate_checkpoint(
-            config, path, output, device, compiled=compiled, detections_file=arguments.detections
+            config,
+            path,
+            output,
+            device,
+            split=arguments.split,
+            compiled=compiled,
+            detections_file=arguments.detections,
         )
 
 
@@ -88,10 +102,11 @@ def evaluate_checkpoint(
     folder: Path,
     device: torch.device,
     *,
+    split: Role = "val",
     compiled: torch.dtype | None = None,
     detections_file: Path | None = None,
 ) -> None:
-    """Print the metrics of a checkpoint on the validation images of `config`, and write them with pictures.
+    """Print the metrics of a checkpoint on the images of a split of `config`, and write them with pictures.
 
     Called by every process of a distributed run; the first one writes.
 
@@ -102,7 +117,7 @@ def evaluate_checkpoint(
         detections_file: for all detections, as COCO results.
     """
     model, class_map, _ = _load(config, path, device)
-    loader = build_evaluation_loader(config, class_map)
+    loader = build_evaluation_loader(config, class_map, split=split)
     make_folder(folder)
     if detections_file is not None:
         make_folder(detections_file.parent)
@@ -123,7 +138,7 @@ def evaluate_checkpoint(
     if distributed.is_main():
         print_metrics(metrics)
         write_json(metrics.to_dict(), folder / "metrics.json")
-        write_pictures(config, model, class_map, metrics, folder, device)
+        write_pictures(config, model, class_map, metrics, folder, device, split)
         say(f"written to {folder}: metrics.json and pictures")
     distributed.barrier()
 
@@ -184,10 +199,18 @@ def mean_encoder_gflops(model: Detr, loader: EvaluationLoader) -> float:
 
 
 def write_pictures(
-    config: Config, model: Detr, class_map: ClassMap, metrics: Metrics, folder: Path, device: torch.device
+    config: Config,
+    model: Detr,
+    class_map: ClassMap,
+    metrics: Metrics,
+    folder: Path,
+    device: torch.device,
+    split: Role = "val",
 ) -> None:
     """Write pictures/ of images of all difficulties and, for a model with several budgets, budgets.png."""
-    loader = build_evaluation_loader(config, class_map, shared=False, num_images=config.num_pictures)
+    loader = build_evaluation_loader(
+        config, class_map, shared=False, num_images=config.num_pictures, split=split
+    )
     save_pictures(model, loader, device, folder / "pictures")
     if metrics.num_budgets:
         plot_budgets(metrics).savefig(folder / "budgets.png")

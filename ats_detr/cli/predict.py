@@ -1,4 +1,4 @@
-"""Detect objects in images, folders and videos.
+"""Detect objects in images, folders and videos. Of the folder of a dataset, the test or validation images are used.
 
 Writes predictions.json, pictures/, videos/ and gallery.html. A file that cannot be read is reported and skipped; the
 exit code is then 1.
@@ -21,7 +21,10 @@ from ats_detr.checkpoint import write_json
 from ats_detr.cli.gallery import Gallery
 from ats_detr.cli.options import CHECKPOINT, FAILURES, add_max_detections
 from ats_detr.console import complain, say, track
+from ats_detr.data.coco import CocoDetection
 from ats_detr.data.images import ImageFileError, images_in, is_url, visible_files
+from ats_detr.data.layout import choose_split
+from ats_detr.data.sources import find_layout
 from ats_detr.data.video import VIDEO_SUFFIXES, VideoWriter, read_video
 from ats_detr.detector import THRESHOLD, Detector, Result
 from ats_detr.errors import UserError
@@ -133,6 +136,8 @@ def find_inputs(paths: Sequence[str]) -> Inputs:
         elif path.is_dir():
             images = images_in(path)
             files = visible_files(path)
+            if not any(file.suffix.lower() in VIDEO_SUFFIXES for file in files):
+                images = images or dataset_images(path)
             videos = [file for file in files if file.suffix.lower() in VIDEO_SUFFIXES]
             inputs.images += map(str, images)
             inputs.videos += videos
@@ -146,6 +151,21 @@ def find_inputs(paths: Sequence[str]) -> Inputs:
     if not inputs.images and not inputs.videos:
         raise UserError(f"{', '.join(paths)}: contains no images or videos")
     return inputs
+
+
+def dataset_images(folder: Path) -> list[Path]:
+    """The images of the test split of a dataset, or of its validation or only split; none of another folder."""
+    try:
+        layout = find_layout(folder)
+        has_test = any(split.role == "test" for split in layout.splits)
+        split = choose_split(layout.splits, "test" if has_test else "val")
+        dataset = CocoDetection(
+            split.images, split.annotations, on_bad_image="skip", on_bad_annotation="skip"
+        )
+    except UserError:
+        return []
+    say(f"{folder}: {layout.title}; predicting the {len(dataset)} images of {split.name}")
+    return [dataset.path(index) for index in range(len(dataset))]
 
 
 def predict_files(

@@ -15,6 +15,10 @@ from pycocotools import mask as coco_mask
 
 from ats_detr.data.findings import AnnotationError, Findings
 
+CONVERTED = "ats_detr"
+"""Key under `info` of a file that this package has made; its `notes` list what is probably not intended."""
+PLACE = "ats_detr_place"
+"""Key of an annotation that was converted from another format: the file and line that messages name."""
 _TOLERATED_EXCESS = 0.05
 """Boxes may exceed their image by this share of its side plus one pixel: annotators draw them so, and they are
 clipped."""
@@ -72,6 +76,7 @@ class CocoAnnotations:
         file = Path(file)
         content = parse_annotations(file, need_annotations=need_annotations)
         found = findings if findings is not None else Findings(file)
+        _read_notes(content.get("info"), found)
         categories = _read_categories(content["categories"], found)
         images = _read_images(content["images"], found)
         annotations = _read_annotations(content["annotations"], images, categories, found)
@@ -181,6 +186,14 @@ def parse_annotations(file: Path, *, need_annotations: bool = True) -> dict[str,
     return content
 
 
+def _read_notes(info: Any, findings: Findings) -> None:
+    """Repeat what the conversion of a file found."""
+    about = info.get(CONVERTED) if isinstance(info, dict) else None
+    notes = about.get("notes") if isinstance(about, dict) else None
+    for what, places in notes.items() if isinstance(notes, dict) else ():
+        findings.add("warning", what, places if isinstance(places, list) else [places])
+
+
 def _first(findings: Findings) -> str:
     """The first error, which may be the reason why nothing is left."""
     errors = findings.of("error")
@@ -216,7 +229,7 @@ def _integer(value: Any) -> int | None:
     return None
 
 
-def _image_key(value: Any) -> int | str | None:
+def image_key(value: Any) -> int | str | None:
     """What identifies an image: an integer, or a string that is none."""
     if not isinstance(value, str):
         return _integer(value)
@@ -344,7 +357,7 @@ def _read_image(
     """Add an image as (file name, height, width, id as in the file); returns what makes it unusable."""
     if not isinstance(record, dict):
         return "is not an object"
-    key = _image_key(record.get("id"))
+    key = image_key(record.get("id"))
     if key is None:
         return f"has id {_shown(record.get('id'))}; it must be an integer"
     if isinstance(key, int) and key not in _INT64:
@@ -397,7 +410,8 @@ def _read_annotations(
     image_index, boxes, areas, category_ids, crowd, ids = [], [], [], [], [], []
     codes: dict[str, int] = {}
     for i, record in enumerate(records):
-        where = f"annotations[{i}]"
+        place = record.get(PLACE) if isinstance(record, dict) else None
+        where = place if isinstance(place, str) else f"annotations[{i}]"
         read = _read_annotation(where, record, images, categories, findings)
         if read is None:
             continue
@@ -469,7 +483,7 @@ def _read_annotation(
         findings.bad("annotations that cannot be used", f"{where} is not an object")
         return None
     image_id, category_id = record.get("image_id"), record.get("category_id")
-    key = image_id if type(image_id) is int else _image_key(image_id)
+    key = image_id if type(image_id) is int else image_key(image_id)
     index = None if key is None else images.index_of.get(key)
     if index is None:
         findings.bad(

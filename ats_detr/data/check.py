@@ -23,7 +23,8 @@ from ats_detr.data.classes import ClassMap
 from ats_detr.data.coco import CocoDetection, ExifRule
 from ats_detr.data.findings import Finding, Findings
 from ats_detr.data.images import IMAGE_SUFFIXES, ImageFileError, decode_image, read_file
-from ats_detr.data.layout import SplitFiles, choose_split, find_annotation_files
+from ats_detr.data.layout import SplitFiles, choose_split
+from ats_detr.data.sources import find_layout
 from ats_detr.errors import UserError
 from ats_detr.fonts import legible
 
@@ -69,20 +70,20 @@ class Split:
 
 
 def find_splits(path: Path, images: Path | None = None) -> list[Split]:
-    """The annotation files under `path`, which is such a file or a folder.
+    """The splits of the dataset in a folder, or of one annotation file, as in training; see `sources.find_layout`.
 
     Args:
         images: folder of the images, where it cannot be found.
 
     Raises UserError where there is none.
     """
-    files = find_annotation_files(path)
+    files = find_layout(path).splits
     has_training = any(file.role == "train" for file in files)
     return [
         Split(
             file.name,
             file.annotations,
-            images,
+            images or file.images,
             is_training=len(files) == 1 or file.role == "train" or (not has_training and file.role is None),
             role=file.role,
         )

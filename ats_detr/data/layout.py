@@ -44,28 +44,27 @@ class SplitFiles:
     annotations: Path
     role: str | None
     """`train`, `val` or `test`, as file and folder are named; None where they say nothing."""
+    images: Path | None = None
+    """The folder of the images. None: the folders that exporters use are tried."""
 
 
-def find_annotation_files(path: Path) -> list[SplitFiles]:
-    """The annotation files under `path`, which is such a file or a folder.
+def find_annotation_files(path: Path, *, any_json: bool = False) -> list[SplitFiles]:
+    """The annotation files in COCO's format under `path`, which is such a file or a folder.
 
     Searched are the folder and two levels of subfolders; a JSON file there counts if it has lists of images
-    and categories, or if its name or place says that it should. Raises UserError where there is none.
+    and categories, or if its name or place says that it should.
+
+    Args:
+        any_json: where no file counts, the only JSON file does; the reader reports what is wrong with it.
     """
     if path.is_dir():
         patterns = ("annotations/*.json", "*.json", "*/*.json", "*/*/*.json")
         found = [file for pattern in patterns for file in sorted(path.glob(pattern))]
         files = [file for file in dict.fromkeys(found) if _is_instances_file(file)]
-        if not files and len(found) == 1:
-            files = found  # the reader reports what is wrong with it
-    elif path.exists():
-        files = [path]
+        if any_json and not files and len(found) == 1:
+            files = found
     else:
-        raise UserError(f"{path}: there is no such file or folder")
-    if not files:
-        archives = sorted(file.name for file in path.glob("*.zip"))
-        hint = f"; unpack {archives[0]}" if archives else ""
-        raise UserError(f"{path}: it contains no annotation file (COCO instances, .json){hint}")
+        files = [path]
     names = [_split_name(file) for file in files]
     return [
         SplitFiles(name if names.count(name) == 1 else file.relative_to(path).as_posix(), file, _role(file))
@@ -73,16 +72,21 @@ def find_annotation_files(path: Path) -> list[SplitFiles]:
     ]
 
 
-def choose_split(splits: Sequence[SplitFiles], role: Literal["train", "val"]) -> SplitFiles:
-    """The split to train on, or to evaluate on: the only one of its role, otherwise the only one without a role. A
-    dataset without any split to evaluate on is evaluated on the one to train on.
+Role = Literal["train", "val", "test"]
 
-    Raises UserError where several splits could be meant.
+
+def choose_split(splits: Sequence[SplitFiles], role: Role) -> SplitFiles:
+    """The split to train on, to evaluate on, or to test on: the only one of its role, otherwise the only one without a
+    role. A dataset without any split to evaluate on is evaluated on the one to train on; a test needs a test split.
+
+    Raises UserError where several splits could be meant, or none.
     """
     by_role = {
         name: [split for split in splits if split.role == name] for name in ("train", "val", "test", None)
     }
-    if len(splits) == 1:
+    if role == "test":
+        found = by_role["test"]
+    elif len(splits) == 1:
         found = list(splits)
     elif role == "train":
         found = by_role["train"]
@@ -91,7 +95,7 @@ def choose_split(splits: Sequence[SplitFiles], role: Literal["train", "val"]) ->
         found = by_role["val"] or by_role["test"] or only_other or by_role["train"]
     if len(found) != 1:
         names = ", ".join(split.annotations.name for split in splits)
-        use = "train on" if role == "train" else "evaluate on"
+        use = {"train": "train on", "val": "evaluate on", "test": "test on"}[role]
         raise UserError(f"which file to {use} is unclear ({names}); set data.{role}_annotations")
     return found[0]
 

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
-import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from ats_detr import distributed
 from ats_detr.config import Config, DataConfig
 from ats_detr.data.coco import ClassMap, CocoDetection, spread_over_difficulty
-from ats_detr.data.layout import choose_split, find_annotation_files
+from ats_detr.data.layout import Role, SplitFiles
 from ats_detr.data.loader import EvaluationLoader, TrainingLoader
+from ats_detr.data.sources import find_split
 from ats_detr.data.synthetic import synthetic_dataset
 from ats_detr.data.transforms import training_transform
-from ats_detr.errors import UserError
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -68,6 +66,7 @@ def build_evaluation_loader(
     shared: bool = True,
     num_images: int | None = None,
     pin_memory: bool = False,
+    split: Role = "val",
 ) -> EvaluationLoader:
     """The validation loader of this process.
 
@@ -75,9 +74,10 @@ def build_evaluation_loader(
         class_map: classes of the model.
         shared: split the images over the processes; False: each process reads all of them.
         num_images: number of images, evenly spaced by their number of objects. None: all.
+        split: the images to evaluate on.
     """
     data = config.data
-    dataset = open_dataset(data, "val", class_map)
+    dataset = open_dataset(data, split, class_map)
     return EvaluationLoader(
         dataset,
         short_side=data.short_side,
@@ -102,19 +102,12 @@ def describe_images(dataset: CocoDetection) -> dict[str, Any]:
     return {"number": len(dataset), "digest": sha.hexdigest()[:16]}
 
 
-def open_dataset(
-    config: DataConfig, role: Literal["train", "val"], class_map: ClassMap | None = None
-) -> CocoDetection:
-    """The training or the validation images. Raises UserError."""
-    root = data_root(config)
-    given, images = (
-        (config.train_annotations, config.train_images)
-        if role == "train"
-        else (config.val_annotations, config.val_images)
-    )
+def open_dataset(config: DataConfig, role: Role, class_map: ClassMap | None = None) -> CocoDetection:
+    """The images to train, evaluate or test on. Raises UserError."""
+    split = _find_split(config, role)
     return CocoDetection(
-        None if images is None else root / images,
-        root / given if given is not None else _find_annotations(root, role),
+        split.images,
+        split.annotations,
         class_map=class_map,
         cache_images=config.cache_images,
         on_bad_image=config.on_bad_image,
@@ -125,23 +118,8 @@ def open_dataset(
     )
 
 
-def _find_annotations(root: Path, role: Literal["train", "val"]) -> Path:
-    """The annotation file under `root` to train or evaluate on."""
-    if not root.exists():
-        raise UserError(f"data.root = {str(root)!r}: there is no such folder")
-    splits = find_annotation_files(root)
-    try:
-        chosen = choose_split(splits, role)
-    except UserError as error:
-        raise UserError(f"{root}: {error}") from None
-    if role == "val" and (chosen.role == "train" or len(splits) == 1):
-        logger.warning(
-            "%s: no annotation file for validation, so the evaluation uses the training images of %s; set"
-            " data.val_annotations",
-            root,
-            chosen.annotations.name,
-        )
-    return chosen.annotations
+def _find_split(config: DataConfig, role: Role) -> SplitFiles:
+    return find_split(dataclasses.replace(config, kind="coco", root=str(data_root(config))), role)
 
 
 def data_root(config: DataConfig) -> Path:

@@ -48,13 +48,16 @@ WITHOUT_INFLUENCE = (
     *("teachers.strong.config", "teachers.strong.checkpoint"),
     *("data.num_workers", "data.cache_images", "data.on_bad_image", "data.eval_batch_size"),
     *("data.max_image_pixels", "data.on_bad_annotation", "data.val_annotations", "data.val_images"),
+    *("data.test_annotations", "data.test_images"),
     *("data.short_side", "data.size_multiple", "data.synthetic.num_val", "evaluation"),
     *("train.resume", "train.checkpoint_every", "train.checkpoint_every_steps", "train.evaluate_every"),
     *("train.log_every", "train.max_skipped_steps", "train.recompute", "train.compile", "deterministic"),
     "train.timeout_minutes",
 )
 """Settings that do not change the trained weights: a finished training may differ in them."""
-DATA_PATHS = ("data.root", "data.train_annotations", "data.train_images")
+DATA_PATHS = (
+    *("data.root", "data.train_annotations", "data.train_images", "data.val_share", "data.split_seed"),
+)
 """Settings that may differ where the training images are the same."""
 ADJUSTABLE = (
     *WITHOUT_INFLUENCE,
