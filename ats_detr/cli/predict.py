@@ -157,13 +157,11 @@ def dataset_images(folder: Path) -> list[Path]:
     """The images of the test split of a dataset, or of its validation or only split; none of another folder."""
     try:
         layout = find_layout(folder)
-        has_test = any(split.role == "test" for split in layout.splits)
-        split = choose_split(layout.splits, "test" if has_test else "val")
-        dataset = CocoDetection(
-            split.images, split.annotations, on_bad_image="skip", on_bad_annotation="skip"
-        )
-    except UserError:
+    except UserError:  # not a dataset
         return []
+    has_test = any(split.role == "test" for split in layout.splits)
+    split = choose_split(layout.splits, "test" if has_test else "val")
+    dataset = CocoDetection(split.images, split.annotations, on_bad_image="skip", on_bad_annotation="skip")
     say(f"{folder}: {layout.title}; predicting the {len(dataset)} images of {split.name}")
     return [dataset.path(index) for index in range(len(dataset))]
 
