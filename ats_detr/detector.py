@@ -36,6 +36,7 @@ from ats_detr.evaluation import MAX_DETECTIONS
 from ats_detr.model import CompiledDetr, Detr
 from ats_detr.model.compiled import MAX_GRAPHS, GraphCache, can_capture, model_state
 from ats_detr.model.output import DetectedBatch, TokenBudget, token_budgets
+from ats_detr.model.self_check import self_check
 from ats_detr.visualize import KeptTokens, draw_boxes
 
 if TYPE_CHECKING:
@@ -416,13 +417,15 @@ class Detector:
         if not self.capture or not can_capture(self.device, dtype, warn=False):
             return detect_eagerly()
         images_B3HW = batch.images_B3HW
+        sizes_B2 = batch.sizes_B2
         return self._graphs.run(
             (max_detections, images_B3HW.shape, images_B3HW.dtype),
             detect,
             images_B3HW,
-            batch.sizes_B2,
+            sizes_B2,
             scale_B4,
             eager=detect_eagerly,
+            prepare=functools.partial(self_check, model, images_B3HW, sizes_B2),
             state=functools.partial(model_state, model),
             tensors=itertools.chain(model.parameters(), model.buffers()),
         )

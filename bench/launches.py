@@ -287,6 +287,7 @@ def counted() -> Iterator[LaunchCounter]:
             (torch.UntypedStorage, "data_ptr", lambda storage: storage._cdata),
             (torch.cuda, "device_of", contextlib.nullcontext),
             (compiled, "can_capture", lambda *_: False),
+            (compiled, "self_check", lambda *_: None),
             (selector, "select_tokens", _select_tokens),
         ):
             stack.enter_context(patch.object(owner, name, value))

@@ -6,7 +6,9 @@ import functools
 import importlib
 import importlib.util
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -114,6 +116,22 @@ def autocast(tensor: Tensor) -> Tensor:
     return tensor
 
 
+FAULTY: set[tuple[str, torch.device]] = set()
+"""Operators whose kernels a self-check found to be wrong on a device; their definitions run instead."""
+_observer: ContextVar[Callable[..., Any] | None] = ContextVar("observer", default=None)
+
+
+@contextmanager
+def observed(observer: Callable[[Operator, tuple, Callable[..., Any]], Any]) -> Iterator[None]:
+    """Context in which `observer(operator, arguments, launch)` computes each operator of this thread that would run its
+    kernels; `launch(*arguments)` runs them."""
+    token = _observer.set(observer)
+    try:
+        yield
+    finally:
+        _observer.reset(token)
+
+
 class Operator:
     """A custom operator: a definition in PyTorch and the launcher of its Triton kernels, which have the same signature.
 
@@ -130,12 +148,20 @@ class Operator:
         schema = torch.library.infer_schema(definition, mutates_args=mutates_args)
         signature, returns = schema.rsplit(") ->", 1)
 
-        def launch(*arguments: Any) -> Any:
+        def launch_kernels(*arguments: Any) -> Any:
             # Imported here: Triton is optional, and reads TRITON_INTERPRET on import.
             function = getattr(importlib.import_module(f"ats_detr.kernels.gpu.{module}"), launcher)
             # Triton launches on the current GPU, not on that of the tensors.
             with torch.cuda.device_of(tensors_of(arguments)[0]):
                 return function(*arguments)
+
+        def launch(*arguments: Any) -> Any:
+            if FAULTY and (self.name, tensors_of(arguments)[0].device) in FAULTY:
+                return definition(*arguments)
+            observer = _observer.get()
+            return (
+                launch_kernels(*arguments) if observer is None else observer(self, arguments, launch_kernels)
+            )
 
         def run(*all_arguments: Any) -> Any:
             *arguments, backend = all_arguments
@@ -143,7 +169,11 @@ class Operator:
 
         self._launch = launch
         names = [argument.name for argument in torch._C.parse_schema(f"f{schema}").arguments]
-        self._mutated = [names.index(name) for name in mutates_args]
+        self.mutated = [names.index(name) for name in mutates_args]
+        """Positions of the arguments that are written to."""
+        # Results with a row per token of a memory have no unused rows.
+        has_unused_rows = "num_rows" in names and not any(name.startswith("memory") for name in names)
+        self._num_rows = names.index("num_rows") if has_unused_rows else None
 
         self._registered = torch.library.custom_op(
             f"ats_detr::{self.name}",
@@ -173,17 +203,22 @@ class Operator:
         tensors = tensors_of(arguments)
         if not runs_inside_graph():
             check_one_device(self.name, tensors)
-            if any(arguments[position].is_neg() for position in self._mutated):
+            if any(arguments[position].is_neg() for position in self.mutated):
                 limitation = "writing to a view with the negative bit is not supported"
         chosen = choose_backend(tensors, backend, kernel_pays=kernel_pays, limitation=limitation)
         if chosen == "reference" and not registered and not runs_inside_graph():
             return self.definition(*arguments)
         if chosen == "triton" and _is_plain_call(tensors):
-            for position in self._mutated:
+            for position in self.mutated:
                 if not arguments[position].is_inference():
                     torch.autograd.graph.increment_version(arguments[position])
             return self._launch(*arguments)
         return self.packet(*arguments, chosen)
+
+    def rows_in_use(self, arguments: Sequence[Any]) -> int | None:
+        """Number of rows that the kernels write in each result; None: all. Synchronises with the device."""
+        num_rows = None if self._num_rows is None else arguments[self._num_rows]
+        return None if num_rows is None else int(num_rows)
 
     def register_fake(self, fake: Callable[..., Any]) -> Callable[..., Any]:
         """`fake` takes the arguments of the definition and returns empty tensors like its results."""

@@ -27,6 +27,7 @@ from ats_detr.model.detr import Detr
 from ats_detr.model.encoder import Encoder
 from ats_detr.model.fusion import fold_batch_norms
 from ats_detr.model.output import DetectedBatch, DetectorOutput
+from ats_detr.model.self_check import self_check
 
 logger = logging.getLogger(__name__)
 
@@ -53,6 +54,7 @@ class CompiledDetr:
     (`data.size_multiple`) to limit the number of shapes. The number of kept tokens may differ between passes.
 
     Calls from several threads run sequentially; they may use different streams. An enclosing autocast has no effect.
+    The first pass compares the Triton kernels with their definitions in PyTorch (see `model.self_check`).
     A shape that cannot be captured (too little memory, for example) is reported once and runs as a normal pass.
     A copy (`copy.deepcopy`, pickle) has the same weights and settings, and captures its own graphs.
 
@@ -81,6 +83,7 @@ class CompiledDetr:
         self.dtype, self.fuse, self.max_graphs = dtype, fuse, max_graphs
         self.graphs = GraphCache(max_graphs, capture_at=1)
         self.device = self.model.level_embed.device
+        self._is_checked = False
         self.warm_up_seconds: dict[tuple[int, int, int], float] = {}
         """Seconds until the first result of each (batch, height, width)."""
         if fuse:
@@ -111,6 +114,9 @@ class CompiledDetr:
         size = (batch, height, width)
         with self._lock, torch.autocast(self.device.type, enabled=False):
             started = time.perf_counter()
+            if not self._is_checked:
+                self._is_checked = True
+                self_check(self.model, images_B3HW.to(self.dtype), inputs[0])
             if self._captures:
                 output = self.graphs.run((kind, size), function, images_B3HW, *inputs)
             else:
@@ -224,7 +230,7 @@ class GraphCache:
         self.max_graphs, self.capture_at, self.capture = max_graphs, capture_at, capture
         self._shapes: OrderedDict[Hashable, _Shape] = OrderedDict()
         """The last entry is the most recently used."""
-        self._is_able = max_graphs > 0
+        self._is_able, self._is_prepared = max_graphs > 0, False
         self._capture: Capture = capture or _CudaGraphs()
         self._lock = threading.Lock()
 
@@ -238,6 +244,7 @@ class GraphCache:
         function: Callable[..., T],
         *inputs: Tensor,
         eager: Callable[[], T] | None = None,
+        prepare: Callable[[], object] = bool,
         state: Callable[[], list[Any] | None] = list,
         tensors: Iterable[Tensor] = (),
     ) -> T:
@@ -248,6 +255,7 @@ class GraphCache:
             function: without device-to-host synchronisation.
             inputs: tensors of the same shapes for a key.
             eager: runs instead of `function` where nothing is captured.
+            prepare: runs once, before the first capture.
             state: of what `function` depends on. Graphs of another state are dropped; None: must run in Python.
             tensors: further tensors that `function` reads. Their memory is kept as long as the graph.
         """
@@ -264,7 +272,11 @@ class GraphCache:
             elif self._is_able:
                 shape.num_calls += 1
                 is_due = shape.num_calls >= self.capture_at << shape.num_captures
-                if is_due and (current := state()) is not None and self._try_capture(shape, function, inputs):
+                if (
+                    is_due
+                    and (current := state()) is not None
+                    and self._try_capture(shape, prepare, function, inputs)
+                ):
                     shape.state, shape.tensors = current, [tensor.detach() for tensor in tensors]
                     assert shape.replay is not None
                     return shape.replay(*inputs)
@@ -288,8 +300,17 @@ class GraphCache:
             shape.drop()
         return len(dropped)
 
-    def _try_capture(self, shape: _Shape, function: Callable[..., Any], inputs: tuple[Tensor, ...]) -> bool:
+    def _try_capture(
+        self,
+        shape: _Shape,
+        prepare: Callable[[], object],
+        function: Callable[..., Any],
+        inputs: tuple[Tensor, ...],
+    ) -> bool:
         try:
+            if not self._is_prepared:
+                self._is_prepared = True
+                prepare()
             shape.replay = self._capture(function, *inputs)
         except Exception as error:  # of any library; an error of the pass itself is raised by the normal pass
             self._is_able = False

@@ -308,6 +308,23 @@ def _remember(gpu: str, row: str, bucket: int, entry: Config) -> None:
         _write(user_file, stored)
 
 
+def known_faults(device: torch.device, key: str) -> dict[str, str] | None:
+    """The outcome of an earlier self-check with these versions: what is wrong, by operator. None: not checked yet."""
+    if device.type != "cuda":
+        return None
+    entry = _table(torch.cuda.get_device_name(device)).get(f"self-check|{key}", {}).get("0", {})
+    faults = entry.get("faults")
+    is_current = entry.get("torch") == torch.__version__ and isinstance(faults, dict)
+    return {str(name): str(fault) for name, fault in faults.items()} if is_current else None
+
+
+def remember_faults(device: torch.device, key: str, faults: dict[str, str]) -> None:
+    """Keeps the outcome of a self-check."""
+    if device.type == "cuda":
+        entry = {"faults": faults, "torch": torch.__version__}
+        _remember(torch.cuda.get_device_name(device), f"self-check|{key}", 0, entry)
+
+
 def _write(path: pathlib.Path, table: Table) -> None:
     """Replaces a file atomically, with the permissions that the user's umask gives."""
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
