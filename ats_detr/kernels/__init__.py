@@ -4,6 +4,7 @@
 choose between the two (`dispatch.choose_backend`) and register the operators with PyTorch.
 """
 
+from ats_detr.kernels.adapt import Adaptation, adapt
 from ats_detr.kernels.attention import deformable_attention, multi_scale_deformable_attention
 from ats_detr.kernels.attention_map import deformable_attention_map
 from ats_detr.kernels.convolution import affine_relu_, affine_relu_max_pool, fused_convolution
@@ -12,16 +13,20 @@ from ats_detr.kernels.linear import packed_feedforward, packed_linear, packed_li
 from ats_detr.kernels.packing import pack_tokens, scatter_tokens, zero_padding
 from ats_detr.kernels.plan import TokenPlan
 from ats_detr.kernels.selection import select_tokens
+from ats_detr.kernels.shims import install_shims
 
 __all__ = [
+    "Adaptation",
     "TokenGeometry",
     "TokenPlan",
+    "adapt",
     "affine_relu_",
     "affine_relu_max_pool",
     "deformable_attention",
     "deformable_attention_map",
     "encode_boxes",
     "fused_convolution",
+    "install_shims",
     "multi_scale_deformable_attention",
     "pack_tokens",
     "packed_feedforward",

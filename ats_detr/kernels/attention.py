@@ -125,15 +125,50 @@ def multi_scale_deformable_attention(
     non-finite input, keywords and errors. Prefer float32 locations: float16 rounds them to W/2048 pixels, bfloat16 to
     W/256.
     """
+    shapes = _check_classical(value_BSHD, level_shapes, locations_BQHLP2, weights_BQHLP)
+    locations, weights = locations_BQHLP2.flatten(0, 1), weights_BQHLP.flatten(0, 1)
+    out = _attend(value_BSHD, shapes, None, locations, weights, None, None, deterministic, backend)
+    return out.unflatten(0, locations_BQHLP2.shape[:2])
+
+
+def differentiate_multi_scale(
+    grad_out_BQC: Tensor,
+    value_BSHD: Tensor,
+    level_shapes: LevelShapes | Tensor,
+    locations_BQHLP2: Tensor,
+    weights_BQHLP: Tensor,
+    *,
+    deterministic: bool | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of `multi_scale_deformable_attention` by value, locations and weights: for code with an autograd
+    function of its own. Autocast has no effect on them."""
+    shapes = _check_classical(value_BSHD, level_shapes, locations_BQHLP2, weights_BQHLP)
+    expected = (*locations_BQHLP2.shape[:2], value_BSHD.shape[2:].numel())
+    if grad_out_BQC.shape != expected:
+        raise invalid("grad_out_BQC", grad_out_BQC, f"{list(expected)}, like the output")
+    grad_out = grad_out_BQC.flatten(0, 1).to(value_BSHD.dtype)
+    locations, weights = locations_BQHLP2.flatten(0, 1), weights_BQHLP.flatten(0, 1)
+    # The output matters for the softmax only, which is not part of this operator: the gradient stands in for it.
+    grad_value, grad_locations, grad_weights = _msda_backward(
+        grad_out, grad_out, value_BSHD, *split_shapes(shapes), None, locations, weights, None, True, deterministic,
+        backend=backend, limitation=limitation(shapes, weights, value_BSHD),
+    )  # fmt: skip
+    return grad_value, grad_locations.view_as(locations_BQHLP2), grad_weights.view_as(weights_BQHLP)
+
+
+def _check_classical(
+    value_BSHD: Tensor, level_shapes: LevelShapes | Tensor, locations_BQHLP2: Tensor, weights_BQHLP: Tensor
+) -> LevelShapes | Tensor:
+    """The level shapes. Raises ValueError for arguments that do not fit together."""
     shapes = as_level_shapes(level_shapes)
     check_samples(shapes, locations_BQHLP2, weights_BQHLP, ("locations_BQHLP2", "weights_BQHLP"))
     _check_value(value_BSHD, shapes, weights_BQHLP)
-    batch, num_queries = locations_BQHLP2.shape[:2]
-    if batch != value_BSHD.shape[0]:
-        raise ValueError(f"locations of {batch} images for values of {value_BSHD.shape[0]}")
-    locations, weights = locations_BQHLP2.flatten(0, 1), weights_BQHLP.flatten(0, 1)
-    out = _attend(value_BSHD, shapes, None, locations, weights, None, None, deterministic, backend)
-    return out.unflatten(0, (batch, num_queries))
+    if locations_BQHLP2.shape[0] != value_BSHD.shape[0]:
+        raise ValueError(
+            f"locations of {locations_BQHLP2.shape[0]} images for values of {value_BSHD.shape[0]}"
+        )
+    return shapes
 
 
 # ------------------------------------------------------------------------------------------------ checks of arguments

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import operator
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 from ats_detr.kernels.dispatch import INTEGERS, invalid, runs_inside_graph
 
@@ -55,6 +57,50 @@ def _as_pairs(level_shapes: Sequence[Sequence[int]]) -> LevelShapes:
     if any(side < 1 for pair in level_shapes for side in pair):
         raise ValueError(f"level_shapes {level_shapes}: every side must be at least 1")
     return tuple((height, width) for height, width in level_shapes)
+
+
+def read_level_shapes(
+    level_shapes: LevelShapes | Tensor, level_start: Tensor | None = None
+) -> LevelShapes | Tensor:
+    """Level shapes of callers that have them as a tensor on any device, as the operators take them.
+
+    Reading a tensor waits for its device. The result is kept while the tensors exist and are not written to, so that
+    the layers of a pass that share them wait once; tensors of inference mode do not record writes and are read again
+    by each layer.
+
+    Args:
+        level_start: [L] index of each level's first token. The operators have no such argument: levels are adjacent.
+
+    Raises ValueError for another `level_start`, which is not read while a compiler traces.
+    """
+    if not isinstance(level_shapes, Tensor):
+        return level_shapes
+    if runs_inside_graph():
+        return level_shapes.cpu()
+    tensors = [level_shapes] if level_start is None else [level_shapes, level_start]
+    recorded = not any(tensor.is_inference() for tensor in tensors)
+    if recorded and level_shapes in _read:
+        seen, shapes = _read[level_shapes]
+        if [(id(tensor), tensor._version) for tensor in tensors] == [(id(r()), v) for r, v in seen]:
+            return shapes
+    if level_shapes.ndim != 2 or level_shapes.shape[1] != 2 or level_shapes.dtype not in INTEGERS:
+        raise invalid("level_shapes", level_shapes, "[L, 2], integers")
+    numbers = torch.cat([tensor.flatten().to(level_shapes) for tensor in tensors]).tolist()
+    sides = numbers[: level_shapes.numel()]
+    shapes = tuple(zip(sides[::2], sides[1::2], strict=True))
+    if level_start is not None:
+        first = [num_tokens_of(shapes[:level]) for level in range(len(shapes))]
+        if numbers[len(sides) :] != first:
+            raise ValueError(
+                f"level_start {numbers[len(sides) :]}: must be {first} for levels {list(shapes)}"
+            )
+    if recorded:
+        _read[level_shapes] = ([(weakref.ref(tensor), tensor._version) for tensor in tensors], shapes)
+    return shapes
+
+
+_read = WeakIdKeyDictionary()
+"""Level shapes by their tensor, with the tensors that were read and their versions."""
 
 
 def num_tokens_of(level_shapes: LevelShapes) -> int:
