@@ -298,6 +298,9 @@ class DataConfig:
     """Shorter sides before a random crop, applied to half of the training images. Empty: no crops."""
     crop_size: tuple[int, int] = (384, 600)
     """Minimum and maximum side of that crop in pixels."""
+    overfit_images: int = 0
+    """If > 0: train on this many training images only, repeated to 50 batches per epoch, and evaluate on them. A test
+    that dataset and settings can be learned."""
     rotate_90: bool = False
     """Rotate training images by a random multiple of 90 degrees: for images without an up direction, such as aerial
     photographs."""
@@ -326,7 +329,7 @@ class DataConfig:
         _check_positive(self, "short_side", "long_side", "size_multiple", "batch_size", "eval_batch_size")
         if self.max_image_pixels is not None:
             _check_positive(self, "max_image_pixels")
-        _check_at_least(self, 0, "num_workers", "split_seed")
+        _check_at_least(self, 0, "num_workers", "split_seed", "overfit_images")
         if self.val_share is not None:
             _check(0 < self.val_share < 1, "val_share", self.val_share, "must be in (0, 1)")
             for key in ("val_annotations", "val_images"):

@@ -309,7 +309,8 @@ class TrainingLoader:
 
     A global batch holds images of similar aspect ratio, which reduces padding; the last ones of an epoch mix the
     remaining images, and an incomplete global batch is dropped. Images without objects are included. With
-    `on_bad_image="skip"` the next readable image replaces an unreadable one, so the batch size is constant.
+    `on_bad_image="skip"` the next readable image replaces an unreadable one, so the batch size is constant. `indices`
+    selects or repeats images (default: all, once per epoch).
 
     Raises UserError if the dataset is smaller than one global batch; ImageFileError during iteration.
     """
@@ -325,10 +326,12 @@ class TrainingLoader:
         rank: int = 0,
         world_size: int = 1,
         size_multiple: int = 1,
+        indices: Sequence[int] | None = None,
         pin_memory: bool = False,
         timeout_minutes: float = 30,
     ) -> None:
         self.dataset, self.batch_size, self.seed = dataset, batch_size, seed
+        self.indices = np.arange(len(dataset)) if indices is None else np.array(indices)
         self.rank, self.world_size = rank, world_size
         self._batches = _Batches()
         self.reader = _Reader(
@@ -348,7 +351,7 @@ class TrainingLoader:
 
     def __len__(self) -> int:
         """Batches per epoch, equal in every epoch and process."""
-        return len(self.dataset) // (self.batch_size * self.world_size)
+        return len(self.indices) // (self.batch_size * self.world_size)
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """The batches of `epoch` from number `start` on, to resume an interrupted epoch."""
@@ -364,7 +367,7 @@ class TrainingLoader:
         size = self.batch_size * self.world_size
         batches: list[list[int]] = []
         waiting: dict[int, list[int]] = defaultdict(list)
-        order = np.random.default_rng([self.seed, epoch]).permutation(len(self.dataset))
+        order = np.random.default_rng([self.seed, epoch]).permutation(self.indices)
         groups = _aspect_groups(self.dataset.annotations.sizes)
         for index in order.tolist():
             group = waiting[int(groups[index])]

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from ats_detr import distributed
 from ats_detr.config import Config, DataConfig
@@ -16,6 +19,10 @@ from ats_detr.data.loader import EvaluationLoader, TrainingLoader
 from ats_detr.data.sources import find_split
 from ats_detr.data.synthetic import synthetic_dataset
 from ats_detr.data.transforms import training_transform
+from ats_detr.errors import UserError
+
+_OVERFIT_BATCHES = 50
+"""Batches per epoch where `data.overfit_images` is set."""
 
 
 @dataclass(frozen=True)
@@ -44,10 +51,13 @@ def build_loaders(config: Config, *, pin_memory: bool = False) -> Loaders:
         rotate_90=data.rotate_90,
         color_jitter=data.color_jitter,
     )
+    images_per_step = data.batch_size * distributed.world_size()
+    indices = overfit_indices(data, train_set)
     train = TrainingLoader(
         train_set,
         transform,
         batch_size=data.batch_size,
+        indices=indices and indices * math.ceil(_OVERFIT_BATCHES * images_per_step / len(indices)),
         seed=config.seed,
         num_workers=data.num_workers,
         rank=distributed.rank(),
@@ -77,7 +87,11 @@ def build_evaluation_loader(
         split: the images to evaluate on.
     """
     data = config.data
-    dataset = open_dataset(data, split, class_map)
+    overfits = data.overfit_images > 0 and split == "val"
+    dataset = open_dataset(data, "train" if overfits else split, class_map)
+    indices = overfit_indices(data, dataset) if overfits else None
+    if num_images is not None:
+        indices = spread_over_difficulty(dataset, num_images)
     return EvaluationLoader(
         dataset,
         short_side=data.short_side,
@@ -87,10 +101,25 @@ def build_evaluation_loader(
         num_workers=data.num_workers,
         rank=distributed.rank() if shared else 0,
         world_size=distributed.world_size() if shared else 1,
-        indices=None if num_images is None else spread_over_difficulty(dataset, num_images),
+        indices=indices,
         pin_memory=pin_memory,
         timeout_minutes=config.train.timeout_minutes,
     )
+
+
+def overfit_indices(config: DataConfig, dataset: CocoDetection) -> list[int] | None:
+    """The `overfit_images` images to train and evaluate on, of different numbers of objects. None: all images.
+
+    Raises UserError if fewer images have objects.
+    """
+    wanted = config.overfit_images
+    if not wanted:
+        return None
+    usable = np.flatnonzero((dataset.num_objects > 0) & ~dataset.unusable)
+    if len(usable) < wanted:
+        raise UserError(f"data.overfit_images = {wanted}: must be <= {len(usable)}, the images with objects")
+    order = usable[np.argsort(dataset.num_objects[usable], kind="stable")]
+    return order[np.linspace(0, len(order) - 1, wanted).round().astype(int)].tolist()
 
 
 def describe_images(dataset: CocoDetection) -> dict[str, Any]:

@@ -347,10 +347,11 @@ def describe_run(run: Run) -> str:
     factors = [f"{config.data.batch_size} images"]
     factors += [f"{distributed.world_size()} processes"] if distributed.world_size() > 1 else []
     factors += [f"{config.train.accumulate} accumulated"] if config.train.accumulate > 1 else []
+    num_train, num_val = len(set(run.loaders.train.indices)), sum(map(len, run.loaders.val.global_batches))
     batch = f"{global_batch(config)}" + (f" ({' x '.join(factors)})" if len(factors) > 1 else "")
     return (
         f"{run.stage.name}: {parameters / 1e6:.1f} M trained parameters, {model.num_classes} classes,"
-        f" {len(run.loaders.train.dataset)} images for training and {len(run.loaders.val.dataset)} for evaluation,"
+        f" {num_train} images for training and {num_val} for evaluation,"
         f" {config.train.epochs - progress.epoch} epochs of {run.num_steps} steps, batch {batch}, lr {rates}"
     )
 
