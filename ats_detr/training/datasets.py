@@ -89,8 +89,10 @@ def build_evaluation_loader(
     data = config.data
     overfits = data.overfit_images > 0 and split == "val"
     dataset = open_dataset(data, "train" if overfits else split, class_map)
-    indices = overfit_indices(data, dataset) if overfits else None
-    if num_images is not None:
+    indices = None
+    if overfits:
+        indices = overfit_indices(data, dataset)
+    elif num_images is not None:
         indices = spread_over_difficulty(dataset, num_images)
     return EvaluationLoader(
         dataset,
