@@ -163,10 +163,6 @@ class Operator:
                 launch_kernels(*arguments) if observer is None else observer(self, arguments, launch_kernels)
             )
 
-        def run(*all_arguments: Any) -> Any:
-            *arguments, backend = all_arguments
-            return definition(*arguments) if backend == "reference" else launch(*arguments)
-
         self._launch = launch
         names = [argument.name for argument in torch._C.parse_schema(f"f{schema}").arguments]
         self.mutated = [names.index(name) for name in mutates_args]
@@ -177,7 +173,7 @@ class Operator:
 
         self._registered = torch.library.custom_op(
             f"ats_detr::{self.name}",
-            run,
+            lambda *arguments: self._compute(arguments[:-1], arguments[-1]),
             mutates_args=mutates_args,
             schema=f"{signature}, str backend) ->{returns}",
         )
@@ -207,18 +203,36 @@ class Operator:
                 limitation = "writing to a view with the negative bit is not supported"
         chosen = choose_backend(tensors, backend, kernel_pays=kernel_pays, limitation=limitation)
         if chosen == "reference" and not registered and not runs_inside_graph():
-            return self.definition(*arguments)
+            return self._compute(arguments, chosen)
         if chosen == "triton" and _is_plain_call(tensors):
             for position in self.mutated:
                 if not arguments[position].is_inference():
                     torch.autograd.graph.increment_version(arguments[position])
-            return self._launch(*arguments)
+                elif not torch.is_inference_mode_enabled():
+                    raise RuntimeError(
+                        f"{self.name}: a tensor made under torch.inference_mode() cannot be written to outside; call"
+                        " it under torch.inference_mode() or clone the tensor"
+                    )
+            return self._compute(arguments, chosen)
         return self.packet(*arguments, chosen)
 
     def rows_in_use(self, arguments: Sequence[Any]) -> int | None:
         """Number of rows that the kernels write in each result; None: all. Synchronises with the device."""
         num_rows = None if self._num_rows is None else arguments[self._num_rows]
         return None if num_rows is None else int(num_rows)
+
+    def _compute(self, arguments: Sequence[Any], backend: str) -> Any:
+        if self.mutated and not torch._C._are_functorch_transforms_active():  # their tensors have no storage
+            written = [arguments[position] for position in self.mutated]
+            arguments = [
+                argument.clone()  # would be read and written in no order
+                if position not in self.mutated
+                and isinstance(argument, Tensor)
+                and share_storage(argument, *written)
+                else argument
+                for position, argument in enumerate(arguments)
+            ]
+        return self.definition(*arguments) if backend == "reference" else self._launch(*arguments)
 
     def register_fake(self, fake: Callable[..., Any]) -> Callable[..., Any]:
         """`fake` takes the arguments of the definition and returns empty tensors like its results."""
@@ -284,10 +298,12 @@ def _is_plain_call(tensors: Sequence[Tensor]) -> bool:
     )
 
 
-def share_storage(target: Tensor, *sources: Tensor | None) -> bool:
-    """Whether writing to `target` may change one of the sources before it is read."""
-    storage = target.untyped_storage().data_ptr()
-    return any(source is not None and source.untyped_storage().data_ptr() == storage for source in sources)
+def share_storage(source: Tensor, *written: Tensor) -> bool:
+    """Whether writing to one of `written` may change `source`."""
+    storage = source.untyped_storage()
+    if storage.device.type == "meta":  # without contents
+        return False
+    return any(tensor.untyped_storage().data_ptr() == storage.data_ptr() for tensor in written)
 
 
 def refuse_gradients(what: str, *arguments: object) -> None:

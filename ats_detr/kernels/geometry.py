@@ -266,7 +266,9 @@ def _rows(
     positions_KC = sine_features(angle_K2.flip(1), level_embed.shape[1] // 2).flatten(1)
     centre_K2 = (cell_K2 + 0.5) / (ratios[image_K, level_K] * full_S2[token_K])
     references_KL2 = centre_K2[:, None] * ratios_KL2
-    return (positions_KC + level_embed[level_K]).to(dtype), references_KL2, level_K.int()
+    # Cast before it is indexed: the gradient, a sum over thousands of rows, is then not added in 16 bits.
+    embed_LC = level_embed.to(torch.promote_types(level_embed.dtype, torch.float32))
+    return (positions_KC + embed_LC[level_K]).to(dtype), references_KL2, level_K.int()
 
 
 @_rows.register_fake

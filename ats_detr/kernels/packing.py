@@ -10,7 +10,6 @@ from torch import Tensor
 
 from ats_detr.kernels import reference
 from ats_detr.kernels.dispatch import (
-    choose_backend,
     invalid,
     is_exporting,
     no_transforms,
@@ -88,11 +87,9 @@ def zero_padding(dense_BSN: Tensor, padding_mask_BS: Tensor, *, backend: str | N
         raise invalid("tensor", dense_BSN, "[B, S, ...]")
     check_padding_mask(padding_mask_BS, dense_BSN)
     check_no_overlap("tensor", dense_BSN)
-    limitation = _limitation([dense_BSN])
-    recorded = runs_inside_graph() or (dense_BSN.requires_grad and torch.is_grad_enabled())
-    if recorded or choose_backend(dense_BSN, backend, limitation=limitation) == "reference":
+    if runs_inside_graph() or (dense_BSN.requires_grad and torch.is_grad_enabled()):
         return dense_BSN.masked_fill_(_like(padding_mask_BS, dense_BSN), 0)
-    _zero_padding_in_place(dense_BSN, padding_mask_BS, backend="triton")
+    _zero_padding_in_place(dense_BSN, padding_mask_BS, backend=backend, limitation=_limitation([dense_BSN]))
     return dense_BSN
 
 

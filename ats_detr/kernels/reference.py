@@ -16,7 +16,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ats_detr.kernels.dispatch import share_storage
 from ats_detr.kernels.levels import LevelShapes
 from ats_detr.kernels.plan import TokenPlan
 
@@ -312,7 +311,7 @@ def scatter_(
     num_rows: Tensor | None,
 ) -> None:
     """`scatter` in place."""
-    if num_rows is None and not share_storage(memory, rows):
+    if num_rows is None:
         memory[image_index_K.long(), token_index_K.long()] = rows
     else:
         memory.copy_(merge(slot_BS, rows, memory))
@@ -436,8 +435,6 @@ def affine_relu_(
     relu: bool,
 ) -> None:
     """x = ReLU(x * scale + bias + residual), computed in at least float32."""
-    if residual_BCHW is not None and share_storage(x_BCHW, residual_BCHW):
-        residual_BCHW = residual_BCHW.clone()
     # One 16-bit sum is rounded once in any case.
     total = x_BCHW if scale_C is None and bias_C is None else _at_least_float32(x_BCHW)
     if scale_C is not None:

@@ -16,13 +16,16 @@ from ats_detr.kernels import (
     TokenPlan,
     affine_relu_,
     affine_relu_max_pool,
+    encode_boxes,
     fused_convolution,
     pack_tokens,
     packed_feedforward,
     packed_linear,
     packed_linear_norm,
+    refine_boxes,
     scatter_tokens,
     select_tokens,
+    token_geometry,
     zero_padding,
 )
 from ats_detr.kernels.dispatch import INTEGERS
@@ -207,8 +210,10 @@ def fuzz_linear(draw: Draw, data: st.DataObject) -> None:
     expected = F.linear(total, weight.double(), bias.double())
     sum_dtypes = () if add is None else (x.dtype, add.dtype)
     if plan is None:
-        out = draw.one_of(None, *FLOATS)
-        result = packed_linear(x, weight, bias, count, add_KC=add, dtype=out, backend="triton")
+        out, relu = draw.one_of(None, *FLOATS), draw.one_of(False, True)
+        if relu:
+            expected = expected.relu()
+        result = packed_linear(x, weight, bias, count, add_KC=add, relu=relu, dtype=out, backend="triton")
         assert result.dtype == (out or dtype) and result.shape == (capacity, num_columns)
         assert_close(result[:used], expected, dtype, bias.dtype, *sum_dtypes)
         return
@@ -321,6 +326,52 @@ def fuzz_affine(draw: Draw, data: st.DataObject) -> None:
     result = affine_relu_(x, bias, scale_C=scale, residual_BCHW=residual, relu=relu, backend="triton")
     assert result is x
     assert_close(result, expected)
+
+
+SINE = {SINGLE: 2e-6, DOUBLE: 2e-6, HALF: 2e-3, BRAIN: 4e-2}
+"""Absolute errors of sine features plus an embedding: angles up to 2 pi are rounded in float32, the sums to the dtype,
+and the interpreter truncates bfloat16."""
+
+
+def fuzz_token_geometry(draw: Draw, data: st.DataObject) -> None:
+    padded = draw.integer(1, 60), draw.integer(1, 60)
+    batch, num_levels = draw.integer(0, 3), draw.integer(1, 5)
+    shapes = [tuple(draw.integer(1, side) for side in padded) for _ in range(num_levels)]
+    sizes = torch.tensor([[draw.integer(1, side) for side in padded] for _ in range(batch)])
+    sizes = draw.laid_out(sizes.view(batch, 2).to(draw.one_of(*INTEGERS)))
+    embed = draw.normal(num_levels, draw.one_of(4, 20, 64)).requires_grad_()
+    dtype, capacity = draw.one_of(*FLOATS), draw.one_of(None, draw.integer(0, 500))
+    results, has_plan = [], draw.one_of(False, True)
+    for backend in ("triton", "reference"):
+        geometry = token_geometry(sizes, padded, shapes, backend=backend)
+        plan = TokenPlan.from_mask(~geometry.padding_mask_BS, capacity) if has_plan else None
+        positions, references = geometry.rows(plan, embed, dtype, backend=backend)
+        used = slice(used_rows(plan)) if plan else ~geometry.padding_mask_BS.flatten()
+        gradient = embed.new_zeros(0)
+        if plan is None or plan.exact:
+            (gradient,) = torch.autograd.grad(positions[used].float().square().sum(), embed)
+        results.append((geometry, positions[used].detach(), references[used], gradient))
+    (ours, *rows), (expected, *wanted) = results
+    for name in ("counts_BL2", "valid_ratios_BL2", "num_valid_B", "padding_mask_BS", "allowed_BS"):
+        assert torch.equal(getattr(ours, name), getattr(expected, name)), name
+    torch.testing.assert_close(ours.proposals_BS4, expected.proposals_BS4, atol=1e-6, rtol=1e-6)
+    coarsest = max(SINE[dtype], SINE[embed.dtype])
+    for result, want, atol in zip(rows, wanted, (SINE[dtype], 1e-6, coarsest * len(rows[0])), strict=True):
+        torch.testing.assert_close(result, want, atol=atol, rtol=coarsest)
+
+
+def fuzz_boxes(draw: Draw, data: st.DataObject) -> None:
+    batch, num_queries, num_levels = draw.integer(0, 3), draw.one_of(0, 1, 7, 90), draw.integer(0, 5)
+    boxes = draw.normal(batch, num_queries, 4).detach().sigmoid()
+    boxes = draw.laid_out(boxes)
+    width = 4 * draw.integer(0, 20)
+    encoded = [encode_boxes(boxes, width, backend=backend) for backend in ("triton", "reference")]
+    torch.testing.assert_close(*encoded, atol=SINE[SINGLE], rtol=0)
+    offset = draw.normal(batch, num_queries, 4, scale=draw.one_of(1e-3, 4.0, 1e3))
+    reference = draw.normal(batch, num_queries, 4, dtype=SINGLE, scale=draw.one_of(1.0, 100.0))
+    ratios = draw.normal(batch, num_levels, 2)
+    refined = [refine_boxes(offset, reference, ratios, backend=name) for name in ("triton", "reference")]
+    torch.testing.assert_close(*refined, atol=1e-6, rtol=1e-6)
 
 
 OPERATORS = {name: function for name, function in list(globals().items()) if name.startswith("fuzz_")}

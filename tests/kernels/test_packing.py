@@ -9,8 +9,10 @@ from hypothesis import strategies as st
 
 from ats_detr.kernels import (
     TokenPlan,
+    affine_relu_,
     deformable_attention_map,
     pack_tokens,
+    packed_linear,
     scatter_tokens,
     zero_padding,
 )
@@ -203,6 +205,82 @@ def test_deterministic_attention_map_does_not_depend_on_the_order_of_its_sums() 
     assert torch.equal(straight, shuffled) and relative_error(straight, expected) < 1e-5
     expected = map_of(*raw, backend="reference")
     assert expected.isnan().any() and torch.equal(poisoned.isnan(), expected.isnan())
+
+
+# --------------------------------------------------------------------------------------------------- in-place operators
+def _mask() -> torch.Tensor:
+    return torch.tensor([[1, 0, 1, 1, 0], [0, 1, 1, 0, 0]], dtype=torch.bool, device=DEVICE)
+
+
+def _zero(dense: torch.Tensor, mask: torch.Tensor, backend: str) -> torch.Tensor:
+    return zero_padding(dense, mask, backend=backend)
+
+
+def _scatter(memory: torch.Tensor, rows: torch.Tensor, backend: str) -> torch.Tensor:
+    return scatter_tokens(TokenPlan.from_mask(_mask()), memory, rows, in_place=True, backend=backend)
+
+
+def _project(memory: torch.Tensor, *layer: torch.Tensor, backend: str) -> torch.Tensor:
+    return packed_linear(*layer, memory_BSF=memory, plan=TokenPlan.from_mask(_mask()), backend=backend)
+
+
+def _affine(x: torch.Tensor, bias=None, scale=None, residual=None, *, backend: str) -> torch.Tensor:
+    return affine_relu_(x, bias, scale_C=scale, residual_BCHW=residual, relu=False, backend=backend)
+
+
+def _add_map(into: torch.Tensor, offsets: torch.Tensor, logits: torch.Tensor, backend: str) -> torch.Tensor:
+    centre = torch.full((4, 1, 2), 0.5, device=DEVICE)
+    return deformable_attention_map(centre, offsets, logits, ((3, 4),), 2, into=into, backend=backend)
+
+
+def _random(*shape: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+
+
+def _channels_last() -> torch.Tensor:
+    return _random(2, 6, 3, 4).contiguous(memory_format=torch.channels_last)
+
+
+IN_PLACE = {  # operator, target, the other arguments as views of the target
+    "padding mask": (_zero, lambda: _random(2, 5, 3) > 0, lambda d: [d[..., 0]]),
+    "packed rows": (_scatter, lambda: _random(2, 5, 3), lambda d: [d.flatten(0, 1)[:5]]),
+    "layer": (_project, lambda: _random(2, 5, 3), lambda d: [d.flatten(0, 1)[:5], d[0, :3], d[1, 0]]),
+    "bias": (_affine, _channels_last, lambda d: [d[0, :, 0, 0]]),
+    "scale": (_affine, _channels_last, lambda d: [None, d[0, :, 0, 0]]),
+    "residual": (_affine, _channels_last, lambda d: [None, None, d]),
+    "transposed residual": (_affine, lambda: _random(1, 1, 4, 4), lambda d: [None, None, d.mT]),
+    "offsets": (
+        _add_map,
+        lambda: _random(2, 12),
+        lambda d: [d.view(4, 1, 1, 3, 2), d.view(4, 1, 1, 3, 2)[..., 0]],
+    ),
+}
+
+
+@pytest.mark.parametrize("backend", ["triton", "reference"])
+@pytest.mark.parametrize("case", IN_PLACE)
+def test_arguments_that_share_memory_with_the_target_are_read_before_it_is_written(case, backend) -> None:
+    operator, make, views_of = IN_PLACE[case]
+    target, apart = make(), make()
+    copies = [None if view is None else view.clone() for view in views_of(apart)]
+    expected = operator(apart, *copies, backend="reference")
+    result = operator(target, *views_of(target), backend=backend)
+    assert result is target
+    torch.testing.assert_close(result, expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", ["triton", "reference"])
+def test_tensors_of_inference_mode_are_written_to_within_it_only(backend: str) -> None:
+    with torch.inference_mode():
+        dense = torch.ones(2, 5, 3, device=DEVICE)
+        assert zero_padding(dense, _mask(), backend=backend).sum() == 15
+    with pytest.raises(RuntimeError, match="(?i)inference"):
+        zero_padding(dense, _mask(), backend=backend)
+    ordinary = torch.ones(2, 5, 3, device=DEVICE)
+    version = ordinary._version
+    with torch.inference_mode():
+        zero_padding(ordinary[:, :], _mask(), backend=backend)
+    assert ordinary.sum() == 15 and ordinary._version > version
 
 
 @pytest.mark.skipif(not _KNOWS_EXPORT, reason="this PyTorch cannot tell strict export from torch.compile")

@@ -16,7 +16,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ats_detr.kernels.dispatch import share_storage
 from ats_detr.kernels.gpu import tuning
 from ats_detr.kernels.gpu.common import INTERPRETING, cdiv, next_power_of_2
 from ats_detr.kernels.gpu.linear import _key, _products, _relu, _rows, _store, _transposed, _vector
@@ -158,8 +157,6 @@ def affine_relu_(
         return
     if residual is not None:
         residual = _channels_last(residual)
-        if residual is not x and share_storage(x, residual):
-            residual = residual.clone()
     num_rows, channels = x.numel() // x.shape[1], x.shape[1]
     tile = _tile(num_rows, channels)
     affine_relu_rows[(cdiv(num_rows, tile["ROWS"]) * cdiv(channels, tile["COLUMNS"]),)](

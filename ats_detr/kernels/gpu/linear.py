@@ -17,7 +17,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ats_detr.kernels.dispatch import share_storage
 from ats_detr.kernels.gpu import tuning
 from ats_detr.kernels.gpu.common import INTERPRETING, cdiv, next_power_of_2
 from ats_detr.kernels.gpu.packing import rows_evenly_spaced, scatter_
@@ -242,7 +241,7 @@ def packed_linear_(
     token_index: Tensor, image_index: Tensor, slots: Tensor,
 ) -> None:  # fmt: skip
     """Writes (x + add) W^T + b to the tokens of a memory [B, S, OUT]."""
-    if rows_evenly_spaced(memory) and not share_storage(memory, x, add, weight, bias):
+    if rows_evenly_spaced(memory):
         _linear(x, weight, bias, num_rows, add, False, memory, token_index, image_index)
     else:
         rows = packed_linear(x, weight, bias, num_rows, add, memory.dtype, False)

@@ -9,7 +9,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ats_detr.kernels.dispatch import share_storage
 from ats_detr.kernels.gpu.common import cdiv, next_power_of_2
 
 GROUP = 4  # tensors per launch
@@ -170,7 +169,7 @@ def scatter_(
     num_rows: Tensor | None,
 ) -> None:
     """Overwrites the kept tokens of `memory` with the packed rows."""
-    if not rows_evenly_spaced(memory) or share_storage(memory, rows):
+    if not rows_evenly_spaced(memory):
         memory.copy_(scatter(memory, rows, token_index, image_index, slots, num_rows))
     elif rows.numel():
         _launch_moves(token_index, image_index, num_rows, [memory], [rows.contiguous()], into_dense=True)
