@@ -6,6 +6,7 @@ import contextlib
 import logging
 import os
 import secrets
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +18,8 @@ logger = logging.getLogger(__name__)
 
 _TEMPORARY = ".ats-detr-{}.tmp"
 _LOCK = ".ats-detr.lock"
+_POLL_SECONDS = 0.1
+_WAIT_MINUTES = 30.0
 
 
 def cache_folder() -> Path:
@@ -69,13 +72,18 @@ def exclusive_use(folder: Path, *, wait: bool = False) -> Iterator[None]:
     """Within the context no other process has the exclusive use of the folder. A process that ends loses it.
 
     Args:
-        wait: wait for another process. False: raise UserError.
+        wait: wait for another process, at most 30 minutes. False: raise UserError.
+
+    Raises UserError where another process keeps the folder, or where the folder is not writable.
     """
+    deadline = time.monotonic() + _WAIT_MINUTES * 60 * wait
     try:
-        descriptor = _lock(folder / _LOCK, wait)
-    except BlockingIOError:
-        fix = "wait for it, stop it, or choose another output_dir"
-        raise UserError(f"{folder}: another run is using this folder; {fix}") from None
+        while (descriptor := _lock(folder / _LOCK)) is None:
+            if time.monotonic() >= deadline:
+                waited = f" (waited {_WAIT_MINUTES:g} minutes)" if wait else ""
+                fix = "wait for it, stop it, or choose another folder"
+                raise UserError(f"{folder}: another run is using this folder{waited}; {fix}")
+            time.sleep(_POLL_SECONDS)
     except OSError as error:
         raise UserError(f"{folder}: cannot write to this folder ({error.strerror})") from error
     try:
@@ -86,26 +94,29 @@ def exclusive_use(folder: Path, *, wait: bool = False) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _lock(path: Path, wait: bool) -> int:
-    """The descriptor of the locked file. Raises BlockingIOError where another process holds the lock."""
+def _lock(path: Path) -> int | None:
+    """The descriptor of the locked file; None where another process holds the lock."""
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
         try:
-            _lock_descriptor(descriptor, wait)
+            _lock_descriptor(descriptor)
             if path.exists() and os.path.samestat(os.fstat(descriptor), path.stat()):
                 return descriptor
+        except BlockingIOError:
+            os.close(descriptor)
+            return None
         except OSError:
             os.close(descriptor)
             raise
         os.close(descriptor)  # the process before this one has deleted the file
 
 
-def _lock_descriptor(descriptor: int, wait: bool) -> None:
+def _lock_descriptor(descriptor: int) -> None:
     """A POSIX lock, which child processes do not inherit. Without effect where the file system has none."""
     try:
         import fcntl
 
-        fcntl.lockf(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise
     except (ImportError, OSError) as error:

@@ -162,8 +162,8 @@ class _Reader:
             try:
                 with _alarm(deadline):
                     return result()
-            except TimeoutError as error:
-                cause: Exception = error
+            except _Overdue as error:
+                cause: BaseException = error
                 reason = f"no batch in train.timeout_minutes = {self._timeout_minutes:g}"
                 fix = "the disk may not respond"
             except RuntimeError as error:
@@ -179,22 +179,27 @@ class _Reader:
                 if error.errno != errno.ENOSPC:
                     raise
                 cause, reason = error, "no space in /dev/shm"
-            raise UserError(
-                f"loading images failed ({reason}); {fix}; data.num_workers=0 uses no loader processes"
-            ) from cause
+            if self._loader.num_workers:
+                fix += "; data.num_workers=0 uses no loader processes"
+            raise UserError(f"loading images failed ({reason}); {fix}") from cause
+
+
+class _Overdue(BaseException):
+    """A wait has passed its deadline. Not an Exception: a handler of reading errors must not take it for one."""
 
 
 @contextmanager
 def _alarm(deadline: float) -> Iterator[None]:
-    """Raise TimeoutError at this time in the main thread. A stalled worker can stop anywhere, also within a message."""
+    """Raise _Overdue at this time in the main thread. A stalled worker can stop anywhere, also within a message."""
     seconds = deadline - time.monotonic()
     if seconds <= 0:
-        raise TimeoutError
+        raise _Overdue
     if threading.current_thread() is not threading.main_thread():
         yield
     else:
-        handler = signal.signal(signal.SIGALRM, _raise_timeout)
-        before, interval = signal.setitimer(signal.ITIMER_REAL, seconds)
+        handler = signal.signal(signal.SIGALRM, _raise_overdue)
+        # Repeated every second: Python drops an exception that is raised while it forks or runs a finaliser.
+        before, interval = signal.setitimer(signal.ITIMER_REAL, seconds, 1)
         try:
             yield
         finally:
@@ -205,8 +210,8 @@ def _alarm(deadline: float) -> Iterator[None]:
                 signal.setitimer(signal.ITIMER_REAL, max(before - elapsed, 1e-3), interval)
 
 
-def _raise_timeout(number: int, frame: FrameType | None) -> None:
-    raise TimeoutError
+def _raise_overdue(number: int, frame: FrameType | None) -> None:
+    raise _Overdue
 
 
 def _start(loader: DataLoader) -> Iterator[_LoadedBatch]:
@@ -217,7 +222,10 @@ def _start(loader: DataLoader) -> Iterator[_LoadedBatch]:
     handler = signal.getsignal(signal.SIGCHLD)
     try:
         return iter(loader)
-    except RuntimeError:  # timed out: the workers are still busy with an epoch that was interrupted
+    except RuntimeError as error:
+        # Workers that time out here have delivered all batches of the last epoch, so nothing is lost with them.
+        if "timed out" in str(error):
+            log.warning("loader processes did not respond for %g s and are replaced", loader.timeout)
         _end_workers(loader)
         raise
     finally:
@@ -353,10 +361,10 @@ class TrainingLoader:
         """Batches per epoch, equal in every epoch and process."""
         return len(self.indices) // (self.batch_size * self.world_size)
 
-    def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
-        """The batches of `epoch` from number `start` on, to resume an interrupted epoch."""
+    def epoch(self, epoch: int, start: int = 0, stop: int | None = None) -> Iterator[Batch]:
+        """The batches of `epoch` from number `start`, to resume an interrupted epoch, up to `stop` (default: all)."""
         share = slice(self.rank, None, self.world_size)
-        global_batches = self.global_batches(epoch)[start:]
+        global_batches = self.global_batches(epoch)[start:stop]
         self._batches.batches = [[(epoch, index) for index in batch[share]] for batch in global_batches]
         for loaded in self.reader:
             assert loaded.images is not None

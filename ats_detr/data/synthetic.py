@@ -259,7 +259,8 @@ def synthetic_dataset(
 
     Layout: train2017/, val2017/ and annotations/instances_{train,val}2017.json. Images are JPEGs of about image_size²
     pixels with aspect ratios in 1/max_aspect_ratio..max_aspect_ratio. The folder is created atomically; of several
-    processes one generates it, the others wait. About 400 images of 128 x 128 pixels per second and core.
+    processes one generates it, the others wait, for at most 30 minutes. About 400 images of 128 x 128 pixels per second
+    and core.
 
     Raises UserError if sizes or counts are out of range, or if the folder cannot be written.
     """

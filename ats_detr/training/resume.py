@@ -6,8 +6,7 @@ import dataclasses
 import hashlib
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -113,8 +112,6 @@ class Checkpoints:
     folder: Path
     facts: Mapping[str, Any]
     """Further entries of each checkpoint that must be equal on resuming: classes, processes, teachers' weights."""
-    writing: AbstractContextManager[Any] = field(default_factory=nullcontext)
-    """Entered while the checkpoint to resume from is written."""
 
     def load_resumable(self) -> dict[str, Any] | None:
         """The checkpoint to resume from, with its `path`; the previous one where it is damaged; None for a new run.
@@ -165,8 +162,7 @@ class Checkpoints:
             checkpoint["average"] = state.average.model.state_dict()
         if difficulty is not None:
             checkpoint["difficulty"] = difficulty
-        with self.writing:
-            save_checkpoint(checkpoint, self.folder / RESUMABLE, previous=self.folder / PREVIOUS)
+        save_checkpoint(checkpoint, self.folder / RESUMABLE, previous=self.folder / PREVIOUS)
 
     def save_result(self, state: State, metrics: Mapping[str, Any], name: str) -> None:
         """Write the evaluated weights and their metrics as `best.pt` or `final.pt`."""

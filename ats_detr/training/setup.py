@@ -133,9 +133,8 @@ def prepare(stage: Stage, device: torch.device, teachers: Teachers | None) -> Ru
     """
     config = stage.config
     loaders = build_loaders(config, pin_memory=device.type == "cuda")
-    signals = StopSignals()
     facts = run_facts(loaders, teachers)
-    checkpoints = Checkpoints(config, stage.folder, facts, writing=signals.writing)
+    checkpoints = Checkpoints(config, stage.folder, facts)
     checkpoint = checkpoints.load_resumable()
     model = seeded_model(stage, loaders.class_map, checkpoint, device)
     if teachers is not None:
@@ -170,7 +169,7 @@ def prepare(stage: Stage, device: torch.device, teachers: Teachers | None) -> Ru
         batch_norms=BatchNormSnapshot(model),
         guard=StepGuard(config.train.max_skipped_steps),
         log=log,
-        signals=signals,
+        signals=StopSignals(),
         resources=resources,
     )
 

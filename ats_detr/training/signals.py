@@ -30,14 +30,12 @@ class StopSignals:
     """Within the context STOP_SIGNALS are recorded instead of ending the process.
 
     A thread ends the process GRACE_SECONDS after the first one if it waits for other processes, data or a disk until
-    then. A second Ctrl-C ends a single process at once.
+    then, also while it writes a checkpoint: the previous one is intact. A second Ctrl-C ends a single process at once.
     """
 
     def __init__(self) -> None:
         self.received: str | None = None
         """Name of the first signal of this process."""
-        self.writing = threading.Lock()
-        """Held while a checkpoint is written, which is not interrupted."""
         self.outcome: Stopped | None = None
         """Set when the run has saved and ends."""
         self._is_waiting = False
@@ -78,10 +76,6 @@ class StopSignals:
             while (number := reader.recv(1)) and number[0] not in STOP_SIGNALS:
                 pass
         if not number or self._ended.wait(GRACE_SECONDS):
-            return
-        with self.writing:
-            pass
-        if self._ended.wait(2):  # the time to end after writing a checkpoint
             return
         if self.outcome is not None:  # stalled loader processes are all that is left
             os.write(1, f"{self.outcome}\n".encode())

@@ -111,9 +111,9 @@ def train_epoch(run: Run, epoch: int) -> None:
     last_logged, last_time = progress.step, started
     if run.budgets is not None:
         run.budgets.reset()
-    batches = run.loaders.train.epoch(epoch, start=progress.epoch_step * config.accumulate)
-    groups = _in_groups(run.signals.interruptible(batches), config.accumulate)
-    steps = itertools.islice(groups, num_steps - progress.epoch_step)
+    limits = (step * config.accumulate for step in (progress.epoch_step, num_steps))
+    batches = run.signals.interruptible(run.loaders.train.epoch(epoch, *limits))
+    steps = _in_groups(batches, config.accumulate)
     for micro_batches in run.log.track(steps, num_steps, epoch, config.epochs, start=progress.epoch_step):
         is_last = progress.epoch_step + 1 == num_steps
         is_logged = (progress.step + 1) % config.log_every == 0 or is_last
