@@ -37,6 +37,13 @@ from ats_detr.data.classes import ClassMap
 from ats_detr.errors import UserError
 from ats_detr.files import replaced_file
 from ats_detr.model import Detr, build_model
+from ats_detr.transformers_format import (
+    PREPROCESSOR,
+    from_transformers,
+    is_transformers,
+    read_json,
+    to_transformers,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -103,6 +110,20 @@ def save_folder(checkpoint: Mapping[str, Any], folder: Path) -> None:
         raise UserError(f"{folder}: cannot write {MODEL_CONFIG} ({error.strerror})") from error
 
 
+def save_transformers(checkpoint: Mapping[str, Any], folder: Path) -> None:
+    """Write a folder that `DeformableDetrForObjectDetection.from_pretrained` reads. Raises UserError."""
+    state, config, preprocessor = to_transformers(checkpoint)
+    make_folder(folder)
+    try:
+        (folder / MODEL_CONFIG).unlink(missing_ok=True)
+        with replaced_file(folder / _MODEL_WEIGHTS) as file:
+            file.write(safetensors.torch.save(state, metadata={"format": "pt"}))
+        write_json(preprocessor, folder / PREPROCESSOR)
+        write_json(config, folder / MODEL_CONFIG)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot write this folder ({error.strerror})") from error
+
+
 def make_folder(folder: Path) -> None:
     """Make a folder and its parents. Raises UserError."""
     try:
@@ -126,7 +147,7 @@ def _as_safetensors(checkpoint: Mapping[str, Any]) -> bytes:
 
 
 def load_checkpoint(path: str | Path, *, verify: bool = False) -> dict[str, Any]:
-    """Read a checkpoint of this package or of the published code, onto the CPU.
+    """Read a checkpoint of this package, of the published code or of transformers' Deformable DETR, onto the CPU.
 
     Args:
         verify: check the checksums of a torch.save file first, which torch.load does not; a crash may leave zeros.
@@ -135,8 +156,22 @@ def load_checkpoint(path: str | Path, *, verify: bool = False) -> dict[str, Any]
     """
     if verify:
         _verify(Path(path))
-    checkpoint = read_file(path)
-    if is_official(checkpoint):
+    return interpret(read_file(path), path)
+
+
+def is_checkpoint(content: Any) -> bool:
+    """Whether the content of a file is meant to be a detector, in one of the formats of `load_checkpoint`."""
+    has_keys = isinstance(content, dict) and all(key in content for key in _KEYS)
+    return has_keys or is_official(content) or is_transformers(content)
+
+
+def interpret(checkpoint: Any, path: str | Path) -> dict[str, Any]:
+    """The content of a file, as `read_file` returns it, as a checkpoint of this package. Raises UserError."""
+    if is_transformers(checkpoint):
+        beside = Path(path) if Path(path).is_dir() else Path(path).parent
+        settings = {**read_json(beside / MODEL_CONFIG), "preprocessor": read_json(beside / PREPROCESSOR)}
+        checkpoint = from_transformers({**settings, **checkpoint}, source=str(path))
+    elif is_official(checkpoint):
         checkpoint = from_official(checkpoint, source=str(path))
         for note in checkpoint["notes"]:
             logger.info("%s: %s", path, note)
@@ -152,7 +187,8 @@ def _check_content(checkpoint: Any, path: str | Path) -> None:
     """
     if not isinstance(checkpoint, dict) or any(key not in checkpoint for key in _KEYS):
         raise UserError(
-            f"{path}: not a checkpoint of this package or of the published code, but {_description(checkpoint)}"
+            f"{path}: not a checkpoint of this package, of the published code or of transformers' Deformable DETR, but"
+            f" {_description(checkpoint)}"
         )
     wrong = [key for key in _TYPES if key in checkpoint and not isinstance(checkpoint[key], _TYPES[key])]
     state = checkpoint["model"]
@@ -242,11 +278,30 @@ def _require_regular(path: Path) -> None:
 def _from_folder(folder: Path) -> dict[str, Any]:
     if not (folder / MODEL_CONFIG).is_file():
         raise UserError(f"{folder}: not a model folder, it has no {MODEL_CONFIG}")
-    _require_regular(folder / _MODEL_WEIGHTS)
     others = json.loads((folder / MODEL_CONFIG).read_bytes())
     if not isinstance(others, dict):
         raise UserError(f"{folder / MODEL_CONFIG}: not the configuration of a model")
+    if "model_type" in others and not (folder / _MODEL_WEIGHTS).exists():
+        return {"model": _from_hub_files(folder), **others}
+    _require_regular(folder / _MODEL_WEIGHTS)
     return {**_from_safetensors(folder / _MODEL_WEIGHTS), **others}
+
+
+def _from_hub_files(folder: Path) -> dict[str, Tensor]:
+    """The tensors of a folder of transformers whose weights are in several files, or in a pickle."""
+    tensors: dict[str, Tensor] = {}
+    for name in (_MODEL_WEIGHTS, "pytorch_model.bin"):
+        parts = [name]
+        if (folder / f"{name}.index.json").is_file():
+            parts = sorted(
+                set(json.loads((folder / f"{name}.index.json").read_bytes())["weight_map"].values())
+            )
+        for part in parts if all((folder / part).is_file() for part in parts) else ():
+            content = read_file(folder / Path(part).name)
+            tensors |= content["model"] if name == _MODEL_WEIGHTS else content
+        if tensors:
+            return tensors
+    raise UserError(f"{folder}: has a {MODEL_CONFIG} but no {_MODEL_WEIGHTS}")
 
 
 def _first_line(error: Exception) -> str:
@@ -327,7 +382,9 @@ def load_detector(config: Config, checkpoint: Mapping[str, Any], path: str | Pat
 def _check_interpretation(config: Config, checkpoint: Mapping[str, Any], path: str | Path) -> None:
     """Raise UserError where settings that do not change names or shapes of the weights differ."""
     own, stored = config.model, config_of(checkpoint, path).model
-    pairs: list[tuple[str, Any, Any]] = [("num_heads", own.num_heads, stored.num_heads)]
+    pairs: list[tuple[str, Any, Any]] = [
+        (key, getattr(own, key), getattr(stored, key)) for key in ("num_heads", "num_norm_groups")
+    ]
     if own.selector is not None and stored.selector is not None:
         pairs.append(("selector.scores", own.selector.scores, stored.selector.scores))
     for key, ours, theirs in pairs:

@@ -189,6 +189,8 @@ class ModelConfig:
     """Sampling points per head and level, in the decoder. None: `num_points`."""
     num_encoder_layers: int = 6
     num_decoder_layers: int = 6
+    num_norm_groups: int | None = None
+    """Groups of the norm after each input projection. None: width / 8, which is the published 32 at 256 channels."""
     feedforward_width: int = 1024
     dropout: float = 0.1
     num_queries: int = 300
@@ -217,6 +219,9 @@ class ModelConfig:
         classes = self.num_classes
         _check(classes is None or classes > 0, "num_classes", classes, "must be > 0, or null to count them")
         fix = f"must be a multiple of num_heads = {self.num_heads} and of 4"
+        groups = self.num_norm_groups
+        is_divisor = groups is None or (groups > 0 and self.width % groups == 0)
+        _check(is_divisor, "num_norm_groups", groups, f"must be a divisor of width = {self.width}")
         _check(self.width % self.num_heads == 0 and self.width % 4 == 0, "width", self.width, fix)
         for key in ("queries_from_memory", "class_specific_proposals"):
             _check(self.two_stage or not getattr(self, key), key, True, "needs model.two_stage = true")

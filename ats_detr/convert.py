@@ -130,7 +130,7 @@ def from_official(
         notes.append(f"omitted: {', '.join(others)}; the weights are those under {'.'.join(keys)}")
     try:
         num_classes = len(state["class_embed.0.bias"])
-        tree = {"name": _run_name(source), "model": config_to_dict(detect_model(state, arguments, notes))}
+        tree = {"name": run_name(source), "model": config_to_dict(detect_model(state, arguments, notes))}
         config = config_from_dict(tree)  # checks the bounds of all sizes
         epoch = int(outer.get("epoch", -1)) + 1
     except _MALFORMED as error:
@@ -248,7 +248,7 @@ def _count(names: Iterable[str], pattern: str) -> int:
     return max(numbers, default=-1) + 1
 
 
-def _run_name(source: str) -> str:
+def run_name(source: str) -> str:
     """A name of a run from that of a file."""
     return re.sub(r"[^\w.-]+", "_", Path(source).stem).strip(".")[:50] or "published"
 

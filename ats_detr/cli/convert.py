@@ -1,7 +1,8 @@
-"""Convert between published checkpoints and those of this package.
+"""Convert between checkpoints of this package, of the published code and of transformers' Deformable DETR.
 
-A checkpoint of the published code (Deformable DETR, Sparse DETR, ATS-DETR) becomes one of this package; a checkpoint of
-this package becomes a published one or a model folder. The contents of SOURCE determine the direction.
+A checkpoint of the published code (Deformable DETR, Sparse DETR, ATS-DETR) or of transformers becomes one of this
+package; a checkpoint of this package becomes a published one, a model folder or, with --transformers, a folder of
+transformers. The contents of SOURCE determine the direction.
 """
 
 from __future__ import annotations
@@ -13,10 +14,12 @@ from pathlib import Path
 from ats_detr.checkpoint import (
     CHECKPOINT_SUFFIXES,
     config_of,
+    load_checkpoint,
     load_model,
     read_file,
     save_checkpoint,
     save_folder,
+    save_transformers,
 )
 from ats_detr.cli.info import name_of_model
 from ats_detr.cli.options import add_overrides
@@ -25,6 +28,7 @@ from ats_detr.console import say
 from ats_detr.convert import from_official, is_official, to_official
 from ats_detr.errors import UserError
 from ats_detr.flops import num_parameters
+from ats_detr.transformers_format import is_transformers
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -38,14 +42,32 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--keep-adaption", action="store_true", help="keep the adaption layer, which only distillation uses"
     )
+    parser.add_argument(
+        "--transformers", action="store_true", help="write a folder for transformers' Deformable DETR"
+    )
     add_overrides(parser, "model.selector.keep_ratio=0.2")
 
 
 def run(arguments: Namespace) -> None:
     """Convert one checkpoint."""
+    if arguments.transformers:
+        export_to_transformers(arguments.source, arguments.destination, arguments.overrides)
+        return
     convert(
         arguments.source, arguments.destination, arguments.overrides, keep_adaption=arguments.keep_adaption
     )
+
+
+def export_to_transformers(source: Path, destination: Path, overrides: Sequence[str] = ()) -> None:
+    """Write any checkpoint as a folder of transformers. Raises UserError."""
+    if destination.suffix or overrides:
+        raise UserError(f"{destination}: --transformers writes a folder, without further options")
+    if destination.exists() and destination.samefile(source):
+        raise UserError(f"{destination}: is the source itself; choose another destination")
+    _, checkpoint = load_model(source)
+    save_transformers(checkpoint, destination)
+    load_model(destination)  # reads it back
+    say(f"{destination}: in the format of transformers (DeformableDetrForObjectDetection)")
 
 
 def convert(
@@ -60,7 +82,8 @@ def convert(
     if destination.exists() and destination.samefile(source):
         raise UserError(f"{destination}: is the source itself; choose another destination")
     content = read_file(source)
-    if not is_official(content):
+    is_foreign = is_transformers(content)
+    if not is_official(content) and not is_foreign:
         _, checkpoint = load_model(source)  # strict, also where the file is of neither kind
         if destination.suffix == ".safetensors" or overrides or keep_adaption:
             raise UserError(
@@ -78,7 +101,10 @@ def convert(
             save_checkpoint(converted, destination)
             say(f"{destination}: in the format of the published code")
         return
-    checkpoint = from_official(content, source=str(source), keep_adaption=keep_adaption)
+    if is_foreign:
+        checkpoint = load_checkpoint(source)
+    else:
+        checkpoint = from_official(content, source=str(source), keep_adaption=keep_adaption)
     config = config_of(checkpoint, source, overrides)
     checkpoint["config"] = config_to_dict(config)
     (save_folder if is_folder else save_checkpoint)(checkpoint, destination)

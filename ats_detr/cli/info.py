@@ -161,6 +161,8 @@ def _training(config: Config) -> str:
 def _progress(config: Config, checkpoint: Mapping[str, Any]) -> str:
     if checkpoint.get("published"):
         return "by the published code"
+    if "converted_from" in checkpoint:
+        return f"converted from {checkpoint['converted_from']}"
     epochs = f"{checkpoint['epoch']} of {config.train.epochs} epochs"
     minutes = checkpoint.get("train_seconds", 0.0) / 60
     return f"{config.name}, {epochs}" + (f", {minutes:.0f} minutes" if minutes >= 1 else "")

@@ -37,6 +37,7 @@ class Detr(nn.Module):
         num_classes: number of class logits T.
         width: channels C of tokens and queries.
         num_levels: feature levels L, at least 3.
+        num_norm_groups: groups of the norm after each input projection. None: one for 8 channels.
         num_queries: queries Q per image. Two-stage models have at most S.
         selector: selects the tokens that the encoder updates. None: all tokens.
         select_by_proposals: score the embedded proposals (Sparse DETR) instead of the raw features (ATS-DETR).
@@ -56,6 +57,7 @@ class Detr(nn.Module):
         num_classes: int,
         width: int = 256,
         num_levels: int = 4,
+        num_norm_groups: int | None = None,
         num_queries: int = 300,
         selector: TokenSelector | None = None,
         select_by_proposals: bool = False,
@@ -73,7 +75,7 @@ class Detr(nn.Module):
             class_specific_proposals,
         )
         self.backbone = backbone
-        self.input_proj = _input_projections(backbone.num_channels, width, num_levels)
+        self.input_proj = _input_projections(backbone.num_channels, width, num_levels, num_norm_groups)
         self.level_embed = nn.Parameter(torch.empty(num_levels, width))
         self.selector = selector
         self.encoder = encoder
@@ -313,7 +315,9 @@ def _take(tensor_BSF: Tensor, index_BQ: Tensor) -> Tensor:
     return tensor_BSF.gather(1, index_BQ[..., None].expand(-1, -1, tensor_BSF.shape[-1]))
 
 
-def _input_projections(num_channels: list[int], width: int, num_levels: int) -> nn.ModuleList:
+def _input_projections(
+    num_channels: list[int], width: int, num_levels: int, num_groups: int | None
+) -> nn.ModuleList:
     """Projections to `width` channels, one per level: convolution and GroupNorm.
 
     The backbone maps have 1x1 convolutions. Further levels have 3x3 convolutions with stride 2; the first of these
@@ -331,7 +335,8 @@ def _input_projections(num_channels: list[int], width: int, num_levels: int) -> 
         nn.init.xavier_uniform_(convolution.weight)
         assert convolution.bias is not None
         nn.init.zeros_(convolution.bias)
-    num_groups = width // 8 if width % 8 == 0 else math.gcd(32, width)  # 32 at the published width of 256
+    if num_groups is None:
+        num_groups = width // 8 if width % 8 == 0 else math.gcd(32, width)  # 32 at the published width of 256
     return nn.ModuleList(
         nn.Sequential(convolution, nn.GroupNorm(num_groups, width)) for convolution in convolutions
     )
@@ -380,6 +385,7 @@ def build_model(config: ModelConfig, num_classes: int) -> Detr:
         num_classes=num_classes,
         width=config.width,
         num_levels=config.num_levels,
+        num_norm_groups=config.num_norm_groups,
         num_queries=config.num_queries,
         selector=token_selector,
         select_by_proposals=selector is not None and selector.scores == "proposals",

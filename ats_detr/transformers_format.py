@@ -1,0 +1,441 @@
+"""Deformable DETR of Hugging Face transformers: its folders and files as checkpoints of this package, and back.
+
+The architecture comes from `config.json`, never from the names of the tensors: those of several kinds are the same. The
+names of the Hub (transformers 4 and files of 5) and of the modules of transformers 5 are read; those of the Hub are
+written.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ats_detr.config import (
+    BackboneConfig,
+    Config,
+    ConfigError,
+    DataConfig,
+    ModelConfig,
+    config_from_dict,
+    config_to_dict,
+)
+from ats_detr.convert import mismatches, run_name
+from ats_detr.data.classes import ClassMap
+from ats_detr.errors import UserError
+from ats_detr.model import build_model
+
+MODEL_TYPE = "deformable_detr"
+_NUM_GROUPS = 32
+"""Groups of the norms after the input projections, at every width."""
+PREPROCESSOR = "preprocessor_config.json"
+_MEAN, _STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+_BACKBONE = "model.backbone.conv_encoder.model."
+# (own name, name on the Hub); {} matches the same part of both names. The first match applies.
+_NAMES = (
+    ("backbone.body.{}", _BACKBONE + "{}"),
+    ("input_proj.{}", "model.input_proj.{}"),
+    ("level_embed", "model.level_embed"),
+    ("query_embed.{}", "model.query_position_embeddings.{}"),
+    ("reference_points.{}", "model.reference_points.{}"),
+    ("encoder.layers.{}.attention.{}", "model.encoder.layers.{}.self_attn.{}"),
+    ("encoder.layers.{}.attention_norm.{}", "model.encoder.layers.{}.self_attn_layer_norm.{}"),
+    ("decoder.layers.{}.self_attention.{}", "model.decoder.layers.{}.self_attn.{}"),
+    ("decoder.layers.{}.self_norm.{}", "model.decoder.layers.{}.self_attn_layer_norm.{}"),
+    ("decoder.layers.{}.cross_attention.{}", "model.decoder.layers.{}.encoder_attn.{}"),
+    ("decoder.layers.{}.cross_norm.{}", "model.decoder.layers.{}.encoder_attn_layer_norm.{}"),
+    ("{}.feedforward.norm.{}", "model.{}.final_layer_norm.{}"),
+    ("{}.feedforward.linear{}", "model.{}.fc{}"),
+    ("proposal_proj.{}", "model.enc_output.{}"),
+    ("proposal_norm.{}", "model.enc_output_norm.{}"),
+    ("query_proj.{}", "model.pos_trans.{}"),
+    ("query_norm.{}", "model.pos_trans_norm.{}"),
+    ("decoder_heads.{}.classify.{}", "class_embed.{}.{}"),
+    ("decoder_heads.{}.box.{}", "bbox_embed.{}.layers.{}"),
+)
+# (name in transformers 5, name on the Hub)
+_MODULE_NAMES = (
+    (r"^model\.backbone\.model\.", _BACKBONE),
+    (r"\.mlp\.fc", ".fc"),
+    (r"\.self_attn\.o_proj\.", ".self_attn.out_proj."),
+)
+# (name in transformers' ResNet, name in timm); {+} is one more than the number.
+_RESNET_NAMES: tuple[tuple[str, Callable[[re.Match[str]], str]], ...] = (
+    (r"embedder\.embedder\.convolution\.(.+)", lambda m: f"conv1.{m[1]}"),
+    (r"embedder\.embedder\.normalization\.(.+)", lambda m: f"bn1.{m[1]}"),
+    (
+        r"encoder\.stages\.(\d+)\.layers\.(\d+)\.shortcut\.(convolution|normalization)\.(.+)",
+        lambda m: f"layer{int(m[1]) + 1}.{m[2]}.downsample.{int(m[3] == 'normalization')}.{m[4]}",
+    ),
+    (
+        r"encoder\.stages\.(\d+)\.layers\.(\d+)\.layer\.(\d+)\.(convolution|normalization)\.(.+)",
+        lambda m: (
+            f"layer{int(m[1]) + 1}.{m[2]}.{'conv' if m[4] == 'convolution' else 'bn'}{int(m[3]) + 1}.{m[5]}"
+        ),
+    ),
+)
+_LAYER = re.compile(r"(?:model\.)?(?:encoder|decoder)\.layers\.\d+\.(?:mlp\.)?fc1\.weight")
+_HEAD = re.compile(r"(class|bbox)_embed\.(\d+)\.(.+)")
+_RESNETS = {"basic": ("resnet18", "resnet34"), "bottleneck": ("resnet50", "resnet101")}
+_DEPTHS = {
+    "resnet18": [2, 2, 2, 2],
+    "resnet34": [3, 4, 6, 3],
+    "resnet50": [3, 4, 6, 3],
+    "resnet101": [3, 4, 23, 3],
+}
+_WIDTHS = [64, 128, 256, 512]
+
+
+def is_transformers(content: Any) -> bool:
+    """Whether the content of a file or a folder is a model of transformers, of whatever type."""
+    if not isinstance(content, Mapping):
+        return False
+    return isinstance(content.get("model_type"), str) or any(map(_LAYER.fullmatch, _tensors(content)))
+
+
+def _tensors(content: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The tensors of a state dict, alone or under the key of a training code, without the prefixes of wrappers."""
+    for key in ("model", "state_dict", "model_state_dict"):
+        if isinstance(content.get(key), Mapping):
+            content = content[key]
+    state = {
+        name: value for name, value in content.items() if isinstance(name, str) and isinstance(value, Tensor)
+    }
+    return {re.sub(r"^(module\.|_orig_mod\.)+", "", name): tensor for name, tensor in state.items()}
+
+
+# ----------------------------------------------------------------------------------------------- transformers -> own
+def from_transformers(content: Mapping[str, Any], *, source: str) -> dict[str, Any]:
+    """A model of transformers in the format of this package, as `load_checkpoint` returns it.
+
+    Args:
+        content: tensors (see `_tensors`) and the entries of config.json; `preprocessor` those of
+            preprocessor_config.json, where there is such a file.
+        source: name of the file in error messages.
+
+    Raises UserError where the model is not a Deformable DETR for object detection, or has settings that this package
+    has not.
+    """
+    kind = content.get("model_type")
+    if kind is None:
+        raise UserError(
+            f"{source}: a Deformable DETR of transformers, whose settings are in config.json; put that file beside it,"
+            " or give the folder"
+        )
+    if kind != MODEL_TYPE:
+        raise UserError(
+            f"{source}: model_type = {kind!r} in config.json: of transformers only {MODEL_TYPE} is read"
+        )
+    try:
+        classes = _classes(content)
+        model_config = _model_config(content)
+        data = _data_config(content.get("preprocessor"))
+        tree = {"name": run_name(source), "model": config_to_dict(model_config), "data": data}
+        config = config_from_dict(tree)  # checks the bounds of all sizes
+    except ConfigError as error:
+        raise UserError(f"{source}: config.json: {error}") from error
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        if isinstance(error, UserError):
+            raise UserError(f"{source}: {error}") from error
+        reason = f"no setting {error}" if isinstance(error, KeyError) else str(error)
+        raise UserError(f"{source}: config.json: {reason}") from error
+    with torch.device("meta"):
+        own = build_model(config.model, classes.num_rows).state_dict()
+    return {
+        "model": _rename(_tensors(content), own, config.model, source),
+        "config": config_to_dict(config),
+        "num_classes": classes.num_rows,
+        "classes": classes.to_dict(),
+        "epoch": 0,
+        "step": 0,
+        "train_seconds": 0.0,
+        "finished": True,
+        "converted_from": f"transformers ({kind})",
+        "notes": [],
+    }
+
+
+def _model_config(about: Mapping[str, Any]) -> ModelConfig:
+    required = {
+        "activation_function": "relu",
+        "position_embedding_type": "sine",
+        "dilation": False,
+        "encoder_attention_heads": about["decoder_attention_heads"],
+        "encoder_ffn_dim": about["decoder_ffn_dim"],
+    }
+    for key, value in required.items():
+        if about.get(key, value) != value:
+            raise ConfigError(key, about[key], f"must be {value!r}: this package has no other")
+    two_stage, refine = (_flag(about, key) for key in ("two_stage", "with_box_refine"))
+    encoder_points, decoder_points = about["encoder_n_points"], about["decoder_n_points"]
+    return ModelConfig(
+        backbone=_backbone_config(about),
+        width=about["d_model"],
+        num_heads=about["encoder_attention_heads"],
+        num_levels=about["num_feature_levels"],
+        num_norm_groups=None if about["d_model"] == 256 else _NUM_GROUPS,
+        num_points=encoder_points,
+        num_decoder_points=None if decoder_points == encoder_points else decoder_points,
+        num_encoder_layers=about["encoder_layers"],
+        num_decoder_layers=about["decoder_layers"],
+        feedforward_width=about["encoder_ffn_dim"],
+        dropout=float(about.get("dropout", 0.1)),
+        num_queries=about["two_stage_num_proposals"] if two_stage else about["num_queries"],
+        two_stage=two_stage,
+        box_refine=refine,
+    )
+
+
+def _flag(about: Mapping[str, Any], key: str) -> bool:
+    if type(about.get(key, False)) is not bool:
+        raise ConfigError(key, about[key], "must be true or false")
+    return about.get(key, False)
+
+
+def _backbone_config(about: Mapping[str, Any]) -> BackboneConfig:
+    nested = about.get("backbone_config")
+    nested = nested if isinstance(nested, Mapping) else {}
+    kind = nested.get("model_type")
+    if kind == "resnet":
+        return _resnet_config(nested)
+    name = nested.get("backbone") if kind == "timm_backbone" else about.get("backbone")
+    if (
+        kind not in (None, "timm_backbone")
+        or not isinstance(name, str)
+        or about.get("use_timm_backbone") is False
+    ):
+        found = kind or name
+        raise ConfigError("backbone", found, "must be a model of timm or a ResNet of transformers")
+    return BackboneConfig(name=name, pretrained=False)
+
+
+def _resnet_config(about: Mapping[str, Any]) -> BackboneConfig:
+    """The timm model of transformers' ResNet."""
+    kind = about.get("layer_type", "bottleneck")
+    required: dict[str, Any] = {
+        **{"layer_type": kind if kind in _RESNETS else "basic or bottleneck", "hidden_act": "relu"},
+        **{"downsample_in_first_stage": False, "downsample_in_bottleneck": False, "embedding_size": 64},
+    }
+    for key, value in required.items():
+        if about.get(key, value) != value:
+            raise ConfigError(f"backbone_config.{key}", about[key], f"must be {value!r}: timm has no other")
+    expansion = 4 if kind == "bottleneck" else 1
+    depths = list(about.get("depths", [3, 4, 6, 3]))
+    widths = [width // expansion for width in about.get("hidden_sizes", [256, 512, 1024, 2048])]
+    name = next((name for name in _RESNETS[kind] if _DEPTHS[name] == depths), _RESNETS[kind][0])
+    options = {} if depths == _DEPTHS[name] else {"layers": depths}
+    if widths != _WIDTHS:
+        options["channels"] = widths
+    return BackboneConfig(name=name, pretrained=False, options=options)
+
+
+def _classes(about: Mapping[str, Any]) -> ClassMap:
+    """Rows and names by `id2label`; `N/A`, of COCO's unused ids, is no class."""
+    labels = about.get("id2label")
+    if labels is None:
+        labels = {
+            i: f"LABEL_{i}" for i in range(about.get("num_labels", 2))
+        }  # transformers omits its default
+    by_row = {int(key): str(name) for key, name in labels.items()}
+    if sorted(by_row) != list(range(len(by_row))) or not by_row:
+        raise ConfigError("id2label", sorted(by_row)[:5], "must have the keys 0, 1, 2, ...")
+    rows = tuple(row for row in sorted(by_row) if by_row[row] != "N/A")
+    names = tuple(by_row[row] for row in rows)
+    return ClassMap(num_rows=len(by_row), rows=rows, category_ids=rows, names=names)
+
+
+def _data_config(about: Any) -> dict[str, Any]:
+    """The size of images by preprocessor_config.json."""
+    if not isinstance(about, Mapping):
+        return {}
+    for key, value in (("image_mean", _MEAN), ("image_std", _STD)):
+        if about.get(key, value) != value:
+            raise ConfigError(f"{PREPROCESSOR}: {key}", about[key], f"must be {value}")
+    size = about.get("size")
+    size = (
+        size if isinstance(size, Mapping) else {"shortest_edge": size, "longest_edge": about.get("max_size")}
+    )
+    sides = {"short_side": size.get("shortest_edge"), "long_side": size.get("longest_edge")}
+    return {key: side for key, side in sides.items() if type(side) is int}
+
+
+def _rename(
+    state: Mapping[str, Tensor], own: Mapping[str, Tensor], config: ModelConfig, source: str
+) -> dict[str, Tensor]:
+    """The tensors under the names of this package. Names and shapes must match exactly."""
+    found: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        if name.endswith("num_batches_tracked"):
+            continue
+        for pattern, replacement in _MODULE_NAMES:
+            name = re.sub(pattern, replacement, name)
+        name = (
+            name.removeprefix("model.decoder.")
+            if _HEAD.fullmatch(name.removeprefix("model.decoder."))
+            else name
+        )
+        if name.startswith(_BACKBONE):
+            name = _BACKBONE + _timm_name(name.removeprefix(_BACKBONE))
+        copy = found.setdefault(name, tensor)
+        if copy is not tensor and not torch.equal(copy, tensor):
+            raise UserError(f"{source}: {name} differs from its copy under another name")
+    expected = {hub: tensor for name, whole in own.items() for hub, tensor in _to_hub(name, whole, config)}
+    if not any(map(_HEAD.fullmatch, found)):
+        raise UserError(f"{source}: a model without heads; must be a DeformableDetrForObjectDetection")
+    for name, tensor in list(found.items()):
+        head = _HEAD.fullmatch(name)
+        if head and int(head[2]) and name not in expected and not config.box_refine:
+            if not torch.equal(tensor, found.get(f"{head[1]}_embed.0.{head[3]}", tensor)):
+                raise UserError(
+                    f"{source}: {name} differs from that of layer 0, but with_box_refine is false"
+                )
+            del found[name]  # one head for all layers
+    for name in expected:
+        head = _HEAD.fullmatch(name)
+        if head and name not in found and f"{head[1]}_embed.0.{head[3]}" in found:
+            found[name] = found[f"{head[1]}_embed.0.{head[3]}"].clone()  # tied, stored once
+    if problem := mismatches(expected, found):
+        raise UserError(f"{source}: tensors and config.json disagree ({problem})")
+    return {
+        name: torch.cat([found[hub] for hub, _ in parts]) if len(parts) > 1 else found[parts[0][0]]
+        for name, whole in own.items()
+        if (parts := list(_to_hub(name, whole, config)))
+    } | {name: torch.zeros((), dtype=torch.long) for name in own if name.endswith("num_batches_tracked")}
+
+
+def _timm_name(name: str) -> str:
+    for pattern, replacement in _RESNET_NAMES:
+        if match := re.fullmatch(pattern, name):
+            return replacement(match)
+    return name
+
+
+def _to_hub(name: str, tensor: Tensor, config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor) on the Hub of a tensor of this package: none, one, or the parts of a fused projection."""
+    if name.endswith("num_batches_tracked"):
+        return
+    name = name.replace("proposal_head.", f"decoder_heads.{config.num_decoder_layers}.")
+    for ours, theirs in _NAMES:
+        if match := re.fullmatch(re.escape(ours).replace(r"\{\}", "(.+?)"), name):
+            hub = theirs.format(*match.groups())
+            break
+    else:
+        raise UserError(f"{name} has no counterpart in transformers' Deformable DETR")
+    fused = re.fullmatch(r"(.+)\.in_proj_(weight|bias)", hub)
+    if fused is None:
+        yield hub, tensor
+        return
+    for part, piece in zip("qkv", tensor.chunk(3), strict=True):
+        yield f"{fused[1]}.{part}_proj.{fused[2]}", piece
+
+
+# ----------------------------------------------------------------------------------------------- own -> transformers
+def to_transformers(
+    checkpoint: Mapping[str, Any],
+) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Any]]:
+    """Tensors, config.json and preprocessor_config.json of a checkpoint of this package.
+
+    Raises UserError where transformers has no such model.
+    """
+    config = config_from_dict(checkpoint["config"])
+    model = config.model
+    _check_expressible(model)
+    state = {
+        hub: part.contiguous().clone()
+        for name, tensor in checkpoint["model"].items()
+        for hub, part in _to_hub(name, tensor, model)
+    }
+    for name in [name for name in state if _HEAD.fullmatch(name)]:
+        kind, _, rest = _HEAD.fullmatch(name).groups()  # type: ignore[union-attr]
+        if not model.box_refine:
+            for layer in range(1, model.num_decoder_layers):
+                state[f"{kind}_embed.{layer}.{rest}"] = state[name].clone()
+        if model.two_stage or (model.box_refine and kind == "bbox"):
+            state[f"model.decoder.{name}"] = state[name].clone()
+    return (
+        state,
+        _hub_config(config, ClassMap.from_dict(checkpoint["classes"])),
+        _hub_preprocessor(config.data),
+    )
+
+
+def _check_expressible(model: ModelConfig) -> None:
+    groups = model.num_norm_groups or model.width // 8
+    reasons = {
+        f"model.num_norm_groups = {groups}, which is {_NUM_GROUPS} there": groups != _NUM_GROUPS,
+        "model.selector": model.selector is not None,
+        "model.queries_from_memory": model.queries_from_memory,
+        "model.class_specific_proposals": model.class_specific_proposals,
+        "model.backbone.options": bool(model.backbone.options),
+        "model.two_stage without model.box_refine": model.two_stage and not model.box_refine,
+        f"model.backbone.name = {model.backbone.name}": model.backbone.name.startswith("swin"),
+    }
+    if found := [key for key, holds in reasons.items() if holds]:
+        raise UserError(f"transformers' Deformable DETR has no counterpart of {', '.join(found)}")
+
+
+def _hub_config(config: Config, classes: ClassMap) -> dict[str, Any]:
+    model = config.model
+    labels = {str(row): "N/A" for row in range(classes.num_rows)}
+    labels |= {str(row): name for row, name in zip(classes.rows, classes.names, strict=True)}
+    return {
+        "architectures": ["DeformableDetrForObjectDetection"],
+        "model_type": MODEL_TYPE,
+        "activation_function": "relu",
+        "position_embedding_type": "sine",
+        "dilation": False,
+        "use_timm_backbone": True,
+        "use_pretrained_backbone": False,
+        "backbone": model.backbone.name,
+        "backbone_config": None,
+        "d_model": model.width,
+        "encoder_layers": model.num_encoder_layers,
+        "decoder_layers": model.num_decoder_layers,
+        "encoder_attention_heads": model.num_heads,
+        "decoder_attention_heads": model.num_heads,
+        "encoder_ffn_dim": model.feedforward_width,
+        "decoder_ffn_dim": model.feedforward_width,
+        "encoder_n_points": model.num_points,
+        "decoder_n_points": model.num_decoder_points or model.num_points,
+        "num_feature_levels": model.num_levels,
+        "num_queries": model.num_queries,
+        "two_stage_num_proposals": model.num_queries,
+        "dropout": model.dropout,
+        "two_stage": model.two_stage,
+        "with_box_refine": model.box_refine,
+        "tie_word_embeddings": not model.box_refine,
+        "id2label": labels,
+        "label2id": {name: int(row) for row, name in labels.items() if name != "N/A"},
+    }
+
+
+def _hub_preprocessor(data: DataConfig) -> dict[str, Any]:
+    return {
+        "image_processor_type": "DeformableDetrImageProcessor",
+        "do_resize": True,
+        "size": {"shortest_edge": data.short_side, "longest_edge": data.long_side},
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": _MEAN,
+        "image_std": _STD,
+        "do_pad": True,
+    }
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object; empty where the file does not exist. Raises UserError."""
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: cannot be read ({error})") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: must be a JSON object")
+    return content
