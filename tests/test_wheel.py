@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import shutil
 import subprocess
@@ -11,6 +12,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 from tests.small_detector import SMALL
 
@@ -18,10 +20,10 @@ ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.xdist_group("wheel")
 
 
-def run(command: list[str | Path], folder: Path) -> str:
+def run(command: list[str | Path], folder: Path, variables: dict[str, str] | None = None) -> str:
     """Run a command without access to the checkout and return its output."""
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    environment |= {"OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+    environment |= {"OMP_NUM_THREADS": "1", "COLUMNS": "200", **(variables or {})}
     done = subprocess.run(
         list(map(str, command)),
         cwd=folder,
@@ -63,24 +65,61 @@ def test_the_wheel_has_every_file_of_the_package_and_the_configs(wheel: Path) ->
     assert names == {path.relative_to(ROOT).as_posix() for path in files} | configs
 
 
-def install(wheel: Path, environment: Path) -> Path:
+def install(wheel: Path, environment: Path, *only: str) -> Path:
     """A fresh virtual environment with the wheel; returns its folder of scripts.
 
     A path file makes the dependencies of this environment importable there. Python does not read the path files of
-    folders that are added this way, so an editable installation of the checkout is not importable.
+    folders that are added this way, so an editable installation of the checkout is not importable. With `only`, nothing
+    but these distributions and what they require is importable.
     """
     venv.create(environment)
     scripts = environment / "bin"
     code = "import sysconfig; print(sysconfig.get_path('purelib'))"
     packages = Path(run([scripts / "python", "-c", code], environment).strip())
-    dependencies = [path for path in sys.path if Path(path).name in ("site-packages", "dist-packages")]
-    (packages / "dependencies.pth").write_text("\n".join(dependencies))
+    if only:
+        link(set(only), packages)
+    else:
+        dependencies = [path for path in sys.path if Path(path).name in ("site-packages", "dist-packages")]
+        (packages / "dependencies.pth").write_text("\n".join(dependencies))
     pip = [sys.executable, "-m", "pip", "--python", scripts / "python"]
     run([*pip, "install", "--no-deps", "--no-index", wheel], environment)
     code = "import ats_detr; print(ats_detr.__file__)"
     imported = Path(run([scripts / "python", "-c", code], environment).strip())
     assert imported == packages / "ats_detr" / "__init__.py"
     return scripts
+
+
+def link(distributions: set[str], packages: Path) -> None:
+    """Links the files of distributions, and of those that they require, into a folder of packages."""
+    known: set[str] = set()
+    while new := distributions - known:
+        known |= new
+        for name in new:
+            distribution = importlib.metadata.distribution(name)
+            for line in distribution.requires or ():
+                requirement = Requirement(line)
+                if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
+                    distributions.add(requirement.name)
+            for top in {file.parts[0] for file in distribution.files or ()} - {"..", "__pycache__"}:
+                if not (packages / top).exists():
+                    (packages / top).symlink_to(Path(str(distribution.locate_file(top))))
+
+
+def test_the_operator_needs_torch_and_triton_only(wheel: Path, tmp_path: Path) -> None:
+    python = install(wheel, tmp_path / "environment", "torch", "triton") / "python"
+    code = """
+import importlib.util
+import torch
+from ats_detr.kernels import adapt, install_shims, multi_scale_deformable_attention
+import ats_detr.kernels.gpu.attention
+assert not [name for name in ("yaml", "numpy", "timm", "scipy", "PIL") if importlib.util.find_spec(name)]
+value = torch.randn(1, 6, 2, 8, requires_grad=True)
+locations, weights = torch.rand(1, 3, 2, 1, 4, 2), torch.rand(1, 3, 2, 1, 4)
+multi_scale_deformable_attention(value, [(2, 3)], locations, weights).sum().backward()
+print(tuple(value.grad.shape), install_shims()[0])
+"""
+    environment = {"TRITON_INTERPRET": "0"}
+    assert run([python, "-c", code], tmp_path, environment) == "(1, 6, 2, 8) MultiScaleDeformableAttention\n"
 
 
 def test_train_eval_and_predict_run_without_the_checkout(wheel: Path, tmp_path: Path) -> None:
