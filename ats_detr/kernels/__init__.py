@@ -8,6 +8,7 @@ from ats_detr.kernels.adapt import Adaptation, adapt
 from ats_detr.kernels.attention import deformable_attention, multi_scale_deformable_attention
 from ats_detr.kernels.attention_map import deformable_attention_map
 from ats_detr.kernels.convolution import affine_relu_, affine_relu_max_pool, fused_convolution
+from ats_detr.kernels.explain import Choice, Explanation, explain
 from ats_detr.kernels.geometry import TokenGeometry, encode_boxes, refine_boxes, token_geometry
 from ats_detr.kernels.linear import packed_feedforward, packed_linear, packed_linear_norm
 from ats_detr.kernels.packing import pack_tokens, scatter_tokens, zero_padding
@@ -17,6 +18,8 @@ from ats_detr.kernels.shims import install_shims
 
 __all__ = [
     "Adaptation",
+    "Choice",
+    "Explanation",
     "TokenGeometry",
     "TokenPlan",
     "adapt",
@@ -25,6 +28,7 @@ __all__ = [
     "deformable_attention",
     "deformable_attention_map",
     "encode_boxes",
+    "explain",
     "fused_convolution",
     "install_shims",
     "multi_scale_deformable_attention",

@@ -49,14 +49,32 @@ def choose_backend(
     Raises ValueError for an unknown backend, and if `backend` is 'triton' but the kernels cannot run.
     """
     tensors = (tensors,) if isinstance(tensors, Tensor) else tensors
+    return _decide(tensors, backend, kernel_pays, limitation)[0]
+
+
+def _decide(
+    tensors: Sequence[Tensor], backend: str | None, kernel_pays: bool, limitation: str | None
+) -> tuple[str, str]:
+    """What `choose_backend` returns, and why."""
     requested = backend or os.environ.get("ATS_DETR_BACKEND") or None
     if requested is not None and requested not in BACKENDS:
         raise ValueError(f"backend {requested!r}: must be one of {', '.join(BACKENDS)}")
-    if requested == "reference" or any(tensor.dtype == torch.float64 for tensor in tensors):
-        return "reference"
+    by = "backend=" if backend else "ATS_DETR_BACKEND="
+    if requested == "reference":
+        return "reference", f"{by}reference"
+    if any(tensor.dtype == torch.float64 for tensor in tensors):
+        return "reference", "a tensor is float64"
     on_cuda = tensors[0].is_cuda
     if requested is None:
-        return "triton" if on_cuda and HAS_TRITON and kernel_pays and limitation is None else "reference"
+        if not on_cuda:
+            return "reference", "the tensors are not on a CUDA device"
+        if not HAS_TRITON:
+            return "reference", "triton is not installed"
+        if limitation is not None:
+            return "reference", limitation
+        if not kernel_pays:
+            return "reference", "PyTorch's own operators are as fast"
+        return "triton", "the tensors are on a CUDA device"
     if not HAS_TRITON:
         raise ValueError("backend 'triton': the package triton is not installed; pip install triton")
     if not on_cuda and os.environ.get("TRITON_INTERPRET", "0") != "1":
@@ -64,9 +82,9 @@ def choose_backend(
             f"backend 'triton' on a {tensors[0].device.type} tensor: set TRITON_INTERPRET=1 before Python starts"
         )
     if limitation is None:
-        return "triton"
+        return "triton", f"{by}triton"
     if backend is None:  # the environment prefers the kernels
-        return "reference"
+        return "reference", limitation
     raise ValueError(f"backend 'triton': {limitation}; use backend='reference' or omit it")
 
 
@@ -97,10 +115,13 @@ def product_limitation(device: torch.device) -> str | None:
     return no_transforms()
 
 
-@torch.compiler.assume_constant_result
 def compute_capability(device: torch.device) -> tuple[int, int] | None:
     """(major, minor) of a CUDA device; None for other devices and on machines without a GPU."""
     return _compute_capability(device) if device.type == "cuda" else None
+
+
+# As torch.compiler.assume_constant_result does, which imports torch._dynamo: 2 of the 2.3 s of importing the operators.
+compute_capability._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @functools.cache
@@ -119,6 +140,21 @@ def autocast(tensor: Tensor) -> Tensor:
 FAULTY: set[tuple[str, torch.device]] = set()
 """Operators whose kernels a self-check found to be wrong on a device; their definitions run instead."""
 _observer: ContextVar[Callable[..., Any] | None] = ContextVar("observer", default=None)
+
+
+recorder: Callable[[str, Any, str], None] | None = None
+"""While `explain` runs, it is called with each operator or kernel, the backend or configuration, and the reason."""
+
+
+@contextmanager
+def recording(record: Callable[[str, Any, str], None]) -> Iterator[None]:
+    """Context in which the choices of all threads are recorded: gradients are computed by other threads on CUDA."""
+    global recorder
+    previous, recorder = recorder, record
+    try:
+        yield
+    finally:
+        recorder = previous
 
 
 @contextmanager
@@ -201,7 +237,12 @@ class Operator:
             check_one_device(self.name, tensors)
             if any(arguments[position].is_neg() for position in self.mutated):
                 limitation = "writing to a view with the negative bit is not supported"
-        chosen = choose_backend(tensors, backend, kernel_pays=kernel_pays, limitation=limitation)
+        chosen, reason = _decide(tensors, backend, kernel_pays, limitation)
+        if not runs_inside_graph() and recorder is not None:
+            if chosen == "triton" and (self.name, tensors[0].device) in FAULTY:
+                recorder(self.name, "reference", "a self-check found the kernels to be wrong on this device")
+            else:
+                recorder(self.name, chosen, reason)
         if chosen == "reference" and not registered and not runs_inside_graph():
             return self._compute(arguments, chosen)
         if chosen == "triton" and _is_plain_call(tensors):

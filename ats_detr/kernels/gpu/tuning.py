@@ -28,6 +28,7 @@ import torch
 import triton
 from triton.runtime.errors import OutOfResources
 
+from ats_detr.kernels import dispatch
 from ats_detr.kernels.gpu.common import INTERPRETING
 
 logger = logging.getLogger(__name__)
@@ -111,6 +112,7 @@ FEW_SAMPLES, MOST_SAMPLES = 8, 4 << 20
 its tokens 5) and in all: they need 80 bytes for each, four times as many as others."""
 
 _chosen: dict[tuple, Config] = {}
+_reasons: dict[tuple, str] = {}
 
 
 def value_gradient(key: Key, num_queries: int) -> str:
@@ -152,9 +154,11 @@ def run(
     A configuration that does not fit the GPU is replaced by the first candidate that does.
     """
     name = (operator, key, size.bit_length(), device.index)
-    config = _chosen.get(name)
-    if config is None:
-        config = _chosen[name] = _choose(operator, key, size, device, launch, reset)
+    if name not in _chosen:
+        _chosen[name], _reasons[name] = _choose(operator, key, size, device, launch, reset)
+    config = _chosen[name]
+    if dispatch.recorder is not None:
+        dispatch.recorder(operator, config, _reasons[name])
     try:
         return launch(**config)
     except _DOES_NOT_FIT as error:
@@ -168,20 +172,21 @@ def run(
                 logger.warning(
                     "%s: configuration %s does not fit this GPU; using %s", operator, config, other
                 )
-                _chosen[name] = other
+                _chosen[name], _reasons[name] = other, f"{config} does not fit this GPU"
                 return result
         raise error
 
 
-def _choose(operator, key, size, device, launch, reset) -> Config:
+def _choose(operator, key, size, device, launch, reset) -> tuple[Config, str]:
+    """The configuration, and why."""
     candidates = configurations(operator, key)
     if device.type != "cuda":
-        return INTERPRETED[operator] if INTERPRETING else candidates[0]
+        return (INTERPRETED[operator] if INTERPRETING else candidates[0]), "Triton's interpreter"
     mode = os.environ.get("ATS_DETR_TUNING") or "auto"
     if mode not in ("auto", "off", "force"):
         raise ValueError(f"ATS_DETR_TUNING must be auto, off or force, got {mode!r}")
     if len(candidates) == 1:
-        return candidates[0]
+        return candidates[0], "the only candidate"
     gpu = torch.cuda.get_device_name(device)
     bucket = size.bit_length()
     row = "|".join(map(str, (operator, *key)))
@@ -190,9 +195,9 @@ def _choose(operator, key, size, device, launch, reset) -> Config:
         nearest = min(known, key=lambda other: (abs(int(other) - bucket), int(other)))
         config = {name: value for name, value in known[nearest].items() if name not in _NOTES}
         if config in candidates:
-            return candidates[candidates.index(config)]
+            return candidates[candidates.index(config)], f"measured on {gpu} for sizes of {nearest} bits"
     if mode == "off" or torch.cuda.is_current_stream_capturing():
-        return candidates[0]
+        return candidates[0], f"the default: nothing is known about {gpu}, and nothing is timed now"
     logger.info("compiling and timing %d configurations of %s on this GPU, once", len(candidates), row)
     times = {}
     for index, config in enumerate(candidates):
@@ -203,10 +208,10 @@ def _choose(operator, key, size, device, launch, reset) -> Config:
     if reset is not None:
         reset()
     if not times:
-        return candidates[0]  # `run` raises its error
+        return candidates[0], "the default: no candidate fits"  # `run` raises its error
     best = min(times, key=times.get)
     _remember(gpu, row, bucket, {**candidates[best], "ms": round(times[best], 5)})
-    return candidates[best]
+    return candidates[best], f"the fastest of {len(times)} that were timed now"
 
 
 # ------------------------------------------------------------------------------------------------------- tables on disk
