@@ -13,6 +13,7 @@ from ats_detr.kernels.dispatch import (
     FLOATS,
     INTEGERS,
     autocast,
+    check_tensors,
     invalid,
     no_transforms,
     operator,
@@ -86,6 +87,10 @@ def deformable_attention(
             levels, 16 points, 32,767 pixels a side or 2^31 - 1 samples, output elements or value rows. Without it,
             such calls run the reference.
     """
+    check_tensors(
+        {"image_index_N": image_index_N, "num_rows": num_rows}, value_BSHD=value_BSHD,
+        reference_points=reference_points, offsets_NHLP2=offsets_NHLP2, logits_NHLP=logits_NHLP,
+    )  # fmt: skip
     shapes = as_level_shapes(level_shapes)
     check_samples(shapes, offsets_NHLP2, logits_NHLP)
     _check_value(value_BSHD, shapes, logits_NHLP)
@@ -161,6 +166,7 @@ def _check_classical(
     value_BSHD: Tensor, level_shapes: LevelShapes | Tensor, locations_BQHLP2: Tensor, weights_BQHLP: Tensor
 ) -> LevelShapes | Tensor:
     """The level shapes. Raises ValueError for arguments that do not fit together."""
+    check_tensors(value_BSHD=value_BSHD, locations_BQHLP2=locations_BQHLP2, weights_BQHLP=weights_BQHLP)
     shapes = as_level_shapes(level_shapes)
     check_samples(shapes, locations_BQHLP2, weights_BQHLP, ("locations_BQHLP2", "weights_BQHLP"))
     _check_value(value_BSHD, shapes, weights_BQHLP)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ats_detr.kernels import attention, reference
-from ats_detr.kernels.dispatch import invalid, operator
+from ats_detr.kernels.dispatch import check_tensors, invalid, operator
 from ats_detr.kernels.levels import LevelShapes, as_level_shapes, join_shapes, num_tokens_of, split_shapes
 from ats_detr.kernels.packing import check_no_overlap
 
@@ -40,6 +40,12 @@ def deformable_attention_map(
     Raises ValueError for shapes, dtypes or devices that do not fit together, and like `deformable_attention` beyond the
     limits of the kernels.
     """
+    check_tensors(
+        {"into": into},
+        reference_points=reference_points,
+        offsets_NHLP2=offsets_NHLP2,
+        logits_NHLP=logits_NHLP,
+    )
     shapes = as_level_shapes(level_shapes)
     attention.check_samples(shapes, offsets_NHLP2, logits_NHLP)
     attention.check_references(reference_points, offsets_NHLP2)

@@ -20,6 +20,7 @@ from ats_detr.kernels.dispatch import (
     FLOATS,
     autocast,
     check_one_device,
+    check_tensors,
     check_vectors,
     choose_backend,
     invalid,
@@ -65,6 +66,7 @@ def fused_convolution(
         ValueError: shapes, dtypes or devices that do not fit together.
         RuntimeError: a gradient would be recorded.
     """
+    check_tensors({"bias": bias_F, "scale": scale_F, "residual": residual_BFHW}, x=x_BCHW, weight=weight_FCHW)
     x_BCHW, weight_FCHW = autocast(x_BCHW), autocast(weight_FCHW)
     shape = convolution_shape(x_BCHW, weight_FCHW, stride, padding, dilation, groups)
     if weight_FCHW.dtype != x_BCHW.dtype:
@@ -110,6 +112,7 @@ def affine_relu_(
 
     As `fused_convolution`. The kernel reads and writes channels-last maps; the reference computes others.
     """
+    check_tensors({"bias": bias_C, "scale": scale_C, "residual": residual_BCHW}, x=x_BCHW)
     _check_map("x", x_BCHW)
     check_vectors(x_BCHW.shape[1], scale=scale_C, bias=bias_C)
     if residual_BCHW is not None and not (
@@ -131,6 +134,7 @@ def affine_relu_max_pool(
 
     As `fused_convolution`. NaN in a window is its maximum.
     """
+    check_tensors({"bias": bias_C, "scale": scale_C}, x=x_BCHW)
     _check_map("x", x_BCHW)
     check_vectors(x_BCHW.shape[1], scale=scale_C, bias=bias_C)
     refuse_gradients("fused convolutions", x_BCHW, scale_C, bias_C)

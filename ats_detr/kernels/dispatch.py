@@ -6,7 +6,7 @@ import functools
 import importlib
 import importlib.util
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -77,9 +77,11 @@ def _decide(
         return "triton", "the tensors are on a CUDA device"
     if not HAS_TRITON:
         raise ValueError("backend 'triton': the package triton is not installed; pip install triton")
-    if not on_cuda and os.environ.get("TRITON_INTERPRET", "0") != "1":
+    device = tensors[0].device.type
+    if not on_cuda and (device != "cpu" or os.environ.get("TRITON_INTERPRET", "0") != "1"):
         raise ValueError(
-            f"backend 'triton' on a {tensors[0].device.type} tensor: set TRITON_INTERPRET=1 before Python starts"
+            f"backend 'triton' on a {device} tensor: must be on CUDA, or on the CPU with TRITON_INTERPRET=1 set before"
+            " Python starts"
         )
     if limitation is None:
         return "triton", f"{by}triton"
@@ -318,6 +320,16 @@ def tensors_of(arguments: Sequence[Any]) -> list[Tensor]:
         elif isinstance(argument, (list, tuple)):
             tensors += [item for item in argument if isinstance(item, Tensor)]
     return tensors
+
+
+def check_tensors(optional: Mapping[str, object] | None = None, /, **required: object) -> None:
+    """Raises TypeError for arguments that are not tensors (`optional`: or None), and ValueError for sparse tensors."""
+    given = {name: argument for name, argument in (optional or {}).items() if argument is not None}
+    for name, argument in {**required, **given}.items():
+        if not isinstance(argument, Tensor):
+            raise TypeError(f"{name} of type {type(argument).__name__}: must be a torch.Tensor")
+        if argument.layout != torch.strided:
+            raise ValueError(f"{name} of layout {argument.layout}: must be dense; call .to_dense()")
 
 
 def check_one_device(name: str, tensors: Sequence[Tensor]) -> None:

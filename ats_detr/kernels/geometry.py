@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ats_detr.kernels.dispatch import FLOATS, INTEGERS, invalid, no_transforms, operator
+from ats_detr.kernels.dispatch import FLOATS, INTEGERS, check_tensors, invalid, no_transforms, operator
 from ats_detr.kernels.levels import MAX_LEVELS, MAX_SIDE, LevelShapes, as_level_shapes
 from ats_detr.kernels.plan import TokenPlan
 
@@ -64,6 +64,7 @@ class TokenGeometry:
             the level's embedding; unspecified for padded tokens. And its centre (x, y), normalised to the padded map of
             every level, float32 [K, L, 2].
         """
+        check_tensors(level_embed=level_embed_LC)
         num_levels = len(self.level_shapes)
         if not (
             level_embed_LC.ndim == 2
@@ -101,6 +102,7 @@ def token_geometry(
 
     Raises ValueError for shapes, dtypes or sizes that do not fit together.
     """
+    check_tensors(sizes=sizes_B2)
     if not (sizes_B2.ndim == 2 and sizes_B2.shape[1] == 2 and sizes_B2.dtype in INTEGERS):
         raise invalid("sizes", sizes_B2, "[B, 2], integers")
     if len(padded_size) != 2 or any(side < 1 for side in padded_size):
@@ -117,8 +119,9 @@ def token_geometry(
 def encode_boxes(boxes_cxcywh: Tensor, width: int, *, backend: str | None = None) -> Tensor:
     """float32 encoding [..., 2 * width] of boxes [..., 4] in 0..1: `width / 2` sine features for each of cx, cy, w, h.
 
-    (Efficient DETR.) `width` is a multiple of 4.
+    (Efficient DETR.) `width` is a multiple of 4. The kernel's sines of numbers beyond +-150 are unspecified.
     """
+    check_tensors(boxes=boxes_cxcywh)
     if boxes_cxcywh.shape[-1:] != (4,) or boxes_cxcywh.dtype not in FLOATS:
         raise invalid("boxes", boxes_cxcywh, "[..., 4], floating point")
     if width < 0 or width % 4:
@@ -139,6 +142,7 @@ def refine_boxes(
         float32: the boxes, sigmoid(offset + reference), cxcywh [B, Q, 4]; their logits, clamped to +-LARGEST_LOGIT;
         and the boxes normalised to the padded map of each level, [B * Q, L, 4]. The last two have no gradient.
     """
+    check_tensors(offset=offset_BQ4, reference=reference_BQ4, valid_ratios=valid_ratios_BL2)
     if not (offset_BQ4.ndim == 3 and offset_BQ4.shape[2] == 4 and offset_BQ4.is_floating_point()):
         raise invalid("offset", offset_BQ4, "[B, Q, 4], floating point")
     if reference_BQ4.shape != offset_BQ4.shape or reference_BQ4.dtype != torch.float32:

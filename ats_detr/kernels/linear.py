@@ -15,6 +15,7 @@ from ats_detr.kernels import reference
 from ats_detr.kernels.dispatch import (
     FLOATS,
     autocast,
+    check_tensors,
     check_vectors,
     choose_backend,
     invalid,
@@ -64,6 +65,9 @@ def packed_linear(
         ValueError: shapes, dtypes or devices that do not fit together, `memory_BSF` without `plan` or the reverse.
         RuntimeError: a gradient would be recorded.
     """
+    check_tensors(
+        {"add": add_KC, "num_rows": num_rows, "memory": memory_BSF}, x=x_KC, weight=weight_FC, bias=bias_F
+    )
     _check_rows("x", x_KC)
     _check_layer("weight", weight_FC, "bias", bias_F, x_KC.shape[1])
     if add_KC is not None:
@@ -117,10 +121,15 @@ def packed_linear_norm(
     backend: str | None = None,
 ) -> Tensor:
     """LayerNorm(residual + x W^T + b) of the rows in use, [K, F] in the residual's dtype; sums and norm in float32.
+    Rows whose squares overflow float32 are unspecified.
 
     As `packed_linear`, except that the kernel is also the default without `num_rows`. The kernel normalises at most 256
     channels.
     """
+    check_tensors(
+        {"num_rows": num_rows}, x=x_KC, weight=weight_FC, bias=bias_F, residual=residual_KF,
+        norm_weight=norm_weight_F, norm_bias=norm_bias_F,
+    )  # fmt: skip
     _check_rows("x", x_KC)
     _check_layer("weight", weight_FC, "bias", bias_F, x_KC.shape[1])
     width = weight_FC.shape[0]
@@ -158,6 +167,10 @@ def packed_feedforward(
     As `packed_linear`. With 16-bit weights the F hidden channels are never stored in memory. The kernel normalises at
     most 256 channels.
     """
+    check_tensors(
+        {"num_rows": num_rows}, x=x_KC, weight1=weight1_FC, bias1=bias1_F, weight2=weight2_CF, bias2=bias2_C,
+        norm_weight=norm_weight_C, norm_bias=norm_bias_C,
+    )  # fmt: skip
     _check_rows("x", x_KC)
     width = x_KC.shape[1]
     _check_layer("weight1", weight1_FC, "bias1", bias1_F, width)

@@ -10,6 +10,9 @@ from torch import Tensor
 
 from ats_detr.kernels import reference
 from ats_detr.kernels.dispatch import (
+    FLOATS,
+    INTEGERS,
+    check_tensors,
     invalid,
     is_exporting,
     no_transforms,
@@ -31,6 +34,7 @@ def pack_tokens(plan: TokenPlan, *dense: Tensor, backend: str | None = None) -> 
     Raises ValueError for tensors of other images or tokens than the plan's, or on another device.
     """
     for tensor in dense:
+        check_tensors(tensor=tensor)
         _check_dense("tensor", tensor, plan)
     if not dense:
         return ()
@@ -62,6 +66,7 @@ def scatter_tokens(
         ValueError: shapes or devices that do not fit the plan; in place, a memory whose elements overlap.
         RuntimeError: in place, if a gradient would be recorded. Backward through a capacity plan.
     """
+    check_tensors(memory=memory_BSC, rows=rows_KC)
     _check_dense("memory", memory_BSC, plan)
     shape = (plan.token_index_K.shape[0], *memory_BSC.shape[2:])
     if rows_KC.shape != shape:
@@ -83,6 +88,7 @@ def zero_padding(dense_BSN: Tensor, padding_mask_BS: Tensor, *, backend: str | N
 
     Raises ValueError for a mask that is not bool [B, S], and for a tensor whose elements overlap.
     """
+    check_tensors(tensor=dense_BSN, padding_mask=padding_mask_BS)
     if dense_BSN.ndim < 2:
         raise invalid("tensor", dense_BSN, "[B, S, ...]")
     check_padding_mask(padding_mask_BS, dense_BSN)
@@ -128,8 +134,9 @@ def _limitation(dense: Sequence[Tensor]) -> str | None:
     longest = max(tensor.shape[2:].numel() for tensor in dense)
     if longest > MAX_ROW:
         return f"a token of {longest} elements exceeds the maximum of {MAX_ROW}"
-    if any(tensor.is_complex() for tensor in dense):
-        return "complex tensors are not supported"
+    for tensor in dense:
+        if tensor.dtype not in (*FLOATS, *INTEGERS, torch.bool):
+            return f"tensors of {tensor.dtype} are not supported"
     return no_transforms()
 
 

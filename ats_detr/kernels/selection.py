@@ -11,6 +11,7 @@ from ats_detr.kernels import reference
 from ats_detr.kernels.dispatch import (
     FLOATS,
     INTEGERS,
+    check_tensors,
     invalid,
     is_exporting,
     no_transforms,
@@ -47,6 +48,7 @@ def select_tokens(
 
     Raises ValueError for shapes, dtypes or devices that do not fit together.
     """
+    check_tensors({"padding_mask": padding_mask_BS}, scores=scores_BS, num_keep=num_keep_B)
     if not (scores_BS.ndim == 2 and scores_BS.dtype in FLOATS):
         raise invalid("scores", scores_BS, "[B, S], floating point")
     batch, num_tokens = scores_BS.shape

@@ -16,8 +16,11 @@ from ats_detr.kernels import (
     TokenPlan,
     affine_relu_,
     affine_relu_max_pool,
+    deformable_attention,
+    deformable_attention_map,
     encode_boxes,
     fused_convolution,
+    multi_scale_deformable_attention,
     pack_tokens,
     packed_feedforward,
     packed_linear,
@@ -372,6 +375,64 @@ def fuzz_boxes(draw: Draw, data: st.DataObject) -> None:
     ratios = draw.normal(batch, num_levels, 2)
     refined = [refine_boxes(offset, reference, ratios, backend=name) for name in ("triton", "reference")]
     torch.testing.assert_close(*refined, atol=1e-6, rtol=1e-6)
+
+
+def _calls() -> dict[str, tuple]:
+    """Operator, and the tensors it needs by name."""
+    x, square, vector = torch.zeros(5, 4), torch.zeros(4, 4), torch.zeros(4)
+    samples = dict(offsets_NHLP2=torch.zeros(3, 1, 1, 2, 2), logits_NHLP=torch.zeros(3, 1, 1, 2))
+    levels, mask = dict(level_shapes=((2, 2),)), torch.zeros(2, 5, dtype=torch.bool)
+    plan = TokenPlan.from_mask(mask)
+    raw = dict(samples, reference_points=torch.zeros(3, 1, 2))
+    norm = dict(norm_weight_F=vector, norm_bias_F=vector)
+    placed = dict(locations_BQHLP2=torch.zeros(1, 3, 1, 1, 2, 2), weights_BQHLP=torch.zeros(1, 3, 1, 1, 2))
+    value, maps = torch.zeros(1, 4, 1, 4), torch.zeros(1, 4, 2, 2)
+    return {
+        "deformable_attention": (lambda **t: deformable_attention(**t, **levels), dict(raw, value_BSHD=value)),
+        "multi_scale_deformable_attention": (
+            lambda **t: multi_scale_deformable_attention(**t, **levels), dict(placed, value_BSHD=value)
+        ),
+        "deformable_attention_map": (lambda **t: deformable_attention_map(**t, **levels, num_images=1), raw),
+        "select_tokens": (select_tokens, dict(scores_BS=torch.zeros(2, 5), num_keep_B=torch.ones(2).long())),
+        "pack_tokens": (lambda dense: pack_tokens(plan, dense), dict(dense=torch.zeros(2, 5, 3))),
+        "scatter_tokens": (
+            lambda **t: scatter_tokens(plan, **t), dict(memory_BSC=torch.zeros(2, 5, 3), rows_KC=torch.zeros(0, 3))
+        ),
+        "zero_padding": (zero_padding, dict(dense_BSN=torch.zeros(2, 5, 3), padding_mask_BS=mask)),
+        "packed_linear": (packed_linear, dict(x_KC=x, weight_FC=square, bias_F=vector)),
+        "packed_linear_norm": (
+            lambda **t: packed_linear_norm(**t, eps=1e-5),
+            dict(x_KC=x, weight_FC=square, bias_F=vector, residual_KF=x, **norm),
+        ),
+        "packed_feedforward": (
+            lambda **t: packed_feedforward(**t, eps=1e-5),
+            dict(x_KC=x, weight1_FC=square, bias1_F=vector, weight2_CF=square, bias2_C=vector,
+                 norm_weight_C=vector, norm_bias_C=vector),
+        ),
+        "fused_convolution": (fused_convolution, dict(x_BCHW=maps, weight_FCHW=torch.zeros(4, 4, 1, 1))),
+        "affine_relu_": (affine_relu_, dict(x_BCHW=maps)),
+        "affine_relu_max_pool": (affine_relu_max_pool, dict(x_BCHW=maps)),
+        "token_geometry": (
+            lambda sizes: token_geometry(sizes, (4, 4), ((2, 2),)), dict(sizes=torch.ones(1, 2).long())
+        ),
+        "encode_boxes": (lambda boxes: encode_boxes(boxes, 4), dict(boxes=torch.zeros(3, 4))),
+        "refine_boxes": (
+            refine_boxes,
+            dict(offset_BQ4=value[:, :, 0], reference_BQ4=value[:, :, 0], valid_ratios_BL2=torch.ones(1, 2, 2)),
+        ),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("operator", _calls())
+def test_what_is_not_a_dense_tensor_is_refused(operator: str) -> None:
+    call, tensors = _calls()[operator]
+    call(**tensors)
+    for name, tensor in tensors.items():
+        for wrong in (None, tensor.tolist(), tensor.numpy()):
+            with pytest.raises(TypeError, match=r"must be a torch.Tensor"):
+                call(**{**tensors, name: wrong})
+        with pytest.raises(ValueError, match=r"must be dense"):
+            call(**{**tensors, name: tensor.to_sparse()})
 
 
 OPERATORS = {name: function for name, function in list(globals().items()) if name.startswith("fuzz_")}
