@@ -17,6 +17,8 @@ from torch.autograd import forward_ad
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 from torch.utils.flop_counter import register_flop_formula
 
+NAMESPACE = __name__.partition(".")[0]
+"""Of the operators in PyTorch: that of the package, as copies of these files under other names register their own."""
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 BACKENDS = ("reference", "triton")
 MIN_CAPABILITY = (8, 0)
@@ -188,7 +190,7 @@ class Operator:
 
         def launch_kernels(*arguments: Any) -> Any:
             # Imported here: Triton is optional, and reads TRITON_INTERPRET on import.
-            function = getattr(importlib.import_module(f"ats_detr.kernels.gpu.{module}"), launcher)
+            function = getattr(importlib.import_module(f"{__package__}.gpu.{module}"), launcher)
             # Triton launches on the current GPU, not on that of the tensors.
             with torch.cuda.device_of(tensors_of(arguments)[0]):
                 return function(*arguments)
@@ -210,12 +212,12 @@ class Operator:
         self._num_rows = names.index("num_rows") if has_unused_rows else None
 
         self._registered = torch.library.custom_op(
-            f"ats_detr::{self.name}",
+            f"{NAMESPACE}::{self.name}",
             lambda *arguments: self._compute(arguments[:-1], arguments[-1]),
             mutates_args=mutates_args,
             schema=f"{signature}, str backend) ->{returns}",
         )
-        self.packet = getattr(torch.ops.ats_detr, self.name)
+        self.packet = getattr(getattr(torch.ops, NAMESPACE), self.name)
         """The registered operator."""
         if returns.strip() == "()":
             self.register_fake(lambda *arguments: None)
