@@ -37,6 +37,7 @@ from ats_detr.data.classes import ClassMap
 from ats_detr.errors import UserError
 from ats_detr.files import replaced_file
 from ats_detr.model import Detr, build_model
+from ats_detr.remote import fetch, is_remote
 from ats_detr.transformers_format import (
     PREPROCESSOR,
     from_transformers,
@@ -332,9 +333,13 @@ def config_of(checkpoint: Mapping[str, Any], path: str | Path, overrides: Sequen
 def resolve_checkpoint(source: str | Path) -> Path:
     """The checkpoint of a file, of a model folder, or of a finished run given by its folder or its name under runs/.
 
+    One of the Hugging Face Hub, or with a short name, is fetched unless it is cached (see `remote`).
+
     Of a run with teachers it is the student's. Raises UserError.
     """
     path = Path(source)
+    if is_remote(source):
+        return fetch(source)
     if path.is_file():
         return path
     for folder in (path, Path("runs") / path):
@@ -344,8 +349,8 @@ def resolve_checkpoint(source: str | Path) -> Path:
             if candidate.is_file():
                 return candidate
     raise UserError(
-        f"{source}: no checkpoint; must be a file, a folder with {MODEL_CONFIG} and {_MODEL_WEIGHTS}, or a finished run"
-        " (its folder, or its name under runs/)"
+        f"{source}: no checkpoint; must be a file, a folder with {MODEL_CONFIG} and {_MODEL_WEIGHTS}, a finished run"
+        " (its folder, or its name under runs/), hf://owner/repo, or a name that `ats-detr models` lists"
     )
 
 

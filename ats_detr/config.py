@@ -436,7 +436,8 @@ class TrainConfig:
     warmup_share: float = 0.1
     """Fraction of all steps in which `one_cycle` rises to the full learning rates; then it falls to 0."""
     init_from: str | None = None
-    """Checkpoint of the initial weights, as far as they fit; `weak` or `strong`: the teacher of the same run."""
+    """Initial weights, as far as they fit: anything that `--checkpoint` takes, or a file of backbone weights; `weak` or
+    `strong`: the teacher of the same run."""
     resume: Literal["auto", "never"] = "auto"
     """`auto`: resume from the checkpoint in the run's folder, if any; `never`: train from step 0."""
     checkpoint_every: int = 1

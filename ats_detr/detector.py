@@ -201,8 +201,10 @@ class Detector:
         """A detector from a checkpoint file, a model folder, or a finished run.
 
         Args:
-            source: a file (of this package or of the published code), a folder written by `save`, the folder of a run,
-                or the name of a run in `runs/`. For a run with teachers, the student is loaded.
+            source: a file (of this package, the published code or transformers), a folder written by `save` or by
+                transformers, the folder of a run, the name of a run in `runs/`, `hf://owner/repo`,
+                `hf://owner/repo@revision/file`, or a name that `ats-detr models` lists. The last three are fetched
+                unless they are cached. For a run with teachers, the student is loaded.
             device: `auto` (CUDA if available, otherwise the CPU), `cpu`, `cuda` or `cuda:1`.
             capture: see `Detector`.
 

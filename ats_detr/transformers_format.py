@@ -351,7 +351,7 @@ def to_transformers(
         for hub, part in _to_hub(name, tensor, model)
     }
     for name in [name for name in state if _HEAD.fullmatch(name)]:
-        kind, _, rest = _HEAD.fullmatch(name).groups()  # type: ignore[union-attr]
+        kind, _, rest = _HEAD.fullmatch(name).groups()
         if not model.box_refine:
             for layer in range(1, model.num_decoder_layers):
                 state[f"{kind}_embed.{layer}.{rest}"] = state[name].clone()

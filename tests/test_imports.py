@@ -13,7 +13,7 @@ LAYERS = (
     ("console", "errors", "files", "fonts", "boxes", "batch", "config", "distributed"),
     ("kernels",),
     ("data", "model"),
-    ("convert", "transformers_format", "checkpoint", "evaluation", "visualize", "flops"),
+    ("convert", "transformers_format", "remote", "checkpoint", "evaluation", "visualize", "flops"),
     ("detector", "export"),
     ("training",),
     ("cli", "__main__"),

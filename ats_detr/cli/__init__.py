@@ -21,6 +21,7 @@ COMMANDS = {
     "info": "describe a configuration or a checkpoint",
     "export": "export a detector to ONNX or torch.export",
     "convert": "convert between published checkpoints and those of this package",
+    "models": "list published checkpoints by short name",
     "datasets": "check, convert and divide datasets",
 }
 _DESCRIPTION = """Object detection with an adaptive share of the tokens. `ats-detr COMMAND --help` describes a command.

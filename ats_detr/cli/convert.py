@@ -17,12 +17,13 @@ from ats_detr.checkpoint import (
     load_checkpoint,
     load_model,
     read_file,
+    resolve_checkpoint,
     save_checkpoint,
     save_folder,
     save_transformers,
 )
 from ats_detr.cli.info import name_of_model
-from ats_detr.cli.options import add_overrides
+from ats_detr.cli.options import CHECKPOINT, add_overrides
 from ats_detr.config import config_to_dict
 from ats_detr.console import say
 from ats_detr.convert import from_official, is_official, to_official
@@ -33,7 +34,7 @@ from ats_detr.transformers_format import is_transformers
 
 def add_arguments(parser: ArgumentParser) -> None:
     """Declare the options."""
-    parser.add_argument("source", type=Path)
+    parser.add_argument("source", help=CHECKPOINT)
     parser.add_argument(
         "destination",
         type=Path,
@@ -50,12 +51,11 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def run(arguments: Namespace) -> None:
     """Convert one checkpoint."""
+    source = resolve_checkpoint(arguments.source)
     if arguments.transformers:
-        export_to_transformers(arguments.source, arguments.destination, arguments.overrides)
+        export_to_transformers(source, arguments.destination, arguments.overrides)
         return
-    convert(
-        arguments.source, arguments.destination, arguments.overrides, keep_adaption=arguments.keep_adaption
-    )
+    convert(source, arguments.destination, arguments.overrides, keep_adaption=arguments.keep_adaption)
 
 
 def export_to_transformers(source: Path, destination: Path, overrides: Sequence[str] = ()) -> None:

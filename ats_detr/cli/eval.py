@@ -31,6 +31,7 @@ from ats_detr.errors import UserError
 from ats_detr.evaluation import Metrics, evaluate, warn_of_limits, warn_of_minimum
 from ats_detr.flops import count_flops
 from ats_detr.model import CompiledDetr, Detr
+from ats_detr.remote import is_remote
 from ats_detr.training import run_log
 from ats_detr.training.datasets import build_evaluation_loader
 from ats_detr.training.stages import Stage
@@ -81,7 +82,7 @@ def run(arguments: Namespace) -> None:
     else:
         config = config_of(load_checkpoint(path), path, arguments.overrides)
     folder = "evaluation" if arguments.split == "val" else f"evaluation_{arguments.split}"
-    output = arguments.output or path.parent / folder
+    output = arguments.output or (Path() if is_remote(arguments.checkpoint) else path.parent) / folder
     with distributed.process_group(config.device, config.train.timeout_minutes) as device:
         run_log.configure()
         compiled = getattr(torch, arguments.compile) if arguments.compile else None

@@ -8,7 +8,10 @@ from ats_detr.config import shipped_configs
 
 FAILURES = 1
 """Exit code of a command that finished although some of its inputs failed."""
-CHECKPOINT = "a checkpoint file, the folder of a model or a run, or the name of a run under runs/"
+CHECKPOINT = (
+    "a checkpoint file, the folder of a model or a run, the name of a run under runs/, hf://owner/repo[/file], or a"
+    " name that `ats-detr models` lists"
+)
 CONFIG = "a YAML file, or the name of a shipped configuration such as quickstart"
 
 

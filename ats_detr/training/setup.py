@@ -52,7 +52,7 @@ class Stage:
     config: Config
     folder: Path
     """Folder of everything the training writes."""
-    init_from: Path | None = None
+    init_from: str | Path | None = None
     """Checkpoint of the initial weights, with `weak` and `strong` in `train.init_from` resolved to a file."""
     given: Path | None = None
     """Finished checkpoint named in the config; the stage is then not trained here."""
@@ -272,7 +272,7 @@ def seeded_model(
     return model
 
 
-def initial_model(config: Config, class_map: ClassMap, init_from: Path | None = None) -> Detr:
+def initial_model(config: Config, class_map: ClassMap, init_from: str | Path | None = None) -> Detr:
     """The model before its first step, on the CPU. Raises UserError where the weights of the config do not fit."""
     num_classes = config.model.num_classes or class_map.num_rows
     if num_classes < class_map.num_rows:

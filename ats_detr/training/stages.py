@@ -67,7 +67,7 @@ def _plan(
         name,
         config,
         folder,
-        init_from=Path(source) if source else None,
+        init_from=source or None,
         given=Path(given) if given else None,
     )
 

@@ -16,7 +16,7 @@ import torch
 from rich.table import Table
 from torch import Tensor, nn
 
-from ats_detr.checkpoint import interpret, is_checkpoint, read_file
+from ats_detr.checkpoint import interpret, is_checkpoint, read_file, resolve_checkpoint
 from ats_detr.data.coco import ClassMap
 from ats_detr.errors import UserError
 from ats_detr.model import Detr
@@ -81,6 +81,7 @@ def transfer_weights(model: Detr, class_map: ClassMap, path: str | Path) -> Tran
     order; otherwise they keep their initial values except for the rows of classes with equal names. Raises UserError
     where no tensor fits.
     """
+    path = resolve_checkpoint(path)
     content = read_file(path)
     if not is_checkpoint(content):
         return _transfer_backbone(model, content, path)

@@ -1,0 +1,237 @@
+"""Checkpoints by name: `hf://owner/repo[@revision][/file]` of the Hugging Face Hub, and published files by short name.
+
+Files are fetched when they are asked for, with a progress bar, into the cache of huggingface_hub; its rules and
+environment variables apply (HF_HOME, HF_ENDPOINT, HF_HUB_OFFLINE, HF_TOKEN). An interrupted transfer is resumed or
+discarded.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from http.client import HTTPException
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from ats_detr.console import say, track
+from ats_detr.errors import UserError
+from ats_detr.files import cache_folder, replaced_file
+
+_HUB = "hf://"
+_SOURCE = re.compile(r"hf://?(?P<repo>[\w.-]+/[\w.-]+?)(?:@(?P<revision>[^/@]+))?(?:/(?P<file>[^@]+))?")
+"""With one slash too: `Path` removes the second one."""
+_WEIGHTS = (".safetensors", ".pth", ".pt", ".bin")
+_CONFIGS = ("config.json", "preprocessor_config.json")
+_CHUNK = 2**20
+_TIMEOUT_SECONDS = 30
+
+
+@dataclass(frozen=True)
+class Published:
+    """A published checkpoint."""
+
+    source: str
+    """`hf://...` or a URL."""
+    config: str
+    """The shipped configuration that belongs to it."""
+    about: str
+
+
+_SPARSE = "https://arena.kakaocdn.net/brainrepo/sparse_detr/sparse_detr_"
+PUBLISHED = {
+    "ats-detr": Published(
+        "hf://MuyaoYuan/ATS-DETR",
+        "ats_r50_0.1_0.2",
+        "ATS-DETR, R50; the repository has several files, name one",
+    ),
+    "deformable-detr": Published(
+        "hf://SenseTime/deformable-detr", "deformable_detr_r50", "Deformable DETR, R50"
+    ),
+    "deformable-detr-refine": Published(
+        "hf://SenseTime/deformable-detr-with-box-refine",
+        "deformable_detr_r50_refine",
+        "Deformable DETR, R50, box refinement",
+    ),
+    "deformable-detr-two-stage": Published(
+        "hf://SenseTime/deformable-detr-with-box-refine-two-stage",
+        "deformable_detr_r50_two_stage",
+        "Deformable DETR, R50, box refinement, two-stage",
+    ),
+    **{
+        f"sparse-detr-{name}-{share}": Published(
+            f"{_SPARSE}{file}_{share}.pth",
+            f"sparse_detr_{config}_{share / 100}",
+            f"Sparse DETR, {title}, {share} % of the tokens",
+        )
+        for name, file, config, title in (
+            ("r50", "r50", "r50", "R50"),
+            ("swin-t", "swint", "swin_t", "Swin-T"),
+        )
+        for share in (10, 20, 30)
+    },
+}
+"""By short name."""
+
+
+def is_remote(source: object) -> bool:
+    """Whether a checkpoint is named by `hf://` or by a short name that is no file or folder here."""
+    text = str(source)
+    return text.startswith("hf:/") or (text in PUBLISHED and not os.path.exists(text))
+
+
+def fetch(source: object) -> Path:
+    """The file or the model folder in the cache, fetched if it is not there yet.
+
+    Raises UserError where the name is wrong, or where the file is neither cached nor can be fetched.
+    """
+    text = str(source)
+    if text in PUBLISHED:
+        text = PUBLISHED[text].source
+    if not text.startswith("hf:/"):
+        return _fetch_url(text)
+    match = _SOURCE.fullmatch(text)
+    if match is None:
+        raise UserError(
+            f"{source}: must be hf://owner/repo, hf://owner/repo/file or hf://owner/repo@revision/file"
+        )
+    name = f"{_HUB}{match['repo']}" + (f"@{match['revision']}" if match["revision"] else "")
+    with _errors(name, match["file"]):
+        return _fetch_file(match, name) if match["file"] else _fetch_repository(match, name)
+
+
+def _options(match: re.Match[str]) -> dict[str, Any]:
+    return {
+        "repo_id": match["repo"],
+        "revision": match["revision"],
+        "endpoint": os.environ.get("HF_ENDPOINT"),
+    }
+
+
+def _fetch_file(match: re.Match[str], name: str) -> Path:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError
+
+    try:
+        path = Path(hf_hub_download(filename=match["file"], **_options(match)))
+    except EntryNotFoundError as error:
+        if _is_local(error):
+            raise
+        files = [file for file in _list_files(match) if file.endswith(_WEIGHTS)]
+        near = difflib.get_close_matches(match["file"], files, n=5, cutoff=0)
+        found = f"; its checkpoints are {', '.join(near)}" if near else ""
+        raise UserError(f"{name}: has no file {match['file']}{found}") from None
+    folder = f"{match['file']}".rpartition("/")[0]
+    for config in _CONFIGS:  # of transformers, beside its weights
+        try:
+            hf_hub_download(filename=f"{folder}/{config}".lstrip("/"), **_options(match))
+        except EntryNotFoundError:
+            continue
+    return path
+
+
+def _fetch_repository(match: re.Match[str], name: str) -> Path:
+    from huggingface_hub import constants, hf_hub_download, snapshot_download
+
+    options = _options(match)
+    if constants.HF_HUB_OFFLINE:
+        folder = Path(snapshot_download(local_files_only=True, **options))
+        files = [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file()]
+    else:
+        files = _list_files(match)
+    if "config.json" in files:
+        safe = any(file.startswith("model") and file.endswith(".safetensors") for file in files)
+        weights = ["model*.safetensors", "model.safetensors.index.json"] if safe else ["pytorch_model*"]
+        return Path(snapshot_download(allow_patterns=[*_CONFIGS, *weights], **options))
+    found = [file for file in files if file.endswith(_WEIGHTS)]
+    if len(found) != 1:
+        listed = (
+            f"has {len(found)} checkpoints, name one: {', '.join(f'{name}/{file}' for file in found[:20])}"
+        )
+        raise UserError(f"{name}: {listed if found else 'has no checkpoint'}")
+    return Path(hf_hub_download(filename=found[0], **options))
+
+
+def _list_files(match: re.Match[str]) -> list[str]:
+    from huggingface_hub import HfApi
+
+    options = _options(match)
+    return HfApi(endpoint=options["endpoint"]).list_repo_files(
+        options["repo_id"], revision=options["revision"]
+    )
+
+
+def _is_local(error: Exception) -> bool:
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    return isinstance(error, LocalEntryNotFoundError)
+
+
+@contextmanager
+def _errors(name: str, file: str | None) -> Iterator[None]:
+    """Errors of huggingface_hub as UserError in one line."""
+    from huggingface_hub import constants, errors
+
+    wanted = f"{name}/{file}" if file else name
+    try:
+        yield
+    except UserError:
+        raise
+    except errors.GatedRepoError:
+        raise UserError(f"{wanted}: access must be granted by its owner first; then set HF_TOKEN") from None
+    except errors.RevisionNotFoundError:
+        raise UserError(f"{wanted}: there is no such revision") from None
+    except errors.RepositoryNotFoundError:
+        raise UserError(
+            f"{wanted}: there is no such repository on the Hub; if it is private, set HF_TOKEN"
+        ) from None
+    except errors.HFValidationError as error:
+        raise UserError(f"{wanted}: {_first_line(error)}") from None
+    except Exception as error:  # network errors of several libraries, and full disks
+        if constants.HF_HUB_OFFLINE:
+            raise UserError(
+                f"{wanted}: not in the cache ({constants.HF_HUB_CACHE}), and HF_HUB_OFFLINE forbids to fetch it"
+            ) from None
+        cause = error.__cause__ or error
+        raise UserError(
+            f"{wanted}: cannot be fetched ({_first_line(cause)}), and it is not in the cache; try again, or download"
+            " it and give its path"
+        ) from error
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+def _fetch_url(url: str) -> Path:
+    """A file of another server, in the cache folder of this package; an interrupted transfer leaves nothing."""
+    path = cache_folder() / "models" / url.rpartition("/")[2]
+    if path.is_file():
+        return path
+    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
+        raise UserError(f"{url}: not in the cache ({path.parent}), and HF_HUB_OFFLINE forbids to fetch it")
+    say(f"fetching {url}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with urllib.request.urlopen(url, timeout=_TIMEOUT_SECONDS) as response, replaced_file(path) as file:
+            _copy(response, file, path.name)
+    except (OSError, HTTPException, ValueError) as error:
+        raise UserError(
+            f"{url}: cannot be fetched to {path} ({_first_line(error)}); try again, or download it and give its path"
+        ) from error
+    return path
+
+
+def _copy(response: Any, file: BinaryIO, name: str) -> None:
+    size = int(response.headers.get("Content-Length") or 0)
+    total = 0
+    chunks = iter(lambda: response.read(_CHUNK), b"")
+    for chunk in track(chunks, name, -(-size // _CHUNK) or None):
+        total += file.write(chunk)
+    if size and total != size:  # http.client reports no error
+        raise urllib.error.ContentTooShortError(f"{total} of {size} bytes arrived", b"")
