@@ -37,6 +37,7 @@ from ats_detr.model import CompiledDetr, Detr
 from ats_detr.model.compiled import MAX_GRAPHS, GraphCache, can_capture, model_state
 from ats_detr.model.output import DetectedBatch, TokenBudget, token_budgets
 from ats_detr.model.self_check import self_check
+from ats_detr.model_card import write_card
 from ats_detr.visualize import KeptTokens, draw_boxes
 
 if TYPE_CHECKING:
@@ -241,7 +242,8 @@ class Detector:
         """Write weights, configuration and classes, without the training state.
 
         Args:
-            path: a folder, in which `model.safetensors` and `config.json` are written; or a file, .safetensors or .pt.
+            path: a folder, in which `model.safetensors`, `config.json` and a model card (README.md) are written; or a
+                file, .safetensors or .pt.
 
         Raises:
             UserError: if it cannot be written.
@@ -252,6 +254,7 @@ class Detector:
             save_checkpoint(checkpoint, path)
         else:
             save_folder(checkpoint, path)
+            write_card(path, self.config, self.classes, self.facts)
 
     @property
     def device(self) -> torch.device:

@@ -345,7 +345,7 @@ def test_a_run_is_found_by_folder_and_by_name(tmp_path: Path, monkeypatch: pytes
 
 def test_an_incomplete_model_folder_is_reported(tmp_path: Path) -> None:
     folder = save_small_detector(tmp_path / "model")
-    assert {path.name for path in folder.iterdir()} == {"config.json", "model.safetensors"}
+    assert {path.name for path in folder.iterdir()} == {"README.md", "config.json", "model.safetensors"}
     (folder / "model.safetensors").write_bytes(b"damaged")
     with pytest.raises(UserError, match="model: not a checkpoint, or a damaged one"):
         Detector.from_checkpoint(folder)

@@ -22,13 +22,13 @@ from ats_detr.checkpoint import (
     save_folder,
     save_transformers,
 )
-from ats_detr.cli.info import name_of_model
 from ats_detr.cli.options import CHECKPOINT, add_overrides
 from ats_detr.config import config_to_dict
 from ats_detr.console import say
 from ats_detr.convert import from_official, is_official, to_official
 from ats_detr.errors import UserError
 from ats_detr.flops import num_parameters
+from ats_detr.model_card import name_of_model
 from ats_detr.transformers_format import is_transformers
 
 

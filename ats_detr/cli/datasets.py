@@ -19,8 +19,17 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ats_detr.cli.options import FAILURES
+from ats_detr.config import ModelConfig
 from ats_detr.console import say, track
-from ats_detr.data.check import Split, check_dataset, find_splits, lines, plot_dataset, report
+from ats_detr.data.check import (
+    Split,
+    check_dataset,
+    crowded_share,
+    find_splits,
+    lines,
+    plot_dataset,
+    report,
+)
 from ats_detr.data.formats import convert, find_definitions, open_foreign
 from ats_detr.data.layout import choose_split
 from ats_detr.data.sources import find_layout
@@ -56,7 +65,16 @@ def add_arguments(parser: ArgumentParser) -> None:
         option = "--" + setting.replace("_", "-")
         parser.add_argument(option, choices=values, default=values[0], help=f"as data.{setting} in training")
     parser.add_argument(
-        "--picture", type=Path, metavar="FILE", help="draw the sizes and the class histograms into this file"
+        "--picture",
+        type=Path,
+        metavar="FILE",
+        help="draw sizes, objects per image and classes into this file",
+    )
+    parser.add_argument(
+        "--num-queries",
+        type=int,
+        default=ModelConfig.num_queries,
+        help="model.num_queries, the most objects that can be detected in an image; default: %(default)s",
     )
     parser.add_argument(
         "--most", type=int, default=5, help="examples listed for each kind of problem; default: %(default)s"
@@ -154,13 +172,16 @@ def check(arguments: Namespace) -> None:
             f"{split.annotations} with {split.images}: {split.num_images} images, {split.num_objects} objects,"
             f" {len(split.categories)} categories"
         )
+        share = crowded_share(split, arguments.num_queries)
+        if share:
+            say(f"  {share:.1%} of the images have more than {arguments.num_queries} objects (--num-queries)")
         for line in lines(split.findings, most=arguments.most):
             say(f"  {line}")
     _write_report(splits, arguments.json)
     picture = arguments.picture
     if picture is not None:
         try:
-            plot_dataset(splits).savefig(picture)
+            plot_dataset(splits, num_queries=arguments.num_queries).savefig(picture)
         except OSError as error:
             raise UserError(f"--picture {picture}: cannot write this file ({error.strerror})") from None
         except ValueError as error:  # a suffix that Matplotlib does not support

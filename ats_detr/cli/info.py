@@ -25,6 +25,7 @@ from ats_detr.data.transforms import resized_size
 from ats_detr.errors import UserError
 from ats_detr.flops import count_flops, num_parameters
 from ats_detr.model import Detr
+from ats_detr.model_card import name_of_model
 
 _COCO_CLASSES = 91
 """Class indices of COCO, assumed for a configuration, whose data set is not read."""
@@ -91,21 +92,6 @@ def _is_config(source: str) -> bool:
     except UserError:
         return True
     return False
-
-
-def name_of_model(config: ModelConfig) -> str:
-    """Model family, share of tokens and backbone in one line."""
-    selector = config.selector
-    if selector is None:
-        name = "Efficient DETR" if config.queries_from_memory else "Deformable DETR"
-        name += ", two-stage" * config.two_stage + ", box refinement" * config.box_refine
-    elif selector.adaptive:
-        name = f"ATS-DETR, {selector.min_ratio:.0%} to {selector.max_ratio:.0%} of the tokens"
-        name += f" in {selector.num_budgets} budgets" if selector.num_budgets > 2 else ""
-    else:
-        family = "Sparse DETR" if selector.scores == "proposals" else "ATS-DETR's teacher"
-        name = f"{family}, {selector.keep_ratio:.0%} of the tokens"
-    return f"{name}, {config.backbone.name}"
 
 
 def _about_model(config: Config, model: Detr) -> list[tuple[str, str]]:

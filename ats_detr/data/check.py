@@ -260,8 +260,18 @@ def _compare(splits: Sequence[Split]) -> None:
 
 
 # --------------------------------------------------------------------------------------------------------- the picture
-def plot_dataset(splits: Sequence[Split]) -> Figure:
-    """Sizes of images, objects per class and per image, and sizes of boxes, split beside split."""
+def crowded_share(split: Split, num_queries: int) -> float:
+    """Share of the images with more objects than a model of `num_queries` can detect, 0..1."""
+    counts = split.objects_per_image
+    return sum(count > num_queries for count in counts) / max(1, len(counts))
+
+
+def plot_dataset(splits: Sequence[Split], *, num_queries: int = ModelConfig().num_queries) -> Figure:
+    """Sizes of images, objects per class and per image, and sizes of boxes, split beside split.
+
+    Args:
+        num_queries: `model.num_queries`; the share of images with more objects is stated.
+    """
     names: dict[int, str] = {}
     for split in splits:
         names.update(split.categories)
@@ -300,6 +310,16 @@ def plot_dataset(splits: Sequence[Split]) -> Figure:
     sizes.set(title="Image sizes", xlabel="width (pixels)", ylabel="height")
     sizes.set(xlim=(0, None), ylim=(0, None))
     per_image.set(title="Objects per image", xlabel="objects", ylabel="% of images")
+    if any(count > num_queries for split in splits for count in split.objects_per_image):
+        per_image.axvline(num_queries + 0.5, color="#5d6975", linewidth=0.8, linestyle=":")
+    share_lines = [
+        f"{legible(split.name)}: {crowded_share(split, num_queries):.1%} of {len(split.objects_per_image)} images"
+        for split in splits
+    ]
+    text = "\n".join([f"more than {num_queries} objects (num_queries)", *share_lines])
+    per_image.text(
+        0.98, 0.94, text, transform=per_image.transAxes, ha="right", va="top", fontsize=8, parse_math=False
+    )
     sides.set(title="Box sizes", xlabel="square root of the area (pixels)", ylabel="% of boxes", xscale="log")
     for limit in (_SMALL, _LARGE):
         sides.axvline(limit, color="#5d6975", linewidth=0.8, linestyle=":")

@@ -246,3 +246,18 @@ def test_real_annotations_have_no_errors(coco_tiny: Path) -> None:
     splits = find_splits(coco_tiny)
     check_dataset(splits)
     assert [split.num_errors for split in splits] == [0, 0]
+
+
+def test_the_share_of_images_with_too_many_objects_is_drawn_and_printed(
+    clean: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    picture = tmp_path / "data.png"
+    main(["datasets", "check", str(clean), "--num-queries", "4", "--picture", str(picture)])
+    splits = find_splits(clean)
+    check_dataset(splits)
+    share = sum(count > 4 for count in splits[0].objects_per_image) / 6
+    assert 0 < share < 1
+    assert f"{share:.1%} of the images have more than 4 objects" in capsys.readouterr().out
+    texts = [text.get_text() for axis in plot_dataset(splits, num_queries=4).axes for text in axis.texts]
+    assert any(f"train2017: {share:.1%} of 6 images" in text for text in texts)
+    assert picture.stat().st_size > 10_000
