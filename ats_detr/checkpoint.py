@@ -197,6 +197,10 @@ def _check_content(checkpoint: Any, path: str | Path) -> None:
         wrong = [f"model.{str(name)[:100]}" for name, value in state.items() if not _is_plain(name, value)]
     if wrong:
         raise UserError(f"{path}: not a checkpoint of this package: invalid content under {wrong[0]!r}")
+    if (name := not_finite(state)) is not None:
+        raise UserError(
+            f"{path}: model.{name} holds values that are not finite, so its training diverged; use another checkpoint"
+        )
     try:
         classes = ClassMap.from_dict(checkpoint["classes"])
     except UserError as error:
@@ -205,6 +209,11 @@ def _check_content(checkpoint: Any, path: str | Path) -> None:
         raise UserError(
             f"{path}: num_classes = {checkpoint['num_classes']}: must be {classes.num_rows}, as in classes"
         )
+
+
+def not_finite(state: Mapping[str, Tensor]) -> str | None:
+    """Name of the first tensor that holds NaN, infinity or, in float64, a number beyond float32; None if none does."""
+    return next((name for name, value in state.items() if not value.float().isfinite().all()), None)
 
 
 def _is_plain(name: Any, value: Any) -> bool:

@@ -23,7 +23,7 @@ from scipy.stats import spearmanr
 from ats_detr import distributed
 from ats_detr.batch import Target
 from ats_detr.config import SelectorConfig
-from ats_detr.data.coco import ClassMap, CocoAnnotations, CocoDetection, ImageFileError
+from ats_detr.data.coco import ClassMap, CocoAnnotations, CocoDetection
 from ats_detr.data.loader import EvaluationLoader
 from ats_detr.errors import Stopped, UserError
 from ats_detr.files import replaced_file
@@ -248,7 +248,7 @@ def evaluate(
         should_stop: called after each batch; where it is true on a process, all of them raise Stopped.
 
     Raises, on every process, ImageFileError if one of them meets an image that cannot be read, and UserError if there
-    is no image that can be or `detections_file` cannot be written.
+    is no image that can be, the model's output is not finite, or `detections_file` cannot be written.
     """
     bare = model.model if isinstance(model, CompiledDetr) else model
     was_training = bare.training
@@ -262,7 +262,7 @@ def evaluate(
             found.add(output, targets, loader.dataset)
             if should_stop():
                 raise Stopped
-    except (ImageFileError, Stopped) as error:
+    except (UserError, Stopped) as error:
         found.error = error  # raised after the processes have met: the others wait for this one
     finally:
         bare.train(was_training)
@@ -338,13 +338,21 @@ class _Found:
         self.detections: list[DetectionTable] = []
         self.records: list[ImageRecord] = []
         self.num_budgets = 0
-        self.error: ImageFileError | Stopped | None = None
+        self.error: UserError | Stopped | None = None
 
     def add(self, output: DetectorOutput, targets: Sequence[Target], dataset: CocoDetection) -> None:
         sizes = [target.original_size for target in targets]
         found = top_detections(output.last, sizes, self.max_detections)
         indices = dataset.annotations.indices_of([target.image_id for target in targets])
-        self.detections.append(DetectionTable.from_batch(indices, found, dataset.class_map))
+        table = DetectionTable.from_batch(indices, found, dataset.class_map)
+        finite = np.isfinite(table.scores) & np.isfinite(table.boxes_xywh).all(1)
+        if not finite.all():
+            image = dataset.path(table.image_indices[~finite][0])
+            raise UserError(
+                f"{image}: the scores or boxes of the model are not finite, so its training has diverged; lower"
+                " train.learning_rate and train again, or use an earlier checkpoint"
+            )
+        self.detections.append(table)
         if output.selection is not None and output.selection.budget_logits is not None:
             self.num_budgets = output.selection.budget_logits.shape[1]
         for target, budget in zip(targets, token_budgets(budget_table(output)), strict=True):

@@ -171,6 +171,16 @@ HUGE = int("9" * 400)
         ("model.level_embed", REPEATED, "model.level_embed"),
         ("model.level_embed", torch.eye(3).to_sparse(), "model.level_embed"),
         ("model.level_embed", torch.ones(3, 32, dtype=torch.complex64), "model.level_embed"),
+        (
+            "model.level_embed",
+            torch.full((3, 32), torch.nan),
+            "model.level_embed holds values that are not finite",
+        ),
+        (
+            "model.level_embed",
+            torch.full((3, 32), 1e300, dtype=torch.float64),
+            "model.level_embed holds values",
+        ),
         ("model.further", torch.ones(1), "unknown, such as further"),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from argparse import ArgumentParser, Namespace
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -31,6 +32,8 @@ _COCO_CLASSES = 91
 """Class indices of COCO, assumed for a configuration, whose data set is not read."""
 _LANDSCAPE = (480, 640)
 """(height, width) of the most common COCO images, for which multiply-adds are counted."""
+_MOST_PIXELS = 2**22
+"""For a padded image of this size, counting takes half a minute (R50, one core)."""
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -110,6 +113,8 @@ def _about_model(config: Config, model: Detr) -> list[tuple[str, str]]:
 def _multiply_adds(config: Config, model: Detr) -> str:
     height, width = resized_size(_LANDSCAPE, config.data.short_side, config.data.long_side)
     padded = bucket_size((height, width), config.data.size_multiple)
+    if math.prod(padded) > _MOST_PIXELS:
+        return f"not counted: an image of {width} x {height}, padded to {padded[1]} x {padded[0]}, takes too long"
     images = torch.zeros(1, 3, *padded)
     images[..., :height, :width] = torch.randn(3, height, width, generator=torch.Generator().manual_seed(0))
     batch = ImageBatch(images, [(height, width)])

@@ -20,6 +20,7 @@ from ats_detr.checkpoint import (
     config_of,
     load_checkpoint,
     load_weights,
+    not_finite,
     save_checkpoint,
     write_json,
 )
@@ -148,10 +149,16 @@ class Checkpoints:
     def save(self, state: State, device: torch.device) -> None:
         """Write the checkpoint to resume from. Collective: every process calls it.
 
-        The statistics of batch norms are those of rank 0 afterwards, also on the other processes.
+        The statistics of batch norms are those of rank 0 afterwards, also on the other processes. Raises UserError
+        where a weight is not finite: a run could only be resumed from an earlier checkpoint.
         """
         for model in (state.model, state.evaluated):
             distributed.broadcast_buffers(model)
+        if (name := not_finite(state.model.state_dict())) is not None:
+            raise UserError(
+                f"training diverged: {name} is not finite after step {state.progress.step}; lower train.learning_rate"
+                " and resume from the last checkpoint"
+            )
         rng = distributed.gather(rng_state(device))
         difficulty = None if state.difficulty is None else distributed.gather(state.difficulty.state())
         if not distributed.is_main():
@@ -276,7 +283,7 @@ def check_same_origin(
         may_change = (*may_change, *DATA_PATHS)
     stored = config_to_dict(config_of(checkpoint, path)) | {key: checkpoint[key] for key in known}
     changes = {
-        key: f"{key} = {old!r}, now {new!r}"
+        key: f"{key} = {_shortened(old)}, now {_shortened(new)}"
         for key, old, new in differences(stored, config_to_dict(config) | known)
         if not any(key == free or key.startswith(f"{free}.") for free in may_change)
     }
@@ -303,6 +310,11 @@ def differences(old: Any, new: Any, prefix: str = "") -> Iterator[tuple[str, Any
             yield from differences(old.get(key), new.get(key), f"{prefix}.{key}" if prefix else str(key))
     elif old != new:
         yield prefix, old, new
+
+
+def _shortened(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:76]} ..."
 
 
 def digest(state: Mapping[str, Tensor]) -> str:

@@ -239,6 +239,8 @@ def test_info_describes_checkpoints_and_configurations(
     assert "keeping 30%" in text
     assert "keeping 60%" in text
     assert "3: cup, cat, kite" in text
+    main(["info", "configs/quickstart.yaml", "data.short_side=16000", "data.long_side=16000"])
+    assert "multiply-adds  not counted: an image of 16000 x 12000, padded to" in capsys.readouterr().out
     main(["info", "configs/quickstart.yaml"])
     text = capsys.readouterr().out
     assert "ATS-DETR, 10% to 40% of the tokens, resnet10t" in text

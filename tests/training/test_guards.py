@@ -121,6 +121,23 @@ def test_a_run_without_finite_gradients_stops_and_names_the_first_bad_tensor(
     assert checkpoint["step"] == 4, "the last checkpoint before the fault remains"
 
 
+def test_weights_that_are_not_finite_are_not_saved(tmp_path: Path) -> None:
+    with pytest.raises(
+        UserError, match=r"training diverged: \w+ is not finite after step 4; lower train\.learning"
+    ):
+        train(tmp_path, train={"epochs": 1, "learning_rate": 1e300})
+    assert not (tmp_path / "run" / "checkpoint.pt").exists()
+
+
+def test_detections_that_are_not_finite_end_an_evaluation_in_one_line(tmp_path: Path) -> None:
+    run = small_run(tmp_path)
+    torch.nn.init.constant_(run.state.model.decoder_heads[-1].classify.bias, torch.nan)
+    with pytest.raises(
+        UserError, match=r"000001\.jpg: the scores or boxes of the model are not finite.*diverged"
+    ):
+        trainer.evaluate_run(run, is_last=True)
+
+
 # --------------------------------------------------------------------------------------------------- labels and boxes
 @pytest.mark.parametrize(
     ("box", "words"),

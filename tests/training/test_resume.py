@@ -93,6 +93,10 @@ def test_a_run_resumes_with_changed_learning_rates_and_weight_decay(half_done: P
         ("model.selector.keep_ratio=0.5", "model.selector.keep_ratio = 0.3, now 0.5"),
         ("data.batch_size=2", "data.batch_size = 4, now 2"),
         ("data.synthetic.seed=1", "data.synthetic.seed = 0, now 1"),
+        (
+            f"data.train_short_sides={[64] * 99}",
+            r"data.train_short_sides = \[64\], now \[64(, 64)*,? \.\.\.\)",
+        ),
     ],
 )
 def test_a_run_does_not_resume_with_other_settings(half_done: Path, override: str, words: str) -> None:
