@@ -187,7 +187,7 @@ def count_pass(mode: str, dtype: torch.dtype, images: int) -> list[Row]:
         batch = ImageBatch(torch.empty(images, 3, *IMAGE_SIZE, device="cuda"), [IMAGE_SIZE] * images)
         for owner, name, stage in (
             (model.backbone, "forward", "backbone"), (model, "tokenize", "tokens"), (model, "select", "selection"),
-            (tokens, "token_geometry", "geometry"), (tokens.Tokens, "rows", "geometry"),
+            (detr, "token_geometry", "geometry"), (tokens.Tokens, "rows", "geometry"),
             (detr, "encode_boxes", "geometry"), (model.encoder, "forward", "encoder"),
             (model, "_propose", "proposals"), (model, "_queries", "proposals"), (model.decoder, "forward", "decoder"),
         ):  # fmt: skip

@@ -28,6 +28,7 @@ from ats_detr.kernels.gpu import (
     convolution,
     geometry,
     linear,
+    normalization,
     packing,
     selection,
     tuning,
@@ -211,13 +212,14 @@ def linear_launches(operator: str, rows: torch.dtype, dtype: torch.dtype, config
 
 
 def convolution_launches(dtype: torch.dtype, config: dict | None = None) -> list[Launch]:
-    """Launches of a 1x1 convolution (with `config`), or of the epilogues that follow other convolutions."""
+    """Launches of a 1x1 convolution (with `config`), or of what follows other convolutions."""
     x = torch.zeros(2, WIDTH, 8, 8, dtype=dtype).contiguous(memory_format=torch.channels_last)
-    scale, bias = torch.zeros(WIDTH), torch.zeros(WIDTH)
+    scale, bias, large = torch.zeros(WIDTH), torch.zeros(WIDTH), x.repeat(1, 1, 8, 8)
     if config is None:
         return [
             *caught(lambda: convolution.affine_relu_(x, scale, bias, x, True)),
             *caught(lambda: convolution.affine_relu_max_pool(x[:, :64], scale[:64], bias[:64])),
+            *caught(lambda: normalization.group_norm_(large.flatten(2).mT, large, 32, scale, bias, 1e-5)),
         ]
     weight, residual = torch.zeros(WIDTH, WIDTH, 1, 1, dtype=dtype), x[:, :, ::2, ::2]
     with configured(config):

@@ -14,8 +14,8 @@ BUDGETS = {
     ("captured", "bfloat16", 4): {"floor_us": 3300},
     ("eager", "float32", 1): {"launches": 480},
     ("eager", "bfloat16", 1): {"launches": 560},
-    ("training", "float32", 2): {"launches": 3200},
-    ("training", "bfloat16", 2): {"launches": 3200},
+    ("training", "float32", 2): {"launches": 3195},
+    ("training", "bfloat16", 2): {"launches": 3195},
 }
 """Lower these with the launches; raising one needs a reason."""
 

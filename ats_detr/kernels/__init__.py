@@ -11,6 +11,7 @@ from ats_detr.kernels.convolution import affine_relu_, affine_relu_max_pool, fus
 from ats_detr.kernels.explain import Choice, Explanation, explain
 from ats_detr.kernels.geometry import TokenGeometry, encode_boxes, refine_boxes, token_geometry
 from ats_detr.kernels.linear import packed_feedforward, packed_linear, packed_linear_norm
+from ats_detr.kernels.normalization import group_norm_
 from ats_detr.kernels.packing import pack_tokens, scatter_tokens, zero_padding
 from ats_detr.kernels.plan import TokenPlan
 from ats_detr.kernels.selection import select_tokens
@@ -30,6 +31,7 @@ __all__ = [
     "encode_boxes",
     "explain",
     "fused_convolution",
+    "group_norm_",
     "install_shims",
     "multi_scale_deformable_attention",
     "pack_tokens",

@@ -6,6 +6,7 @@ One class for the whole family: Deformable DETR, Efficient DETR, Sparse DETR, AT
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,8 +15,8 @@ from torch.func import functional_call
 
 from ats_detr.batch import ImageBatch
 from ats_detr.config import ModelConfig
-from ats_detr.kernels import encode_boxes, fused_convolution, refine_boxes
-from ats_detr.kernels.dispatch import autocast
+from ats_detr.kernels import encode_boxes, fused_convolution, group_norm_, refine_boxes, token_geometry
+from ats_detr.kernels.dispatch import autocast, choose_backend, runs_inside_graph
 from ats_detr.kernels.geometry import REFERENCE_EPS
 from ats_detr.model.attention import DeformableAttention
 from ats_detr.model.backbone import Backbone, to_channels_first
@@ -175,13 +176,55 @@ class Detr(nn.Module):
         """The tokens of a batch: backbone maps projected to `width` channels, plus the further coarser levels."""
         maps = self.backbone(images_B3HW)
         maps = [to_channels_first(m, c) for m, c in zip(maps, self.backbone.num_channels, strict=True)]
-        pyramid = [_project(projection, m) for projection, m in zip(self.input_proj, maps, strict=False)]
+        is_recorded = torch.is_grad_enabled() or runs_inside_graph()
+        project = (
+            self._project if is_recorded or choose_backend(maps) == "reference" else self._project_to_rows
+        )
+        features_BSC, shapes = project(maps)
+        padded_size = (images_B3HW.shape[2], images_B3HW.shape[3])
+        return Tokens(features_BSC, token_geometry(sizes_B2, padded_size, shapes), self.level_embed)
+
+    def _project(self, maps: Sequence[Tensor]) -> tuple[Tensor, list[tuple[int, int]]]:
+        """Features [B, S, C] and shapes of all levels."""
+        pyramid = [project(level_map) for project, level_map in zip(self.input_proj, maps, strict=False)]
         coarse = maps[-1]
         for project in self.input_proj[len(maps) :]:
-            coarse = _project(project, coarse)
+            coarse = project(coarse)
             pyramid.append(coarse)
-        padded_size = (images_B3HW.shape[2], images_B3HW.shape[3])
-        return Tokens.from_pyramid(pyramid, sizes_B2, padded_size, self.level_embed)
+        features_BSC = torch.cat([level_map.flatten(2).transpose(1, 2) for level_map in pyramid], 1)
+        return features_BSC, [(level_map.shape[2], level_map.shape[3]) for level_map in pyramid]
+
+    def _project_to_rows(self, maps: Sequence[Tensor]) -> tuple[Tensor, list[tuple[int, int]]]:
+        """`_project` by kernels that write each level to its tokens."""
+        shapes = [(level_map.shape[2], level_map.shape[3]) for level_map in maps]
+        for _ in self.input_proj[len(maps) :]:  # of stride 2
+            shapes.append(((shapes[-1][0] + 1) // 2, (shapes[-1][1] + 1) // 2))
+        lengths = [height * width for height, width in shapes]
+        is_autocast = torch.is_autocast_enabled(maps[0].device.type)  # under which norms are float32
+        features_BSC = maps[0].new_empty(
+            len(maps[0]),
+            sum(lengths),
+            self.level_embed.shape[1],
+            dtype=torch.float32 if is_autocast else maps[0].dtype,
+        )
+        levels = features_BSC.split(lengths, dim=1)
+        sources = [*maps, maps[-1]]
+        sources += [
+            level_BNC.mT.unflatten(2, shape)
+            for level_BNC, shape in zip(levels[len(maps) :], shapes[len(maps) :], strict=True)
+        ]
+        for source_BCHW, level_BNC, projection in zip(sources, levels, self.input_proj, strict=False):
+            layers: Any = projection
+            convolution, norm = layers
+            level_map = fused_convolution(
+                source_BCHW,
+                convolution.weight,
+                convolution.bias,
+                stride=convolution.stride,
+                padding=convolution.padding,
+            )
+            group_norm_(level_BNC, level_map, norm.num_groups, norm.weight, norm.bias, norm.eps)
+        return features_BSC, shapes
 
     def select(self, tokens: Tokens) -> TokenScores | None:
         """Scores and selection of the tokens that the encoder updates. None: all tokens."""
@@ -296,18 +339,6 @@ class Detr(nn.Module):
         if selection is not None:
             proposals_K4 = proposals_K4.index_select(0, selection.plan.flat_index_K)
         return [head(rows, proposals_K4) for head, rows in zip(self.encoder_heads, layer_rows, strict=False)]
-
-
-def _project(projection: nn.Module, map_BCHW: Tensor) -> Tensor:
-    """A convolution with its bias, and the GroupNorm after it."""
-    convolution: Any
-    convolution, norm = projection.children()
-    if torch.is_grad_enabled() or not map_BCHW.is_cuda:
-        return projection(map_BCHW)
-    stride, padding = convolution.stride, convolution.padding
-    return norm(
-        fused_convolution(map_BCHW, convolution.weight, convolution.bias, stride=stride, padding=padding)
-    )
 
 
 def _take(tensor_BSF: Tensor, index_BQ: Tensor) -> Tensor:

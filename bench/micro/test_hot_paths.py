@@ -21,7 +21,7 @@ from torch import Tensor
 from ats_detr.batch import ImageBatch, Target
 from ats_detr.checkpoint import build_without_fetching
 from ats_detr.config import load_config
-from ats_detr.kernels import select_tokens
+from ats_detr.kernels import select_tokens, token_geometry
 from ats_detr.model.encoder import Encoder
 from ats_detr.model.output import Prediction, top_detections
 from ats_detr.model.tokens import Tokens
@@ -56,9 +56,10 @@ def random_prediction(batch: int, num_queries: int) -> Prediction:
 def random_tokens(padded_size: tuple[int, int], levels: tuple[tuple[int, int], ...], width: int) -> Tokens:
     """The tokens of one image without padding."""
     generator = torch.Generator().manual_seed(3)
-    pyramid = [torch.randn(1, width, *level, generator=generator) for level in levels]
-    level_embed = torch.zeros(len(levels), width)
-    return Tokens.from_pyramid(pyramid, torch.tensor([padded_size]), padded_size, level_embed)
+    num_tokens = sum(height * width for height, width in levels)
+    features_BSC = torch.randn(1, num_tokens, width, generator=generator)
+    geometry = token_geometry(torch.tensor([padded_size]), padded_size, levels)
+    return Tokens(features_BSC, geometry, torch.zeros(len(levels), width))
 
 
 def test_matching(benchmark: Any) -> None:

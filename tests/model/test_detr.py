@@ -220,3 +220,23 @@ def test_budgets_of_a_float16_model_do_not_overflow():
     expected = selector(features_BSC, geometry).budget_logits
     logits = selector.half()(features_BSC.half(), geometry).budget_logits
     torch.testing.assert_close(logits.float(), expected, atol=0.05, rtol=0.01)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("num_levels", [4, 6])
+def test_levels_written_to_their_tokens_equal_concatenated_ones(num_levels: int) -> None:
+    """By the kernels; also of levels that are projected from the tokens of the level before."""
+    pytest.importorskip("triton")
+    model = small_model(num_levels=num_levels)
+    generator = torch.Generator().manual_seed(2)
+    for norm in (projection[1] for projection in model.input_proj):
+        norm.weight.normal_(generator=generator)
+        norm.bias.normal_(generator=generator)
+    maps = model.backbone(torch.randn(2, 3, 96, 160, generator=generator))
+    (expected, shapes), (features, own_shapes) = model._project(maps), model._project_to_rows(maps)
+    assert own_shapes == shapes
+    torch.testing.assert_close(features, expected, rtol=1e-4, atol=1e-5)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ATS_DETR_BACKEND", "triton")
+        by_kernels, _ = model._project_to_rows(maps)
+    torch.testing.assert_close(by_kernels, expected, rtol=1e-4, atol=1e-5)
