@@ -282,7 +282,7 @@ def counted() -> Iterator[LaunchCounter]:
     with contextlib.ExitStack() as stack:
         for owner, name, value in (
             (JITFunction, "run", lambda kernel, *args, **keywords: counter.catch(kernel, *args, **keywords)),
-            (tuning, "_choose", lambda operator, key, *_: tuning.configurations(operator, key)[0]),
+            (tuning, "_choose", lambda operator, key, *_: (tuning.configurations(operator, key)[0], "")),
             (FakeTensor, "data_ptr", lambda tensor: tensor.storage_offset() * tensor.element_size()),
             (torch.UntypedStorage, "data_ptr", lambda storage: storage._cdata),
             (torch.cuda, "device_of", contextlib.nullcontext),
