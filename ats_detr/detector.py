@@ -38,6 +38,7 @@ from ats_detr.model.compiled import MAX_GRAPHS, GraphCache, can_capture, model_s
 from ats_detr.model.output import DetectedBatch, TokenBudget, token_budgets
 from ats_detr.model.self_check import self_check
 from ats_detr.model_card import write_card
+from ats_detr.precompile import compile_kernels
 from ats_detr.visualize import KeptTokens, draw_boxes
 
 if TYPE_CHECKING:
@@ -229,11 +230,15 @@ class Detector:
     ) -> Detector:
         """Optimise the model for repeated prediction, in place, and return the detector.
 
-        Batch norms are folded, and on CUDA each input shape is captured as a CUDA graph, with a warm-up at its first
-        batch (unless the detector has `capture=False`). Padded sizes are those of the evaluation. Later changes of
-        `model` have no effect. See `ats_detr.model.CompiledDetr` for the arguments, and docs/inference.md for the
-        effect of bfloat16 on AP. A copy of a compiled detector is compiled, too, and repeats the warm-up.
+        On CUDA the kernels are compiled first, in parallel processes, unless Triton's cache has them. Batch norms are
+        folded, and on CUDA each input shape is captured as a CUDA graph, with a warm-up at its first batch (unless the
+        detector has `capture=False`). Padded sizes are those of the evaluation. Later changes of `model` have no
+        effect. See `ats_detr.model.CompiledDetr` for the arguments, and docs/inference.md for the effect of bfloat16
+        on AP. A copy of a compiled detector is compiled, too, and repeats the warm-up.
         """
+        compile_kernels(
+            self.config, self.device, ["compile"], dtype=dtype, num_classes=self.model.num_classes
+        )
         max_graphs = max_graphs if self.capture else 0
         self.compiled = CompiledDetr(self.model, dtype=dtype, fuse=fuse, max_graphs=max_graphs)
         return self

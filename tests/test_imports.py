@@ -22,6 +22,7 @@ LAYERS = (
         "visualize",
         "flops",
         "model_card",
+        "precompile",
     ),
     ("detector", "export"),
     ("training",),

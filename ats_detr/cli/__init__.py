@@ -23,6 +23,7 @@ COMMANDS = {
     "convert": "convert between published checkpoints and those of this package",
     "models": "list published checkpoints by short name",
     "datasets": "check, convert and divide datasets",
+    "kernels": "compile the GPU kernels of a configuration in advance",
 }
 _DESCRIPTION = """Object detection with an adaptive share of the tokens. `ats-detr COMMAND --help` describes a command.
 

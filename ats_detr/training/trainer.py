@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 import math
+import os
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
@@ -20,6 +21,7 @@ from ats_detr.console import say
 from ats_detr.data.loader import Batch
 from ats_detr.errors import Stopped, UserError
 from ats_detr.evaluation import evaluate, warn_of_minimum
+from ats_detr.precompile import compile_kernels
 from ats_detr.training.criterion import compute_losses
 from ats_detr.training.guards import (
     check_targets,
@@ -63,6 +65,9 @@ def train(
         run = prepare(stage, device, teachers)
         with run.resources:
             say(describe_run(run))
+            if os.environ.get("LOCAL_RANK", "0") == "0":  # the processes of a machine share Triton's cache
+                compile_kernels(stage.config, device, ["train"], num_classes=run.state.model.num_classes)
+            distributed.barrier()
             preflight_memory(run)
             if run.is_new:
                 for replaced in (stage.folder, *outdated):

@@ -79,11 +79,12 @@ def test_every_command_prints_names_as_they_are(
         "convert": [checkpoint, again / "model[", ],
         "datasets": ["check", root, "--picture", again / "[red].png"],
         "export": [checkpoint, again / "[red].txt"],
+        "kernels": ["compile", trained, "--arch", 1],
     }  # fmt: skip
     assert set(commands) == set(COMMANDS)
     for command, arguments in commands.items():
         with (
-            pytest.raises(UserError) if command == "export" else nullcontext()
+            pytest.raises(UserError) if command in ("export", "kernels") else nullcontext()
         ):  # after loading the checkpoint
             main([command, *map(str, arguments)])
         out = capsys.readouterr().out

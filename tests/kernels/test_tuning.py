@@ -27,7 +27,7 @@ def tuning(tmp_path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Some GPU 9000")
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(module, "_chosen", {})
-    caches = (module._table, module._versions, module._warn_once)
+    caches = (module._table, module.versions, module._warn_once)
     for cache in caches:
         cache.cache_clear()
     yield module
@@ -208,7 +208,7 @@ def test_rows_of_other_versions_are_ignored(
     tuning: ModuleType, timed: list, tmp_path: Path, changed: str
 ) -> None:
     slow = tuning.CONFIGS["msda_forward"][0]
-    entry = {**slow, "ms": 1.0, **tuning._versions()}
+    entry = {**slow, "ms": 1.0, **tuning.versions()}
     if changed != "neither":
         entry[changed] = "another"
     path = write(tmp_path, json.dumps({ROW: {"13": entry}, "another row": {"13": entry}}))
@@ -272,7 +272,7 @@ def test_a_cached_winner_that_no_longer_fits_is_replaced(
     }
     winner, fits = tuning.CONFIGS["feedforward"][1:]
     key = ("bfloat16", "bfloat16", 1024, 256)
-    entry = {**winner, **tuning._versions()}
+    entry = {**winner, **tuning.versions()}
     write(tmp_path, json.dumps({"|".join(map(str, ("feedforward", *key))): {"15": entry}}))
     tried, resets = [], []
 

@@ -72,7 +72,14 @@ FAULTS = {
 }
 
 
-@pytest.mark.parametrize("name", FAULTS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        "packed_feedforward",
+        "msda",
+        *(pytest.param(n, marks=pytest.mark.slow) for n in ("packed_linear_", "select")),
+    ],
+)
 @torch.no_grad()
 def test_a_wrong_operator_is_named_and_computed_by_pytorch(
     name: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture

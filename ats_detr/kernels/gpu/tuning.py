@@ -177,6 +177,21 @@ def run(
         raise error
 
 
+def known_configuration(operator: str, key: Key, size: int, gpu: str) -> tuple[Config, str] | None:
+    """The best configuration according to the tables, and why; None if the operator was not timed on this GPU."""
+    candidates = configurations(operator, key)
+    if len(candidates) == 1:
+        return candidates[0], "the only candidate"
+    known = _table(gpu).get("|".join(map(str, (operator, *key))), {})
+    if not known:
+        return None
+    nearest = min(known, key=lambda other: (abs(int(other) - size.bit_length()), int(other)))
+    config = {name: value for name, value in known[nearest].items() if name not in _NOTES}
+    if config not in candidates:
+        return None
+    return candidates[candidates.index(config)], f"measured on {gpu} for sizes of {nearest} bits"
+
+
 def _choose(operator, key, size, device, launch, reset) -> tuple[Config, str]:
     """The configuration, and why."""
     candidates = configurations(operator, key)
@@ -190,12 +205,8 @@ def _choose(operator, key, size, device, launch, reset) -> tuple[Config, str]:
     gpu = torch.cuda.get_device_name(device)
     bucket = size.bit_length()
     row = "|".join(map(str, (operator, *key)))
-    known = _table(gpu).get(row, {})
-    if known and mode != "force":
-        nearest = min(known, key=lambda other: (abs(int(other) - bucket), int(other)))
-        config = {name: value for name, value in known[nearest].items() if name not in _NOTES}
-        if config in candidates:
-            return candidates[candidates.index(config)], f"measured on {gpu} for sizes of {nearest} bits"
+    if mode != "force" and (known := known_configuration(operator, key, size, gpu)) is not None:
+        return known
     if mode == "off" or torch.cuda.is_current_stream_capturing():
         return candidates[0], f"the default: nothing is known about {gpu}, and nothing is timed now"
     logger.info("compiling and timing %d configurations of %s on this GPU, once", len(candidates), row)
@@ -239,7 +250,7 @@ def _file_name(gpu: str) -> str:
 
 
 @functools.cache
-def _versions() -> Config:
+def versions() -> Config:
     """Versions that a measurement depends on: Triton's, and a hash of the kernels' sources."""
     sources = sorted(pathlib.Path(__file__).parent.glob("*.py"))
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in sources))
@@ -269,7 +280,7 @@ def _table(gpu: str) -> Table:
 
 
 def _is_current(entry: Config) -> bool:
-    return _versions().items() <= entry.items()
+    return versions().items() <= entry.items()
 
 
 def _read(path: pathlib.Path) -> tuple[Table, bool]:
@@ -304,7 +315,7 @@ def _warn_once(message: str) -> None:
 
 def _remember(gpu: str, row: str, bucket: int, entry: Config) -> None:
     """Adds a measurement to the known rows and to the user's cache, whose other rows are kept."""
-    entry = {**entry, **_versions()}
+    entry = {**entry, **versions()}
     _table(gpu).setdefault(row, {})[str(bucket)] = entry
     user_file = _user_file(gpu)
     if user_file is not None:
