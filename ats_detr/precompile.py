@@ -1,6 +1,6 @@
 """Compilation of the kernels of a configuration before its first pass, in parallel processes.
 
-Compiled at their first launches, kernels take seconds each, one after another. Passes over tensors without contents
+Compiled at their first launches, kernels take seconds each, sequentially. Passes over tensors without contents
 find the kernels; see `kernels.gpu.compilation`.
 """
 

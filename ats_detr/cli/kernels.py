@@ -1,6 +1,6 @@
 """Compile the GPU kernels of a configuration: `ats-detr kernels compile CONFIG`.
 
-Training and `Detector.compile` do this by themselves; here it is done in advance, also on a machine without a GPU
+Training and `Detector.compile` do this automatically; here it is done in advance, also on a machine without a GPU
 (`--arch`). The kernels are compiled in parallel processes into Triton's cache (TRITON_CACHE_DIR).
 """
 
