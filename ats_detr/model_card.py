@@ -43,7 +43,7 @@ def name_of_model(config: ModelConfig) -> str:
 
 
 def write_card(folder: Path, config: Config, classes: ClassMap, facts: Mapping[str, Any]) -> None:
-    """Write the card of a model folder, unless there is one that somebody has changed.
+    """Write the card of a model folder, unless there is one that was changed by hand.
 
     Args:
         facts: entries of the checkpoint: `epoch`, `train_seconds`, `metrics`, `training_images`, where known.

@@ -92,7 +92,7 @@ _WIDTHS = [64, 128, 256, 512]
 
 
 def is_transformers(content: Any) -> bool:
-    """Whether the content of a file or a folder is a model of transformers, of whatever type."""
+    """Whether the content of a file or a folder is a model of transformers, of any type."""
     if not isinstance(content, Mapping):
         return False
     return isinstance(content.get("model_type"), str) or any(map(_LAYER.fullmatch, _tensors(content)))

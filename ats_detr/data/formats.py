@@ -2,7 +2,7 @@
 
 YOLO: `data.yaml` (Ultralytics, Roboflow, CVAT), `classes.txt` (Label Studio, LabelImg) or `obj.names` (Darknet). VOC:
 `Annotations/`, `JPEGImages/` and `ImageSets/Main/`, or XML files beside their images. Records that cannot be used are
-converted as they are: opening the COCO file reports all of them.
+converted unchanged: opening the COCO file reports all of them.
 """
 
 from __future__ import annotations

@@ -136,7 +136,7 @@ def _divided(config: DataConfig, role: Role, base: Path) -> SplitFiles:
         if found := [split for split in layout.splits if split.role == "val"]:
             raise UserError(
                 f"data.val_share = {config.val_share}: {config.root} has validation images already"
-                f" ({found[0].annotations}); omit it"
+                f" ({found[0].annotations}); omit it, or set it to null"
             )
         whole = _choose(layout, "train", Path(config.root))
         _announce(f"{config.root}: {layout.title}")

@@ -35,7 +35,7 @@ def split_file(
 ) -> Path:
     """Write the annotation files of both parts, unless they are there already for the same file and settings.
 
-    The result is the folder that their file names are relative to. Every record is kept as it is, except for the names
+    The result is the folder that their file names are relative to. Records are unchanged, except for the names
     of images, which are those of the files found.
 
     Args:
