@@ -26,6 +26,7 @@ from ats_detr.detector import Detector
 from ats_detr.errors import UserError
 from ats_detr.evaluation import MAX_DETECTIONS
 from ats_detr.kernels import TokenPlan, geometry, linear, packing, reference
+from ats_detr.kernels.levels import pairs
 from ats_detr.model import Detr
 from ats_detr.model.output import top_pairs
 
@@ -167,7 +168,7 @@ def _msda(
     images for any number of queries per image. Each image has a row of zeros above and below it; samples further
     outside are moved there.
     """
-    shapes = list(zip(sizes[::2], sizes[1::2], strict=True))
+    shapes = pairs(sizes)
     batch, num_queries, num_points = value.shape[0], weights.shape[0], weights.shape[-1]
     if reference_points is not None:
         weights = reference.attention_weights(weights)

@@ -20,10 +20,10 @@ from ats_detr.kernels.dispatch import (
     runs_inside_graph,
 )
 from ats_detr.kernels.levels import (
-    MAX_LEVELS,
     MAX_SIDE,
     LevelShapes,
     as_level_shapes,
+    beyond_kernels,
     check_num_tokens,
     join_shapes,
     split_shapes,
@@ -234,12 +234,11 @@ def _check_integers(name: str, index: Tensor, shape: tuple[int, ...]) -> None:
 def limitation(shapes: LevelShapes | Tensor, weights: Tensor, value: Tensor | None = None) -> str | None:
     """Why the kernels cannot compute this problem; None if they can."""
     num_levels, num_points = weights.shape[-2:]
-    if num_levels > MAX_LEVELS:
-        return f"{num_levels} levels exceed the maximum of {MAX_LEVELS}"
     if num_points > MAX_POINTS:
         return f"{num_points} points exceed the maximum of {MAX_POINTS}"
-    if not isinstance(shapes, Tensor) and any(side > MAX_SIDE for pair in shapes for side in pair):
-        return f"a side of level_shapes {list(shapes)} exceeds the maximum of {MAX_SIDE} pixels"
+    # Of a tensor only the number of levels is known.
+    if found := beyond_kernels([(1, 1)] * num_levels if isinstance(shapes, Tensor) else shapes):
+        return found
     if runs_inside_graph():  # sizes may be unknown
         return None
     num_rows, num_heads = weights.shape[:-3].numel(), weights.shape[-3]

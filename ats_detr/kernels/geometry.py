@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ats_detr.kernels.dispatch import FLOATS, INTEGERS, check_tensors, invalid, no_transforms, operator
-from ats_detr.kernels.levels import MAX_LEVELS, MAX_SIDE, LevelShapes, as_level_shapes
+from ats_detr.kernels.levels import LevelShapes, as_level_shapes, beyond_kernels, num_tokens_of, pairs
 from ats_detr.kernels.plan import TokenPlan
 
 TEMPERATURE = 10000.0
@@ -85,7 +85,7 @@ class TokenGeometry:
         )
         positions_KC, references_KL2, _ = _rows(
             self.counts_BL2, self.valid_ratios_BL2, *index, level_embed_LC, _flat(self.level_shapes), dtype,
-            backend=backend, limitation=_limitation(self.level_shapes),
+            backend=backend, limitation=beyond_kernels(self.level_shapes) or no_transforms(),
         )  # fmt: skip
         return positions_KC, references_KL2
 
@@ -110,9 +110,8 @@ def token_geometry(
     shapes = as_level_shapes(level_shapes)
     if isinstance(shapes, Tensor) or not shapes:
         raise ValueError(f"level_shapes {level_shapes}: must be (height, width) of at least one level")
-    tensors = _geometry(
-        sizes_B2, *padded_size, _flat(shapes), backend=backend, limitation=_limitation(shapes)
-    )
+    limitation = beyond_kernels(shapes) or no_transforms()
+    tensors = _geometry(sizes_B2, *padded_size, _flat(shapes), backend=backend, limitation=limitation)
     return TokenGeometry(tuple(shapes), *tensors)
 
 
@@ -172,19 +171,11 @@ def _flat(level_shapes: LevelShapes) -> list[int]:
     return [side for shape in level_shapes for side in shape]
 
 
-def _limitation(level_shapes: LevelShapes) -> str | None:
-    if len(level_shapes) > MAX_LEVELS:
-        return f"{len(level_shapes)} levels exceed the maximum of {MAX_LEVELS}"
-    if any(side > MAX_SIDE for shape in level_shapes for side in shape):
-        return f"a side of level_shapes {list(level_shapes)} exceeds the maximum of {MAX_SIDE} pixels"
-    return no_transforms()
-
-
 # ------------------------------------------------------------------------------------------------ the custom operators
 def _cells(sizes: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """Level [S], (column, row) [S, 2] and (width, height) of the level [S, 2] of all tokens, int64."""
     levels = []
-    for level, (height, width) in enumerate(zip(sizes[::2], sizes[1::2], strict=True)):
+    for level, (height, width) in enumerate(pairs(sizes)):
         cell = torch.arange(height * width, device=device)
         of_level = [torch.full_like(cell, number) for number in (level, width, height)]
         levels.append(torch.stack([*of_level, cell % width, cell // width], 1))
@@ -207,7 +198,7 @@ def _geometry(
     sizes: Tensor, height: int, width: int, levels: Sequence[int]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The tensors of a TokenGeometry. `levels`: height and width of each level."""
-    shapes = list(zip(levels[::2], levels[1::2], strict=True))
+    shapes = pairs(levels)
     counts_BL2 = torch.stack(
         [torch.stack([_valid(sizes[:, 1], width, w), _valid(sizes[:, 0], height, h)], 1) for h, w in shapes],
         1,
@@ -235,17 +226,13 @@ def _geometry(
 
 @_geometry.register_fake
 def _(sizes: Tensor, height: int, width: int, levels: Sequence[int]) -> tuple[Tensor, ...]:
-    batch, num_levels, num_tokens = sizes.shape[0], len(levels) // 2, _num_tokens(levels)
+    batch, num_levels, num_tokens = sizes.shape[0], len(levels) // 2, num_tokens_of(pairs(levels))
     shapes = (
         ((batch, num_levels, 2), torch.int32), ((batch, num_levels, 2), torch.float32), ((batch,), torch.int64),
         ((batch, num_tokens), torch.bool), ((batch, num_tokens, 4), torch.float32),
         ((batch, num_tokens), torch.bool),
     )  # fmt: skip
     return tuple(sizes.new_empty(shape, dtype=dtype) for shape, dtype in shapes)
-
-
-def _num_tokens(levels: Sequence[int]) -> int:
-    return sum(height * width for height, width in zip(levels[::2], levels[1::2], strict=True))
 
 
 @operator("geometry.token_rows")
@@ -280,7 +267,7 @@ def _(
     counts: Tensor, ratios: Tensor, token_index: Tensor | None, *others: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     _, _, level_embed, levels, dtype = others
-    length = len(counts) * _num_tokens(levels) if token_index is None else token_index.shape[0]
+    length = len(counts) * num_tokens_of(pairs(levels)) if token_index is None else token_index.shape[0]
     return (
         ratios.new_empty(length, level_embed.shape[1], dtype=dtype),
         ratios.new_empty(length, ratios.shape[1], 2),

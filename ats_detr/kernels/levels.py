@@ -87,7 +87,7 @@ def read_level_shapes(
         raise invalid("level_shapes", level_shapes, "[L, 2], integers")
     numbers = torch.cat([tensor.flatten().to(level_shapes) for tensor in tensors]).tolist()
     sides = numbers[: level_shapes.numel()]
-    shapes = tuple(zip(sides[::2], sides[1::2], strict=True))
+    shapes = pairs(sides)
     if level_start is not None:
         first = [num_tokens_of(shapes[:level]) for level in range(len(shapes))]
         if numbers[len(sides) :] != first:
@@ -103,6 +103,15 @@ _read = WeakIdKeyDictionary()
 """Level shapes by their tensor, with the tensors that were read and their versions."""
 
 
+def beyond_kernels(level_shapes: LevelShapes) -> str | None:
+    """The limitation of kernels on levels of these sizes; None if they support them."""
+    if len(level_shapes) > MAX_LEVELS:
+        return f"{len(level_shapes)} levels exceed the maximum of {MAX_LEVELS}"
+    if any(side > MAX_SIDE for pair in level_shapes for side in pair):
+        return f"a side of level_shapes {list(level_shapes)} exceeds the maximum of {MAX_SIDE} pixels"
+    return None
+
+
 def num_tokens_of(level_shapes: LevelShapes) -> int:
     """Tokens of all levels."""
     return sum(height * width for height, width in level_shapes)
@@ -115,10 +124,15 @@ def split_shapes(shapes: LevelShapes | Tensor) -> tuple[list[int], Tensor | None
     return [side for shape in shapes for side in shape], None
 
 
+def pairs(sizes: Sequence[int]) -> tuple[tuple[int, int], ...]:
+    """(height, width) of each level of a flat list."""
+    return tuple(zip(sizes[::2], sizes[1::2], strict=True))
+
+
 def join_shapes(sizes: Sequence[int], shapes_L2: Tensor | None, num_tokens: int) -> LevelShapes:
     """The inverse of `split_shapes`, within an operator. Checks what `as_level_shapes` could not read from a tensor."""
     if shapes_L2 is None:
-        return tuple(zip(sizes[::2], sizes[1::2], strict=True))
+        return pairs(sizes)
     shapes = _as_pairs(shapes_L2.tolist())
     check_num_tokens(shapes, num_tokens)
     return shapes

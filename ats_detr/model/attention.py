@@ -160,21 +160,20 @@ def _concatenated(layers: Sequence[nn.Linear]) -> tuple[Tensor, Tensor]:
 
 
 def linear_norm(
-    x: Tensor, linear: nn.Linear, dropout: nn.Dropout, residual: Tensor, norm: nn.LayerNorm
+    x: Tensor,
+    linear: nn.Linear,
+    dropout: nn.Dropout,
+    residual: Tensor,
+    norm: nn.LayerNorm,
+    num_rows: Tensor | None = None,
 ) -> Tensor:
-    """norm(residual + dropout(linear(x))), [..., C]."""
-    if torch.is_grad_enabled() or norm.training:
+    """norm(residual + dropout(linear(x))), [..., C]. `num_rows`: rows in use (inference only), None: all."""
+    if num_rows is None and (torch.is_grad_enabled() or norm.training):
         return norm(residual + dropout(linear(x)))
-    rows = packed_linear_norm(
-        x.flatten(0, -2),
-        linear.weight,
-        linear.bias,
-        residual.flatten(0, -2),
-        norm.weight,
-        norm.bias,
-        norm.eps,
-    )
-    return rows.view_as(residual)
+    rows, residual_rows = x.flatten(0, -2), residual.flatten(0, -2)
+    affine = (norm.weight, norm.bias, norm.eps)
+    out = packed_linear_norm(rows, linear.weight, linear.bias, residual_rows, *affine, num_rows)
+    return out.view_as(residual)
 
 
 def linear_relu(x: Tensor, linear: nn.Linear) -> Tensor:

@@ -22,9 +22,8 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 from ats_detr.batch import ImageBatch
 from ats_detr.kernels.dispatch import choose_backend
 from ats_detr.model.attention import DeformableAttention
-from ats_detr.model.decoder import Decoder
 from ats_detr.model.detr import Detr
-from ats_detr.model.encoder import Encoder
+from ats_detr.model.encoder import LayerStack
 from ats_detr.model.fusion import fold_batch_norms
 from ats_detr.model.output import DetectedBatch, DetectorOutput
 from ats_detr.model.self_check import self_check
@@ -141,7 +140,7 @@ def freeze_weights(model: Detr, dtype: torch.dtype) -> Detr:
     fold_batch_norms(model.eval().requires_grad_(False).backbone.body)
     model.to(dtype)
     for part in model.modules():
-        if isinstance(part, (DeformableAttention, Encoder, Decoder)):
+        if isinstance(part, (DeformableAttention, LayerStack)):
             part.fuse_weights()
     for part in (model.backbone, model.input_proj):
         part.to(memory_format=torch.channels_last)

@@ -12,14 +12,8 @@ from torch import Tensor, nn
 
 from ats_detr.kernels import TokenGeometry, deformable_attention_map, packed_linear, refine_boxes
 from ats_detr.kernels.reference import LevelShapes
-from ats_detr.model.attention import (
-    DeformableAttention,
-    linear_norm,
-    linear_relu,
-    project_values,
-    value_weights,
-)
-from ats_detr.model.encoder import FeedForward, run_layer
+from ats_detr.model.attention import DeformableAttention, linear_norm, linear_relu
+from ats_detr.model.encoder import FeedForward, LayerStack
 from ats_detr.model.output import Prediction
 
 
@@ -125,22 +119,12 @@ class DecoderLayer(nn.Module):
         return attended.transpose(1, 2).flatten(2)
 
 
-class Decoder(nn.Module):
+class Decoder(LayerStack):
     """A stack of layers. With `box_refine`, the (detached) boxes of each layer are the references of the next."""
 
     def __init__(self, num_layers: int, box_refine: bool, **layer: Any) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(DecoderLayer(**layer) for _ in range(num_layers))
+        super().__init__(DecoderLayer(**layer) for _ in range(num_layers))
         self.box_refine = box_refine
-        self.recompute = False
-        """Recompute the activations of each layer in the backward pass (training only)."""
-        self.register_buffer("value_weight", None, persistent=False)  # see `fuse_weights`
-        self.register_buffer("value_bias", None, persistent=False)
-
-    def fuse_weights(self) -> None:
-        """Store the weights of the layers' value projections as one, for inference with weights that never change."""
-        attentions: Any = [layer.cross_attention for layer in self.layers]
-        self.value_weight, self.value_bias = value_weights(attentions)
 
     def forward(
         self,
@@ -167,14 +151,10 @@ class Decoder(nn.Module):
         predictions, attention_map_BS = [], None
         ratios = geometry.valid_ratios_BL2.repeat(1, 1, references.shape[-1] // 2)  # [B, L, 2 or 4]
         level_references = (references[:, :, None] * ratios[:, None]).flatten(0, 1)
-        attentions: Any = [layer.cross_attention for layer in self.layers]
-        fused = (self.value_weight, self.value_bias)
-        values = project_values(attentions, memory_BSC, geometry.padding_mask_BS, fused)
+        values = self.project_values(memory_BSC, geometry.padding_mask_BS)
         for index, (layer, value_BSC) in enumerate(zip(self.layers, values, strict=True)):
-            x_BQC, (offsets, logits) = run_layer(
-                layer,
-                self.recompute and self.training,
-                *(x_BQC, query_pos_BQC, level_references, value_BSC, geometry.level_shapes),
+            x_BQC, (offsets, logits) = self.run_layer(
+                layer, x_BQC, query_pos_BQC, level_references, value_BSC, geometry.level_shapes
             )
             if with_attention_map:
                 attention_map_BS = deformable_attention_map(

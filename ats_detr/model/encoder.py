@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ats_detr.kernels import (
-    TokenPlan,
-    pack_tokens,
-    packed_feedforward,
-    packed_linear_norm,
-    scatter_tokens,
-)
+from ats_detr.kernels import TokenPlan, pack_tokens, packed_feedforward, scatter_tokens
 from ats_detr.kernels.reference import LevelShapes
 from ats_detr.model.attention import (
     DeformableAttention,
@@ -35,8 +30,14 @@ class FeedForward(nn.Module):
         self.norm = nn.LayerNorm(width)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Updated features [..., C] of features [..., C]."""
+    def forward(self, x: Tensor, num_rows: Tensor | None = None) -> Tensor:
+        """Updated features [..., C] of features [..., C].
+
+        num_rows: rows in use of [K, C], int32 [1] on the device (inference only). None: all.
+        """
+        if num_rows is not None:
+            layers = (self.linear1.weight, self.linear1.bias, self.linear2.weight, self.linear2.bias)
+            return packed_feedforward(x, *layers, self.norm.weight, self.norm.bias, self.norm.eps, num_rows)
         hidden = self.dropout(linear_relu(x, self.linear1))
         return linear_norm(hidden, self.linear2, self.dropout, x, self.norm)
 
@@ -75,73 +76,61 @@ class EncoderLayer(nn.Module):
             positions_KC: their positional encodings.
             references_KL2: their centres, normalised to each level.
             value_BSC: projected values of all tokens.
-            plan: the selection. None: all tokens are kept, K = B * S.
+            plan: the selection; rows that a capacity plan does not use are skipped. None: all tokens, K = B * S.
         """
         attention = self.attention
-        if plan is not None and plan.num_rows is not None:
-            return self._refine_rows_in_use(
-                rows_KC, positions_KC, references_KL2, value_BSC, level_shapes, plan
-            )
-        offsets, logits = attention.project_query(rows_KC, positions_KC)
-        image_index_K = None if plan is None else plan.image_index_K
-        gathered = attention.attend(value_BSC, level_shapes, references_KL2, offsets, logits, image_index_K)
-        rows_KC = linear_norm(gathered, attention.output_proj, self.dropout, rows_KC, self.attention_norm)
-        return self.feedforward(rows_KC)
-
-    def _refine_rows_in_use(
-        self,
-        rows_KC: Tensor,
-        positions_KC: Tensor,
-        references_KL2: Tensor,
-        value_BSC: Tensor,
-        level_shapes: LevelShapes,
-        plan: TokenPlan,
-    ) -> Tensor:
-        """`forward` for a capacity plan, whose number of rows in use is known on the device only; skips unused rows."""
-        attention, norm, feedforward = self.attention, self.attention_norm, self.feedforward
-        num_rows = plan.num_rows
-        assert num_rows is not None
+        image_index_K, num_rows = (None, None) if plan is None else (plan.image_index_K, plan.num_rows)
         offsets, logits = attention.project_query(rows_KC, positions_KC, num_rows)
         gathered = attention.attend(
-            value_BSC, level_shapes, references_KL2, offsets, logits, plan.image_index_K, num_rows
+            value_BSC, level_shapes, references_KL2, offsets, logits, image_index_K, num_rows
         )
-        output = attention.output_proj
-        rows_KC = packed_linear_norm(
-            gathered, output.weight, output.bias, rows_KC, norm.weight, norm.bias, norm.eps, num_rows
+        rows_KC = linear_norm(
+            gathered, attention.output_proj, self.dropout, rows_KC, self.attention_norm, num_rows
         )
-        return packed_feedforward(
-            rows_KC,
-            feedforward.linear1.weight,
-            feedforward.linear1.bias,
-            feedforward.linear2.weight,
-            feedforward.linear2.bias,
-            feedforward.norm.weight,
-            feedforward.norm.bias,
-            feedforward.norm.eps,
-            num_rows,
-        )
+        return self.feedforward(rows_KC, num_rows)
 
 
-def run_layer(layer: nn.Module, recompute: bool, *inputs: Any) -> Any:
-    """`layer(*inputs)`. With `recompute`, activations are recomputed in the backward pass instead of stored."""
-    return checkpoint(layer, *inputs, use_reentrant=False) if recompute else layer(*inputs)
+class LayerStack(nn.Module):
+    """Layers that each attend to values of the same memory."""
 
-
-class Encoder(nn.Module):
-    """A stack of layers that update the same selection of tokens."""
-
-    def __init__(self, num_layers: int, **layer: Any) -> None:
+    def __init__(self, layers: Iterable[nn.Module]) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(EncoderLayer(**layer) for _ in range(num_layers))
+        self.layers = nn.ModuleList(layers)
         self.recompute = False
         """Recompute the activations of each layer in the backward pass (training only)."""
         self.register_buffer("value_weight", None, persistent=False)  # see `fuse_weights`
         self.register_buffer("value_bias", None, persistent=False)
 
+    def attentions(self) -> list[DeformableAttention]:
+        """The deformable attention of each layer."""
+        return [
+            part
+            for layer in self.layers
+            for part in layer.children()
+            if isinstance(part, DeformableAttention)
+        ]
+
     def fuse_weights(self) -> None:
         """Store the weights of the layers' value projections as one, for inference with weights that never change."""
-        attentions: Any = [layer.attention for layer in self.layers]
-        self.value_weight, self.value_bias = value_weights(attentions)
+        self.value_weight, self.value_bias = value_weights(self.attentions())
+
+    def project_values(self, memory_BSC: Tensor, padding_mask_BS: Tensor) -> list[Tensor]:
+        """The values [B, S, C] of each layer; see the function `project_values`."""
+        fused = (self.value_weight, self.value_bias)
+        return project_values(self.attentions(), memory_BSC, padding_mask_BS, fused)
+
+    def run_layer(self, layer: nn.Module, *inputs: Any) -> Any:
+        """`layer(*inputs)`, recomputed in the backward pass where `recompute` is set."""
+        if self.recompute and self.training:
+            return checkpoint(layer, *inputs, use_reentrant=False)
+        return layer(*inputs)
+
+
+class Encoder(LayerStack):
+    """A stack of layers that update the same selection of tokens."""
+
+    def __init__(self, num_layers: int, **layer: Any) -> None:
+        super().__init__(EncoderLayer(**layer) for _ in range(num_layers))
 
     def forward(self, tokens: Tokens, plan: TokenPlan | None) -> tuple[Tensor, list[Tensor]]:
         """The memory [B, S, C] and the kept rows [K, C] after each layer.
@@ -154,23 +143,18 @@ class Encoder(nn.Module):
         rows_KC = memory_BSC.flatten(0, 1) if plan is None else pack_tokens(plan, memory_BSC)[0]
         # With a plan, most rows of the memory never change: their values are projected once for all layers, and each
         # layer projects only the kept rows again.
-        attentions: Any = [layer.attention for layer in self.layers]
         mask_BS, level_shapes = tokens.geometry.padding_mask_BS, tokens.geometry.level_shapes
-        fused = (self.value_weight, self.value_bias)
-        raw_values = [] if plan is None else project_values(attentions, memory_BSC, mask_BS, fused)
+        raw_values = [] if plan is None else self.project_values(memory_BSC, mask_BS)
         layer_rows: list[Tensor] = []
-        for index, layer in enumerate(self.layers):
-            attention = attentions[index]
+        for index, (layer, attention) in enumerate(zip(self.layers, self.attentions(), strict=True)):
             if plan is None:
                 (value_BSC,) = project_values([attention], rows_KC.view_as(memory_BSC), mask_BS)
             else:
                 value_BSC = raw_values[index]
                 if index > 0:
                     value_BSC = attention.update_values(plan, value_BSC, rows_KC)
-            rows_KC = run_layer(
-                layer,
-                self.recompute and self.training,
-                *(rows_KC, positions_KC, references_KL2, value_BSC, level_shapes, plan),
+            rows_KC = self.run_layer(
+                layer, rows_KC, positions_KC, references_KL2, value_BSC, level_shapes, plan
             )
             layer_rows.append(rows_KC)
         if plan is None:

@@ -39,6 +39,15 @@ from ats_detr.kernels.gpu.value_gradient import value_gradient_sorted, value_gra
 from ats_detr.kernels.levels import join_shapes
 
 
+@triton.jit
+def _add_corner(
+    first, second, ptr, weight, column, COLUMNS: tl.constexpr, WIDTH: tl.constexpr, KIND: tl.constexpr
+):
+    """The two tiles of a row's sum plus one pixel of a sample."""
+    u, v = load_row(ptr, column, COLUMNS, WIDTH, KIND)
+    return first + u * weight[:, None], second + v * weight[:, None]
+
+
 @triton.jit(do_not_specialize=["num_queries", "queries_per_image", "num_images", "num_tokens", *SIZES])
 def msda_forward(
     value_ptr,  # [B, S, HEADS, HEAD_DIM], VALUE_PITCH elements from token to token
@@ -112,22 +121,14 @@ def msda_forward(
             low = top + below
             top_w *= weight
             low_w *= weight
-            u, v = load_row(top, column, COLUMNS, WIDTH, KIND)
-            w = (top_w * left_w)[:, None]
-            first += u * w
-            second += v * w
-            u, v = load_row(top + right, column, COLUMNS, WIDTH, KIND)
-            w = (top_w * right_w)[:, None]
-            first += u * w
-            second += v * w
-            u, v = load_row(low, column, COLUMNS, WIDTH, KIND)
-            w = (low_w * left_w)[:, None]
-            first += u * w
-            second += v * w
-            u, v = load_row(low + right, column, COLUMNS, WIDTH, KIND)
-            w = (low_w * right_w)[:, None]
-            first += u * w
-            second += v * w
+            first, second = _add_corner(first, second, top, top_w * left_w, column, COLUMNS, WIDTH, KIND)
+            first, second = _add_corner(
+                first, second, top + right, top_w * right_w, column, COLUMNS, WIDTH, KIND
+            )
+            first, second = _add_corner(first, second, low, low_w * left_w, column, COLUMNS, WIDTH, KIND)
+            first, second = _add_corner(
+                first, second, low + right, low_w * right_w, column, COLUMNS, WIDTH, KIND
+            )
         origin += height * width
     first += poison[:, None]
     second += poison[:, None]
@@ -140,15 +141,10 @@ def _add_row(
     ptr, first, second, weight, column, COLUMNS: tl.constexpr, WIDTH: tl.constexpr, KIND: tl.constexpr
 ):
     """One pixel's share of a row's gradient, summed into float32 memory: the first tile, then the second."""
-    if COLUMNS == WIDTH:
-        tl.atomic_add(ptr, first * weight[:, None], sem="relaxed")
-        if KIND != "plain":
-            tl.atomic_add(ptr + COLUMNS, second * weight[:, None], sem="relaxed")
-    else:
-        mask = (weight == weight)[:, None] & (column < COLUMNS)[None, :]
-        tl.atomic_add(ptr, first * weight[:, None], mask=mask, sem="relaxed")
-        if KIND != "plain":
-            tl.atomic_add(ptr + COLUMNS, second * weight[:, None], mask=mask, sem="relaxed")
+    mask = None if COLUMNS == WIDTH else (weight == weight)[:, None] & (column < COLUMNS)[None, :]
+    tl.atomic_add(ptr, first * weight[:, None], mask=mask, sem="relaxed")
+    if KIND != "plain":
+        tl.atomic_add(ptr + COLUMNS, second * weight[:, None], mask=mask, sem="relaxed")
 
 
 @triton.jit
@@ -259,30 +255,13 @@ def msda_backward(
             if SCATTER:
                 target = grads + (token * GRAD_PITCH)[:, None]
                 target_low = target + below * GRAD_PITCH
+                step = right * GRAD_PITCH
                 top_w *= weight
                 low_w *= weight
                 _add_row(target, g_first, g_second, top_w * left_w, column, COLUMNS, WIDTH, KIND)
-                _add_row(
-                    target + right * GRAD_PITCH,
-                    g_first,
-                    g_second,
-                    top_w * right_w,
-                    column,
-                    COLUMNS,
-                    WIDTH,
-                    KIND,
-                )
+                _add_row(target + step, g_first, g_second, top_w * right_w, column, COLUMNS, WIDTH, KIND)
                 _add_row(target_low, g_first, g_second, low_w * left_w, column, COLUMNS, WIDTH, KIND)
-                _add_row(
-                    target_low + right * GRAD_PITCH,
-                    g_first,
-                    g_second,
-                    low_w * right_w,
-                    column,
-                    COLUMNS,
-                    WIDTH,
-                    KIND,
-                )
+                _add_row(target_low + step, g_first, g_second, low_w * right_w, column, COLUMNS, WIDTH, KIND)
         origin += height * width
 
 

@@ -10,6 +10,7 @@ float32 channels as first and second half. Half as many lanes per row then repea
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 
@@ -28,6 +29,12 @@ def cdiv(numerator: int, denominator: int) -> int:
 def next_power_of_2(number: int) -> int:
     """The smallest power of 2 that is not below `number`, which is at least 1."""
     return 1 << (number - 1).bit_length()
+
+
+def operand_of(dtype: torch.dtype) -> tl.dtype:
+    """Type of the factors of matrix products; sums are float32. The interpreter has no bfloat16 products."""
+    types = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
+    return tl.float32 if INTERPRETING else types.get(dtype, tl.float32)
 
 
 @triton.jit

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ats_detr.kernels.geometry import LARGEST_LOGIT
 from ats_detr.kernels.gpu.common import INTERPRETING, SIZES, cdiv, level_size, next_power_of_2
+from ats_detr.kernels.levels import num_tokens_of, pairs
 
 BLOCK = 4096 if INTERPRETING else 256  # tokens
 ELEMENTS = 1 << 18 if INTERPRETING else 2048  # features per program, approximately
@@ -226,19 +227,15 @@ def refine_references(
 
 # ------------------------------------------------------------------------------------------------------------ launchers
 def _levels(levels: Sequence[int]) -> list[int]:
-    packed = [height << 16 | width for height, width in zip(levels[::2], levels[1::2], strict=True)]
+    packed = [height << 16 | width for height, width in pairs(levels)]
     return packed + [0] * (len(SIZES) - len(packed))
-
-
-def _num_tokens(levels: Sequence[int]) -> int:
-    return sum(height * width for height, width in zip(levels[::2], levels[1::2], strict=True))
 
 
 def token_geometry(
     sizes: Tensor, height: int, width: int, levels: Sequence[int]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Counts, valid ratios, numbers of valid tokens, padding mask, proposals, and where these are allowed."""
-    batch, num_levels, num_tokens = len(sizes), len(levels) // 2, _num_tokens(levels)
+    batch, num_levels, num_tokens = len(sizes), len(levels) // 2, num_tokens_of(pairs(levels))
     counts = sizes.new_empty(batch, num_levels, 2, dtype=torch.int32)
     ratios, num_valid = (
         torch.empty_like(counts, dtype=torch.float32),
@@ -259,7 +256,11 @@ def token_rows(
     level_embed: Tensor, levels: Sequence[int], dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Positions [K, C], references [K, L, 2] and level [K] of the rows; those past `num_rows` are not written."""
-    (batch, num_levels, _), width, num_tokens = counts.shape, level_embed.shape[1], _num_tokens(levels)
+    (batch, num_levels, _), width, num_tokens = (
+        counts.shape,
+        level_embed.shape[1],
+        num_tokens_of(pairs(levels)),
+    )
     capacity = batch * num_tokens if token_index is None else len(token_index)
     positions = ratios.new_empty(capacity, width, dtype=dtype)
     references, level = ratios.new_empty(capacity, num_levels, 2), counts.new_empty(capacity)

@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ats_detr.kernels.gpu import tuning
-from ats_detr.kernels.gpu.common import INTERPRETING, cdiv, next_power_of_2
+from ats_detr.kernels.gpu.common import cdiv, next_power_of_2, operand_of
 from ats_detr.kernels.gpu.packing import rows_evenly_spaced, scatter_
 
 
@@ -202,14 +202,10 @@ def _pitched(rows: Tensor) -> Tensor:
     return rows if rows.stride(1) == 1 else rows.contiguous()
 
 
-_OPERANDS = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
-
-
 def _products(weight: Tensor) -> dict:
-    """How factors are multiplied; the interpreter has no bfloat16 products."""
-    operand = tl.float32 if INTERPRETING else _OPERANDS.get(weight.dtype, tl.float32)
+    """How factors are multiplied."""
     exact = torch.backends.cuda.matmul.fp32_precision != "tf32"
-    return dict(OPERAND=operand, PRECISION="ieee" if exact else "tf32")
+    return dict(OPERAND=operand_of(weight.dtype), PRECISION="ieee" if exact else "tf32")
 
 
 def _stages(x: Tensor, weight: Tensor, num_stages: int) -> int:
@@ -324,13 +320,12 @@ def fused_feedforward(
     vectors = [vector.contiguous() for vector in (bias1, bias2, norm_weight, norm_bias)]
     bias1, bias2, norm_weight, norm_bias = vectors
     num_hidden, width = weight1.shape
-    operand = _products(weight1)["OPERAND"]
 
     def launch(rows: int, chunk: int, num_warps: int, num_stages: int) -> None:
         feedforward_rows[(cdiv(x.shape[0], rows),)](
             x, weight1, bias1, weight2, bias2, norm_weight, norm_bias, num_rows, out, x.shape[0],
             WIDTH=width, HIDDEN=num_hidden, X_PITCH=x.stride(0), EPS=eps, COUNTED=num_rows is not None,
-            OPERAND=operand, ROWS=rows, PADDED=_padded(width), CHUNK=chunk,
+            OPERAND=operand_of(weight1.dtype), ROWS=rows, PADDED=_padded(width), CHUNK=chunk,
             num_warps=num_warps, num_stages=num_stages, enable_fp_fusion=True,
         )  # fmt: skip
 

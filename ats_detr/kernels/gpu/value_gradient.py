@@ -44,6 +44,7 @@ from ats_detr.kernels.gpu.common import (
     images_of,
     level_size,
     next_power_of_2,
+    operand_of,
     samples_of_level,
     view_as,
 )
@@ -604,7 +605,7 @@ def _reduce_tiles(
     summed = torch.zeros(summed_shape, dtype=torch.float32, device=value.device)
     owned = torch.empty(value.shape, dtype=value.dtype, device=value.device) if tiles.owned else None
 
-    operand = _operand(value)
+    operand = operand_of(value.dtype)
     width = max(16, next_power_of_2(head_dim))
     if operand == tl.float32:  # three products for one: wider or more would spill
         width, num_warps, stages = min(width, 32), 4, 2
@@ -632,12 +633,6 @@ def _reduce_tiles(
     if summed.numel():
         owned[:, first_summed:] = summed
     return owned
-
-
-def _operand(value: Tensor) -> tl.dtype:
-    """Type of the matrix products' factors (sums are float32); the interpreter has no bfloat16 products."""
-    types = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
-    return tl.float32 if INTERPRETING else types.get(value.dtype, tl.float32)
 
 
 def value_gradient_sorted(problem: Problem, grad_out: Tensor) -> Tensor:
