@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from ats_detr.config import Config, ConfigError, apply_override, config_from_dict
 from ats_detr.convert import ALLOWED_TYPES, from_official, is_official, mismatches
 from ats_detr.data.classes import ClassMap
-from ats_detr.errors import UserError
+from ats_detr.errors import UserError, first_line
 from ats_detr.files import replaced_file
 from ats_detr.model import Detr, build_model
 from ats_detr.remote import fetch, is_remote
@@ -91,7 +91,7 @@ def save_checkpoint(checkpoint: Mapping[str, Any], path: Path, *, previous: Path
             else:
                 torch.save(dict(checkpoint), file)
     except (OSError, RuntimeError) as error:  # torch raises either on a failed write
-        reason = error.strerror if isinstance(error, OSError) else _first_line(error)
+        reason = error.strerror if isinstance(error, OSError) else first_line(error)
         kept = "the previous checkpoint is intact" if path.exists() else "nothing was written"
         raise UserError(f"{path}: cannot write this checkpoint ({reason}); {kept}") from error
 
@@ -236,7 +236,7 @@ def _verify(path: Path) -> None:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
     except (OSError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path}: a damaged checkpoint ({_first_line(error)})") from error
+        raise UserError(f"{path}: a damaged checkpoint ({first_line(error)})") from error
     if damaged is not None:
         raise UserError(f"{path}: a damaged checkpoint (the checksum of {damaged} is wrong)")
 
@@ -276,7 +276,7 @@ def read_file(path: str | Path) -> Any:
     except UserError:
         raise
     except _DAMAGE as error:
-        raise UserError(f"{path}: not a checkpoint, or a damaged one ({_first_line(error)})") from error
+        raise UserError(f"{path}: not a checkpoint, or a damaged one ({first_line(error)})") from error
 
 
 def _require_regular(path: Path) -> None:
@@ -312,10 +312,6 @@ def _from_hub_files(folder: Path) -> dict[str, Tensor]:
         if tensors:
             return tensors
     raise UserError(f"{folder}: has a {MODEL_CONFIG} but no {_MODEL_WEIGHTS}")
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
 def _from_safetensors(path: Path) -> dict[str, Any]:

@@ -43,37 +43,11 @@ def _shown(value: object) -> str:
     return text if len(text) <= 200 else f"{text[:200]}..."
 
 
-_MAXIMUM = {
-    "seed": 2**32 - 1,
-    "num_pictures": 100_000,
-    "model.width": 8192,
-    "model.num_heads": 256,
-    "model.num_levels": 8,
-    "model.num_points": 64,
-    "model.num_decoder_points": 64,
-    "model.num_encoder_layers": 100,
-    "model.num_decoder_layers": 100,
-    "model.feedforward_width": 65_536,
-    "model.num_queries": 100_000,
-    "model.num_classes": 100_000,
-    "model.selector.num_budgets": 1000,
-    "data.short_side": 16_384,
-    "data.long_side": 16_384,
-    "data.train_short_sides": 16_384,
-    "data.crop_short_sides": 16_384,
-    "data.crop_size": 16_384,
-    "data.size_multiple": 4096,
-    "data.batch_size": 65_536,
-    "data.eval_batch_size": 65_536,
-    "data.num_workers": 1024,
-    "data.synthetic.seed": 2**32 - 1,
-    "data.split_seed": 2**32 - 1,
-    "data.synthetic.image_size": 16_384,
-    "data.synthetic.num_train": 10_000_000,
-    "data.synthetic.num_val": 10_000_000,
-}
-"""Largest values of integers that are read from files. A checkpoint of unknown origin must not exhaust memory."""
 _MAX_INTEGER = 2**31 - 1
+"""Largest integer that is read from a file, unless its field has another maximum. A checkpoint of unknown origin must
+not exhaust memory."""
+_MAX_SIDE = 16_384
+"""Of images, in pixels."""
 _MAX_LENGTH, _MAX_DEPTH = 1000, 8
 """Of lists and nested values."""
 
@@ -83,22 +57,33 @@ def _check(holds: bool, key: str, value: object, fix: str) -> None:
         raise ConfigError(key, value, fix)
 
 
-def _check_positive(config: object, *keys: str) -> None:
-    for key in keys:
-        value = getattr(config, key)
-        _check(value > 0, key, value, "must be > 0")
+def _bounded(default: Any, must_be: str = "", *, most: int = _MAX_INTEGER) -> Any:
+    """A field with bounds.
+
+    Args:
+        must_be: such as "> 0", ">= 1" or "in (0, 1]"; None is always allowed.
+        most: largest integer that is read from a file, also in lists.
+    """
+    return field(default=default, metadata={"must_be": must_be, "most": most})
 
 
-def _check_at_least(config: object, minimum: float, *keys: str) -> None:
-    for key in keys:
-        value = getattr(config, key)
-        _check(value >= minimum, key, value, f"must be >= {minimum}")
+class _Bounded:
+    """A dataclass whose instances keep the bounds of their fields."""
+
+    def __post_init__(self) -> None:
+        for entry in dataclasses.fields(self):  # type: ignore[arg-type]
+            must_be, value = entry.metadata.get("must_be"), getattr(self, entry.name)
+            if must_be and value is not None:
+                _check(_holds(value, must_be), entry.name, value, f"must be {must_be}")
 
 
-def _check_share(config: object, *keys: str) -> None:
-    for key in keys:
-        value = getattr(config, key)
-        _check(0 < value <= 1, key, value, "must be in (0, 1]")
+def _holds(value: float, must_be: str) -> bool:
+    relation, numbers = must_be.split(maxsplit=1)
+    if relation != "in":
+        return value > float(numbers) or (relation == ">=" and value == float(numbers))
+    low, high = map(float, numbers[1:-1].split(","))
+    is_above = value > low or (numbers[0] == "[" and value == low)
+    return is_above and (value < high or (numbers[-1] == "]" and value == high))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,18 +112,18 @@ class BackboneConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SelectorConfig:
+class SelectorConfig(_Bounded):
     """Which tokens the encoder updates. Fixed budget: `keep_ratio`. Adaptive: `min_ratio` and `max_ratio`."""
 
     scores: Literal["features", "proposals"] = "features"
     """Input of the scoring network: the backbone's features (ATS-DETR) or the embedded proposals (Sparse DETR)."""
-    keep_ratio: float | None = None
+    keep_ratio: float | None = _bounded(None, "in (0, 1]")
     """Fraction of the valid tokens of each image that is kept, in (0, 1]. None: adaptive budget per image."""
-    min_ratio: float | None = None
+    min_ratio: float | None = _bounded(None, "in (0, 1]")
     """Fraction kept on the easiest images (adaptive only)."""
-    max_ratio: float | None = None
+    max_ratio: float | None = _bounded(None, "in (0, 1]")
     """Fraction kept on the hardest images (adaptive only)."""
-    num_budgets: int = 2
+    num_budgets: int = _bounded(2, most=1000)
     """Number of budgets, evenly spaced from `min_ratio` to `max_ratio` inclusive (adaptive only; 2 as published)."""
     min_tokens: int = 300
     """Minimum number of kept tokens per image (adaptive only). Should be >= `num_queries`."""
@@ -146,22 +131,20 @@ class SelectorConfig:
     """Average the scorer's global feature over valid tokens only. False: padding, too, as in published checkpoints."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.keep_ratio is not None:
-            _check_share(self, "keep_ratio")
             for key in ("min_ratio", "max_ratio"):
                 fix = "must be null where keep_ratio is set; an adaptive budget needs keep_ratio = null"
                 _check(getattr(self, key) is None, key, getattr(self, key), fix)
             return
         for key in ("min_ratio", "max_ratio"):
-            _check(
-                getattr(self, key) is not None, key, None, "set keep_ratio, or both min_ratio and max_ratio"
-            )
-            _check_share(self, key)
+            fix = "set keep_ratio, or both min_ratio and max_ratio"
+            _check(getattr(self, key) is not None, key, None, fix)
         assert self.min_ratio is not None and self.max_ratio is not None
         fix = f"must be > min_ratio = {self.min_ratio}"
         _check(self.min_ratio < self.max_ratio, "max_ratio", self.max_ratio, fix)
-        _check_at_least(self, 2, "num_budgets")
-        _check_at_least(self, 1, "min_tokens")
+        _check(self.num_budgets >= 2, "num_budgets", self.num_budgets, "must be >= 2")
+        _check(self.min_tokens >= 1, "min_tokens", self.min_tokens, "must be >= 1")
 
     @property
     def adaptive(self) -> bool:
@@ -170,30 +153,30 @@ class SelectorConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelConfig:
+class ModelConfig(_Bounded):
     """The detector. The defaults are one-stage Deformable DETR; the options give the other models of the family."""
 
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
     selector: SelectorConfig | None = None
     """None: dense encoder, all tokens are updated."""
-    num_classes: int | None = None
+    num_classes: int | None = _bounded(None, most=100_000)
     """Number of classes of the heads. None: from the annotation file (COCO: 91, as published)."""
-    width: int = 256
+    width: int = _bounded(256, "> 0", most=8192)
     """Channels of every token and query."""
-    num_heads: int = 8
-    num_levels: int = 4
-    """Feature levels: strides 8, 16, 32, then each further level halves the resolution."""
-    num_points: int = 4
+    num_heads: int = _bounded(8, "> 0", most=256)
+    num_levels: int = _bounded(4, ">= 3", most=8)
+    """Feature levels, at least 3: strides 8, 16, 32, then each further level halves the resolution."""
+    num_points: int = _bounded(4, "> 0", most=64)
     """Sampling points per head and level, in the encoder."""
-    num_decoder_points: int | None = None
+    num_decoder_points: int | None = _bounded(None, "> 0", most=64)
     """Sampling points per head and level, in the decoder. None: `num_points`."""
-    num_encoder_layers: int = 6
-    num_decoder_layers: int = 6
+    num_encoder_layers: int = _bounded(6, "> 0", most=100)
+    num_decoder_layers: int = _bounded(6, "> 0", most=100)
     num_norm_groups: int | None = None
     """Groups of the norm after each input projection. None: width / 8, which is the published 32 at 256 channels."""
-    feedforward_width: int = 1024
-    dropout: float = 0.1
-    num_queries: int = 300
+    feedforward_width: int = _bounded(1024, "> 0", most=65_536)
+    dropout: float = _bounded(0.1, "in [0, 1)")
+    num_queries: int = _bounded(300, "> 0", most=100_000)
     two_stage: bool = False
     """Initialise queries from the encoder's best proposals instead of learned embeddings."""
     box_refine: bool = False
@@ -208,14 +191,7 @@ class ModelConfig:
     """Linear layer on the memory for distillation from the strong teacher. Used in training only."""
 
     def __post_init__(self) -> None:
-        _check_positive(
-            self, "width", "num_heads", "num_levels", "num_points", "num_encoder_layers", "num_decoder_layers"
-        )
-        _check_positive(self, "feedforward_width", "num_queries")
-        if self.num_decoder_points is not None:
-            _check_positive(self, "num_decoder_points")
-        _check(0 <= self.dropout < 1, "dropout", self.dropout, "must be in [0, 1)")
-        _check_at_least(self, 3, "num_levels")  # one for each feature map of the backbone
+        super().__post_init__()
         classes = self.num_classes
         _check(classes is None or classes > 0, "num_classes", classes, "must be > 0, or null to count them")
         fix = f"must be a multiple of num_heads = {self.num_heads} and of 4"
@@ -237,34 +213,29 @@ class ModelConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SyntheticConfig:
+class SyntheticConfig(_Bounded):
     """Generated images of textured shapes, from one large object to many small overlapping ones."""
 
-    num_train: int = 2000
-    num_val: int = 250
-    image_size: int = 128
+    num_train: int = _bounded(2000, "> 0", most=10_000_000)
+    num_val: int = _bounded(250, "> 0", most=10_000_000)
+    image_size: int = _bounded(128, ">= 32", most=16_384)
     """Square root of the approximate number of pixels per image."""
-    max_aspect_ratio: float = 1.0
+    max_aspect_ratio: float = _bounded(1.0, "in [1, 4]")
     """Aspect ratios range from 1 / this to this; 1: square images."""
-    num_classes: int = 4
+    num_classes: int = _bounded(4, "> 0")
     min_objects: int = 1
-    max_objects: int = 25
+    max_objects: int = _bounded(25, "> 0")
     """Images have `min_objects` to this many objects; large numbers are rare."""
-    seed: int = 0
+    seed: int = _bounded(0, ">= 0", most=2**32 - 1)
 
     def __post_init__(self) -> None:
-        _check_positive(self, "num_train", "num_val", "num_classes", "max_objects")
-        _check_at_least(self, 0, "seed")
-        _check_at_least(self, 32, "image_size")
-        _check(
-            1 <= self.max_aspect_ratio <= 4, "max_aspect_ratio", self.max_aspect_ratio, "must be in [1, 4]"
-        )
+        super().__post_init__()
         fix = f"must be in 0..{self.max_objects}, max_objects"
         _check(0 <= self.min_objects <= self.max_objects, "min_objects", self.min_objects, fix)
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataConfig:
+class DataConfig(_Bounded):
     """Images, annotations, augmentation and batches."""
 
     kind: Literal["coco", "synthetic"] = "coco"
@@ -280,10 +251,10 @@ class DataConfig:
     without any, the training images, with a warning."""
     val_images: str | None = None
     """Folder of its images, found like `train_images`."""
-    val_share: float | None = None
+    val_share: float | None = _bounded(None, "in (0, 1)")
     """Share of the training images that are not trained on but evaluated, in (0, 1), for a dataset without a validation
     split. The division is stratified by class and depends on `split_seed`."""
-    split_seed: int = 0
+    split_seed: int = _bounded(0, ">= 0", most=2**32 - 1)
     """Seed of that division."""
     test_annotations: str | None = None
     """Annotation file of `eval --split test`. None: the one under `root` whose name or folder says `test`."""
@@ -293,31 +264,31 @@ class DataConfig:
     """Which pixels the boxes refer to. `stored`: as stored; `upright`: turned as the EXIF orientation says, as viewers
     show them; `auto`: as the listed sizes prove, otherwise stored. Training and evaluation follow it; prediction, where
     no sizes are listed, turns images upright unless this is `stored`."""
-    short_side: int = 800
+    short_side: int = _bounded(800, "> 0", most=_MAX_SIDE)
     """Shorter side of each image in evaluation, in pixels ..."""
-    long_side: int = 1333
+    long_side: int = _bounded(1333, "> 0", most=_MAX_SIDE)
     """... unless the longer side would exceed this; also the maximum in training."""
-    train_short_sides: tuple[int, ...] = (480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800)
+    train_short_sides: tuple[int, ...] = _bounded(tuple(range(480, 801, 32)), most=_MAX_SIDE)
     """Shorter sides in training, in pixels; one is drawn per image."""
-    crop_short_sides: tuple[int, ...] = (400, 500, 600)
+    crop_short_sides: tuple[int, ...] = _bounded((400, 500, 600), most=_MAX_SIDE)
     """Shorter sides before a random crop, applied to half of the training images. Empty: no crops."""
-    crop_size: tuple[int, int] = (384, 600)
+    crop_size: tuple[int, int] = _bounded((384, 600), most=_MAX_SIDE)
     """Minimum and maximum side of that crop in pixels."""
-    overfit_images: int = 0
+    overfit_images: int = _bounded(0, ">= 0")
     """If > 0: train on this many training images only, repeated to 50 batches per epoch, and evaluate on them. A test
     that dataset and settings can be learned."""
     rotate_90: bool = False
     """Rotate training images by a random multiple of 90 degrees: for images without an up direction, such as aerial
     photographs."""
-    color_jitter: float = 0.0
+    color_jitter: float = _bounded(0.0, "in [0, 1)")
     """Scale brightness, contrast and saturation of training images by independent random factors in 1 - color_jitter..
     1 + color_jitter; in [0, 1). 0: off (published)."""
-    size_multiple: int = 64
+    size_multiple: int = _bounded(64, "> 0", most=4096)
     """Evaluation pads each image to a multiple of this, and batches images of equal padded size only."""
-    batch_size: int = 2
+    batch_size: int = _bounded(2, "> 0", most=65_536)
     """Training images per process and batch."""
-    eval_batch_size: int = 4
-    num_workers: int = 4
+    eval_batch_size: int = _bounded(4, "> 0", most=65_536)
+    num_workers: int = _bounded(4, ">= 0", most=1024)
     """Loader processes per training process. 0: load in the training process."""
     cache_images: bool = False
     """Keep the encoded image files in memory."""
@@ -325,99 +296,84 @@ class DataConfig:
     """At an image that is missing or cannot be read: stop with its name, or omit it with a warning."""
     on_bad_annotation: Literal["error", "skip"] = "error"
     """At a record of an annotation file that cannot be used: stop with its place, or omit it with a warning."""
-    max_image_pixels: int | None = None
+    max_image_pixels: int | None = _bounded(None, "> 0")
     """Larger images than PIL.Image.MAX_IMAGE_PIXELS = 89,478,485 raise a warning, twice as large ones an error; this
     raises that limit."""
     synthetic: SyntheticConfig = field(default_factory=SyntheticConfig)
 
     def __post_init__(self) -> None:
-        _check_positive(self, "short_side", "long_side", "size_multiple", "batch_size", "eval_batch_size")
-        if self.max_image_pixels is not None:
-            _check_positive(self, "max_image_pixels")
-        _check_at_least(self, 0, "num_workers", "split_seed", "overfit_images")
+        super().__post_init__()
         if self.val_share is not None:
-            _check(0 < self.val_share < 1, "val_share", self.val_share, "must be in (0, 1)")
             for key in ("val_annotations", "val_images"):
-                given = getattr(self, key)
-                _check(
-                    given is None, "val_share", self.val_share, f"has no effect with data.{key} = {given!r}"
-                )
-        _check(0 <= self.color_jitter < 1, "color_jitter", self.color_jitter, "must be in [0, 1)")
+                given, fix = getattr(self, key), f"has no effect with data.{key} = {getattr(self, key)!r}"
+                _check(given is None, "val_share", self.val_share, fix)
         _check(len(self.train_short_sides) > 0, "train_short_sides", (), "must have at least one length")
         for key in ("train_short_sides", "crop_short_sides"):
             sides = getattr(self, key)
             _check(min(sides, default=1) > 0, key, sides, "all lengths must be > 0")
         low, high = self.crop_size
-        _check(
-            0 < low <= high,
-            "crop_size",
-            self.crop_size,
-            "must be [minimum, maximum] with 0 < minimum <= maximum",
-        )
+        fix = "must be [minimum, maximum] with 0 < minimum <= maximum"
+        _check(0 < low <= high, "crop_size", self.crop_size, fix)
         if self.crop_short_sides:
             fix = f"the minimum must be <= {min(self.crop_short_sides)}, the smallest of crop_short_sides"
             _check(low <= min(self.crop_short_sides), "crop_size", self.crop_size, fix)
 
 
 @dataclass(frozen=True, kw_only=True)
-class LossConfig:
+class LossConfig(_Bounded):
     """Matching costs, loss weights and focal loss. The defaults are those of the published runs."""
 
-    class_cost: float = 2.0
+    class_cost: float = _bounded(2.0, ">= 0")
     """Weight of the focal class cost in the matching."""
-    bbox_cost: float = 5.0
+    bbox_cost: float = _bounded(5.0, ">= 0")
     """Weight of the L1 box cost in the matching."""
-    giou_cost: float = 2.0
+    giou_cost: float = _bounded(2.0, ">= 0")
     """Weight of the GIoU cost in the matching."""
-    class_weight: float = 2.0
+    class_weight: float = _bounded(2.0, ">= 0")
     """Weight of `loss_ce`, the focal loss of the classes."""
-    bbox_weight: float = 5.0
+    bbox_weight: float = _bounded(5.0, ">= 0")
     """Weight of `loss_bbox`, the L1 distance of the boxes."""
-    giou_weight: float = 2.0
+    giou_weight: float = _bounded(2.0, ">= 0")
     """Weight of `loss_giou`."""
-    selector_weight: float = 1.0
+    selector_weight: float = _bounded(1.0, ">= 0")
     """Weight of `loss_mask_prediction`, the loss of the token scores."""
-    budget_weight: float = 1.0
+    budget_weight: float = _bounded(1.0, ">= 0")
     """Weight of `loss_budget`, the cross entropy of the budget logits (adaptive only)."""
-    memory_weight: float = 1.0
+    memory_weight: float = _bounded(1.0, ">= 0")
     """Weight of `loss_memory`, the distillation from the strong teacher (adaptive only)."""
-    focal_alpha: float = 0.25
+    focal_alpha: float = _bounded(0.25, "in (0, 1)")
     """Weight of objects in the focal loss and cost, in (0, 1); background has 1 - alpha."""
-    focal_gamma: float = 2.0
+    focal_gamma: float = _bounded(2.0, ">= 0")
     """Focusing exponent of the focal loss and cost."""
-    difficulty_iou: float = 0.5
+    difficulty_iou: float = _bounded(0.5, "in (0, 1]")
     """IoU from which a detection of the weak teacher matches an object (adaptive only)."""
     decoder_auxiliary: bool = True
     """Losses on every decoder layer. False: on the last only. Encoder layers: see `model.encoder_auxiliary`."""
 
     def __post_init__(self) -> None:
-        costs = ("class_cost", "bbox_cost", "giou_cost")
-        _check_at_least(self, 0, *costs, "class_weight", "bbox_weight", "giou_weight")
-        _check_at_least(self, 0, "selector_weight", "budget_weight", "memory_weight", "focal_gamma")
+        super().__post_init__()
         fix = "must be > 0 where bbox_cost and giou_cost are 0"
-        _check(any(getattr(self, key) for key in costs), "class_cost", self.class_cost, fix)
-        _check(0 < self.focal_alpha < 1, "focal_alpha", self.focal_alpha, "must be in (0, 1)")
-        _check_share(self, "difficulty_iou")
+        _check(any((self.class_cost, self.bbox_cost, self.giou_cost)), "class_cost", self.class_cost, fix)
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig:
+class TrainConfig(_Bounded):
     """Optimiser, schedule, precision and checkpoints."""
 
-    epochs: int = 50
+    epochs: int = _bounded(50, "> 0")
     optimizer: Literal["adamw", "sgd"] = "adamw"
     """AdamW (published), or SGD with momentum 0.9."""
-    learning_rate: float = 2e-4
+    learning_rate: float = _bounded(2e-4, "> 0")
     """Learning rate of all parameters but the two groups below, before scaling."""
-    backbone_learning_rate: float = 2e-5
-    offset_learning_rate_factor: float = 0.1
+    backbone_learning_rate: float = _bounded(2e-5, ">= 0")
+    offset_learning_rate_factor: float = _bounded(0.1, ">= 0")
     """Factor on `learning_rate` for sampling offsets and reference points."""
     scale_learning_rate: bool = True
     """Multiply the learning rates by sqrt(global batch size / 16), as the published runs do."""
-    weight_decay: float = 1e-4
-    clip_norm: float = 0.1
+    weight_decay: float = _bounded(1e-4, ">= 0")
+    clip_norm: float = _bounded(0.1, "> 0")
     """Maximum norm of the gradient."""
-    accumulate: int = 1
+    accumulate: int = _bounded(1, "> 0")
     """Batches per process and step; their gradients are accumulated. Equal to larger batches, except for trained batch
     norms, whose statistics are those of each batch."""
     precision: Literal["float32", "bfloat16"] = "float32"
@@ -427,40 +383,31 @@ class TrainConfig:
     """Activation checkpointing of the encoder and decoder layers: slower, less memory."""
     compile: bool = False
     """Compile the encoder and decoder layers; where that fails they run uncompiled, with a warning."""
-    ema_decay: float = 0.0
+    ema_decay: float = _bounded(0.0, "in [0, 1)")
     """Decay of an exponential moving average of the weights, which is then evaluated and saved. 0: no average."""
     schedule: Literal["step", "one_cycle"] = "step"
     drop_epochs: tuple[int, ...] = (40,)
     """Epochs after which the schedule `step` multiplies the learning rates by `drop_factor`."""
-    drop_factor: float = 0.1
-    warmup_share: float = 0.1
+    drop_factor: float = _bounded(0.1, "in (0, 1]")
+    warmup_share: float = _bounded(0.1, "in (0, 1)")
     """Fraction of all steps in which `one_cycle` rises to the full learning rates; then it falls to 0."""
     init_from: str | None = None
     """Initial weights, as far as they fit: anything that `--checkpoint` takes, or a file of backbone weights; `weak` or
     `strong`: the teacher of the same run."""
     resume: Literal["auto", "never"] = "auto"
     """`auto`: resume from the checkpoint in the run's folder, if any; `never`: train from step 0."""
-    checkpoint_every: int = 1
+    checkpoint_every: int = _bounded(1, "> 0")
     """Epochs between checkpoints. Another one is written before each evaluation."""
-    checkpoint_every_steps: int = 0
+    checkpoint_every_steps: int = _bounded(0, ">= 0")
     """Steps between checkpoints within an epoch; 0: none."""
-    evaluate_every: int = 1
+    evaluate_every: int = _bounded(1, ">= 0")
     """Epochs between evaluations; 0: at the end only."""
-    log_every: int = 10
+    log_every: int = _bounded(10, "> 0")
     """Steps between lines of the log, each with a device-to-host synchronisation."""
-    timeout_minutes: float = 30.0
+    timeout_minutes: float = _bounded(30.0, "> 0")
     """Longest wait for a batch of images or for another process, after which the run ends with an error."""
-    max_skipped_steps: int = 10
+    max_skipped_steps: int = _bounded(10, "> 0")
     """Steps without a finite gradient are skipped; the run stops after this many in a row."""
-
-    def __post_init__(self) -> None:
-        _check_positive(self, "epochs", "learning_rate", "clip_norm", "accumulate", "checkpoint_every")
-        _check_positive(self, "log_every", "max_skipped_steps", "timeout_minutes")
-        _check_at_least(self, 0, "backbone_learning_rate", "offset_learning_rate_factor", "weight_decay")
-        _check_at_least(self, 0, "evaluate_every", "checkpoint_every_steps")
-        _check(0 <= self.ema_decay < 1, "ema_decay", self.ema_decay, "must be in [0, 1)")
-        _check_share(self, "drop_factor")
-        _check(0 < self.warmup_share < 1, "warmup_share", self.warmup_share, "must be in (0, 1)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -474,14 +421,14 @@ class TeacherConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TeachersConfig:
+class TeachersConfig(_Bounded):
     """The teachers of an adaptive model (dual teacher supervision)."""
 
     weak: TeacherConfig
     """Keeps the student's min_ratio of the tokens; images that it does not detect well need a larger budget."""
     strong: TeacherConfig
     """Keeps the student's max_ratio of the tokens; its memory is the target of the distillation."""
-    difficulty_bias: float = 1.0
+    difficulty_bias: float = _bounded(1.0, "in (0, 1]")
     """AP of the weak teacher on an image, in (0, 1], from which the image counts as easy."""
     level_weights: tuple[float, ...] = (0.25, 0.25, 0.25, 0.25)
     """Weight of each feature level in `loss_memory`."""
@@ -490,25 +437,22 @@ class TeachersConfig:
     The weak teacher then runs on batches with a new image only."""
 
     def __post_init__(self) -> None:
-        _check_share(self, "difficulty_bias")
+        super().__post_init__()
         fix = "all weights must be >= 0, one of them > 0"
         weights = self.level_weights
         _check(min(weights, default=0) >= 0 and any(weights), "level_weights", weights, fix)
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluationConfig:
+class EvaluationConfig(_Bounded):
     """What average precision counts."""
 
-    max_detections: int = 100
+    max_detections: int = _bounded(100, "> 0")
     """Detections of an image that count, the best over all classes. Raise it where images hold more objects."""
-
-    def __post_init__(self) -> None:
-        _check_positive(self, "max_detections")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(_Bounded):
     """All settings of a run."""
 
     name: str = "run"
@@ -524,9 +468,9 @@ class Config:
     """Needed by an adaptive model; others have none."""
     summary: bool = False
     """Compare the three stages after training: a table, pictures, and a plot of budgets and numbers of objects."""
-    num_pictures: int = 8
+    num_pictures: int = _bounded(8, ">= 0", most=100_000)
     """Images drawn with detections and kept tokens after an evaluation."""
-    seed: int = 42
+    seed: int = _bounded(42, ">= 0", most=2**32 - 1)
     """Seed of weights, sampling and augmentation; each process adds its rank."""
     deterministic: bool = False
     """Use deterministic algorithms only, which are slower; PyTorch raises where it has none. Without effect on the CPU,
@@ -535,11 +479,11 @@ class Config:
     """`auto`: CUDA if available, otherwise the CPU; or the name of a torch device."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         fix = "must be the name of a folder: printable characters without slashes, not only dots, at most 200 bytes"
         is_short = len(self.name.encode("utf-8", "replace")) <= 200
         is_plain = self.name.isprintable() and not set(self.name) & set("/\\")
         _check(bool(self.name.strip(". ")) and is_short and is_plain, "name", self.name, fix)
-        _check_at_least(self, 0, "seed", "num_pictures")
         if not self.model.adaptive:
             _check(self.teachers is None, "teachers", "set", "only an adaptive model has teachers")
             _check(not self.summary, "summary", True, "only a run with teachers has stages to compare")
@@ -718,6 +662,7 @@ def _build(kind: type[ConfigT], tree: Any, prefix: str) -> ConfigT:
     if not isinstance(tree, Mapping):
         raise ConfigError(prefix.rstrip("."), tree, "must be a mapping of settings, key: value")
     hints = typing.get_type_hints(kind)
+    fields = {entry.name: entry for entry in dataclasses.fields(kind)}  # type: ignore[arg-type]
     values = {}
     for key, value in tree.items():
         if key not in hints:
@@ -725,9 +670,9 @@ def _build(kind: type[ConfigT], tree: Any, prefix: str) -> ConfigT:
             near = difflib.get_close_matches(key, hints, n=1, cutoff=0)
             hint = f"did you mean {prefix}{near[0]}?" if near else "it has no settings"
             raise ConfigError(f"{prefix}{key}", value, f"there is no such setting; {hint}")
-        values[key] = _convert(value, hints[key], f"{prefix}{key}")
-    fields = dataclasses.fields(kind)  # type: ignore[arg-type]
-    for entry in fields:
+        most = fields[key].metadata.get("most", _MAX_INTEGER)
+        values[key] = _convert(value, hints[key], f"{prefix}{key}", most)
+    for entry in fields.values():
         required = entry.default is dataclasses.MISSING and entry.default_factory is dataclasses.MISSING
         if required and entry.name not in values:
             raise ConfigError(f"{prefix}{entry.name}", None, "required, it has no default")
@@ -739,14 +684,14 @@ def _build(kind: type[ConfigT], tree: Any, prefix: str) -> ConfigT:
         raise ConfigError(f"{prefix}{error.key}", error.value, error.fix) from None
 
 
-def _convert(value: Any, hint: Any, key: str) -> Any:
-    """A value parsed by YAML, converted to the annotated type of a field."""
+def _convert(value: Any, hint: Any, key: str, most: int) -> Any:
+    """A value parsed by YAML, converted to the annotated type of a field. `most`: largest integer."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         if value is None and types.NoneType in arguments:
             return None
         (hint,) = (argument for argument in arguments if argument is not types.NoneType)
-        return _convert(value, hint, key)
+        return _convert(value, hint, key, most)
     if dataclasses.is_dataclass(hint):
         return _build(typing.cast(type, hint), value, f"{key}.")
     if origin is Literal:
@@ -757,15 +702,14 @@ def _convert(value: Any, hint: Any, key: str) -> Any:
         fix = f"at most {_MAX_LENGTH} values, nested at most {_MAX_DEPTH} times"
         _check(_is_small(value), key, value, fix)
     if origin is tuple:
-        return _convert_tuple(value, arguments, key)
+        return _convert_tuple(value, arguments, key, most)
     if origin is dict:
         _check(isinstance(value, dict), key, value, "must be a mapping of settings, key: value")
         return value
     if hint is bool and isinstance(value, bool):
         return value
     if hint is int and isinstance(value, int) and not isinstance(value, bool):
-        maximum = _MAXIMUM.get(key.split("[")[0], _MAX_INTEGER)
-        _check(abs(value) <= maximum, key, value, f"must be <= {maximum}")
+        _check(abs(value) <= most, key, value, f"must be <= {most}")
         return value
     if hint is float and not isinstance(value, bool):
         number = _as_float(value)
@@ -792,14 +736,15 @@ def _is_small(value: Any) -> bool:
     return count <= _MAX_LENGTH
 
 
-def _convert_tuple(value: Any, arguments: tuple[Any, ...], key: str) -> tuple[Any, ...]:
+def _convert_tuple(value: Any, arguments: tuple[Any, ...], key: str, most: int) -> tuple[Any, ...]:
     repeated = len(arguments) == 2 and arguments[1] is Ellipsis
     is_list = isinstance(value, (list, tuple)) and (repeated or len(value) == len(arguments))
     fix = f"must be a list of {'values' if repeated else len(arguments)}, such as [1, 2]"
     _check(is_list, key, value, fix)
     kinds = [arguments[0]] * len(value) if repeated else arguments
     return tuple(
-        _convert(entry, kind, f"{key}[{i}]") for i, (entry, kind) in enumerate(zip(value, kinds, strict=True))
+        _convert(entry, kind, f"{key}[{i}]", most)
+        for i, (entry, kind) in enumerate(zip(value, kinds, strict=True))
     )
 
 

@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ats_detr.batch import Target
-from ats_detr.errors import UserError
+from ats_detr.errors import UserError, first_line
 
 T = TypeVar("T")
 
@@ -65,9 +65,8 @@ def process_group(device: str, timeout_minutes: float = 30) -> Iterator[torch.de
     except RuntimeError as error:  # of gloo; NCCL's DistBackendError is one too
         if not isinstance(error, dist.DistError) and not any(sign in str(error) for sign in _LOST_CONTACT):
             raise
-        reason = str(error).strip().splitlines()[0]
         raise UserError(
-            f"lost the connection to another process of this run ({reason}); see the error of that process"
+            f"lost the connection to another process of this run ({first_line(error)}); see the error of that process"
         ) from error
     finally:
         _store = None

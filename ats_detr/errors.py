@@ -24,6 +24,11 @@ class Stopped(Exception):
         self.exit_code = exit_code
 
 
+def first_line(error: Exception) -> str:
+    """The first line of an error's message; the name of its type if there is none."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
 def run_cli(main: Callable[[], None]) -> None:
     """Run `main` in UTF-8 and convert exceptions to exit codes.
 

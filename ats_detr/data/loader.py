@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import logging
 import math
 import multiprocessing
@@ -26,12 +27,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from ats_detr.batch import ImageBatch, Target, bucket_size
 from ats_detr.data.coco import CocoDetection, ImageFileError
 from ats_detr.data.transforms import Transform, evaluation_transform, resized_size
-from ats_detr.errors import UserError
+from ats_detr.errors import UserError, first_line
 
 log = logging.getLogger(__name__)
 
@@ -86,43 +87,24 @@ def _from_arrays(
     return _LoadedBatch(images, targets, problems)
 
 
-class _Collate:
+def _collate(size_multiple: int, samples: list[_Sample]) -> _LoadedBatch:
     """Collate samples to a batch, padded to a multiple of `size_multiple`."""
-
-    def __init__(self, size_multiple: int) -> None:
-        self.size_multiple = size_multiple
-
-    def __call__(self, samples: list[_Sample]) -> _LoadedBatch:
-        images = [sample.image for sample in samples if sample.image is not None]
-        targets = [sample.target for sample in samples if sample.target is not None]
-        problems = [problem for sample in samples for problem in sample.problems]
-        batch = ImageBatch.collate(images, self.size_multiple) if images else None
-        if batch is not None and get_worker_info() is not None:
-            with contextlib.suppress(RuntimeError):  # /dev/shm is full: the batch goes through the pipe
-                batch.images_B3HW.share_memory_()
-        return _LoadedBatch(batch, targets, problems)
-
-
-class _Batches(Sampler[list[Any]]):
-    """The batches of the current epoch; they are replaced while the loader's workers stay alive."""
-
-    def __init__(self) -> None:
-        self.batches: list[list[Any]] = []
-
-    def __iter__(self) -> Iterator[list[Any]]:
-        return iter(self.batches)
-
-    def __len__(self) -> int:
-        return len(self.batches)
+    images = [sample.image for sample in samples if sample.image is not None]
+    targets = [sample.target for sample in samples if sample.target is not None]
+    problems = [problem for sample in samples for problem in sample.problems]
+    batch = ImageBatch.collate(images, size_multiple) if images else None
+    if batch is not None and get_worker_info() is not None:
+        with contextlib.suppress(RuntimeError):  # /dev/shm is full: the batch goes through the pipe
+            batch.images_B3HW.share_memory_()
+    return _LoadedBatch(batch, targets, problems)
 
 
 class _Reader:
-    """Reads the current batches in worker processes, or in this process. No wait for a worker is unbounded."""
+    """Reads `batches` in worker processes, or in this process. No wait for a worker is unbounded."""
 
     def __init__(
         self,
         samples: Dataset,
-        batches: _Batches,
         *,
         size_multiple: int,
         num_workers: int,
@@ -130,13 +112,15 @@ class _Reader:
         on_bad_image: str,
         timeout_minutes: float,
     ) -> None:
+        self.batches: list[list[Any]] = []
+        """Keys of the samples of each batch; its content is replaced for each epoch while the workers stay alive."""
         self.bad_images = _BadImages(on_bad_image)
         self._timeout_minutes = timeout_minutes
         self._loader = DataLoader(
             samples,
-            batch_sampler=batches,
+            batch_sampler=self.batches,
             num_workers=num_workers,
-            collate_fn=_Collate(size_multiple),
+            collate_fn=functools.partial(_collate, size_multiple),
             pin_memory=pin_memory,
             persistent_workers=num_workers > 0,
             worker_init_fn=_ignore_stop_signals,
@@ -167,7 +151,7 @@ class _Reader:
                 reason = f"no batch in train.timeout_minutes = {self._timeout_minutes:g}"
                 fix = "the disk may not respond"
             except RuntimeError as error:
-                reason = str(error).strip().splitlines()[0]
+                reason = first_line(error)
                 if not reason.startswith(("DataLoader", "Pin memory")):
                     raise
                 if "timed out" in reason:
@@ -341,10 +325,8 @@ class TrainingLoader:
         self.dataset, self.batch_size, self.seed = dataset, batch_size, seed
         self.indices = np.arange(len(dataset)) if indices is None else np.array(indices)
         self.rank, self.world_size = rank, world_size
-        self._batches = _Batches()
         self.reader = _Reader(
             _TrainingSamples(dataset, transform, seed),
-            self._batches,
             size_multiple=size_multiple,
             num_workers=num_workers,
             pin_memory=pin_memory,
@@ -365,7 +347,7 @@ class TrainingLoader:
         """The batches of `epoch` from number `start`, to resume an interrupted epoch, up to `stop` (default: all)."""
         share = slice(self.rank, None, self.world_size)
         global_batches = self.global_batches(epoch)[start:stop]
-        self._batches.batches = [[(epoch, index) for index in batch[share]] for batch in global_batches]
+        self.reader.batches[:] = [[(epoch, index) for index in batch[share]] for batch in global_batches]
         for loaded in self.reader:
             assert loaded.images is not None
             yield loaded.images, loaded.targets
@@ -440,21 +422,19 @@ class EvaluationLoader:
             for i in range(0, len(buckets[bucket]), batch_size)
         ]
         """Dataset indices of each batch over all processes; batch i belongs to rank i % world_size."""
-        self._batches = _Batches()
-        self._batches.batches = list(self.global_batches[rank::world_size])
         self.reader = _Reader(
             _EvaluationSamples(dataset, evaluation_transform(short_side, long_side)),
-            self._batches,
             size_multiple=size_multiple,
             num_workers=num_workers,
             pin_memory=pin_memory,
             on_bad_image=dataset.on_bad_image,
             timeout_minutes=timeout_minutes,
         )
+        self.reader.batches[:] = self.global_batches[rank::world_size]
 
     def __len__(self) -> int:
         """Batches of this process."""
-        return len(self._batches)
+        return len(self.reader.batches)
 
     def __iter__(self) -> Iterator[Batch]:
         for loaded in self.reader:

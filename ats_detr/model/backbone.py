@@ -15,7 +15,7 @@ from timm.models import FeatureDictNet
 from torch import Tensor, fx, nn
 from torch.func import functional_call
 
-from ats_detr.errors import UserError
+from ats_detr.errors import UserError, first_line
 from ats_detr.kernels.dispatch import autocast, runs_inside_graph
 from ats_detr.model import swin
 from ats_detr.model.fusion import freeze_norms, fuse_convolutions, training_constants
@@ -261,8 +261,9 @@ def _build_on_meta(name: str, arguments: Mapping[str, Any]) -> Any:
             return timm.create_model(name, pretrained=False, **arguments)
     except (RuntimeError, TypeError, ValueError, AssertionError, ArithmeticError, LookupError) as error:
         own = {key: arguments[key] for key in arguments.keys() & OPTIONS}
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"timm cannot create backbone {name!r} with options {own}: {reason}") from error
+        raise UserError(
+            f"timm cannot create backbone {name!r} with options {own}: {first_line(error)}"
+        ) from error
 
 
 def _gradients(
@@ -280,7 +281,7 @@ def _build(name: str, arguments: dict[str, Any], pretrained: bool, frozen_stages
         try:
             return timm.create_model(name, pretrained=True, **arguments)
         except _FETCH_ERRORS as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            reason = first_line(error)
             if frozen_stages:
                 raise UserError(
                     f"backbone {name}: its pretrained weights cannot be downloaded ({reason}), and"

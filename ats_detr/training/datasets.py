@@ -157,15 +157,4 @@ def data_root(config: DataConfig) -> Path:
     """The folder that the config's paths are relative to. Missing synthetic images are generated in it."""
     if config.kind == "coco":
         return Path(config.root)
-    synthetic = config.synthetic
-    return synthetic_dataset(
-        config.root,
-        num_train=synthetic.num_train,
-        num_val=synthetic.num_val,
-        image_size=synthetic.image_size,
-        max_aspect_ratio=synthetic.max_aspect_ratio,
-        num_classes=synthetic.num_classes,
-        min_objects=synthetic.min_objects,
-        max_objects=synthetic.max_objects,
-        seed=synthetic.seed,
-    )
+    return synthetic_dataset(config.root, **dataclasses.asdict(config.synthetic))

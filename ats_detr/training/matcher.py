@@ -43,6 +43,7 @@ class Match:
     """Index into the objects of the batch, ordered by image."""
 
 
+@dataclass(frozen=True, kw_only=True)
 class HungarianMatcher:
     """Minimum-cost assignment per layer and image: focal class cost, L1 on cxcywh, negative GIoU, in float32.
 
@@ -50,20 +51,11 @@ class HungarianMatcher:
     `finish` the device can run other work while scipy solves the assignments on the host.
     """
 
-    def __init__(
-        self,
-        *,
-        class_cost: float = 2.0,
-        bbox_cost: float = 5.0,
-        giou_cost: float = 2.0,
-        focal_alpha: float = 0.25,
-        focal_gamma: float = 2.0,
-    ) -> None:
-        self.class_cost = class_cost
-        self.bbox_cost = bbox_cost
-        self.giou_cost = giou_cost
-        self.focal_alpha = focal_alpha
-        self.focal_gamma = focal_gamma
+    class_cost: float = 2.0
+    bbox_cost: float = 5.0
+    giou_cost: float = 2.0
+    focal_alpha: float = 0.25
+    focal_gamma: float = 2.0
 
     def __call__(self, layers: Sequence[PredictionRows], targets: Sequence[Target]) -> list[Match]:
         """The matches of each layer. Where an image has fewer rows than objects, some objects remain unmatched.

@@ -19,7 +19,7 @@ from ats_detr import distributed
 from ats_detr.checkpoint import FINISHED
 from ats_detr.console import say
 from ats_detr.data.loader import Batch
-from ats_detr.errors import Stopped, UserError
+from ats_detr.errors import Stopped, UserError, first_line
 from ats_detr.evaluation import evaluate, warn_of_minimum
 from ats_detr.precompile import compile_kernels
 from ats_detr.training.criterion import compute_losses
@@ -281,8 +281,7 @@ def preflight_memory(run: Run) -> None:
         try:
             accumulate_gradients(run, [(batch, targets)], metrics=False)
         except CANNOT_COMPILE as error:
-            reason = str(error).strip().splitlines()[0]
-            logger.warning("train.compile is OFF, this model cannot be compiled here: %s", reason)
+            logger.warning("train.compile is OFF, this model cannot be compiled here: %s", first_line(error))
             uncompile_layers(state.model)
             accumulate_gradients(run, [(batch, targets)], metrics=False)
     del moments  # of the optimiser, which makes its own in the first step
