@@ -28,16 +28,18 @@ from typing import Any
 
 import safetensors.torch
 import torch
+import yaml
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from ats_detr.config import Config, ConfigError, apply_override, config_from_dict
+from ats_detr.config import Config, ConfigError, apply_override, config_from_dict, config_to_dict
 from ats_detr.convert import ALLOWED_TYPES, from_official, is_official, mismatches
 from ats_detr.data.classes import ClassMap
-from ats_detr.errors import UserError, first_line
+from ats_detr.errors import UserError
 from ats_detr.files import replaced_file
 from ats_detr.model import Detr, build_model
 from ats_detr.remote import fetch, is_remote
+from ats_detr.text import first_line
 from ats_detr.transformers_format import (
     PREPROCESSOR,
     from_transformers,
@@ -133,6 +135,13 @@ def make_folder(folder: Path) -> None:
         raise UserError(
             f"{folder}: cannot make this folder ({error.strerror}); choose another one"
         ) from error
+
+
+def save_config(config: Config, path: Path) -> None:
+    """Write the resolved configuration; `load_config` reads it back equal."""
+    text = yaml.safe_dump(config_to_dict(config), sort_keys=False, allow_unicode=True)
+    with replaced_file(path) as file:
+        file.write(text.encode())
 
 
 def write_json(content: Mapping[str, Any], path: Path) -> None:

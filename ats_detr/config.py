@@ -21,7 +21,6 @@ from typing import Any, Literal, TypeVar
 import yaml
 
 from ats_detr.errors import UserError
-from ats_detr.files import replaced_file
 
 ConfigT = TypeVar("ConfigT")
 
@@ -305,7 +304,8 @@ class DataConfig(_Bounded):
         super().__post_init__()
         if self.val_share is not None:
             for key in ("val_annotations", "val_images"):
-                given, fix = getattr(self, key), f"has no effect with data.{key} = {getattr(self, key)!r}"
+                given = getattr(self, key)
+                fix = f"has no effect with data.{key} = {given!r}"
                 _check(given is None, "val_share", self.val_share, fix)
         _check(len(self.train_short_sides) > 0, "train_short_sides", (), "must have at least one length")
         for key in ("train_short_sides", "crop_short_sides"):
@@ -587,13 +587,6 @@ def config_to_dict(config: Any) -> dict[str, Any]:
         return value
 
     return plain(dataclasses.asdict(config))
-
-
-def save_config(config: Config, path: Path) -> None:
-    """Write the resolved configuration; `load_config` reads it back equal."""
-    text = yaml.safe_dump(config_to_dict(config), sort_keys=False, allow_unicode=True)
-    with replaced_file(path) as file:
-        file.write(text.encode())
 
 
 _NOT_YAML = (yaml.YAMLError, ValueError, RecursionError)

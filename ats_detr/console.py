@@ -1,33 +1,25 @@
-"""Output to the terminal. Markup, escape sequences and line breaks in the names of classes and files have no effect."""
+"""Output to the terminal, and the end of a command.
+
+Markup, escape sequences and line breaks in the names of classes and files have no effect.
+"""
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
-import unicodedata
-from collections.abc import Iterable, Iterator
-from typing import Any, TypeVar
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NoReturn, TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
+from ats_detr.errors import Stopped, UserError
+from ats_detr.text import printable
+
 T = TypeVar("T")
-
-_INVISIBLE = ("Cc", "Cf", "Cs", "Zl", "Zp")
-"""Unicode categories of control characters, format characters, surrogates, and separators of lines and paragraphs."""
-_JOINERS = "\u200c\u200d"
-"""Zero-width characters that change the shape of their neighbours."""
-
-
-def is_visible(character: str) -> bool:
-    """Whether a character is part of visible text in one line."""
-    return unicodedata.category(character) not in _INVISIBLE or character in _JOINERS
-
-
-def printable(text: str) -> str:
-    """`text` in one line, with invisible characters as escape sequences (`\\n`, `\\x1b`)."""
-    return "".join(c if is_visible(c) else c.encode("unicode_escape").decode() for c in text)
 
 
 class _PlainConsole(Console):
@@ -70,3 +62,39 @@ def use_utf8() -> None:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
+
+
+def run_cli(main: Callable[[], None]) -> None:
+    """Run `main` in UTF-8 and convert exceptions to exit codes.
+
+    - UserError, or a file that cannot be read or written: one line on stderr, exit code 2. Under torchrun, ranks above
+      0 wait five seconds before printing; if rank 0 has the same error, torchrun ends them within that time.
+    - Stopped: one line on stdout, exit code 0, so that a launcher does not restart the run; after Ctrl-C 130.
+    - KeyboardInterrupt: exit code 130.
+    - All others are bugs and keep their traceback for a report.
+    """
+    use_utf8()
+    try:
+        main()
+    except UserError as error:
+        _end(str(error))
+    except Stopped as end:
+        if os.environ.get("RANK", "0") == "0":
+            say(str(end))
+        sys.exit(end.exit_code)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            _end(f"no space left for {error.filename or 'a file'}")
+        if error.filename is None:
+            raise
+        _end(f"{os.fsdecode(error.filename)}: {error.strerror}")
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+def _end(message: str) -> NoReturn:
+    if os.environ.get("RANK", "0") != "0":
+        time.sleep(5)
+    complain(message)
+    sys.exit(2)

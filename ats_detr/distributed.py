@@ -14,7 +14,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ats_detr.batch import Target
-from ats_detr.errors import UserError, first_line
+from ats_detr.errors import UserError
+from ats_detr.text import first_line
 
 T = TypeVar("T")
 

@@ -12,7 +12,7 @@ from matplotlib import font_manager
 from matplotlib.ft2font import FT2Font
 from PIL import ImageFont
 
-from ats_detr.console import is_visible
+from ats_detr.text import is_visible
 
 DEFAULT = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"
 """Shipped with Matplotlib. Covers Latin, Greek, Cyrillic, Hebrew, Arabic, Armenian, Georgian, and symbols."""

@@ -29,7 +29,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from ats_detr import kernels
-from ats_detr.errors import UserError, run_cli
+from ats_detr.console import run_cli
+from ats_detr.errors import UserError
 from ats_detr.kernels import reference
 from ats_detr.kernels.gpu import tuning
 from bench.measure import RESULTS, Row, append_rows, environment, new_parser, operator_times, row_file

@@ -30,10 +30,11 @@ from torch import Tensor
 
 from ats_detr.batch import ImageBatch
 from ats_detr.config import Config, load_config
+from ats_detr.console import run_cli
 from ats_detr.data.synthetic import draw_image
 from ats_detr.data.transforms import image_to_tensor
 from ats_detr.distributed import choose_device
-from ats_detr.errors import UserError, run_cli
+from ats_detr.errors import UserError
 from ats_detr.model import CompiledDetr, Detr
 from ats_detr.model.output import TokenScores
 from bench.flops import given_subject, read_folder

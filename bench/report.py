@@ -14,7 +14,8 @@ from pathlib import Path
 
 import pandas
 
-from ats_detr.errors import UserError, run_cli
+from ats_detr.console import run_cli
+from ats_detr.errors import UserError
 from bench.latency import targets_of
 from bench.measure import RESULTS, ROOT, Row, new_parser, read_rows
 from bench.page import Sweep

@@ -20,9 +20,10 @@ from rich.console import Console
 from ats_detr.batch import ImageBatch
 from ats_detr.checkpoint import load_checkpoint, resolve_checkpoint
 from ats_detr.config import Config, load_config
+from ats_detr.console import run_cli
 from ats_detr.data.coco import ClassMap
 from ats_detr.distributed import choose_device
-from ats_detr.errors import UserError, run_cli
+from ats_detr.errors import UserError
 from ats_detr.evaluation import evaluate
 from ats_detr.flops import Flops, count_flops
 from ats_detr.training.datasets import build_evaluation_loader

@@ -15,7 +15,8 @@ import torch
 import bench.latency
 import bench.sweep
 from ats_detr.batch import ImageBatch
-from ats_detr.errors import UserError, run_cli
+from ats_detr.console import run_cli
+from ats_detr.errors import UserError
 from bench.latency import forced_budgets, generated_images
 from bench.measure import Stopwatch, row_folder, take_turns, timed
 from bench.padded import encode_padded

@@ -12,13 +12,13 @@ import pytest
 import torch
 import yaml
 
+from ats_detr.checkpoint import save_config
 from ats_detr.config import (
     Config,
     SelectorConfig,
     config_from_dict,
     config_to_dict,
     load_config,
-    save_config,
 )
 from ats_detr.errors import UserError
 from ats_detr.model import build_model

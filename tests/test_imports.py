@@ -10,7 +10,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 LAYERS = (
-    ("console", "errors", "files", "fonts", "boxes", "batch", "config", "distributed"),
+    ("text", "errors", "boxes", "batch", "console", "files", "fonts", "config", "distributed"),
     ("kernels",),
     ("data", "model"),
     (

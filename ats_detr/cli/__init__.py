@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 
 from ats_detr import __version__
-from ats_detr.errors import run_cli
+from ats_detr.console import run_cli
 
 COMMANDS = {
     "train": "train a detector and the teachers it needs",

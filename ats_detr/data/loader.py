@@ -32,7 +32,8 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 from ats_detr.batch import ImageBatch, Target, bucket_size
 from ats_detr.data.coco import CocoDetection, ImageFileError
 from ats_detr.data.transforms import Transform, evaluation_transform, resized_size
-from ats_detr.errors import UserError, first_line
+from ats_detr.errors import UserError
+from ats_detr.text import first_line
 
 log = logging.getLogger(__name__)
 

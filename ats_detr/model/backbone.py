@@ -15,10 +15,11 @@ from timm.models import FeatureDictNet
 from torch import Tensor, fx, nn
 from torch.func import functional_call
 
-from ats_detr.errors import UserError, first_line
+from ats_detr.errors import UserError
 from ats_detr.kernels.dispatch import autocast, runs_inside_graph
 from ats_detr.model import swin
 from ats_detr.model.fusion import freeze_norms, fuse_convolutions, training_constants
+from ats_detr.text import first_line
 
 logger = logging.getLogger(__name__)
 

@@ -17,8 +17,8 @@ from torch._dynamo.exc import TorchDynamoException
 from torch._inductor.exc import InductorError
 
 from ats_detr import distributed
-from ats_detr.checkpoint import FINISHED, build_without_fetching, make_folder, read_file
-from ats_detr.config import Config, SyntheticConfig, config_to_dict, save_config
+from ats_detr.checkpoint import FINISHED, build_without_fetching, make_folder, read_file, save_config
+from ats_detr.config import Config, SyntheticConfig, config_to_dict
 from ats_detr.console import console, say
 from ats_detr.data.coco import ClassMap
 from ats_detr.errors import UserError

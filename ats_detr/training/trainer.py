@@ -19,9 +19,10 @@ from ats_detr import distributed
 from ats_detr.checkpoint import FINISHED
 from ats_detr.console import say
 from ats_detr.data.loader import Batch
-from ats_detr.errors import Stopped, UserError, first_line
+from ats_detr.errors import Stopped, UserError
 from ats_detr.evaluation import evaluate, warn_of_minimum
 from ats_detr.precompile import compile_kernels
+from ats_detr.text import first_line
 from ats_detr.training.criterion import compute_losses
 from ats_detr.training.guards import (
     check_targets,

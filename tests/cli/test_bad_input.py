@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from ats_detr.cli import main
-from ats_detr.errors import run_cli
+from ats_detr.console import run_cli
 from tests.small_detector import SMALL, save_small_detector
 
 LONG = "n" * 5000
