@@ -29,6 +29,7 @@ from rich.console import Console
 from torch import Tensor
 
 from ats_detr.batch import ImageBatch
+from ats_detr.cli.options import image_size
 from ats_detr.config import Config, load_config
 from ats_detr.console import run_cli
 from ats_detr.data.synthetic import draw_image
@@ -47,7 +48,6 @@ from bench.measure import (
     append_rows,
     batch_sizes,
     environment,
-    image_size,
     new_parser,
     peak_memory,
     percentile,

@@ -330,11 +330,3 @@ def shares(text: str) -> tuple[float, ...]:
 def batch_sizes(text: str) -> list[int]:
     """An argument such as 1,4,8."""
     return [positive(word) for word in words(text)] or [positive(text)]
-
-
-def image_size(text: str) -> tuple[int, int]:
-    """An argument such as 800x1066: height and width in pixels."""
-    height, _, width = text.lower().partition("x")
-    if not (height.isdigit() and width.isdigit() and int(height) and int(width)):
-        raise argparse.ArgumentTypeError(f"{text!r}: must be HEIGHTxWIDTH, such as 800x1066")
-    return int(height), int(width)

@@ -19,6 +19,7 @@ from rich.console import Console
 
 from ats_detr.batch import ImageBatch
 from ats_detr.checkpoint import load_checkpoint, resolve_checkpoint
+from ats_detr.cli.options import image_size
 from ats_detr.config import Config, load_config
 from ats_detr.console import run_cli
 from ats_detr.data.coco import ClassMap
@@ -48,7 +49,6 @@ from bench.measure import (
     append_rows,
     batch_sizes,
     environment,
-    image_size,
     new_parser,
     progress_bar,
     row_folder,

@@ -6,11 +6,11 @@ The graph takes images of one padded size, in batches of any size: uint8 `images
 
 from __future__ import annotations
 
-from argparse import ArgumentParser, ArgumentTypeError, Namespace
+from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
 from ats_detr.cli.info import name_of_model
-from ats_detr.cli.options import CHECKPOINT, add_max_detections
+from ats_detr.cli.options import CHECKPOINT, add_max_detections, image_size
 from ats_detr.console import say
 from ats_detr.detector import Detector
 from ats_detr.export import export_file
@@ -22,7 +22,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("destination", type=Path, help="a file with the suffix .onnx or .pt2")
     parser.add_argument(
         "--size",
-        type=_size,
+        type=image_size,
         metavar="HxW",
         help="padded size of the images; default: that of a landscape image at the evaluation size",
     )
@@ -30,13 +30,6 @@ def add_arguments(parser: ArgumentParser) -> None:
         "--keep-ratio", type=float, help="use one budget for all images; default: the model's own budgets"
     )
     add_max_detections(parser)
-
-
-def _size(text: str) -> tuple[int, int]:
-    height, _, width = text.partition("x")
-    if not (height.isdecimal() and width.isdecimal()):
-        raise ArgumentTypeError(f"{text!r}: must be HEIGHTxWIDTH, such as 832x1344")
-    return int(height), int(width)
 
 
 def run(arguments: Namespace) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from argparse import ArgumentParser
+from argparse import ArgumentParser, ArgumentTypeError
 
 from ats_detr.config import shipped_configs
 
@@ -20,6 +20,14 @@ def add_config(parser: ArgumentParser, *, default: str | None = None) -> None:
     names = ", ".join(shipped_configs())
     text = f"{CONFIG}; {f'default: {default}' if default else f'all shipped names: {names}'}"
     parser.add_argument("--config", required=default is None, help=text)
+
+
+def image_size(text: str) -> tuple[int, int]:
+    """An argument such as 832x1344: height and width in pixels."""
+    height, _, width = text.lower().partition("x")
+    if not (height.isdecimal() and width.isdecimal() and int(height) and int(width)):
+        raise ArgumentTypeError(f"{text!r}: must be HEIGHTxWIDTH, such as 832x1344")
+    return int(height), int(width)
 
 
 def add_max_detections(parser: ArgumentParser) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import io
 import os
@@ -17,6 +18,7 @@ from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 
 from ats_detr.errors import UserError
+from ats_detr.text import printable
 
 # All formats are loaded now. Pillow would load them at the first file that needs one, and a thread that reads a WebP
 # meanwhile could fail with "cannot identify image file".
@@ -57,39 +59,38 @@ class ImageHeader:
         return self.size[::-1] if self.orientation >= 5 else self.size
 
 
+@contextlib.contextmanager
+def _reading(name: str) -> Iterator[None]:
+    """Context in which the errors of reading an image become ImageFileError."""
+    try:
+        yield
+    except ImageFileError:
+        raise
+    except FileNotFoundError:
+        raise ImageFileError(f"image {name} does not exist") from None
+    except _DECODING_ERRORS as error:  # ValueError: a path with a null character
+        raise ImageFileError(f"image {printable(name)} cannot be read: {_reason(error)}") from None
+
+
 def read_file(path: str | bytes | Path) -> bytes:
     """Content of a regular file. A FIFO or a device, which could block forever, raises ImageFileError."""
     name = os.fsdecode(path)
-    try:
+    with _reading(name):
         descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
         with open(descriptor, "rb") as file:
             if not stat.S_ISREG(os.fstat(descriptor).st_mode):
                 raise ImageFileError(f"image {name} is not a regular file")
             return file.read()
-    except FileNotFoundError:
-        raise ImageFileError(f"image {name} does not exist") from None
-    except ImageFileError:
-        raise
-    except OSError as error:
-        raise ImageFileError(f"image {name} cannot be read: {error.strerror}") from None
-    except ValueError as error:  # a path with a null character
-        raise ImageFileError(f"image {name!r} cannot be read: {error}") from None
 
 
 def read_header(path: str | bytes | Path) -> ImageHeader:
     """Size and orientation of an image file. Raises ImageFileError where it is not an image."""
     name = os.fsdecode(path)
-    try:
+    with _reading(name):
         if not stat.S_ISREG(os.stat(path).st_mode):
             raise ImageFileError(f"image {name} is not a regular file")
         with open(path, "rb") as file, Image.open(file) as image:
             return _header(image)
-    except FileNotFoundError:
-        raise ImageFileError(f"image {name} does not exist") from None
-    except ImageFileError:
-        raise
-    except _DECODING_ERRORS as error:
-        raise ImageFileError(f"image {name} cannot be read: {_reason(error)}") from None
 
 
 def _header(image: Image.Image) -> ImageHeader:
@@ -119,12 +120,9 @@ def decode_image(encoded: bytes, name: object, *, upright: bool = False) -> Imag
 
     Raises ImageFileError when it cannot be decoded.
     """
-    try:
-        with Image.open(io.BytesIO(encoded)) as file:
-            turned = upright and _orientation(file) != 1
-            return to_rgb(ImageOps.exif_transpose(file) if turned else file)
-    except _DECODING_ERRORS as error:
-        raise ImageFileError(f"image {name} cannot be read: {_reason(error)}") from None
+    with _reading(str(name)), Image.open(io.BytesIO(encoded)) as file:
+        turned = upright and _orientation(file) != 1
+        return to_rgb(ImageOps.exif_transpose(file) if turned else file)
 
 
 def _reason(error: Exception) -> str:
@@ -132,7 +130,7 @@ def _reason(error: Exception) -> str:
         return "not an image that Pillow reads"
     if isinstance(error, Image.DecompressionBombError):
         return f"{error} Raise data.max_image_pixels (PIL.Image.MAX_IMAGE_PIXELS) if you trust the file"
-    return str(error)
+    return getattr(error, "strerror", None) or str(error)
 
 
 def allow_pixels(max_image_pixels: int | None) -> None:

@@ -19,12 +19,22 @@ from .cases import Case, model_config
 from .conftest import golden_folder
 from .test_model import compare
 
+FAMILIES = (
+    "manifest_ats_adaptive_0.1_0.2",
+    "manifest_deform_plain",
+    "manifest_sparse_rho0.1",
+    "manifest_sparse_swint_rho0.1",
+)
+"""One manifest of each family and backbone. The others are slow: they differ in names only, and test_names.py compares
+those of all manifests."""
+
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "manifest_path" not in metafunc.fixturenames:
         return
     folder = golden_folder(metafunc.config)
-    paths = sorted(folder.glob("manifest_*.json")) if folder else []
+    files = sorted(folder.glob("manifest_*.json")) if folder else []
+    paths = [path if path.stem in FAMILIES else pytest.param(path, marks=pytest.mark.slow) for path in files]
     if not paths:
         skip = pytest.mark.skip(reason="no golden cases: give their folder with --golden")
         paths = [pytest.param(None, marks=skip)]

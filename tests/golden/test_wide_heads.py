@@ -12,6 +12,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from . import test_operators
+from .cases import Case
+
 RECIPE = """
 import numpy as np
 
@@ -67,12 +70,19 @@ def write_case(folder: Path, subs: list[dict]) -> None:
     (folder / "wide.json").write_text(json.dumps({"kind": "msda", "case": "wide", "subs": subs}))
 
 
-@pytest.mark.parametrize("backend", ["reference", "triton"])
-def test_operator_cases_of_wide_heads(backend: str, tmp_path: Path) -> None:
-    if backend == "triton":
-        pytest.importorskip("triton")
+@pytest.fixture
+def case(tmp_path: Path) -> Case:
     sizes = dict(shapes=[[6, 4], [3, 2]], N=1, M=2, Lq=2, P=2, special=0)
     write_case(tmp_path, [dict(sizes, seed=seed, D=width) for seed, width in enumerate((30, 257, 1025))])
+    return Case(tmp_path / "wide.json", json.loads((tmp_path / "wide.json").read_text()))
+
+
+def test_the_reference_computes_wide_heads(case: Case, request: pytest.FixtureRequest) -> None:
+    test_operators.test_deformable_attention(case, request)
+
+
+def test_the_kernels_compute_wide_heads_of_cases_in_another_folder(case: Case) -> None:
+    pytest.importorskip("triton")
     root = Path(__file__).parents[2]
     command = [
         sys.executable,
@@ -84,10 +94,17 @@ def test_operator_cases_of_wide_heads(backend: str, tmp_path: Path) -> None:
         "-p",
         "no:cacheprovider",
         "--backend",
-        backend,
+        "triton",
     ]
     run = subprocess.run(
-        [*command, "--golden", str(tmp_path), str(root / "tests/golden/test_operators.py"), "-k", "wide"],
+        [
+            *command,
+            "--golden",
+            str(case.path.parent),
+            str(root / "tests/golden/test_operators.py"),
+            "-k",
+            "wide",
+        ],
         cwd=root,
         capture_output=True,
         text=True,

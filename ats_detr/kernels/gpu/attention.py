@@ -40,6 +40,15 @@ from ats_detr.kernels.levels import join_shapes
 
 
 @triton.jit
+def _rows_of_program(num_rows, HEADS: tl.constexpr, BLOCK: tl.constexpr):
+    """Rows of this program, clamped to the last one; whether they exist; their queries and heads."""
+    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    live = row < num_rows
+    row = tl.minimum(row, num_rows - 1)
+    return row, live, row // HEADS, row % HEADS
+
+
+@triton.jit
 def _add_corner(
     first, second, ptr, weight, column, COLUMNS: tl.constexpr, WIDTH: tl.constexpr, KIND: tl.constexpr
 ):
@@ -75,12 +84,8 @@ def msda_forward(
         num_rows = tl.minimum(tl.load(count_ptr), num_queries).to(tl.int32) * HEADS
         if tl.program_id(0) * BLOCK >= num_rows:
             return
-    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    row, live, query, head = _rows_of_program(num_rows, HEADS, BLOCK)
     column = tl.arange(0, WIDTH)
-    live = row < num_rows
-    row = tl.minimum(row, num_rows - 1)
-    query = row // HEADS
-    head = row % HEADS
     image, shift = images_of(image_ptr, query, queries_per_image, num_images, PACKED)
     origin = image * num_tokens
     if WORD == 2:
@@ -182,13 +187,8 @@ def msda_backward(
     PITCH: tl.constexpr = VALUE_PITCH // WORD
     GRAD_PITCH: tl.constexpr = HEADS * HEAD_DIM
     SAMPLES: tl.constexpr = LEVELS * POINTS
-    num_rows = num_queries * HEADS
-    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    row, live, query, head = _rows_of_program(num_queries * HEADS, HEADS, BLOCK)
     column = tl.arange(0, WIDTH)
-    live = row < num_rows
-    row = tl.minimum(row, num_rows - 1)
-    query = row // HEADS
-    head = row % HEADS
     image, shift = images_of(image_ptr, query, queries_per_image, num_images, PACKED)
     origin = image * num_tokens
     if WORD == 2:
