@@ -383,22 +383,13 @@ def build_model(config: ModelConfig, num_classes: int) -> Detr:
         "feedforward_width": config.feedforward_width,
         "dropout": config.dropout,
     }
-    selector = config.selector
-    token_selector = None
-    if selector is not None and selector.keep_ratio is not None:
-        token_selector = TokenSelector(
-            config.width, selector.keep_ratio, selector.keep_ratio, masked_mean=selector.masked_mean
-        )
-    elif selector is not None:
-        assert selector.min_ratio is not None and selector.max_ratio is not None
-        token_selector = TokenSelector(
-            config.width,
-            selector.min_ratio,
-            selector.max_ratio,
-            selector.num_budgets,
-            selector.min_tokens,
-            selector.masked_mean,
-        )
+    selector, token_selector = config.selector, None
+    if selector is not None:
+        budgets: dict[str, Any] = {"min_ratio": selector.keep_ratio, "max_ratio": selector.keep_ratio}
+        if selector.adaptive:
+            keys = ("min_ratio", "max_ratio", "num_budgets", "min_tokens")
+            budgets = {key: getattr(selector, key) for key in keys}
+        token_selector = TokenSelector(config.width, masked_mean=selector.masked_mean, **budgets)
     return Detr(
         Backbone(
             config.backbone.name,
