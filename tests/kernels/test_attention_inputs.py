@@ -178,7 +178,7 @@ PROPERTY = settings(deadline=None, derandomize=True, suppress_health_check=list(
 
 
 @by_kernel
-@settings(PROPERTY, max_examples=12)
+@settings(PROPERTY, max_examples=8)
 @given(problem=PROBLEMS)
 def test_any_dtype_stride_size_and_range(problem: Problem) -> None:
     compare(problem)
