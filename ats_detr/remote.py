@@ -22,6 +22,7 @@ from typing import Any, BinaryIO
 from ats_detr.console import say, track
 from ats_detr.errors import UserError
 from ats_detr.files import cache_folder, replaced_file
+from ats_detr.text import first_line
 
 _HUB = "hf://"
 _SOURCE = re.compile(r"hf://?(?P<repo>[\w.-]+/[\w.-]+?)(?:@(?P<revision>[^/@]+))?(?:/(?P<file>[^@]+))?")
@@ -191,7 +192,7 @@ def _errors(name: str, file: str | None) -> Iterator[None]:
             f"{wanted}: there is no such repository on the Hub; if it is private, set HF_TOKEN"
         ) from None
     except errors.HFValidationError as error:
-        raise UserError(f"{wanted}: {_first_line(error)}") from None
+        raise UserError(f"{wanted}: {first_line(error)}") from None
     except Exception as error:  # network errors of several libraries, and full disks
         if constants.HF_HUB_OFFLINE:
             raise UserError(
@@ -199,13 +200,9 @@ def _errors(name: str, file: str | None) -> Iterator[None]:
             ) from None
         cause = error.__cause__ or error
         raise UserError(
-            f"{wanted}: cannot be fetched ({_first_line(cause)}), and it is not in the cache; try again, or download"
+            f"{wanted}: cannot be fetched ({first_line(cause)}), and it is not in the cache; try again, or download"
             " it and give its path"
         ) from error
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
 def _fetch_url(url: str) -> Path:
@@ -222,7 +219,7 @@ def _fetch_url(url: str) -> Path:
             _copy(response, file, path.name)
     except (OSError, HTTPException, ValueError) as error:
         raise UserError(
-            f"{url}: cannot be fetched to {path} ({_first_line(error)}); try again, or download it and give its path"
+            f"{url}: cannot be fetched to {path} ({first_line(error)}); try again, or download it and give its path"
         ) from error
     return path
 

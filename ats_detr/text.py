@@ -20,6 +20,6 @@ def printable(text: str) -> str:
     return "".join(c if is_visible(c) else c.encode("unicode_escape").decode() for c in text)
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """The first line of an error's message; the name of its type if there is none."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -27,6 +27,7 @@ from ats_detr.model.encoder import LayerStack
 from ats_detr.model.fusion import fold_batch_norms
 from ats_detr.model.output import DetectedBatch, DetectorOutput
 from ats_detr.model.self_check import self_check
+from ats_detr.text import first_line
 
 logger = logging.getLogger(__name__)
 
@@ -313,7 +314,7 @@ class GraphCache:
             shape.replay = self._capture(function, *inputs)
         except Exception as error:  # of any library; an error of the pass itself is raised by the normal pass
             self._is_able = False
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            reason = first_line(error)
             logger.warning("passes run without CUDA graphs, since one cannot be captured: %s", reason)
             return False
         shape.num_captures += 1

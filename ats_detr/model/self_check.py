@@ -17,6 +17,7 @@ from torch import Tensor
 from ats_detr.kernels.dispatch import FAULTY, Operator, choose_backend, observed, tensors_of
 from ats_detr.model.detr import Detr
 from ats_detr.model.output import DetectorOutput
+from ats_detr.text import first_line
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +49,7 @@ def self_check(model: Detr, images_B3HW: Tensor, sizes_B2: Tensor) -> None:
         try:
             faults = find_faults(lambda: model.detect(*inputs, supervision=False), dtype)
         except Exception as error:  # of the pass itself, or too little memory for the definitions
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            reason = first_line(error)
             logger.warning("the self-check of the kernels was not possible: %s", reason)
             return
         tuning.remember_faults(device, key, faults)
@@ -75,7 +76,7 @@ def find_faults(detect: Callable[[], DetectorOutput], dtype: torch.dtype) -> dic
             except torch.OutOfMemoryError:
                 raise
             except Exception as error:  # of the compiler or the driver
-                fault = f"fails ({(str(error).strip() or type(error).__name__).splitlines()[0]})"
+                fault = f"fails ({first_line(error)})"
         expected = operator.definition(*others)
         changed = [(arguments[position], others[position]) for position in operator.mutated]
         if fault is None:
