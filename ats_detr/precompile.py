@@ -24,8 +24,8 @@ import torch
 from torch import Tensor
 
 from ats_detr.batch import bucket_size
-from ats_detr.checkpoint import build_without_fetching
-from ats_detr.config import Config, save_config
+from ats_detr.checkpoint import build_without_fetching, save_config
+from ats_detr.config import Config
 from ats_detr.data.transforms import resized_size
 from ats_detr.kernels import TokenPlan, select_tokens
 from ats_detr.kernels.dispatch import HAS_TRITON
