@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test check lint format typecheck docs clean
+.PHONY: demo test check lint format typecheck docs hub clean
 
 demo: $(VENV)/.installed  ## train and evaluate the quickstart: about eleven minutes on two CPU cores, after the install
 	$(BIN)/python train.py --config configs/quickstart.yaml
@@ -26,6 +26,9 @@ typecheck: $(VENV)/.installed-dev
 
 docs: $(VENV)/.installed-docs  ## the documentation with the API reference, in site/; a warning is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+hub:  ## the operator as a repository of the `kernels` library, in build/hub
+	$(PYTHON) hub/build.py
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("Python 3.10 or newer is needed: make PYTHON=...")'

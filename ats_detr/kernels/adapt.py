@@ -40,7 +40,7 @@ class Adaptation:
     names: tuple[str, ...]
     """Qualified names of the changed modules."""
     skipped: dict[str, str]
-    """Name and reason of every module with a deformable attention that was left as it is; empty if `strict`."""
+    """Name and reason of every module with a deformable attention that is unchanged; empty if `strict`."""
 
     def __init__(self, changes: dict[str, tuple[nn.Module, dict[str, Any]]], skipped: dict[str, str]) -> None:
         self.names, self.skipped = tuple(changes), skipped
@@ -81,15 +81,15 @@ def adapt(model: nn.Module, *, backend: str | None = None, strict: bool = True) 
     """Computes every deformable attention of `model` with `multi_scale_deformable_attention`, in place.
 
     Covers transformers (every model that has the operator), rfdetr, mmcv and mmdet, detectron2's Mask2Former,
-    GroundingDINO, detrex, and the modules of Deformable DETR that other projects copy. Parameters and state dict remain
-    as they are; other models of the same classes are not affected.
+    GroundingDINO, detrex, and the modules of Deformable DETR that other projects copy. Parameters, state dict and
+    other models of the same classes are unchanged.
 
     Call it before `torch.compile`. Two results may differ from the original: under autocast the operator returns the
     autocast dtype (PyTorch's grid_sample float32), and samples at NaN coordinates are NaN.
 
     Args:
         backend: 'triton' or 'reference' for all of them, see `choose_backend`.
-        strict: raise if any deformable attention of the model cannot be replaced; False: leave it as it is.
+        strict: raise if any deformable attention of the model cannot be replaced; False: leave it unchanged.
 
     Raises:
         TypeError: `model` is not a module.

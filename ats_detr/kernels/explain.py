@@ -33,10 +33,8 @@ class Explanation:
     """How often each was made."""
 
     def __str__(self) -> str:
-        return (
-            "\n".join(f"{choice}, {count} calls" for choice, count in self.calls.items())
-            or "no operator was called"
-        )
+        lines = [f"{choice}, {count} call{'s' * (count > 1)}" for choice, count in self.calls.items()]
+        return "\n".join(lines) or "no operator was called"
 
 
 def explain(

@@ -1,6 +1,6 @@
 """Stands in for the compiled extensions in which other projects ship this operator.
 
-Their Python code then imports and trains as it is, with the Triton kernels on a GPU and nothing to compile.
+Their Python code then imports and trains unchanged, with the Triton kernels on a GPU and nothing to compile.
 """
 
 from __future__ import annotations
