@@ -111,7 +111,7 @@ def _folders(path: Path, depth: int = 0) -> Iterator[Path]:
 
 def _is_data_yaml(file: Path) -> bool:
     content = _read_yaml(file)
-    has_names = isinstance(content, dict) and isinstance(content.get("names"), (list, dict))
+    has_names = isinstance(content, dict) and "names" in content
     return has_names and any(key in content for key in (*ROLES, "nc", "path"))
 
 
@@ -340,7 +340,10 @@ def _open_voc(root: Path) -> Foreign:
     used: dict[Path, dict[str, Path]] = {}
     label_of: dict[Path, Path | None] = {}
     for file in sorted(filter(_is_voc, files)):
-        label_of[_image_of(file, listings, used)] = file
+        image = _image_of(file, listings, used)
+        if other := label_of.get(image):
+            raise UserError(f"{other} and {file} describe the same image, {image}; remove one of them")
+        label_of[image] = file
     for images in used.values():
         for image in images.values():
             label_of.setdefault(image, None)
@@ -371,8 +374,8 @@ def _voc_parts_by_folder(root: Path, label_of: dict[Path, Path | None]) -> list[
 
 
 def _image_of(label: Path, listings: dict[Path, dict[str, Path]], used: dict[Path, dict[str, Path]]) -> Path:
-    """The image of an XML file: that of the same stem, beside it or in a folder of images beside its folder. Its folder
-    is added to `used`."""
+    """The image of an XML file: that of the same stem, otherwise that of the listed name, beside it or in a folder of
+    images beside its folder. The folder is added to `used`."""
     folders = [label.parent, *(label.parent / name for name in _IMAGE_FOLDERS)]
     parts = label.parts
     for i in reversed(range(len(parts) - 1)):
@@ -384,9 +387,13 @@ def _image_of(label: Path, listings: dict[Path, dict[str, Path]], used: dict[Pat
     for folder in folders:
         if folder not in listings:
             listings[folder] = _images_by_stem(folder)
-        if label.stem in listings[folder]:
-            used[folder] = listings[folder]
-            return listings[folder][label.stem]
+    listed = re.search(rb"<filename>\s*(.*?)\s*</filename>", _read_label(label))
+    name = Path(listed[1].decode("utf-8", "replace").replace("\\", "/")).stem if listed else ""
+    for stem in (label.stem, name):  # the name is often that of another file
+        for folder in folders:
+            if stem in listings[folder]:
+                used[folder] = listings[folder]
+                return listings[folder][stem]
     return label.with_suffix("")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import logging
 import os
 from dataclasses import dataclass, replace
@@ -18,6 +19,8 @@ from ats_detr.files import cache_folder
 
 logger = logging.getLogger(__name__)
 
+_MAX_FILES = 5000
+"""Files that are looked at for a hint."""
 _OTHER_FILES = {
     ".zip": "unpack {}",
     ".tar": "unpack {}",
@@ -205,10 +208,9 @@ def _looks_like(folder: Path) -> str:
 
 def _other_files(path: Path) -> str:
     """What a folder without a dataset holds instead, for a message."""
-    folders = [path, *sorted(entry for entry in path.glob("*") if entry.is_dir())[:20]]
-    files = [file for folder in folders for file in sorted(folder.glob("*"))[:1000] if file.is_file()]
+    files = [file for file in itertools.islice(path.rglob("*"), _MAX_FILES) if file.is_file()]
     for suffix, what in _OTHER_FILES.items():
-        first = next((file for file in files if file.name.lower().endswith(suffix)), None)
+        first = min((file for file in files if file.name.lower().endswith(suffix)), default=None)
         if first is not None:
             return f"; {what.format(relative(first, path))}"
     return ""

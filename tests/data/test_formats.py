@@ -228,6 +228,7 @@ def test_folders_of_other_datasets_beside_are_not_taken(tmp_path: Path) -> None:
     ("settings", "message"),
     [
         ({"names": {"x": "a"}}, "must be class indices"),
+        ({"names": "a"}, "must list the class names"),
         ({"names": ["a"], "nc": 2}, "nc = 2: must be 1"),
         ({"train": "elsewhere"}, "the training images do not exist .train: elsewhere."),
         ({"kpt_shape": [0]}, "kpt_shape"),
@@ -290,6 +291,18 @@ def test_bad_xml_is_reported_with_its_file(change: Any, message: str, coco: Path
     with pytest.raises(UserError, match=message) as raised:
         open_dataset(DataConfig(root=str(root)), "train")
     assert file.name in str(raised.value)
+
+
+def test_images_of_voc_are_found_by_stem_then_by_the_listed_name(coco: Path, tmp_path: Path) -> None:
+    root = as_voc(coco, tmp_path / "data", devkit=False)
+    expected = objects(opened(root)[0])
+    for file in (root / "train").glob("*.xml"):
+        file.rename(file.with_name(f"label_{file.name}"))
+    assert objects(opened(root)[0]) == expected
+    file = next((root / "train").glob("*.xml"))
+    shutil.copy(file, file.with_name(f"copy_{file.name}"))
+    with pytest.raises(UserError, match="describe the same image"):
+        find_layout(root)
 
 
 # -------------------------------------------------------------------------------------------------- cache, ambiguity
