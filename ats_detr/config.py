@@ -377,8 +377,8 @@ class TrainConfig(_Bounded):
     """Batches per process and step; their gradients are accumulated. Equal to larger batches, except for trained batch
     norms, whose statistics are those of each batch."""
     precision: Literal["float32", "bfloat16"] = "float32"
-    """Precision of forward and backward passes, also of the teachers. bfloat16: autocast; weights, matching and losses
-    stay float32."""
+    """Precision of forward and backward passes, also of the teachers. bfloat16: autocast, and teachers with bfloat16
+    weights; the student's weights, matching and losses stay float32."""
     recompute: bool = False
     """Activation checkpointing of the encoder and decoder layers: slower, less memory."""
     compile: bool = False

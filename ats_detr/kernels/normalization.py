@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
-import torch.nn.functional as F
+import torch
 from torch import Tensor
 
-from ats_detr.kernels.dispatch import FLOATS, invalid, no_transforms, operator
+from ats_detr.kernels.dispatch import (
+    FLOATS,
+    check_tensors,
+    check_vectors,
+    invalid,
+    no_transforms,
+    operator,
+)
 from ats_detr.kernels.packing import check_target
 
 MAX_CHANNELS = 1024
@@ -36,6 +43,7 @@ def group_norm_(
         ValueError: shapes, dtypes or devices that do not fit together.
         RuntimeError: a gradient would be recorded.
     """
+    check_tensors(tokens=tokens_BSC, map=map_BCHW, weight=weight_C, bias=bias_C)
     if not (map_BCHW.ndim == 4 and map_BCHW.dtype in FLOATS):
         raise invalid("map", map_BCHW, "[B, C, H, W], floating point")
     batch, channels, height, width = map_BCHW.shape
@@ -43,9 +51,7 @@ def group_norm_(
         raise invalid("tokens", tokens_BSC, f"[{batch}, {height * width}, {channels}], floating point")
     if num_groups < 1 or channels % num_groups:
         raise ValueError(f"num_groups {num_groups}: must be >= 1 and divide the {channels} channels")
-    for name, vector in (("weight", weight_C), ("bias", bias_C)):
-        if not (vector.shape == (channels,) and vector.dtype in FLOATS):
-            raise invalid(name, vector, f"[{channels}], floating point")
+    check_vectors(channels, weight=weight_C, bias=bias_C)
     check_target("tokens", tokens_BSC, map_BCHW, weight_C, bias_C)
     _group_norm_(
         tokens_BSC, map_BCHW, num_groups, weight_C, bias_C, eps,
@@ -67,7 +73,8 @@ def _limitation(tokens: Tensor, channels: int, num_groups: int) -> str | None:
 def _group_norm_(
     tokens: Tensor, x: Tensor, num_groups: int, weight: Tensor, bias: Tensor, eps: float
 ) -> None:
+    if tokens.numel() == 0:
+        return
     x = x if x.element_size() >= 4 else x.float()
-    tokens.copy_(
-        F.group_norm(x, num_groups, weight.to(x.dtype), bias.to(x.dtype), eps).flatten(2).transpose(1, 2)
-    )
+    normed = torch.group_norm(x, num_groups, weight.to(x.dtype), bias.to(x.dtype), eps)
+    tokens.copy_(normed.flatten(2).transpose(1, 2))

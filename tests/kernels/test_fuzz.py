@@ -20,6 +20,7 @@ from ats_detr.kernels import (
     deformable_attention_map,
     encode_boxes,
     fused_convolution,
+    group_norm_,
     multi_scale_deformable_attention,
     pack_tokens,
     packed_feedforward,
@@ -331,6 +332,18 @@ def fuzz_affine(draw: Draw, data: st.DataObject) -> None:
     assert_close(result, expected)
 
 
+def fuzz_group_norm(draw: Draw, data: st.DataObject) -> None:
+    num_groups, width = draw.one_of((1, 1), (1, 16), (4, 16), (8, 64), (3, 12))
+    x = feature_map(draw, draw.integer(0, 2), width, draw.integer(1, 9), draw.integer(2, 9)) * 3 + 1
+    weight, bias = draw.normal(width), draw.normal(width)
+    tokens = torch.zeros(x.flatten(2).mT.shape, dtype=draw.one_of(*FLOATS), device=DEVICE)
+    tokens = draw.laid_out(tokens, writable=True)
+    exact = torch.group_norm(x.double(), num_groups, weight.double(), bias.double(), 1e-3).flatten(2).mT
+    backend = draw.one_of("reference", None) if width == 12 or tokens.stride(-1) != 1 else "triton"
+    assert group_norm_(tokens, x, num_groups, weight, bias, 1e-3, backend=backend) is tokens
+    assert_close(tokens, exact)
+
+
 SINE = {SINGLE: 2e-6, DOUBLE: 2e-6, HALF: 2e-3, BRAIN: 4e-2}
 """Absolute errors of sine features plus an embedding: angles up to 2 pi are rounded in float32, the sums to the dtype,
 and the interpreter truncates bfloat16."""
@@ -412,6 +425,10 @@ def _calls() -> dict[str, tuple]:
         "fused_convolution": (fused_convolution, dict(x_BCHW=maps, weight_FCHW=torch.zeros(4, 4, 1, 1))),
         "affine_relu_": (affine_relu_, dict(x_BCHW=maps)),
         "affine_relu_max_pool": (affine_relu_max_pool, dict(x_BCHW=maps)),
+        "group_norm_": (
+            lambda **t: group_norm_(**t, num_groups=2, eps=1e-5),
+            dict(tokens_BSC=torch.zeros(1, maps[0, 0].numel(), 4), map_BCHW=maps, weight_C=vector, bias_C=vector),
+        ),
         "token_geometry": (
             lambda sizes: token_geometry(sizes, (4, 4), ((2, 2),)), dict(sizes=torch.ones(1, 2).long())
         ),

@@ -55,7 +55,7 @@ def group_moments(
         share = own_count / (count + own_count)
         shift_G = own_mean_G - mean_G
         mean_G += shift_G * share
-        squares_G += own_squares_G + shift_G * shift_G * count * share
+        squares_G += own_squares_G + shift_G * (count * share) * shift_G  # 0 of no pixels, not 0 * inf
         count += own_count
     group = tl.arange(0, GROUPS)
     moments_ptr += (image * PARTS + part) * 2 * GROUPS
@@ -84,7 +84,7 @@ def normalize_groups(
     total = num_pixels.to(tl.float32) * SIZE
     mean_G = tl.sum(mean_PG * count_P1, axis=0) / total
     shift_PG = mean_PG - mean_G[None, :]
-    variance_G = tl.sum(squares_PG + shift_PG * shift_PG * count_P1, axis=0) / total
+    variance_G = tl.sum(squares_PG + shift_PG * count_P1 * shift_PG, axis=0) / total
     factor_G = tl.rsqrt(variance_G + eps)
 
     row = tile * ROWS + tl.arange(0, ROWS)
