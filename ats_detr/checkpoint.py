@@ -33,13 +33,13 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from ats_detr.config import Config, ConfigError, apply_override, config_from_dict, config_to_dict
-from ats_detr.convert import ALLOWED_TYPES, from_official, is_official, mismatches
+from ats_detr.convert import ALLOWED_TYPES, from_official, is_official
 from ats_detr.data.classes import ClassMap
 from ats_detr.errors import UserError
 from ats_detr.files import replaced_file
-from ats_detr.model import Detr, build_model
+from ats_detr.model import Detr, build_without_fetching
 from ats_detr.remote import fetch, is_remote
-from ats_detr.text import first_line
+from ats_detr.text import first_line, mismatches
 from ats_detr.transformers_format import (
     PREPROCESSOR,
     from_transformers,
@@ -411,12 +411,6 @@ def _check_interpretation(config: Config, checkpoint: Mapping[str, Any], path: s
             raise UserError(
                 f"{path}: a checkpoint of another architecture, model.{key} is {theirs!r} there, {ours!r} here"
             )
-
-
-def build_without_fetching(config: Config, num_classes: int) -> Detr:
-    """The model with random weights, also in the backbone, for weights that are loaded afterwards."""
-    backbone = dataclasses.replace(config.model.backbone, pretrained=False)
-    return build_model(dataclasses.replace(config.model, backbone=backbone), num_classes)
 
 
 def load_weights(model: nn.Module, state: Mapping[str, Tensor], path: str | Path) -> None:

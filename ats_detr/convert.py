@@ -10,7 +10,6 @@ import argparse
 import dataclasses
 import re
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -27,6 +26,7 @@ from ats_detr.config import (
 from ats_detr.data.coco import ClassMap
 from ats_detr.errors import UserError
 from ats_detr.model import Detr, build_model
+from ats_detr.text import mismatches, run_name
 
 COCO_CLASSES = {
     1: "person", 2: "bicycle", 3: "car", 4: "motorcycle", 5: "airplane", 6: "bus", 7: "train", 8: "truck", 9: "boat",
@@ -248,11 +248,6 @@ def _count(names: Iterable[str], pattern: str) -> int:
     return max(numbers, default=-1) + 1
 
 
-def run_name(source: str) -> str:
-    """A name of a run from that of a file."""
-    return re.sub(r"[^\w.-]+", "_", Path(source).stem).strip(".")[:50] or "published"
-
-
 def _rename(state: Mapping[str, Tensor], model: Detr, source: str) -> dict[str, Tensor]:
     """The tensors of `state` under the names of `model`.
 
@@ -267,16 +262,6 @@ def _rename(state: Mapping[str, Tensor], model: Detr, source: str) -> dict[str, 
         if copy is not tensor and not torch.equal(copy, tensor):
             raise UserError(f"{source}: {name} differs from its copy under another name")
     return renamed
-
-
-def mismatches(expected: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> str:
-    """Missing, unknown and reshaped tensors of a state dict in one phrase; empty if names and shapes agree."""
-    problems = {
-        "missing": [name for name in expected if name not in state],
-        "unknown": [name for name in state if name not in expected],
-        "of another shape": [n for n in expected if n in state and state[n].shape != expected[n].shape],
-    }
-    return "; ".join(f"{len(names)} {what}, such as {names[0]}" for what, names in problems.items() if names)
 
 
 def _classes(num_rows: int) -> ClassMap:

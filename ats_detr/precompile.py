@@ -21,15 +21,15 @@ from typing import Any, Literal
 from unittest.mock import patch
 
 import torch
+import yaml
 from torch import Tensor
 
 from ats_detr.batch import bucket_size
-from ats_detr.checkpoint import build_without_fetching, save_config
-from ats_detr.config import Config
+from ats_detr.config import Config, config_to_dict
 from ats_detr.data.transforms import resized_size
 from ats_detr.kernels import TokenPlan, select_tokens
 from ats_detr.kernels.dispatch import HAS_TRITON
-from ats_detr.model import Detr, selector
+from ats_detr.model import Detr, build_without_fetching, selector
 from ats_detr.model.compiled import freeze_weights
 
 logger = logging.getLogger(__name__)
@@ -179,7 +179,7 @@ def compile_kernels(
     path = os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")]))
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "config.yaml"
-        save_config(config, file)
+        file.write_text(yaml.safe_dump(config_to_dict(config)), encoding="utf-8")
         command = [sys.executable, "-m", "ats_detr", "kernels", "compile", str(file), *options]
         try:
             status = _run(command, {**os.environ, "PYTHONPATH": path})

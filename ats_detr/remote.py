@@ -231,4 +231,4 @@ def _copy(response: Any, file: BinaryIO, name: str) -> None:
     for chunk in track(chunks, name, -(-size // _CHUNK) or None):
         total += file.write(chunk)
     if size and total != size:  # http.client reports no error
-        raise urllib.error.ContentTooShortError(f"{total} of {size} bytes arrived", b"")
+        raise urllib.error.URLError(f"{total} of {size} bytes arrived")

@@ -25,10 +25,10 @@ from ats_detr.config import (
     config_from_dict,
     config_to_dict,
 )
-from ats_detr.convert import mismatches, run_name
 from ats_detr.data.classes import ClassMap
 from ats_detr.errors import UserError
 from ats_detr.model import build_model
+from ats_detr.text import mismatches, run_name
 
 MODEL_TYPE = "deformable_detr"
 _NUM_GROUPS = 32

@@ -24,13 +24,13 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from ats_detr.batch import ImageBatch
-from ats_detr.checkpoint import build_without_fetching, load_checkpoint, load_detector, resolve_checkpoint
+from ats_detr.checkpoint import load_checkpoint, load_detector, resolve_checkpoint
 from ats_detr.config import Config, load_config
 from ats_detr.console import run_cli
 from ats_detr.data.transforms import evaluation_transform
 from ats_detr.errors import UserError
 from ats_detr.flops import count_flops, count_flops_eager, num_parameters
-from ats_detr.model import Detr
+from ats_detr.model import Detr, build_without_fetching
 from bench.measure import CONFIGS, new_parser, write_rows
 from bench.tables import numbers, print_table
 

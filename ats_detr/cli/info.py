@@ -12,7 +12,6 @@ import torch
 
 from ats_detr.batch import ImageBatch, bucket_size
 from ats_detr.checkpoint import (
-    build_without_fetching,
     config_of,
     load_checkpoint,
     load_detector,
@@ -25,7 +24,7 @@ from ats_detr.data.coco import ClassMap
 from ats_detr.data.transforms import resized_size
 from ats_detr.errors import UserError
 from ats_detr.flops import count_flops, num_parameters
-from ats_detr.model import Detr
+from ats_detr.model import Detr, build_without_fetching
 from ats_detr.model_card import name_of_model
 
 _COCO_CLASSES = 91

@@ -7,7 +7,7 @@ size, such as 4 box coordinates.
 """
 
 from ats_detr.model.compiled import CompiledDetr
-from ats_detr.model.detr import Detr, build_model
+from ats_detr.model.detr import Detr, build_model, build_without_fetching
 from ats_detr.model.output import Detections, DetectorOutput, Prediction, TokenScores, top_detections
 
 __all__ = [
@@ -18,5 +18,6 @@ __all__ = [
     "Prediction",
     "TokenScores",
     "build_model",
+    "build_without_fetching",
     "top_detections",
 ]

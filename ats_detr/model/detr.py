@@ -5,6 +5,7 @@ One class for the whole family: Deformable DETR, Efficient DETR, Sparse DETR, AT
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from ats_detr.batch import ImageBatch
-from ats_detr.config import ModelConfig
+from ats_detr.config import Config, ModelConfig
 from ats_detr.kernels import encode_boxes, fused_convolution, group_norm_, refine_boxes, token_geometry
 from ats_detr.kernels.dispatch import autocast, choose_backend, runs_inside_graph
 from ats_detr.kernels.geometry import REFERENCE_EPS
@@ -417,3 +418,9 @@ def build_model(config: ModelConfig, num_classes: int) -> Detr:
         encoder_auxiliary=config.encoder_auxiliary,
         adaption=config.adaption,
     )
+
+
+def build_without_fetching(config: Config, num_classes: int) -> Detr:
+    """The model with random weights, also in the backbone, for weights that are loaded afterwards."""
+    backbone = dataclasses.replace(config.model.backbone, pretrained=False)
+    return build_model(dataclasses.replace(config.model, backbone=backbone), num_classes)

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from ats_detr.batch import ImageBatch, Target
-from ats_detr.checkpoint import build_without_fetching
 from ats_detr.config import load_config
 from ats_detr.kernels import select_tokens, token_geometry
+from ats_detr.model import build_without_fetching
 from ats_detr.model.encoder import Encoder
 from ats_detr.model.output import Prediction, top_detections
 from ats_detr.model.tokens import Tokens
