@@ -61,16 +61,17 @@ def test_a_mean_far_above_the_deviation_costs_no_accuracy(dtype: torch.dtype) ->
     assert relative_error(tokens, definition(x, 4, weight, bias)) < 2e-4
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, in the interpreter
 @pytest.mark.parametrize("special", [torch.nan, torch.inf, 1e30], ids=str)
 def test_special_values_change_their_group_as_in_pytorch(special: float) -> None:
     """Not finite: the group is NaN. A variance beyond float32: it is 0 before the bias."""
     x, weight, bias = tensors((2, 16, 40, 50))
     x[0, 3, 2, 1] = special
-    own, expected = (
-        group_norm_(torch.empty(2, 2000, 16, device=DEVICE), x, 4, weight, bias, 1e-5, backend=backend)
-        for backend in ("triton", "reference")
-    )
-    torch.testing.assert_close(own, expected, rtol=1e-4, atol=1e-4, equal_nan=True)
+    tokens = torch.empty(2, 2000, 16, device=DEVICE)
+    group_norm_(tokens, x, 4, weight, bias, 1e-5, backend="triton")
+    # PyTorch's channels-last norm on a CPU makes NaN of 1e30: it subtracts squares.
+    expected = torch.group_norm(x.contiguous(), 4, weight, bias, 1e-5).flatten(2).mT
+    torch.testing.assert_close(tokens, expected, rtol=1e-4, atol=1e-4, equal_nan=True)
 
 
 def test_an_image_has_the_same_bits_in_every_batch() -> None:
