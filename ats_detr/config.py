@@ -404,10 +404,14 @@ class TrainConfig(_Bounded):
     """Epochs between evaluations; 0: at the end only."""
     log_every: int = _bounded(10, "> 0")
     """Steps between lines of the log, each with a device-to-host synchronisation."""
-    timeout_minutes: float = _bounded(30.0, "> 0")
+    timeout_minutes: float = _bounded(30.0, "in (0, 100000]")
     """Longest wait for a batch of images or for another process, after which the run ends with an error."""
     max_skipped_steps: int = _bounded(10, "> 0")
     """Steps without a finite gradient are skipped; the run stops after this many in a row."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check(min(self.drop_epochs, default=1) > 0, "drop_epochs", self.drop_epochs, "must be > 0")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -144,6 +144,8 @@ def test_a_saved_config_reads_back_equal(tmp_path: Path) -> None:
         ("train.epochs=2.5", "train.epochs = 2.5: must be an integer"),
         ("train.learning_rate=fast", "train.learning_rate = 'fast': must be a finite number"),
         ("train.learning_rate=.nan", "must be a finite number"),
+        ("train.timeout_minutes=1e300", "train.timeout_minutes = 1e+300: must be in (0, 100000]"),
+        ("train.drop_epochs=[-1]", "train.drop_epochs = (-1,): must be > 0"),
         ("data.kind=voc", "data.kind = 'voc': must be one of coco, synthetic"),
         ("data.cache_images=1", "data.cache_images = 1: must be true or false"),
         ("data.crop_size=[1,2,3]", "data.crop_size = [1, 2, 3]: must be a list of 2"),

@@ -18,7 +18,7 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
-from ats_detr.cli.options import FAILURES
+from ats_detr.cli.options import FAILURES, require_replaceable
 from ats_detr.config import ModelConfig
 from ats_detr.console import say, track
 from ats_detr.data.check import (
@@ -152,6 +152,8 @@ def check(arguments: Namespace) -> None:
     """Check the splits and print the findings."""
     if arguments.most < 0:
         raise UserError(f"--most {arguments.most}: must be >= 0")
+    if arguments.json is not None:
+        require_replaceable("--json", arguments.json, b'{\n "accepted"')
     try:
         title = find_layout(arguments.path).title
         splits = find_splits(arguments.path, arguments.images)
@@ -180,6 +182,10 @@ def check(arguments: Namespace) -> None:
     _write_report(splits, arguments.json)
     picture = arguments.picture
     if picture is not None:
+        datasets = [split.dataset for split in splits if split.dataset is not None]
+        images = (dataset.path(index) for dataset in datasets for index in range(len(dataset)))
+        if picture.is_file() and any(path.name == picture.name and path.samefile(picture) for path in images):
+            raise UserError(f"--picture {picture}: is an image of the dataset; choose another file")
         try:
             plot_dataset(splits, num_queries=arguments.num_queries).savefig(picture)
         except OSError as error:

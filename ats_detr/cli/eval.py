@@ -21,7 +21,7 @@ from ats_detr.checkpoint import (
     resolve_checkpoint,
     write_json,
 )
-from ats_detr.cli.options import CHECKPOINT, add_config, add_overrides
+from ats_detr.cli.options import CHECKPOINT, add_config, add_overrides, require_replaceable
 from ats_detr.config import Config, load_config
 from ats_detr.console import console, say
 from ats_detr.data.coco import ClassMap
@@ -124,6 +124,7 @@ def evaluate_checkpoint(
         make_folder(detections_file.parent)
         if detections_file.is_dir() or not os.access(detections_file.parent, os.W_OK):
             raise UserError(f"--detections {detections_file}: cannot write this file; choose another one")
+        require_replaceable("--detections", detections_file, b"[")
     evaluated = model if compiled is None else CompiledDetr(model, dtype=compiled)
     max_detections = config.evaluation.max_detections
     warn_of_limits(loader.dataset, config.model.num_queries, max_detections)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from argparse import ArgumentParser, ArgumentTypeError
+from pathlib import Path
 
 from ats_detr.config import shipped_configs
+from ats_detr.errors import UserError
 
 FAILURES = 1
 """Exit code of a command that finished although some of its inputs failed."""
@@ -37,6 +39,20 @@ def add_max_detections(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--max-detections", type=int, default=MAX_DETECTIONS, help="per image; default: %(default)s"
     )
+
+
+def require_replaceable(option: str, file: Path, beginning: bytes) -> None:
+    """Raise UserError where an output file exists that `option` has not written, such as an input of the command.
+
+    Args:
+        beginning: first bytes of the files that it writes. An empty file may be replaced, too.
+    """
+    if not file.is_file():
+        return
+    with file.open("rb") as existing:
+        found = existing.read(len(beginning))
+    if found and found != beginning:
+        raise UserError(f"{option} {file}: this file exists and is not one of {option}; choose another one")
 
 
 def add_overrides(parser: ArgumentParser, example: str) -> None:

@@ -341,7 +341,9 @@ def build_state(config: Config, model: Detr, supervision: DualTeacher | None) ->
 def describe_run(run: Run) -> str:
     """One line: model, data, effective batch size and learning rates."""
     config, progress, model = run.config, run.state.progress, run.state.model
-    parameters = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    frozen = sum(parameter.numel() for parameter in model.parameters()) - trained
+    parameters = f"{trained / 1e6:.2f} M trained and {frozen / 1e6:.2f} M frozen parameters"
     rates = ", ".join(f"{group['name']} {group['base_lr']:.2g}" for group in run.state.optimizer.param_groups)
     factors = [f"{config.data.batch_size} images"]
     factors += [f"{distributed.world_size()} processes"] if distributed.world_size() > 1 else []
@@ -349,7 +351,7 @@ def describe_run(run: Run) -> str:
     num_train, num_val = len(set(run.loaders.train.indices)), sum(map(len, run.loaders.val.global_batches))
     batch = f"{global_batch(config)}" + (f" ({' x '.join(factors)})" if len(factors) > 1 else "")
     return (
-        f"{run.stage.name}: {parameters / 1e6:.1f} M trained parameters, {model.num_classes} classes,"
+        f"{run.stage.name}: {parameters}, {model.num_classes} classes,"
         f" {num_train} images for training and {num_val} for evaluation,"
         f" {config.train.epochs - progress.epoch} epochs of {run.num_steps} steps, batch {batch}, lr {rates}"
     )

@@ -242,6 +242,19 @@ def test_a_check_writes_nothing_unless_asked(
     assert "--picture FILE draws" in capsys.readouterr().out
 
 
+def test_a_check_does_not_replace_its_inputs(clean: Path, tmp_path: Path) -> None:
+    report = tmp_path / "report.json"
+    report.touch()
+    for _ in range(2):
+        main(["datasets", "check", str(clean), "--json", str(report)])
+    (annotations,), (image, *_) = clean.glob("annotations/*train*.json"), clean.glob("train2017/*.jpg")
+    for option, file in (("--json", annotations), ("--json", image), ("--picture", image)):
+        before = file.read_bytes()
+        with pytest.raises(UserError, match=f"{option} .*{file.name}: .*; choose another"):
+            main(["datasets", "check", str(clean), option, str(file)])
+        assert file.read_bytes() == before
+
+
 def test_real_annotations_have_no_errors(coco_tiny: Path) -> None:
     splits = find_splits(coco_tiny)
     check_dataset(splits)

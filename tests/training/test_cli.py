@@ -159,6 +159,11 @@ def test_evaluation_gives_the_metrics_of_training(chain: Path, tmp_path: Path) -
     detections = json.loads((tmp_path / "detections.json").read_text())
     assert all(entry.keys() == {"image_id", "category_id", "bbox", "score"} for entry in detections)
     assert len({entry["image_id"] for entry in detections}) == 7
+    checkpoint = chain / "run" / "student" / "final.pt"
+    before = checkpoint.read_bytes()
+    done = run("eval.py", *evaluation_of(chain, tmp_path), "--detections", checkpoint)
+    assert_one_line(done, "final.pt: this file exists and is not one of --detections; choose another one")
+    assert checkpoint.read_bytes() == before
 
 
 def test_two_processes_evaluate_an_odd_number_of_images_like_one(chain: Path, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from ats_detr.model import build_model
 from ats_detr.training import trainer
 from ats_detr.training.datasets import data_root
 from ats_detr.training.guards import check_targets, largest_batch
-from ats_detr.training.setup import Run, settings_without_effect
+from ats_detr.training.setup import Run, describe_run, settings_without_effect
 from ats_detr.training.stages import plan_stages, train_stages
 from tests.training.small import ADAPTIVE, random_batch, small_config, small_run, small_tree
 
@@ -341,3 +341,15 @@ def test_settings_without_effect_are_reported(
     found = settings_without_effect(config, build_model(config.model, 3), num_steps=4)
     assert len(found) == len(expected), found
     assert all(text.startswith(words) for text, words in zip(found, expected, strict=True)), found
+
+
+def test_the_first_line_of_a_run_has_trained_and_frozen_parameters(tmp_path: Path) -> None:
+    run = small_run(tmp_path, model={"backbone": {"frozen_stages": 4}, "feedforward_width": 2048})
+    numbers = [0, 0]
+    for name, parameter in run.state.model.named_parameters():
+        numbers[name.startswith("backbone.")] += parameter.numel()
+    words = [f"{number / 1e6:.2f} M" for number in numbers]
+    assert words[0] != words[1] != "0.00 M"
+    assert describe_run(run).startswith(
+        f"small: {words[0]} trained and {words[1]} frozen parameters, 3 classes"
+    )
