@@ -160,9 +160,10 @@ def _scatter(
 
 def _msda(
     value: Tensor, sizes: Sequence[int], shapes_L2: Tensor | None, reference_points: Tensor | None, offsets: Tensor,
-    weights: Tensor, image_index: Tensor | None, num_rows: Tensor | None, deterministic: bool | None, backend: str,
+    weights: Tensor, image_index: Tensor | None, num_rows: Tensor | None, deterministic: bool | None,
+    points_of_levels: Sequence[int], backend: str,
 ) -> Tensor:  # fmt: skip
-    """Deformable attention [K, H * D] of packed queries.
+    """Deformable attention [K, H * D] of packed queries, with equally many points on each level.
 
     The maps of all images of a level are stacked into one tall map, so one call samples the packed queries of all
     images for any number of queries per image. Each image has a row of zeros above and below it; samples further

@@ -12,7 +12,7 @@ import contextlib
 import re
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,6 +39,7 @@ from ats_detr.kernels.gpu.problem import prepare
 ARCHITECTURES = (80, 90, 100, 120)
 LEVELS = ((8, 8), (4, 4), (2, 2), (2, 2))  # the code does not depend on them
 HEADS, HEAD_DIM, POINTS = 8, 32, 4
+POINTS_OF_LEVELS = (3, 6, 3)  # D-FINE
 WIDTH, HIDDEN = 256, 1024
 PROJECTED = HEADS * len(LEVELS) * POINTS * 3  # offsets and logits in one product
 _TYPES = {
@@ -158,18 +159,25 @@ def _disassemble(cubin: bytes) -> tuple[list[tuple[int, str]], list[tuple[int, i
 
 # ---------------------------------------------------------------------- what is to be compiled
 def attention_launches(
-    kernel_pass: str, dtype: torch.dtype, config: dict, fused: bool = True
+    kernel_pass: str,
+    dtype: torch.dtype,
+    config: dict,
+    fused: bool = True,
+    points: Sequence[int] = (POINTS,) * len(LEVELS),
 ) -> list[Launch]:
-    """Launches of 'forward', 'backward' (atomic), 'gradients' (no value gradient), 'tiles' or 'sorted'."""
-    num_tokens = sum(height * width for height, width in LEVELS)
-    num_queries, num_levels = 64, len(LEVELS)
+    """Launches of 'forward', 'backward' (atomic), 'gradients' (no value gradient), 'tiles' or 'sorted'.
+
+    points: of each level.
+    """
+    levels = LEVELS[: len(points)]
+    num_tokens = sum(height * width for height, width in levels)
+    num_queries = 64
     value = torch.zeros(2, num_tokens, HEADS, HEAD_DIM, dtype=dtype)
-    reference = torch.zeros(num_queries, num_levels, 2) if fused else None
-    offsets = torch.zeros(num_queries, HEADS, num_levels, POINTS, 2, dtype=dtype)
-    weights = torch.zeros(num_queries, HEADS, num_levels, POINTS, dtype=dtype)
+    reference = torch.zeros(num_queries, len(levels), 2) if fused else None
+    offsets = torch.zeros(num_queries, HEADS, sum(points), 2, dtype=dtype)
     image = torch.zeros(num_queries, dtype=torch.int32)
     out = torch.zeros(num_queries, HEADS * HEAD_DIM, dtype=dtype)
-    problem = prepare(value, LEVELS, reference, offsets, weights, image)
+    problem = prepare(value, levels, reference, offsets, offsets[..., 0].contiguous(), image, points)
     calls = {
         "forward": lambda: attention.forward(problem, None),
         "backward": lambda: attention.backward(problem, out, out, True, False),
@@ -267,21 +275,25 @@ def jobs(architecture: int, everything: bool = True) -> Iterator[tuple[dict, Lau
     ):
         name = str(dtype).removeprefix("torch.")
         key = (name, HEADS, HEAD_DIM, len(LEVELS), POINTS, True)
+        uniform = (POINTS,) * len(LEVELS)
         passes = (
-            ("forward", "msda_forward", True),
-            ("backward", "msda_backward", True),
-            ("gradients", "msda_backward", True),
-            ("tiles", "value_tiles", True),
-            ("forward", "msda_forward", False),
-            ("backward", "msda_backward", False),
+            ("forward", "msda_forward", True, uniform),
+            ("backward", "msda_backward", True, uniform),
+            ("gradients", "msda_backward", True, uniform),
+            ("tiles", "value_tiles", True, uniform),
+            ("forward", "msda_forward", False, uniform),
+            ("backward", "msda_backward", False, uniform),
+            ("forward", "msda_forward", False, POINTS_OF_LEVELS),
+            ("backward", "msda_backward", False, POINTS_OF_LEVELS),
+            ("tiles", "value_tiles", False, POINTS_OF_LEVELS),
         )
-        for kernel_pass, operator, fused in passes:
+        for kernel_pass, operator, fused, points in passes:
             if not fused and not everything:
                 continue
             density = [tuning.density(1, 1)] if operator == "value_tiles" else []
             candidates = tuning.configurations(operator, (*key, *density))
             for config in candidates if everything and fused else candidates[:1]:
-                for launch in attention_launches(kernel_pass, dtype, config, fused):
+                for launch in attention_launches(kernel_pass, dtype, config, fused, points):
                     labels = {"pass": kernel_pass, "dtype": name, "fused": fused, "config": config}
                     yield {"kernel": launch.kernel.__name__, **labels, "arch": f"sm_{architecture}"}, launch
         for operator in ("linear", "linear_norm", "feedforward"):
@@ -319,8 +331,11 @@ def report(labels: dict, launch: Launch, architecture: int) -> dict:
     facts = compile_for(launch, architecture)
     per_row = None
     if labels["kernel"] in ("msda_forward", "msda_backward"):
-        trips = POINTS // launch.values["UNROLL"]
-        executed = facts["instructions"] + (trips - 1) * sum(facts["loops"])
+        points, unroll = launch.values["POINTS"], launch.values["UNROLL"]
+        trips = [number // step for number, step in zip(points, unroll, strict=True) if number > step]
+        assert len(trips) == len(facts["loops"]), "one loop for each level that is not unrolled"
+        executed = facts["instructions"]
+        executed += sum((trip - 1) * size for trip, size in zip(trips, facts["loops"], strict=True))
         per_row = round(executed * facts["num_warps"] / launch.values["BLOCK"], 1)
     return {**labels, **facts, "instructions_per_query_head": per_row}
 

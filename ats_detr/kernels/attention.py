@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from operator import index
 from typing import Any
 
 import torch
@@ -93,7 +95,7 @@ def deformable_attention(
     )  # fmt: skip
     shapes = as_level_shapes(level_shapes)
     check_samples(shapes, offsets_NHLP2, logits_NHLP)
-    _check_value(value_BSHD, shapes, logits_NHLP)
+    _check_value(value_BSHD, shapes, logits_NHLP.shape[1], logits_NHLP.device)
     check_references(reference_points, offsets_NHLP2)
     num_queries, batch = offsets_NHLP2.shape[0], value_BSHD.shape[0]
     if image_index_N is not None:
@@ -121,6 +123,10 @@ def multi_scale_deformable_attention(
     locations_BQHLP2: Tensor,
     weights_BQHLP: Tensor,
     *,
+    num_points: Sequence[int] | None = None,
+    padding_mode: str = "zeros",
+    align_corners: bool = False,
+    method: str = "default",
     deterministic: bool | None = None,
     backend: str | None = None,
 ) -> Tensor:
@@ -129,10 +135,22 @@ def multi_scale_deformable_attention(
     Takes normalised locations and softmaxed weights instead of raw projections. See `deformable_attention` for dtypes,
     non-finite input, keywords and errors. Prefer float32 locations: float16 rounds them to W/2048 pixels, bfloat16 to
     W/256.
+
+    Args:
+        num_points: points of each level, at least 1, if levels differ (RT-DETRv2, D-FINE). The tensors are then
+            [B, Q, H, sum of num_points, 2] and [B, Q, H, sum of num_points], level after level.
+        padding_mode, align_corners, method: options of other implementations. Any value but the default is refused.
     """
-    shapes = _check_classical(value_BSHD, level_shapes, locations_BQHLP2, weights_BQHLP)
+    _check_options(padding_mode, align_corners, method)
+    points: tuple[int, ...] = ()
+    if num_points is not None:
+        points = _check_num_points(num_points, locations_BQHLP2, weights_BQHLP)
+        if len(set(points)) == 1:
+            locations_BQHLP2 = locations_BQHLP2.unflatten(3, (len(points), -1))
+            weights_BQHLP, points = weights_BQHLP.unflatten(3, (len(points), -1)), ()
+    shapes = _check_classical(value_BSHD, level_shapes, locations_BQHLP2, weights_BQHLP, points)
     locations, weights = locations_BQHLP2.flatten(0, 1), weights_BQHLP.flatten(0, 1)
-    out = _attend(value_BSHD, shapes, None, locations, weights, None, None, deterministic, backend)
+    out = _attend(value_BSHD, shapes, None, locations, weights, None, None, deterministic, backend, points)
     return out.unflatten(0, locations_BQHLP2.shape[:2])
 
 
@@ -157,19 +175,26 @@ def differentiate_multi_scale(
     # The output matters for the softmax only, which is not part of this operator: the gradient stands in for it.
     grad_value, grad_locations, grad_weights = _msda_backward(
         grad_out, grad_out, value_BSHD, *split_shapes(shapes), None, locations, weights, None, True, deterministic,
-        backend=backend, limitation=limitation(shapes, weights, value_BSHD),
+        [], backend=backend, limitation=limitation(shapes, weights, value_BSHD),
     )  # fmt: skip
     return grad_value, grad_locations.view_as(locations_BQHLP2), grad_weights.view_as(weights_BQHLP)
 
 
 def _check_classical(
-    value_BSHD: Tensor, level_shapes: LevelShapes | Tensor, locations_BQHLP2: Tensor, weights_BQHLP: Tensor
+    value_BSHD: Tensor,
+    level_shapes: LevelShapes | Tensor,
+    locations_BQHLP2: Tensor,
+    weights_BQHLP: Tensor,
+    num_points: tuple[int, ...] = (),
 ) -> LevelShapes | Tensor:
     """The level shapes. Raises ValueError for arguments that do not fit together."""
     check_tensors(value_BSHD=value_BSHD, locations_BQHLP2=locations_BQHLP2, weights_BQHLP=weights_BQHLP)
     shapes = as_level_shapes(level_shapes)
-    check_samples(shapes, locations_BQHLP2, weights_BQHLP, ("locations_BQHLP2", "weights_BQHLP"))
-    _check_value(value_BSHD, shapes, weights_BQHLP)
+    if not num_points:
+        check_samples(shapes, locations_BQHLP2, weights_BQHLP, ("locations_BQHLP2", "weights_BQHLP"))
+    elif len(num_points) != len(shapes):
+        raise ValueError(f"num_points {num_points}: must be {len(shapes)} numbers, one for each level")
+    _check_value(value_BSHD, shapes, weights_BQHLP.shape[2], weights_BQHLP.device)
     if locations_BQHLP2.shape[0] != value_BSHD.shape[0]:
         raise ValueError(
             f"locations of {locations_BQHLP2.shape[0]} images for values of {value_BSHD.shape[0]}"
@@ -200,14 +225,42 @@ def check_samples(
         )
 
 
-def _check_value(value_BSHD: Tensor, shapes: LevelShapes | Tensor, weights: Tensor) -> None:
-    num_heads = weights.shape[-3]
+def _check_num_points(num_points: Sequence[int], locations: Tensor, weights: Tensor) -> tuple[int, ...]:
+    """The points of each level. Raises ValueError unless the tensors hold as many."""
+    check_tensors(locations=locations, weights=weights)
+    try:
+        points = tuple(map(index, num_points))
+    except TypeError:
+        points = ()
+    if min(points, default=0) < 1:
+        raise ValueError(f"num_points {num_points}: must be integers >= 1, one for each level")
+    if weights.ndim != 4 or weights.shape[3] != sum(points) or weights.dtype not in FLOATS:
+        raise invalid("weights", weights, f"[B, Q, H, {sum(points)}] for num_points {points}, floating point")
+    if locations.shape != (*weights.shape, 2) or locations.dtype not in FLOATS:
+        raise invalid("locations", locations, f"{[*weights.shape, 2]}, floating point")
+    return points
+
+
+def _check_options(padding_mode: str, align_corners: bool, method: str) -> None:
+    if method != "default":
+        raise ValueError(
+            f"method {method!r}: must be 'default'; 'discrete' reads the nearest pixel, which is another operator"
+            " without a gradient by the locations"
+        )
+    if padding_mode != "zeros" or align_corners:
+        raise ValueError(
+            f"padding_mode {padding_mode!r}, align_corners {align_corners}: must be 'zeros' and False, as in Deformable"
+            " DETR; for others call torch.nn.functional.grid_sample"
+        )
+
+
+def _check_value(
+    value_BSHD: Tensor, shapes: LevelShapes | Tensor, num_heads: int, device: torch.device
+) -> None:
     if not (value_BSHD.ndim == 4 and value_BSHD.shape[2] == num_heads and value_BSHD.dtype in FLOATS):
         raise invalid("value_BSHD", value_BSHD, f"[B, S, H, D] with H = {num_heads} heads, floating point")
-    if value_BSHD.device != weights.device:
-        raise ValueError(
-            f"value_BSHD on {value_BSHD.device}, weights on {weights.device}: must be on one device"
-        )
+    if value_BSHD.device != device:
+        raise ValueError(f"value_BSHD on {value_BSHD.device}, weights on {device}: must be on one device")
     check_num_tokens(shapes, value_BSHD.shape[1])
 
 
@@ -231,9 +284,15 @@ def _check_integers(name: str, index: Tensor, shape: tuple[int, ...]) -> None:
         raise invalid(name, index, f"{list(shape)}, integers")
 
 
-def limitation(shapes: LevelShapes | Tensor, weights: Tensor, value: Tensor | None = None) -> str | None:
+def limitation(
+    shapes: LevelShapes | Tensor,
+    weights: Tensor,
+    value: Tensor | None = None,
+    points_of_levels: Sequence[int] = (),
+) -> str | None:
     """Why the kernels cannot compute this problem; None if they can."""
-    num_levels, num_points = weights.shape[-2:]
+    num_levels = len(shapes)
+    num_points = max(points_of_levels) if points_of_levels else weights.shape[-1]
     if num_points > MAX_POINTS:
         return f"{num_points} points exceed the maximum of {MAX_POINTS}"
     # Of a tensor only the number of levels is known.
@@ -241,7 +300,8 @@ def limitation(shapes: LevelShapes | Tensor, weights: Tensor, value: Tensor | No
         return found
     if runs_inside_graph():  # sizes may be unknown
         return None
-    num_rows, num_heads = weights.shape[:-3].numel(), weights.shape[-3]
+    *leading, num_heads = weights.shape[: -1 if points_of_levels else -2]
+    num_rows = math.prod(leading)
     if weights.numel() >= 2**31 or 4 * num_rows * num_levels >= 2**31:
         return f"{weights.numel()} samples of {num_rows} queries exceed 32-bit offsets"
     if value is not None:
@@ -264,10 +324,11 @@ def _attend(
     num_rows: Tensor | None,
     deterministic: bool | None,
     backend: str | None,
+    num_points: Sequence[int] = (),
 ) -> Tensor:
     return _msda(
         autocast(value), *split_shapes(shapes), reference_points, offsets, weights, image_index, num_rows,
-        deterministic, backend=backend, limitation=limitation(shapes, weights, value),
+        deterministic, list(num_points), backend=backend, limitation=limitation(shapes, weights, value, num_points),
     )  # fmt: skip
 
 
@@ -275,11 +336,15 @@ def _attend(
 def _msda(
     value: Tensor, sizes: Sequence[int], shapes_L2: Tensor | None, reference_points: Tensor | None, offsets: Tensor,
     weights: Tensor, image_index: Tensor | None, num_rows: Tensor | None, deterministic: bool | None,
+    num_points: Sequence[int],
 ) -> Tensor:  # fmt: skip
-    """[N, H*D]; without reference_points, `offsets` are locations and `weights` are used unchanged."""
+    """[N, H*D]; without reference_points, `offsets` are locations and `weights` are used unchanged.
+
+    num_points: of each level, where they differ: offsets are then [N, H, sum of num_points, 2]. Otherwise empty.
+    """
     shapes = join_shapes(sizes, shapes_L2, value.shape[1])
     if reference_points is None:
-        return reference.sample_packed(value, shapes, offsets, weights, image_index, num_rows)
+        return reference.sample_packed(value, shapes, offsets, weights, image_index, num_rows, num_points)
     return reference.deformable_attention(
         value, shapes, reference_points, offsets, weights, image_index, num_rows
     )
@@ -294,15 +359,15 @@ def _(value: Tensor, *arguments: Any) -> Tensor:
 def _msda_backward(
     grad_out: Tensor, out: Tensor, value: Tensor, sizes: Sequence[int], shapes_L2: Tensor | None,
     reference_points: Tensor | None, offsets: Tensor, weights: Tensor, image_index: Tensor | None, need_value: bool,
-    deterministic: bool | None,
+    deterministic: bool | None, num_points: Sequence[int],
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients by value (empty unless needed), offsets and weights."""
     # Within a compiled graph or a counter of operations nothing would be recorded: inference_mode(False) changes that.
     with torch.inference_mode(False), torch.enable_grad():
         inputs = [tensor.detach().requires_grad_() for tensor in (value, offsets, weights)]
         out = _msda.definition(
-            inputs[0], sizes, shapes_L2, reference_points, *inputs[1:], image_index, None, deterministic
-        )
+            inputs[0], sizes, shapes_L2, reference_points, *inputs[1:], image_index, None, deterministic, num_points
+        )  # fmt: skip
         gradients = torch.autograd.grad(out, inputs, grad_out, materialize_grads=True)
     # Contiguous, as the fake operator below promises to compilers.
     grad_value, grad_offsets, grad_weights = (gradient.contiguous() for gradient in gradients)
@@ -311,7 +376,7 @@ def _msda_backward(
 
 @_msda_backward.register_fake
 def _(grad_out: Tensor, out: Tensor, value: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    _, _, _, offsets, weights, _, need_value, _ = arguments
+    _, _, _, offsets, weights, _, need_value, *_ = arguments
     grad_value = value.new_empty(value.shape if need_value else 0)
     return grad_value, offsets.new_empty(offsets.shape), weights.new_empty(weights.shape)
 
@@ -327,6 +392,7 @@ def _save(ctx: Any, inputs: tuple, output: Tensor) -> None:
         image_index,
         num_rows,
         ctx.deterministic,
+        ctx.num_points,
     ) = inputs
     ctx.has_capacity = num_rows is not None
     ctx.save_for_backward(output, value, shapes_L2, reference_points, offsets, weights, image_index)
@@ -340,9 +406,9 @@ def _differentiate(ctx: Any, grad_out: Tensor) -> tuple:
     out, value, *samples = ctx.saved_tensors
     need_value = ctx.needs_input_grad[0]
     grad_value, grad_offsets, grad_weights = _msda_backward.packet(
-        grad_out, out, value, ctx.sizes, *samples, need_value, ctx.deterministic, ctx.backend
+        grad_out, out, value, ctx.sizes, *samples, need_value, ctx.deterministic, ctx.num_points, ctx.backend
     )
-    return grad_value if need_value else None, None, None, None, grad_offsets, grad_weights, None, None, None
+    return grad_value if need_value else None, None, None, None, grad_offsets, grad_weights, *(None,) * 4
 
 
 def _refuse(ctx: Any, *gradients: Tensor) -> tuple:

@@ -56,15 +56,20 @@ def _at_least_float32(tensor: Tensor) -> Tensor:
 
 
 def multi_scale_deformable_attention(
-    value_BSHD: Tensor, level_shapes: LevelShapes, locations_BQHLP2: Tensor, weights_BQHLP: Tensor
+    value_BSHD: Tensor,
+    level_shapes: LevelShapes,
+    locations_BQHLP2: Tensor,
+    weights_BQHLP: Tensor,
+    num_points: Sequence[int] = (),
 ) -> Tensor:
     """The classical operator of Deformable DETR (eq. 3): weighted bilinear samples of every level, [B, Q, H*D].
 
     A sample at normalised (x, y) reads pixel (x*W - 0.5, y*H - 0.5) bilinearly; pixels outside the map count as 0.
-    A sample whose location is NaN or infinite is NaN.
+    A sample whose location is NaN or infinite is NaN. num_points: see `sample_packed`.
     """
     batch, num_queries = locations_BQHLP2.shape[:2]
-    out = sample_packed(value_BSHD, level_shapes, locations_BQHLP2.flatten(0, 1), weights_BQHLP.flatten(0, 1))
+    locations, weights = locations_BQHLP2.flatten(0, 1), weights_BQHLP.flatten(0, 1)
+    out = sample_packed(value_BSHD, level_shapes, locations, weights, num_points=num_points)
     return out.unflatten(0, (batch, num_queries))
 
 
@@ -97,20 +102,22 @@ def sample_packed(
     weights_NHLP: Tensor,
     image_index_N: Tensor | None = None,
     num_rows: Tensor | None = None,
+    num_points: Sequence[int] = (),
 ) -> Tensor:
     """`multi_scale_deformable_attention` of packed queries, [N, H*D] in the value's dtype, computed in at
     least float32.
 
     Every sample of a query whose image index is not in 0..B-1 has the location NaN.
+    num_points: points of each level, where they differ: the tensors are then [N, H, P, 2] and [N, H, P] with the P
+    points of all levels, level after level.
     """
     batch, num_queries = value_BSHD.shape[0], locations_NHLP2.shape[0]
     if num_rows is not None:
         used = min(max(int(num_rows), 0), num_queries)
         if image_index_N is None:
             image_index_N = _image_of_each_query(batch, num_queries, value_BSHD.device)
-        out = sample_packed(
-            value_BSHD, level_shapes, locations_NHLP2[:used], weights_NHLP[:used], image_index_N[:used]
-        )
+        samples = locations_NHLP2[:used], weights_NHLP[:used], image_index_N[:used]
+        out = sample_packed(value_BSHD, level_shapes, *samples, num_points=num_points)
         return F.pad(out, (0, 0, 0, num_queries - used))
     inputs = (value_BSHD, locations_NHLP2, weights_NHLP)
     dtype = reduce(torch.promote_types, [tensor.dtype for tensor in inputs], torch.float32)
@@ -118,6 +125,9 @@ def sample_packed(
     if value.numel() == 0 or weights.numel() == 0:  # sums of nothing, with gradients of 0
         nothing = sum(tensor.flatten()[:0].sum() for tensor in (value, locations, weights))
         return (nothing + value.new_zeros(num_queries, value.shape[2:].numel())).to(value_BSHD.dtype)
+    if not num_points:
+        num_points = [weights.shape[3]] * len(level_shapes)
+        locations, weights = locations.flatten(2, 3), weights.flatten(2)
     counts, order_N = [num_queries // batch] * batch, None
     if image_index_N is None:
         image_N = _image_of_each_query(batch, num_queries, value_BSHD.device)
@@ -125,15 +135,18 @@ def sample_packed(
         image_N = image_index_N.long().clamp(0, batch - 1)
         outside_N = image_N != image_index_N
         if outside_N.any():
-            locations = locations.masked_fill(outside_N[:, None, None, None, None], torch.nan)
+            locations = locations.masked_fill(outside_N[:, None, None, None], torch.nan)
+    shape_of_point = [shape for shape, n in zip(level_shapes, num_points, strict=True) for _ in range(n)]
+    pixels = locations.detach() * _width_height(shape_of_point, locations)
+    weights = weights * torch.where(pixels.isfinite().all(-1), 1.0, torch.nan)
     if value_BSHD.device.type == "cpu" and not torch.is_grad_enabled():
-        return _gather(value, level_shapes, locations, weights, image_N).to(value_BSHD.dtype)
+        return _gather(value, level_shapes, num_points, locations, weights, image_N).to(value_BSHD.dtype)
     if image_index_N is not None:
         counts = torch.bincount(image_N, minlength=batch).tolist()
         if (image_N[1:] < image_N[:-1]).any():
             order_N = image_N.argsort(stable=True)
             locations, weights = locations[order_N], weights[order_N]
-    out = _sample(value, level_shapes, locations, weights, counts)
+    out = _sample(value, level_shapes, num_points, locations, weights, counts)
     if order_N is not None:
         out = out[order_N.argsort()]
     return out.to(value_BSHD.dtype)
@@ -144,17 +157,12 @@ def _image_of_each_query(batch: int, num_queries: int, device: torch.device) -> 
     return torch.arange(batch, device=device).repeat_interleave(num_queries // max(1, batch))
 
 
-def _poison(locations_NHLP2: Tensor, level_shapes: LevelShapes) -> Tensor:
-    """[N, H, L, P] NaN for samples whose coordinate in pixels is NaN or infinite, else 1."""
-    pixels = locations_NHLP2.detach() * _width_height(level_shapes, locations_NHLP2)[:, None]
-    return torch.where(pixels.isfinite().all(-1), 1.0, torch.nan)
-
-
 def _gather(
     value_BSHD: Tensor,
     level_shapes: LevelShapes,
-    locations_NHLP2: Tensor,
-    weights_NHLP: Tensor,
+    num_points: Sequence[int],
+    locations_NHP2: Tensor,
+    weights_NHP: Tensor,
     image_N: Tensor,
 ) -> Tensor:
     """What `_sample` computes, as weighted sums of the value's rows, read where they lie.
@@ -164,29 +172,29 @@ def _gather(
     Its gradients would take longer than those of `_sample`.
     """
     num_tokens, num_heads, head_dim = value_BSHD.shape[1:]
-    num_queries = len(locations_NHLP2)
+    num_queries = len(locations_NHP2)
     if value_BSHD.stride()[1:] != (num_heads * head_dim, head_dim, 1):
         value_BSHD = value_BSHD.contiguous()
     height_width_L2 = torch.tensor(level_shapes)
     area_L = height_width_L2.prod(-1)
-    start_L1 = (area_L.cumsum(0) - area_L)[:, None]
-    height_L1, width_L1 = height_width_L2.to(locations_NHLP2.dtype)[..., None].unbind(1)
-    x, y = locations_NHLP2.unbind(-1)
-    x, y = x * width_L1 - 0.5, y * height_L1 - 0.5
+    level_P = torch.arange(len(num_points)).repeat_interleave(torch.tensor(num_points))
+    start_P = (area_L.cumsum(0) - area_L)[level_P]
+    height_P, width_P = height_width_L2.to(locations_NHP2.dtype)[level_P].unbind(1)
+    x, y = locations_NHP2.unbind(-1)
+    x, y = x * width_P - 0.5, y * height_P - 0.5
     (left, right, left_share, right_share), (top, bottom, top_share, bottom_share) = (
-        _neighbours(x, width_L1),
-        _neighbours(y, height_L1),
+        _neighbours(x, width_P),
+        _neighbours(y, height_P),
     )
-    weights_NHLP = weights_NHLP * _poison(locations_NHLP2, level_shapes)
-    top_share, bottom_share = top_share * weights_NHLP, bottom_share * weights_NHLP
+    top_share, bottom_share = top_share * weights_NHP, bottom_share * weights_NHP
     if area_L.max() > 2**24:  # beyond the integers that float32 holds
         left, right, top, bottom = (cell.double() for cell in (left, right, top, bottom))
-    top, bottom = top * width_L1, bottom * width_L1
+    top, bottom = top * width_P, bottom * width_P
     shares = [share * side for share in (top_share, bottom_share) for side in (left_share, right_share)]
     cells = [(row + column) for row in (top, bottom) for column in (left, right)]
-    first_NHLP = image_N[:, None, None, None] * num_tokens + start_L1
-    head_H11 = torch.arange(num_heads)[:, None, None, None]
-    row = (torch.stack(cells, -1).long() + first_NHLP[..., None]) * num_heads + head_H11
+    first_N1P = image_N[:, None, None] * num_tokens + start_P
+    head_H11 = torch.arange(num_heads)[:, None, None]
+    row = (torch.stack(cells, -1).long() + first_N1P[..., None]) * num_heads + head_H11
     out = F.embedding_bag(
         row.view(num_queries * num_heads, -1),
         value_BSHD.reshape(-1, head_dim),
@@ -196,13 +204,13 @@ def _gather(
     return out.view(num_queries, num_heads * head_dim)
 
 
-def _neighbours(x: Tensor, size_L1: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _neighbours(x: Tensor, size_P: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The cells before and after pixel coordinate `x` and their bilinear shares; outside 0..size-1: an inner cell
     and the share 0."""
-    x = x.nan_to_num(-2.0, -2.0, -2.0).clamp(min=-2.0).minimum(size_L1 + 1)
+    x = x.nan_to_num(-2.0, -2.0, -2.0).clamp(min=-2.0).minimum(size_P + 1)
     before = x.floor()
     after_share = x - before
-    last = size_L1 - 1
+    last = size_P - 1
     before_share = (1 - after_share) * ((before >= 0) & (before <= last))
     after_share = after_share * ((before >= -1) & (before < last))
     return (
@@ -216,37 +224,35 @@ def _neighbours(x: Tensor, size_L1: Tensor) -> tuple[Tensor, Tensor, Tensor, Ten
 def _sample(
     value_BSHD: Tensor,
     level_shapes: LevelShapes,
-    locations_NHLP2: Tensor,
-    weights_NHLP: Tensor,
+    num_points: Sequence[int],
+    locations_NHP2: Tensor,
+    weights_NHP: Tensor,
     counts: list[int],
 ) -> Tensor:
     """[N, H*D]; the first counts[0] rows read image 0, the next counts[1] image 1, and so on. One dtype throughout."""
     if len(set(counts)) > 1:  # ragged: one image at a time, so that each pays for its own queries only
         parts = zip(
             value_BSHD.split(1),
-            locations_NHLP2.split(counts),
-            weights_NHLP.split(counts),
+            locations_NHP2.split(counts),
+            weights_NHP.split(counts),
             counts,
             strict=True,
         )
-        return torch.cat([_sample(v, level_shapes, x, w, [n]) for v, x, w, n in parts])
+        return torch.cat([_sample(v, level_shapes, num_points, x, w, [n]) for v, x, w, n in parts])
     batch, _, num_heads, head_dim = value_BSHD.shape
-    num_rows, _, num_levels, num_points, _ = locations_NHLP2.shape
+    num_rows, _, points_of_all = weights_NHP.shape
     num_queries = counts[0] if counts else 0
     # grid_sample is undefined for NaN and huge coordinates: -9 is outside of every map
-    near = ((locations_NHLP2 - 0.5).abs() < 4).all(-1, keepdim=True)
-    grid = torch.where(near, locations_NHLP2 * 2 - 1, -9.0)
-    grid = (
-        grid.reshape(batch, num_queries, num_heads, num_levels, num_points, 2).transpose(1, 2).flatten(0, 1)
-    )
+    near = ((locations_NHP2 - 0.5).abs() < 4).all(-1, keepdim=True)
+    grid = torch.where(near, locations_NHP2 * 2 - 1, -9.0)
+    grid = grid.reshape(batch, num_queries, num_heads, points_of_all, 2).transpose(1, 2).flatten(0, 1)
     samples = []
-    for level, value in enumerate(value_BSHD.split([h * w for h, w in level_shapes], dim=1)):
-        height, width = level_shapes[level]
-        image = value.permute(0, 2, 3, 1).reshape(batch * num_heads, head_dim, height, width)
-        samples.append(F.grid_sample(image, grid[:, :, level], padding_mode="zeros", align_corners=False))
-    weights = weights_NHLP * _poison(locations_NHLP2, level_shapes)
-    weights = weights.reshape(batch, num_queries, num_heads, num_levels * num_points)
-    weights = weights.transpose(1, 2).reshape(batch * num_heads, 1, num_queries, num_levels * num_points)
+    levels = value_BSHD.split([height * width for height, width in level_shapes], dim=1)
+    for value, points, shape in zip(levels, grid.split(list(num_points), 2), level_shapes, strict=True):
+        image = value.permute(0, 2, 3, 1).reshape(batch * num_heads, head_dim, *shape)
+        samples.append(F.grid_sample(image, points, padding_mode="zeros", align_corners=False))
+    weights = weights_NHP.reshape(batch, num_queries, num_heads, points_of_all)
+    weights = weights.transpose(1, 2).reshape(batch * num_heads, 1, num_queries, points_of_all)
     out = (torch.cat(samples, dim=-1) * weights).sum(-1)
     out = out.view(batch, num_heads * head_dim, num_queries)
     return out.transpose(1, 2).reshape(num_rows, num_heads * head_dim)

@@ -352,6 +352,79 @@ def test_arguments_of_the_map_that_do_not_fit_are_refused(change: dict, message:
         deformable_attention_map(**{**arguments, **change}, backend=backend)
 
 
+POINTS = (3, 6, 3)
+OF_POINTS = ((4, 5), (3, 2), (1, 2))
+
+
+def placed(*, num_samples: int = 12) -> dict:
+    generator = torch.Generator().manual_seed(0)
+    shape = (2, 3, 2, num_samples)
+    tensors = dict(
+        value_BSHD=torch.randn(2, 28, 2, 4, generator=generator),
+        locations_BQHLP2=torch.rand(*shape, 2, generator=generator) * 1.4 - 0.2,
+        weights_BQHLP=torch.rand(shape, generator=generator),
+    )
+    return {name: tensor.to(DEVICE) for name, tensor in tensors.items()}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(num_points=(3, 6)), "must be"),
+        (dict(num_points=(3, 6, 4)), r"\[B, Q, H, 13\]"),
+        (dict(num_points=(3, 9, 0)), "integers >= 1"),
+        (dict(num_points=(3, 3, 3, 3)), "(?i)one for each level|levels?"),
+        (dict(num_points=(3.0, 6.0, 3.0)), "integers >= 1"),
+        (dict(num_points=12), "integers >= 1"),
+        (dict(num_points=POINTS, weights_BQHLP=torch.zeros(2, 3, 2, 3, 4)), r"weights \[2, 3, 2, 3, 4\]"),
+        (
+            dict(num_points=POINTS, locations_BQHLP2=torch.zeros(2, 3, 2, 11, 2)),
+            r"locations \[2, 3, 2, 11, 2\]",
+        ),
+        (dict(), r"\[B, Q, H, 3, P\]"),
+        (dict(num_points=POINTS, method="discrete"), "nearest pixel"),
+        (dict(num_points=POINTS, padding_mode="border"), "must be 'zeros'"),
+        (dict(num_points=POINTS, align_corners=True), "grid_sample"),
+    ],
+)
+def test_points_of_levels_that_do_not_fit_are_refused(change: dict, message: str, backend: str) -> None:
+    change = {name: t.to(DEVICE) if isinstance(t, Tensor) else t for name, t in change.items()}
+    with pytest.raises(ValueError, match=message):
+        multi_scale_deformable_attention(**{**placed(), **change}, level_shapes=OF_POINTS, backend=backend)
+
+
+def test_gradients_of_levels_with_different_points() -> None:
+    tensors = [tensor.double().requires_grad_() for tensor in placed().values()]
+    assert torch.autograd.gradcheck(
+        lambda value, *samples: multi_scale_deformable_attention(
+            value, OF_POINTS, *samples, num_points=POINTS
+        ),
+        tensors,
+    )
+
+
+def test_equal_numbers_of_points_are_those_of_an_axis() -> None:
+    tensors = placed()
+    flat = multi_scale_deformable_attention(**tensors, level_shapes=OF_POINTS, num_points=(4, 4, 4))
+    for name in ("locations_BQHLP2", "weights_BQHLP"):
+        tensors[name] = tensors[name].unflatten(3, (3, 4))
+    assert torch.equal(flat, multi_scale_deformable_attention(**tensors, level_shapes=OF_POINTS))
+
+
+@by_kernel
+def test_levels_with_different_points_compile_into_one_graph() -> None:
+    results = []
+    for compiled in (False, True):
+        tensors = {name: tensor.requires_grad_() for name, tensor in placed().items()}
+        function = multi_scale_deformable_attention
+        function = torch.compile(function, fullgraph=True, backend="aot_eager") if compiled else function
+        out = function(**tensors, level_shapes=OF_POINTS, num_points=POINTS, backend="triton")
+        results.append([out.detach(), *torch.autograd.grad(out.square().sum(), list(tensors.values()))])
+    for result, expected in zip(*results, strict=True):
+        assert relative_error(result, expected) < TOLERANCE[SINGLE]
+
+
 def test_limits_of_the_kernels_are_an_error_on_request_and_else_the_reference(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -746,7 +819,7 @@ def test_second_derivatives_raise(compiled: bool) -> None:
     if compiled:  # as compilers call it
         sizes = [side for pair in LEVELS for side in pair]
         raw = (tensors["reference_points"], tensors["offsets_NHLP2"], tensors["logits_NHLP"])
-        out = torch.ops.ats_detr.msda(value, sizes, None, *raw, None, None, None, "triton")
+        out = torch.ops.ats_detr.msda(value, sizes, None, *raw, None, None, None, [], "triton")
     else:
         out = deformable_attention(**arguments)
     (gradient,) = torch.autograd.grad(out.square().sum(), value, create_graph=True)

@@ -38,6 +38,7 @@ from .cases import DEVICE, TOLERANCE, relative_error
 
 pytest.importorskip("triton")
 from . import test_attention_inputs as attention
+from .test_attention import METHODS, choose
 
 SINGLE, DOUBLE, HALF, BRAIN = torch.float32, torch.float64, torch.float16, torch.bfloat16
 FLOATS = (SINGLE, SINGLE, BRAIN, HALF, DOUBLE)
@@ -106,6 +107,54 @@ def fuzz_attention(draw: Draw, data: st.DataObject) -> None:
 def fuzz_classical_attention(draw: Draw, data: st.DataObject) -> None:
     test = attention.test_classical_operator_of_any_dtype_stride_size_and_range
     test.hypothesis.inner_test(problem=data.draw(attention.PROBLEMS), weight_dtype=draw.one_of(*FLOATS))
+
+
+def fuzz_points_of_levels(draw: Draw, data: st.DataObject) -> None:
+    num_levels, batch, num_queries, heads = (draw.integer(1, high) for high in (4, 3, 5, 3))
+    levels = tuple((draw.integer(1, 9), draw.integer(1, 9)) for _ in range(num_levels))
+    points = tuple(draw.integer(1, 7) for _ in range(num_levels))
+    num_tokens, head_dim = sum(h * w for h, w in levels), draw.one_of(1, 2, 3, 8, 16, 33)
+    samples = (batch, num_queries, heads, sum(points))
+    value = draw.normal(batch, num_tokens, heads, head_dim, dtype=draw.one_of(SINGLE, BRAIN, HALF))
+    locations = torch.rand(*samples, 2, generator=draw.generator) * draw.one_of(1.0, 1.5, 1e3) - 0.2
+    locations = draw.laid_out(locations.to(draw.one_of(*FLOATS)))
+    weights = draw.normal(*samples)
+    inputs = [value, locations, weights]
+    exact = [tensor.detach().double().requires_grad_() for tensor in inputs]
+    expected, token, sample = 0, 0, 0
+    for (height, width), number in zip(
+        levels, points, strict=True
+    ):  # level by level, as levels of one operator each
+        part, place = slice(token, token + height * width), slice(sample, sample + number)
+        expected = expected + multi_scale_deformable_attention(
+            exact[0][:, part],
+            ((height, width),),
+            exact[1][:, :, :, None, place],
+            exact[2][:, :, :, None, place],
+        )
+        token, sample = part.stop, place.stop
+    grad = torch.randn(expected.shape, generator=draw.generator).to(DEVICE, value.dtype)
+    wanted = [expected.detach(), *torch.autograd.grad(expected, exact, grad.double())]
+    method, dtype = draw.one_of(*METHODS), value.dtype
+    for backend in ("triton", "reference"):
+        learned = [tensor.detach().requires_grad_() for tensor in inputs]
+        with pytest.MonkeyPatch.context() as patch:
+            out = multi_scale_deformable_attention(
+                learned[0],
+                levels,
+                *learned[1:],
+                num_points=points,
+                backend=backend,
+                deterministic=choose(method, patch),
+            )
+            results = [out.detach(), *torch.autograd.grad(out, learned, grad)]
+        for result, want in zip(results, wanted, strict=True):
+            assert result.shape == want.shape
+            allowed = max(attention.TOLERANCE[dtype], attention.TOLERANCE.get(result.dtype, 0.0))
+            assert relative_error(result, want) < allowed
+    with torch.no_grad():
+        result = multi_scale_deformable_attention(value, levels, locations, weights, num_points=points)
+    assert relative_error(result, wanted[0]) < attention.TOLERANCE[dtype]
 
 
 def fuzz_attention_map(draw: Draw, data: st.DataObject) -> None:

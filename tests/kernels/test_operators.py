@@ -43,6 +43,7 @@ def test_opcheck(backend: str) -> None:
             tensors["image"],
             None,
             None,
+            [],
             backend,
         ),
     )
@@ -141,12 +142,12 @@ def test_flops_count_four_corners_of_every_sample() -> None:
     tensors = CASE.tensors()
     arguments = (tensors["value"], SIZES, None, tensors["reference"], tensors["offsets"], tensors["logits"])
     with FlopCounterMode(display=False) as counter:
-        torch.ops.ats_detr.msda(*arguments, tensors["image"], None, None, "reference")
+        torch.ops.ats_detr.msda(*arguments, tensors["image"], None, None, [], "reference")
     forward = counter.get_flop_counts()["Global"][torch.ops.ats_detr.msda]
     assert forward == 2 * 4 * 6 * 2 * 2 * 2 * 8  # queries, heads, levels, points, channels
     out = torch.zeros(6, 16, device=DEVICE)
     with FlopCounterMode(display=False) as counter:
-        torch.ops.ats_detr.msda_backward(out, out, *arguments, tensors["image"], True, None, "reference")
+        torch.ops.ats_detr.msda_backward(out, out, *arguments, tensors["image"], True, None, [], "reference")
     assert counter.get_flop_counts()["Global"] == {torch.ops.ats_detr.msda_backward: 2 * forward}
 
 
@@ -157,7 +158,7 @@ def test_gradients_are_the_same_while_operations_are_counted(backend: str) -> No
     tensors = CASE.tensors()
     out, grad = torch.zeros(2, 6, 16, device=DEVICE)
     raw = (tensors["reference"], tensors["offsets"], tensors["logits"], tensors["image"])
-    arguments = (grad + 1, out, tensors["value"], SIZES, None, *raw, True, None, backend)
+    arguments = (grad + 1, out, tensors["value"], SIZES, None, *raw, True, None, [], backend)
     expected = torch.ops.ats_detr.msda_backward(*arguments)
     with FlopCounterMode(display=False):
         result = torch.ops.ats_detr.msda_backward(*arguments)

@@ -61,15 +61,16 @@ def _add_corner(
 def msda_forward(
     value_ptr,  # [B, S, HEADS, HEAD_DIM], VALUE_PITCH elements from token to token
     reference_ptr,  # [N, LEVELS, REFERENCE]
-    # [N, HEADS, LEVELS, POINTS, 2] offsets, or locations where REFERENCE is 0; OFFSET_PITCH from query to query
+    # [N, HEADS, SAMPLES, 2] offsets, or locations where REFERENCE is 0; OFFSET_PITCH from query to query
     offset_ptr,
-    weight_ptr,  # [N, HEADS, LEVELS, POINTS] logits, or weights where REFERENCE is 0; WEIGHT_PITCH from query to query
+    weight_ptr,  # [N, HEADS, SAMPLES] logits, or weights where REFERENCE is 0; WEIGHT_PITCH from query to query
     image_ptr,  # [N] int32 image of each query, where PACKED
     count_ptr,  # [1] int32 queries in use, where COUNTED
     out_ptr,  # [N, HEADS, HEAD_DIM]
     num_queries, queries_per_image, num_images, num_tokens,
     shape0, shape1, shape2, shape3, shape4, shape5, shape6, shape7,
-    HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, LEVELS: tl.constexpr, POINTS: tl.constexpr,
+    HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
+    LEVELS: tl.constexpr, POINTS: tl.constexpr, FIRST: tl.constexpr,  # points and first sample of each level
     VALUE_PITCH: tl.constexpr, OFFSET_PITCH: tl.constexpr, WEIGHT_PITCH: tl.constexpr,
     REFERENCE: tl.constexpr, PACKED: tl.constexpr, COUNTED: tl.constexpr, THIN: tl.constexpr, LARGE: tl.constexpr,
     KIND: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr, SAMPLES_PADDED: tl.constexpr,
@@ -78,7 +79,7 @@ def msda_forward(
     """out[row] = sum over samples of weight * bilinear(value). Reads per row: 4 corners x samples x HEAD_DIM values."""
     WORD: tl.constexpr = 2 if KIND == "bf16" or KIND == "fp16" else 1
     PITCH: tl.constexpr = VALUE_PITCH // WORD
-    SAMPLES: tl.constexpr = LEVELS * POINTS
+    SAMPLES: tl.constexpr = FIRST[LEVELS - 1] + POINTS[LEVELS - 1]
     num_rows = num_queries * HEADS
     if COUNTED:
         num_rows = tl.minimum(tl.load(count_ptr), num_queries).to(tl.int32) * HEADS
@@ -110,8 +111,8 @@ def msda_forward(
         )
         if PACKED:
             x0 += shift
-        for point in tl.range(POINTS, loop_unroll_factor=UNROLL):
-            j = level * POINTS + point
+        for point in tl.range(POINTS[level], loop_unroll_factor=UNROLL[level]):
+            j = FIRST[level] + point
             x, y = load_pair(offset_ptr, offset_at + j)
             weight = tl.load(weight_ptr + weight_at + j).to(tl.float32)
             x = x * x_unit + x0
@@ -171,7 +172,8 @@ def msda_backward(
     grad_offset_ptr, grad_weight_ptr,  # contiguous
     num_queries, queries_per_image, num_images, num_tokens,
     shape0, shape1, shape2, shape3, shape4, shape5, shape6, shape7,
-    HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, LEVELS: tl.constexpr, POINTS: tl.constexpr,
+    HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
+    LEVELS: tl.constexpr, POINTS: tl.constexpr, FIRST: tl.constexpr,  # points and first sample of each level
     VALUE_PITCH: tl.constexpr, OFFSET_PITCH: tl.constexpr, WEIGHT_PITCH: tl.constexpr,
     REFERENCE: tl.constexpr, PACKED: tl.constexpr, THIN: tl.constexpr, LARGE: tl.constexpr,
     KIND: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr, SAMPLES_PADDED: tl.constexpr,
@@ -186,7 +188,7 @@ def msda_backward(
     WORD: tl.constexpr = 2 if KIND == "bf16" or KIND == "fp16" else 1
     PITCH: tl.constexpr = VALUE_PITCH // WORD
     GRAD_PITCH: tl.constexpr = HEADS * HEAD_DIM
-    SAMPLES: tl.constexpr = LEVELS * POINTS
+    SAMPLES: tl.constexpr = FIRST[LEVELS - 1] + POINTS[LEVELS - 1]
     row, live, query, head = _rows_of_program(num_queries * HEADS, HEADS, BLOCK)
     column = tl.arange(0, WIDTH)
     image, shift = images_of(image_ptr, query, queries_per_image, num_images, PACKED)
@@ -218,8 +220,8 @@ def msda_backward(
         )
         if PACKED:
             x0 += shift
-        for point in tl.range(POINTS, loop_unroll_factor=UNROLL):
-            j = level * POINTS + point
+        for point in tl.range(POINTS[level], loop_unroll_factor=UNROLL[level]):
+            j = FIRST[level] + point
             x, y = load_pair(offset_ptr, offset_at + j)
             weight = tl.load(weight_ptr + weight_at + j).to(tl.float32)
             if REFERENCE != 0:
@@ -287,13 +289,12 @@ def interleave_halves(
 def attend(
     value: Tensor, sizes: Sequence[int], shapes_L2: Tensor | None, reference_points: Tensor | None, offsets: Tensor,
     weights: Tensor, image_index: Tensor | None, num_rows: Tensor | None, deterministic: bool | None,
+    num_points: Sequence[int],
 ) -> Tensor:  # fmt: skip
     """The operator `ats_detr::msda`."""
     shapes = join_shapes(sizes, shapes_L2, value.shape[1])
-    outs = [
-        forward(prepare(part, shapes, reference_points, offsets, weights, image_index), num_rows)
-        for part in _parts(value)
-    ]
+    samples = (reference_points, offsets, weights, image_index, num_points)
+    outs = [forward(prepare(part, shapes, *samples), num_rows) for part in _parts(value)]
     if len(outs) == 1:
         return outs[0]
     return torch.cat([out.unflatten(1, (value.shape[2], -1)) for out in outs], dim=2).flatten(1)
@@ -302,7 +303,7 @@ def attend(
 def differentiate(
     grad_out: Tensor, out: Tensor, value: Tensor, sizes: Sequence[int], shapes_L2: Tensor | None,
     reference_points: Tensor | None, offsets: Tensor, weights: Tensor, image_index: Tensor | None, need_value: bool,
-    deterministic: bool | None,
+    deterministic: bool | None, num_points: Sequence[int],
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """The operator `ats_detr::msda_backward`."""
     shapes = join_shapes(sizes, shapes_L2, value.shape[1])
@@ -312,12 +313,11 @@ def differentiate(
     parts = zip(
         _parts(value), _parts(out.unflatten(1, heads)), _parts(grad_out.unflatten(1, heads)), strict=True
     )
+    samples = (reference_points, offsets, weights, image_index, num_points)
     grads = [
-        backward(
-            prepare(part, shapes, reference_points, offsets, weights, image_index), out, grad, need_value, deterministic
-        )
+        backward(prepare(part, shapes, *samples), out, grad, need_value, deterministic)
         for part, out, grad in parts
-    ]  # fmt: skip
+    ]
     values, *others = zip(*grads, strict=True)
     grad_offsets, grad_weights = (tensors[0] if len(tensors) == 1 else sum(tensors) for tensors in others)
     if not need_value:
@@ -354,7 +354,8 @@ def forward(problem: Problem, num_rows: Tensor | None, out: Tensor | None = None
         msda_forward[(cdiv(num_queries * num_heads, block),)](
             value, problem.reference, problem.offsets, problem.weights, problem.image_index, num_rows, out,
             *problem.counts, value.shape[1], *problem.levels,
-            **constants, COUNTED=num_rows is not None, BLOCK=block, UNROLL=unroll, num_warps=num_warps,
+            **constants, COUNTED=num_rows is not None, BLOCK=block, UNROLL=problem.unrolled(unroll),
+            num_warps=num_warps,
         )  # fmt: skip
 
     tuning.run("msda_forward", problem.key(), num_queries, value.device, launch)
@@ -391,7 +392,7 @@ def backward(
             value, problem.reference, problem.offsets, problem.weights, problem.image_index, out, grad_out,
             grad_value, grad_offsets, grad_weights,
             *problem.counts, value.shape[1], *problem.levels,
-            **constants, SCATTER=method == "atomic", BLOCK=block, UNROLL=unroll, num_warps=num_warps,
+            **constants, SCATTER=method == "atomic", BLOCK=block, UNROLL=problem.unrolled(unroll), num_warps=num_warps,
         )  # fmt: skip
 
     def reset() -> None:

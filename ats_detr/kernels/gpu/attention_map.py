@@ -39,7 +39,7 @@ def add_attention(
     count_ptr,  # [B, S] int64 or None: gets the sums instead, in units of 2^-32; the map then gets NaN where one is
     num_queries, queries_per_image, num_tokens,
     shape0, shape1, shape2, shape3, shape4, shape5, shape6, shape7,
-    HEADS: tl.constexpr, LEVELS: tl.constexpr, POINTS: tl.constexpr, OFFSET_PITCH: tl.constexpr,
+    HEADS: tl.constexpr, LEVELS: tl.constexpr, POINTS: tl.constexpr, FIRST: tl.constexpr, OFFSET_PITCH: tl.constexpr,
     WEIGHT_PITCH: tl.constexpr, REFERENCE: tl.constexpr, POINTS_PADDED: tl.constexpr, SAMPLES_PADDED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -53,25 +53,25 @@ def add_attention(
     row = tl.minimum(row, num_queries * HEADS - 1)
     query = row // HEADS
     head = row % HEADS
-    weight_at = query * WEIGHT_PITCH + head * (LEVELS * POINTS)
-    offset_at = query * (OFFSET_PITCH // 2) + head * (LEVELS * POINTS)
-    top_logit, inverse_sum = softmax_terms(weight_ptr, weight_at, LEVELS * POINTS, SAMPLES_PADDED)
+    SAMPLES: tl.constexpr = FIRST[LEVELS - 1] + POINTS[LEVELS - 1]
+    weight_at = query * WEIGHT_PITCH + head * SAMPLES
+    offset_at = query * (OFFSET_PITCH // 2) + head * SAMPLES
+    top_logit, inverse_sum = softmax_terms(weight_ptr, weight_at, SAMPLES, SAMPLES_PADDED)
     point = tl.arange(0, POINTS_PADDED)[None, :]
     first = ((query // queries_per_image).to(tl.int64) * num_tokens)[:, None]
     for level in tl.static_range(LEVELS):
         height, width = level_size(level, shape0, shape1, shape2, shape3, shape4, shape5, shape6, shape7)
+        sample = FIRST[level] + tl.minimum(point, POINTS[level] - 1)
         x, y = samples_of_level(
-            reference_ptr, offset_ptr, query[:, None], offset_at[:, None], tl.minimum(point, POINTS - 1), height, width,
+            reference_ptr, offset_ptr, query[:, None], offset_at[:, None], sample, height, width,
             level, LEVELS, POINTS, REFERENCE,
         )  # fmt: skip
         x += 0.5
         y += 0.5
-        weight = tl.load(weight_ptr + weight_at[:, None] + level * POINTS + tl.minimum(point, POINTS - 1)).to(
-            tl.float32
-        )
+        weight = tl.load(weight_ptr + weight_at[:, None] + sample).to(tl.float32)
         weight = softmax_weight(weight, top_logit[:, None], inverse_sum[:, None])
         near = (x > -2.0) & (x < width + 1.0) & (y > -2.0) & (y < height + 1.0)  # False for NaN too
-        near = near & live[:, None] & (point < POINTS)
+        near = near & live[:, None] & (point < POINTS[level])
         column_f = tl.floor(tl.where(near, x, 0.0))
         line_f = tl.floor(tl.where(near, y, 0.0))
         right = tl.where(near, x, 0.0) - column_f
@@ -108,8 +108,7 @@ def add_attention_map(
         return
     map_BS = target.contiguous()
     num_rows = problem.num_queries * logits.shape[1]
-    num_levels, num_points = logits.shape[2:]
-    points = next_power_of_2(num_points)
+    points = next_power_of_2(logits.shape[3])
     block = max(1, 128 // points)
     counts_BS = None
     if torch.are_deterministic_algorithms_enabled():
@@ -118,7 +117,7 @@ def add_attention_map(
         problem.reference, problem.offsets, problem.weights, map_BS, counts_BS,
         problem.num_queries, problem.num_queries // map_BS.shape[0], map_BS.shape[1], *problem.levels,
         **problem.constants(), WEIGHT_PITCH=problem.weights.stride(0), POINTS_PADDED=points,
-        SAMPLES_PADDED=next_power_of_2(num_levels * num_points), BLOCK=block, num_warps=4,
+        SAMPLES_PADDED=next_power_of_2(sum(problem.points)), BLOCK=block, num_warps=4,
     )  # fmt: skip
     if counts_BS is not None:
         map_BS.add_(counts_BS.double().mul_(2.0**-32))

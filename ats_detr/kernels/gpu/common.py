@@ -175,7 +175,8 @@ def reference_on_level(reference_ptr, query, width, height, level, LEVELS: tl.co
                REFERENCE: tl.constexpr):  # fmt: skip
     """Pixel coordinates of each query's reference on this level, and pixels per unit of offset.
 
-    REFERENCE 2: points, 4: boxes (cx, cy, w, h), 0: none (then offsets are normalised locations).
+    REFERENCE 2: points, 4: boxes (cx, cy, w, h), 0: none (then offsets are normalised locations, and levels may differ
+    in POINTS).
     """
     x = -0.5
     y = -0.5
@@ -188,8 +189,8 @@ def reference_on_level(reference_ptr, query, width, height, level, LEVELS: tl.co
         x_unit = 1.0
         y_unit = 1.0
     if REFERENCE == 4:
-        x_unit = tl.load(reference_ptr + at + 2).to(tl.float32) * width * (0.5 / POINTS)
-        y_unit = tl.load(reference_ptr + at + 3).to(tl.float32) * height * (0.5 / POINTS)
+        x_unit = tl.load(reference_ptr + at + 2).to(tl.float32) * width * (0.5 / POINTS[0])
+        y_unit = tl.load(reference_ptr + at + 3).to(tl.float32) * height * (0.5 / POINTS[0])
     return x, y, x_unit, y_unit
 
 
@@ -233,18 +234,36 @@ def pixel_index(xb, yb, width, width_f, LARGE: tl.constexpr):
 
 
 @triton.jit
+def points_of(level, POINTS: tl.constexpr, LEVELS: tl.constexpr):
+    """POINTS[level], for a tensor of levels."""
+    points = level * 0 + POINTS[LEVELS - 1]
+    for other in tl.static_range(LEVELS - 1):
+        points = tl.where(level == other, POINTS[other], points)
+    return points
+
+
+@triton.jit
+def first_sample(level, POINTS: tl.constexpr, FIRST: tl.constexpr, LEVELS: tl.constexpr):
+    """FIRST[level], for a tensor of levels; a multiplication where all levels have as many points."""
+    shift = level * 0 + (FIRST[LEVELS - 1] - (LEVELS - 1) * POINTS[0])
+    for other in tl.static_range(LEVELS - 1):
+        shift = tl.where(level == other, FIRST[other] - other * POINTS[0], shift)
+    return level * POINTS[0] + shift
+
+
+@triton.jit
 def samples_of_level(
-    reference_ptr, offset_ptr, query, offset_at, point, height, width,
+    reference_ptr, offset_ptr, query, offset_at, sample, height, width,
     level, LEVELS: tl.constexpr, POINTS: tl.constexpr, REFERENCE: tl.constexpr,
 ):  # fmt: skip
-    """Pixel coordinates of samples; `query`, `offset_at`, `point`, `level` and its sides broadcast against each other.
+    """Pixel coordinates of samples; `query`, `offset_at`, `sample`, `level` and its sides broadcast against each other.
 
     The same to the last bit in every kernel: multiplications that are added are asked for as such.
     """
     x0, y0, x_unit, y_unit = reference_on_level(
         reference_ptr, query, width.to(tl.float32), height.to(tl.float32), level, LEVELS, POINTS, REFERENCE
     )
-    x, y = load_pair(offset_ptr, offset_at + level * POINTS + point)
+    x, y = load_pair(offset_ptr, offset_at + sample)
     if REFERENCE == 2:
         return x + x0, y + y0
     else:

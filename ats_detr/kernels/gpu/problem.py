@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import itertools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -35,6 +37,8 @@ class Problem(NamedTuple):
     large: bool
     """Whether some level has more than 2^24 pixels."""
     num_queries: int
+    points: tuple[int, ...]
+    """Points of each level."""
 
     @property
     def counts(self) -> tuple[int, int, int]:
@@ -49,11 +53,11 @@ class Problem(NamedTuple):
 
     def constants(self) -> dict:
         """Compile-time constants common to the kernels."""
-        _, num_heads, num_levels, num_points = self.weights.shape
         return dict(
-            HEADS=num_heads,
-            LEVELS=num_levels,
-            POINTS=num_points,
+            HEADS=self.weights.shape[1],
+            LEVELS=len(self.points),
+            POINTS=self.points,
+            FIRST=tuple(itertools.accumulate(self.points, initial=0))[:-1],
             OFFSET_PITCH=self.offsets.stride(0),
             REFERENCE=0 if self.reference is None else self.reference.shape[-1],
             enable_fp_fusion=True,
@@ -64,9 +68,8 @@ class Problem(NamedTuple):
         """Compile-time constants of the kernels that read value rows as `kind`."""
         head_dim = self.value.shape[-1]
         columns = head_dim if kind == "plain" else head_dim // 2
-        constants = self.constants()
         return dict(
-            constants,
+            self.constants(),
             HEAD_DIM=head_dim,
             VALUE_PITCH=self.value.stride(1),
             WEIGHT_PITCH=self.weights.stride(0),
@@ -76,13 +79,18 @@ class Problem(NamedTuple):
             KIND=kind,
             COLUMNS=columns,
             WIDTH=next_power_of_2(columns),
-            SAMPLES_PADDED=next_power_of_2(constants["LEVELS"] * constants["POINTS"]),
+            SAMPLES_PADDED=next_power_of_2(sum(self.points)),
         )
 
     def key(self) -> tuning.Key:
         dtype = str(self.value.dtype).removeprefix("torch.")
-        _, num_heads, num_levels, num_points = self.weights.shape
-        return (dtype, num_heads, self.value.shape[-1], num_levels, num_points, self.reference is not None)
+        num_points = self.points[0] if len(set(self.points)) == 1 else "-".join(map(str, self.points))
+        num_heads, head_dim = self.value.shape[2:]
+        return (dtype, num_heads, head_dim, len(self.points), num_points, self.reference is not None)
+
+    def unrolled(self, factor: int) -> tuple[int, ...]:
+        """Points per step of each level's loop: the largest divisor of its points that is below twice `factor`."""
+        return tuple(max(s for s in range(1, 2 * factor) if number % s == 0) for number in self.points)
 
 
 def prepare(
@@ -92,6 +100,7 @@ def prepare(
     offsets: Tensor,
     weights: Tensor,
     image_index: Tensor | None,
+    num_points: Sequence[int] = (),
 ) -> Problem:
     """Copies tensors that the kernels cannot address. The strides of tokens and queries are arbitrary (slices of one
     larger projection are read in place); the data of a token or query must be contiguous and 16-byte aligned. Offsets
@@ -116,7 +125,7 @@ def prepare(
         image_index = image_index.to(torch.int32).contiguous()
     return Problem(
         value, reference, offsets, weights, image_index, sizes=shapes, levels=levels, thin=thin, large=large,
-        num_queries=offsets.shape[0],
+        num_queries=offsets.shape[0], points=tuple(num_points) or (weights.shape[3],) * weights.shape[2],
     )  # fmt: skip
 
 

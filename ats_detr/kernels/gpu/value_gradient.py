@@ -41,10 +41,12 @@ from ats_detr.kernels.gpu.common import (
     LOG2E,
     SIZES,
     cdiv,
+    first_sample,
     images_of,
     level_size,
     next_power_of_2,
     operand_of,
+    points_of,
     samples_of_level,
     view_as,
 )
@@ -133,10 +135,10 @@ def count_samples(
     reference_ptr, offset_ptr, image_ptr,  # as in msda_forward
     order_ptr,  # [N] int32 queries, neighbours close to each other
     count_ptr,  # [1 + B * HEADS * num_tiles] int32: zeros, counted up from the second on
-    rank_ptr,  # [1 or, where OWNED, 4, N, HEADS, LEVELS, POINTS] int32 out: place of each sample within its tile(s)
+    rank_ptr,  # [1 or, where OWNED, 4, N, HEADS, samples] int32 out: place of each sample within its tile(s)
     num_queries, queries_per_image, num_images, num_tiles,
     shape0, shape1, shape2, shape3, shape4, shape5, shape6, shape7,
-    HEADS: tl.constexpr, LEVELS: tl.constexpr, POINTS: tl.constexpr, OFFSET_PITCH: tl.constexpr,
+    HEADS: tl.constexpr, LEVELS: tl.constexpr, POINTS: tl.constexpr, FIRST: tl.constexpr, OFFSET_PITCH: tl.constexpr,
     REFERENCE: tl.constexpr, PACKED: tl.constexpr, OWNED: tl.constexpr, POINTS_PADDED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -155,22 +157,25 @@ def count_samples(
     )
     first_tile += head * num_tiles + 1
     tiles_x = _tiles(width, OWNED)
+    OF_ROW: tl.constexpr = FIRST[LEVELS - 1] + POINTS[LEVELS - 1]
     point = tl.arange(0, POINTS_PADDED)[None, :]
+    points = points_of(level, POINTS, LEVELS)
+    first = first_sample(level, POINTS, FIRST, LEVELS)
     x, y = samples_of_level(
-        reference_ptr, offset_ptr, query[:, None], (query * (OFFSET_PITCH // 2) + head * (LEVELS * POINTS))[:, None],
-        tl.minimum(point, POINTS - 1), height, width, level, LEVELS, POINTS, REFERENCE,
+        reference_ptr, offset_ptr, query[:, None], (query * (OFFSET_PITCH // 2) + head * OF_ROW)[:, None],
+        first + tl.minimum(point, points - 1), height, width, level, LEVELS, POINTS, REFERENCE,
     )  # fmt: skip
     if PACKED:
         x += shift[:, None]
-    touches = _touches(x, y, width, height) & live[:, None] & (point < POINTS)
+    touches = _touches(x, y, width, height) & live[:, None] & (point < points)
     pixel_x = _first_pixel(x, touches)
     pixel_y = _first_pixel(y, touches)
     tile_x = pixel_x // _side(OWNED)
     tile_y = pixel_y // _side(OWNED)
     own_tile = (image * (HEADS * num_tiles))[:, None] + first_tile + tile_y * tiles_x + tile_x
-    ranks = rank_ptr + ((query * HEADS + head) * LEVELS + level).to(tl.int64)[:, None] * POINTS + point
+    ranks = rank_ptr + (query * HEADS + head).to(tl.int64)[:, None] * OF_ROW + first + point
     if OWNED:
-        plane = num_queries.to(tl.int64) * (HEADS * LEVELS * POINTS)
+        plane = num_queries.to(tl.int64) * (HEADS * OF_ROW)
         into_next = _crosses(pixel_x, width)
         below = _crosses(pixel_y, height)
         rank = tl.atomic_add(count_ptr + own_tile + 1, 1, mask=into_next, sem="relaxed")
@@ -227,36 +232,47 @@ def count_samples(
 )
 def bin_samples(
     reference_ptr, offset_ptr, image_ptr,  # as in msda_forward
-    bin_ptr,  # [N, HEADS, LEVELS, POINTS] int32 out: tile of each sample, num_bins where it touches no pixel
+    bin_ptr,  # [N, HEADS, samples] int32 out: tile of each sample, num_bins where it touches no pixel
     num_queries, queries_per_image, num_images, num_tiles, num_bins,
     shape0, shape1, shape2, shape3, shape4, shape5, shape6, shape7,
-    HEADS: tl.constexpr, LEVELS: tl.constexpr, POINTS: tl.constexpr, OFFSET_PITCH: tl.constexpr,
+    HEADS: tl.constexpr, LEVELS: tl.constexpr, POINTS: tl.constexpr, FIRST: tl.constexpr, OFFSET_PITCH: tl.constexpr,
     REFERENCE: tl.constexpr, PACKED: tl.constexpr, POINTS_PADDED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Which tile each sample falls into, counted over images, heads and levels."""
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)[:, None]
     point = tl.arange(0, POINTS_PADDED)[None, :]
-    mask = (row < num_queries * HEADS) & (point < POINTS)
+    live = row < num_queries * HEADS
     row = tl.minimum(row, num_queries * HEADS - 1)
     query = row // HEADS
     head = row % HEADS
     image, shift = images_of(image_ptr, query, queries_per_image, num_images, PACKED)
-    offset_at = query * (OFFSET_PITCH // 2) + head * (LEVELS * POINTS)
+    OF_ROW: tl.constexpr = FIRST[LEVELS - 1] + POINTS[LEVELS - 1]
+    offset_at = query * (OFFSET_PITCH // 2) + head * OF_ROW
     first_tile = (image * HEADS + head) * num_tiles
     for level in tl.static_range(LEVELS):
         height, width = level_size(level, shape0, shape1, shape2, shape3, shape4, shape5, shape6, shape7)
+        sample = FIRST[level] + tl.minimum(point, POINTS[level] - 1)
         x, y = samples_of_level(
-            reference_ptr, offset_ptr, query, offset_at, tl.minimum(point, POINTS - 1), height, width,
-            level, LEVELS, POINTS, REFERENCE,
-        )  # fmt: skip
+            reference_ptr,
+            offset_ptr,
+            query,
+            offset_at,
+            sample,
+            height,
+            width,
+            level,
+            LEVELS,
+            POINTS,
+            REFERENCE,
+        )
         if PACKED:
             x += shift
         touches = _touches(x, y, width, height)
         own_tile = first_tile + _first_pixel(y, touches) // CELLS * _tiles(width, False)
         own_tile += _first_pixel(x, touches) // CELLS
         bin = tl.where(touches, own_tile, num_bins)
-        at = row * (LEVELS * POINTS) + level * POINTS + point
-        tl.store(bin_ptr + at, bin, mask=mask)
+        at = row * OF_ROW + FIRST[level] + point
+        tl.store(bin_ptr + at, bin, mask=live & (point < POINTS[level]))
         first_tile += _tiles(width, False) * _tiles(height, False)
 
 
@@ -264,11 +280,11 @@ def bin_samples(
 def place_samples(
     reference_ptr, offset_ptr, weight_ptr, image_ptr,  # as in msda_forward
     start_ptr,  # [B * HEADS * num_tiles] int32 first place of each tile; None: ranks are places
-    rank_ptr,  # [1 or, where OWNED, 4, N, HEADS, LEVELS, POINTS] int32 place of each sample within its tile(s)
+    rank_ptr,  # [1 or, where OWNED, 4, N, HEADS, samples] int32 place of each sample within its tile(s)
     sample_ptr,  # [places, 4] int32 out: x and y in pixels of its tile and weight as float32 bits, row
     num_queries, queries_per_image, num_images, num_tiles,
     shape0, shape1, shape2, shape3, shape4, shape5, shape6, shape7,
-    HEADS: tl.constexpr, LEVELS: tl.constexpr, POINTS: tl.constexpr, OFFSET_PITCH: tl.constexpr,
+    HEADS: tl.constexpr, LEVELS: tl.constexpr, POINTS: tl.constexpr, FIRST: tl.constexpr, OFFSET_PITCH: tl.constexpr,
     WEIGHT_PITCH: tl.constexpr, REFERENCE: tl.constexpr, PACKED: tl.constexpr, OWNED: tl.constexpr,
     LEVELS_PADDED: tl.constexpr, POINTS_PADDED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -284,20 +300,21 @@ def place_samples(
     head = row % HEADS
     column = tl.arange(0, COLUMNS)[None, :]
     level = tl.minimum(column // POINTS_PADDED, LEVELS - 1)
-    point = tl.minimum(column % POINTS_PADDED, POINTS - 1)
-    exists = (column // POINTS_PADDED < LEVELS) & (column % POINTS_PADDED < POINTS)
+    points = points_of(level, POINTS, LEVELS)
+    exists = (column // POINTS_PADDED < LEVELS) & (column % POINTS_PADDED < points)
+    j = first_sample(level, POINTS, FIRST, LEVELS) + tl.minimum(column % POINTS_PADDED, points - 1)
+    OF_ROW: tl.constexpr = FIRST[LEVELS - 1] + POINTS[LEVELS - 1]
     height, width, first_tile = _sizes_of(
         level, LEVELS, OWNED, shape0, shape1, shape2, shape3, shape4, shape5, shape6, shape7
     )
     x, y = samples_of_level(
-        reference_ptr, offset_ptr, query, query * (OFFSET_PITCH // 2) + head * (LEVELS * POINTS),
-        point, height, width, level, LEVELS, POINTS, REFERENCE,
+        reference_ptr, offset_ptr, query, query * (OFFSET_PITCH // 2) + head * OF_ROW,
+        j, height, width, level, LEVELS, POINTS, REFERENCE,
     )  # fmt: skip
     image, shift = images_of(image_ptr, query, queries_per_image, num_images, PACKED)
     if PACKED:
         x += shift
-    j = level * POINTS + point
-    weight = tl.load(weight_ptr + (query * WEIGHT_PITCH + head * (LEVELS * POINTS)) + j).to(tl.float32)
+    weight = tl.load(weight_ptr + (query * WEIGHT_PITCH + head * OF_ROW) + j).to(tl.float32)
     if REFERENCE != 0:
         logit = tl.where(exists, weight, float("-inf"))
         weight = tl.exp2((logit - tl.max(logit, axis=1)[:, None]) * LOG2E)
@@ -307,8 +324,8 @@ def place_samples(
     pixel_y = _first_pixel(y, touches)
     tile_x = pixel_x // _side(OWNED)
     tile_y = pixel_y // _side(OWNED)
-    ranks = rank_ptr + row.to(tl.int64) * (LEVELS * POINTS) + j
-    plane = num_queries.to(tl.int64) * (HEADS * LEVELS * POINTS)
+    ranks = rank_ptr + row.to(tl.int64) * OF_ROW + j
+    plane = num_queries.to(tl.int64) * (HEADS * OF_ROW)
     starts = start_ptr
     if start_ptr is not None:
         starts += (image * HEADS + head) * num_tiles + first_tile + tile_y * _tiles(width, OWNED) + tile_x
@@ -375,7 +392,7 @@ def reduce_tiles(
     first_summed,  # token; the first of a level
     num_tiles,  # of an image and head
     num_groups,  # images * heads
-    num_samples,  # of a group on a level, on average
+    num_samples,  # of a group on the level with the most points, on average
     per_program,  # samples
     shape0, shape1, shape2, shape3, shape4, shape5, shape6, shape7,
     HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, LEVELS: tl.constexpr, WIDTH: tl.constexpr, OWNED: tl.constexpr,
@@ -526,9 +543,9 @@ def value_gradient_tiled(problem: Problem, grad_out: Tensor) -> Tensor:
         copies = 4 if owned else 1
         counts = torch.zeros(1 + tiles.groups * tiles.total, **integers)
         ranks = torch.empty(copies, weights.numel(), **integers)
-        points = next_power_of_2(weights.shape[3])
+        points = next_power_of_2(max(problem.points))
         block = max(1, samples_per_program // points)
-        num_programs = cdiv(num_queries, block) * weights.shape[1] * weights.shape[2]
+        num_programs = cdiv(num_queries, block) * weights.shape[1] * len(problem.points)
         count_samples[(num_programs,)](
             problem.reference, problem.offsets, problem.image_index, order, counts, ranks,
             *problem.counts, tiles.total, *problem.levels, **problem.constants(),
@@ -568,8 +585,8 @@ class Tiles(NamedTuple):
 def _place_samples(
     problem: Problem, tiles: Tiles, starts: Tensor | None, ranks: Tensor, samples: Tensor
 ) -> None:
-    num_heads, num_levels, num_points = problem.weights.shape[1:]
-    levels, points = next_power_of_2(num_levels), next_power_of_2(num_points)
+    num_heads = problem.weights.shape[1]
+    levels, points = next_power_of_2(len(problem.points)), next_power_of_2(max(problem.points))
     # 512 samples need 130 registers where tiles own their pixels, 256 half of that and 6 % more instructions (sm_90).
     block = max(1, (8192 if INTERPRETING else 256) // (levels * points))
     place_samples[(cdiv(problem.num_queries * num_heads, block),)](
@@ -592,7 +609,7 @@ def _reduce_tiles(
     """The value's gradient, in its dtype; a launch for each of `colors` (see `reduce_tiles`)."""
     value = problem.value
     batch, num_tokens, num_heads, head_dim = value.shape
-    num_samples = problem.counts[1] * problem.weights.shape[3]
+    num_samples = problem.counts[1] * max(problem.points)
     # Few long programs sum to memory less often, but are too few to fill the GPU where there is little to do.
     per_program = (16 if problem.weights.numel() >= 4 << 20 else 8) * PIECE
     num_tiles = [rows * columns for rows, columns in tiles.sides]
@@ -638,12 +655,12 @@ def _reduce_tiles(
 def value_gradient_sorted(problem: Problem, grad_out: Tensor) -> Tensor:
     """Gradient by the value, bit-equal from run to run."""
     value, weights, num_queries = problem.value, problem.weights, problem.num_queries
-    num_heads, _, num_points = weights.shape[1:]
+    num_heads = weights.shape[1]
     tiles = Tiles.of(problem, owned=False)
     num_bins = tiles.groups * tiles.total
     num_samples = weights.numel()
     integers = dict(dtype=torch.int32, device=value.device)
-    points_padded = next_power_of_2(num_points)
+    points_padded = next_power_of_2(max(problem.points))
     block = max(1, 512 // points_padded)
     bins = torch.empty(num_samples, **integers)
     bin_samples[(cdiv(num_queries * num_heads, block),)](
