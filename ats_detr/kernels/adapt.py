@@ -166,15 +166,10 @@ class Operators:
             value: Tensor, value_spatial_shapes: Any, sampling_locations: Tensor, attention_weights: Tensor,
             num_points_list: list[int], method: str = "default",
         ) -> Tensor:  # fmt: skip
-            if method != "default":
-                raise ValueError(f"method {method!r}: must be 'default' (bilinear samples)")
-            samples = (len(num_points_list), num_points_list[0])
-            return attend(
-                value,
-                read_level_shapes(value_spatial_shapes),
-                sampling_locations.unflatten(3, samples),
-                attention_weights.unflatten(3, samples),
-            )
+            return multi_scale_deformable_attention(
+                value, read_level_shapes(value_spatial_shapes), sampling_locations, attention_weights,
+                num_points=num_points_list, method=method, backend=backend,
+            )  # fmt: skip
 
         class AutogradFunction:
             @staticmethod
@@ -251,9 +246,6 @@ def _check_samples(module: nn.Module) -> None:
         raise _NotAdaptable(
             "method 'discrete' reads the nearest pixel: another operator, without a kernel here"
         )
-    num_points = getattr(module, "num_points_list", None) or getattr(module, "n_points_list", None)
-    if num_points and len(set(num_points)) > 1:
-        raise _NotAdaptable(f"{num_points} points on the levels: must be equally many on each level")
 
 
 def _new_forward(module: nn.Module, operators: Operators) -> Callable[..., Any] | None:
