@@ -89,6 +89,38 @@ def test_the_second_process_compiles_nothing(tmp_path: Path) -> None:
     assert f"0 kernels compiled, {number} cached" in second
 
 
+LAUNCHED = """
+import sys, numpy, torch, triton
+from ats_detr.config import load_config
+from ats_detr.data.coco import ClassMap
+from ats_detr.detector import Detector
+from ats_detr.model import build_model
+from ats_detr.precompile import compile_kernels
+
+if __name__ == "__main__":
+    config = load_config("quickstart", sys.argv[1:])
+    device = torch.device("cuda", 0)
+    compile_kernels(config, device, ["predict"], num_classes=3)
+    hits = []
+    triton.knobs.compilation.listener = lambda *_, cache_hit, **__: hits.append(cache_hit)
+    classes = ClassMap.from_categories({0: "a", 1: "b", 2: "c"})
+    detector = Detector(build_model(config.model, 3).to(device), config, classes)
+    for _ in range(3):
+        detector.predict(numpy.zeros((48, 64, 3), numpy.uint8))
+    print(len(hits), sum(hits))
+"""
+
+
+@pytest.mark.gpu
+@pytest.mark.timeout(900)
+def test_a_pass_on_a_gpu_compiles_nothing_after_it_was_compiled_in_advance(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(LAUNCHED)
+    overrides = [*SMALL[:-1], "device=cuda"]
+    num_launched, num_cached = python(script, *overrides, cache=tmp_path / "cache").splitlines()[-1].split()
+    assert num_launched == num_cached and int(num_launched) > 5
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_its_architecture_is_needed() -> None:
     with pytest.raises(UserError, match=r"no CUDA device: pass its compute capability, such as --arch 90"):

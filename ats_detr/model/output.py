@@ -122,12 +122,13 @@ class DetectedBatch:
 
 def budget_table(output: DetectorOutput) -> Tensor:
     """int64 [B, 3]: number of valid tokens, number of kept tokens, and budget class (-1: none) of each image."""
-    num_valid_B = (~output.padding_mask_BS).sum(1)
+    selection = output.selection
+    num_valid_B = (~output.padding_mask_BS).sum(1) if selection is None else selection.num_valid_B
     num_kept_B, budget_B = num_valid_B, torch.full_like(num_valid_B, -1)
-    if output.selection is not None:
-        num_kept_B = output.selection.num_kept_B
-        if output.selection.budget_logits is not None:
-            budget_B = output.selection.budget_logits.argmax(1)
+    if selection is not None:
+        num_kept_B = selection.num_kept_B
+        if selection.budget_logits is not None:
+            budget_B = selection.budget_logits.argmax(1)
     return torch.stack([num_valid_B, num_kept_B.to(num_valid_B), budget_B], dim=1)
 
 

@@ -27,7 +27,7 @@ from tests.model.test_graph_cache import FakeGraphs
 from tests.small_detector import small_detector
 
 pytest.importorskip("triton")
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels run in the interpreter")
+in_interpreter = pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels run in the interpreter")
 
 
 @pytest.fixture(autouse=True)
@@ -80,6 +80,7 @@ FAULTS = {
         *(pytest.param(n, marks=pytest.mark.slow) for n in ("packed_linear_", "select")),
     ],
 )
+@in_interpreter
 @torch.no_grad()
 def test_a_wrong_operator_is_named_and_computed_by_pytorch(
     name: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
@@ -98,6 +99,7 @@ def test_a_wrong_operator_is_named_and_computed_by_pytorch(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@in_interpreter
 @torch.no_grad()
 def test_right_kernels_pass(dtype: torch.dtype, caplog: pytest.LogCaptureFixture) -> None:
     model, batch = small_model(num_encoder_layers=2).to(dtype), ImageBatch.collate(images((32, 32)))
@@ -105,6 +107,18 @@ def test_right_kernels_pass(dtype: torch.dtype, caplog: pytest.LogCaptureFixture
     assert find_faults(lambda: model.detect(images_B3HW, batch.sizes_B2, supervision=False), dtype) == {}
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@torch.no_grad()
+def test_right_kernels_pass_on_a_gpu(dtype: torch.dtype) -> None:
+    """With the default precision of convolutions, TF32, and enough tokens for all blocks of the kernels."""
+    model = small_model(width=256, num_encoder_layers=2).to("cuda", dtype)
+    batch = ImageBatch.collate(images((320, 448)))
+    images_B3HW, sizes_B2 = batch.images_B3HW.to("cuda", dtype), batch.sizes_B2.cuda()
+    assert find_faults(lambda: model.detect(images_B3HW, sizes_B2, supervision=False), dtype) == {}
+
+
+@in_interpreter
 @torch.no_grad()
 def test_a_pass_that_differs_as_a_whole_uses_no_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     """For example if rows in use are wrong: every operator agrees, but not the passes."""
