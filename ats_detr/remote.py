@@ -12,7 +12,7 @@ import os
 import re
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from http.client import HTTPException
@@ -137,25 +137,46 @@ def _fetch_file(match: re.Match[str], name: str) -> Path:
 
 
 def _fetch_repository(match: re.Match[str], name: str) -> Path:
-    from huggingface_hub import constants, hf_hub_download, snapshot_download
+    from huggingface_hub import hf_hub_download, snapshot_download
+    from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 
-    options = _options(match)
-    if constants.HF_HUB_OFFLINE:
-        folder = Path(snapshot_download(local_files_only=True, **options))
-        files = [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file()]
-    else:
+    try:
         files = _list_files(match)
+    except (RepositoryNotFoundError, RevisionNotFoundError):
+        raise
+    except Exception:  # no network, or offline mode
+        folder = _cached_folder(match)
+        if folder is None:
+            raise
+        found = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+        return folder if "config.json" in found else folder / _only_checkpoint(found, name)
     if "config.json" in files:
         safe = any(file.startswith("model") and file.endswith(".safetensors") for file in files)
         weights = ["model*.safetensors", "model.safetensors.index.json"] if safe else ["pytorch_model*"]
-        return Path(snapshot_download(allow_patterns=[*_CONFIGS, *weights], **options))
+        return Path(snapshot_download(allow_patterns=[*_CONFIGS, *weights], **_options(match)))
+    return Path(hf_hub_download(filename=_only_checkpoint(files, name), **_options(match)))
+
+
+def _only_checkpoint(files: Iterable[str], name: str) -> str:
     found = [file for file in files if file.endswith(_WEIGHTS)]
     if len(found) != 1:
         listed = (
             f"has {len(found)} checkpoints, name one: {', '.join(f'{name}/{file}' for file in found[:20])}"
         )
         raise UserError(f"{name}: {listed if found else 'has no checkpoint'}")
-    return Path(hf_hub_download(filename=found[0], **options))
+    return found[0]
+
+
+def _cached_folder(match: re.Match[str]) -> Path | None:
+    """The files of a revision in the cache of huggingface_hub; None if there are none."""
+    from huggingface_hub import constants
+    from huggingface_hub.file_download import repo_folder_name
+
+    root = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=match["repo"], repo_type="model")
+    revision = match["revision"] or constants.DEFAULT_REVISION
+    reference = root / "refs" / revision
+    folder = root / "snapshots" / (reference.read_text().strip() if reference.is_file() else revision)
+    return folder if folder.is_dir() else None
 
 
 def _list_files(match: re.Match[str]) -> list[str]:

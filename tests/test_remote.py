@@ -145,11 +145,15 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def test_a_repository_with_a_model_folder(hub: Hub, files: dict[str, bytes]) -> None:
+def test_a_repository_with_a_model_folder(
+    hub: Hub, files: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
     hub.repositories["someone/folder"] = files
     detector = Detector.from_checkpoint("hf://someone/folder", device="cpu")
     assert detector.classes == small_detector().classes
     fetched = resolve_checkpoint("hf://someone/folder")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert resolve_checkpoint("hf://someone/folder") == fetched
     assert fetched.is_dir() and not (fetched / "small.pt").exists(), "only what the model needs is fetched"
 
 
