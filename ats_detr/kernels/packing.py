@@ -27,7 +27,7 @@ MAX_ROW = 16384
 
 
 def pack_tokens(plan: TokenPlan, *dense: Tensor, backend: str | None = None) -> tuple[Tensor, ...]:
-    """Kept rows [K, ...] of each dense tensor [B, S, ...], in one launch, with gradients.
+    """Kept rows [K, ...] of each dense tensor [B, S, ...], in one launch each, with gradients.
 
     Rows that a capacity plan does not use are unspecified. Such plans have no gradient: backward raises RuntimeError.
 

@@ -1,4 +1,4 @@
-"""Rows of several dense tensors into packed form, and back, in one launch each. Pure copies, limited by bandwidth."""
+"""Rows of dense tensors into packed form, and back, in one launch each. Pure copies, limited by bandwidth."""
 
 from __future__ import annotations
 
@@ -11,30 +11,18 @@ from torch import Tensor
 
 from ats_detr.kernels.gpu.common import cdiv, next_power_of_2
 
-GROUP = 4  # tensors per launch
-ELEMENTS = 1024  # per tensor and program, approximately
-
-
-@triton.jit
-def _move(source_ptr, target_ptr, source_at, target_at, mask, ROW: tl.constexpr, WIDTH: tl.constexpr):
-    """One row of ROW elements from each of `source_at` to `target_at`, in elements."""
-    column = tl.arange(0, WIDTH)[None, :]
-    inside = mask[:, None] & (column < ROW)
-    value = tl.load(source_ptr + source_at[:, None] + column, mask=inside)
-    tl.store(target_ptr + target_at[:, None] + column, value, mask=inside)
+ELEMENTS = 1024  # per program, approximately
 
 
 @triton.jit(do_not_specialize=["num_rows", "num_tokens"])
 def move_rows(
     token_index_ptr, image_index_ptr,  # [K]
     count_ptr,  # [1] int32 rows in use, where COUNTED
-    dense0_ptr, dense1_ptr, dense2_ptr, dense3_ptr,  # [B, S, ROWi]
-    packed0_ptr, packed1_ptr, packed2_ptr, packed3_ptr,  # [K, ROWi]
+    dense_ptr,  # [B, S, ROW]
+    packed_ptr,  # [K, ROW]
     num_rows, num_tokens,
-    dense_pitch,  # elements from one token's row to the next where INTO_DENSE; there may be others between
-    ROW0: tl.constexpr, ROW1: tl.constexpr, ROW2: tl.constexpr, ROW3: tl.constexpr,  # elements, 0: no such tensor
-    WIDTH0: tl.constexpr, WIDTH1: tl.constexpr, WIDTH2: tl.constexpr, WIDTH3: tl.constexpr,
-    COUNTED: tl.constexpr, INTO_DENSE: tl.constexpr, BLOCK: tl.constexpr,
+    dense_pitch,  # elements from one token's row to the next; there may be others between
+    ROW: tl.constexpr, WIDTH: tl.constexpr, COUNTED: tl.constexpr, INTO_DENSE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """packed[k] = dense[image_index[k], token_index[k]], or the other way round where INTO_DENSE."""
     if COUNTED:
@@ -45,17 +33,14 @@ def move_rows(
     mask = packed_row < num_rows
     image = tl.load(image_index_ptr + packed_row, mask=mask, other=0).to(tl.int64)
     dense_row = image * num_tokens + tl.load(token_index_ptr + packed_row, mask=mask, other=0)
-    packed_row = packed_row.to(tl.int64)
+    column = tl.arange(0, WIDTH)[None, :]
+    inside = mask[:, None] & (column < ROW)
+    dense = dense_ptr + (dense_row * dense_pitch)[:, None] + column
+    packed = packed_ptr + (packed_row.to(tl.int64) * ROW)[:, None] + column
     if INTO_DENSE:
-        _move(packed0_ptr, dense0_ptr, packed_row * ROW0, dense_row * dense_pitch, mask, ROW0, WIDTH0)
+        tl.store(dense, tl.load(packed, mask=inside), mask=inside)
     else:
-        _move(dense0_ptr, packed0_ptr, dense_row * ROW0, packed_row * ROW0, mask, ROW0, WIDTH0)
-        if ROW1 > 0:
-            _move(dense1_ptr, packed1_ptr, dense_row * ROW1, packed_row * ROW1, mask, ROW1, WIDTH1)
-        if ROW2 > 0:
-            _move(dense2_ptr, packed2_ptr, dense_row * ROW2, packed_row * ROW2, mask, ROW2, WIDTH2)
-        if ROW3 > 0:
-            _move(dense3_ptr, packed3_ptr, dense_row * ROW3, packed_row * ROW3, mask, ROW3, WIDTH3)
+        tl.store(packed, tl.load(dense, mask=inside), mask=inside)
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -111,18 +96,19 @@ def _block(width: int) -> int:
     return max(1, ELEMENTS // width)
 
 
-def _launch_moves(token_index, image_index, num_rows, dense, packed, into_dense: bool) -> None:
-    capacity, num_tokens = token_index.shape[0], dense[0].shape[1]
-    for first in range(0, len(dense), GROUP):
-        some_dense, some_packed = dense[first : first + GROUP], packed[first : first + GROUP]
-        lengths = [_row_length(tensor, 2) for tensor in some_dense]
-        widths = [next_power_of_2(length) for length in lengths]
-        block = _block(max(widths))
-        absent = GROUP - len(some_dense)
+def _launch_moves(
+    token_index: Tensor, image_index: Tensor, num_rows: Tensor | None, dense: Sequence[Tensor],
+    packed: Sequence[Tensor], into_dense: bool,
+) -> None:  # fmt: skip
+    """Moves rows between each pair of tensors; those to be packed are contiguous."""
+    capacity = token_index.shape[0]
+    for own, rows in zip(dense, packed, strict=True):
+        length = _row_length(own, 2)
+        width = next_power_of_2(length)
+        block = _block(width)
         move_rows[(cdiv(capacity, block),)](
-            token_index, image_index, num_rows,
-            *some_dense, *[None] * absent, *some_packed, *[None] * absent, capacity, num_tokens,
-            dense[0].stride(1), *lengths, *[0] * absent, *widths, *[1] * absent,
+            token_index, image_index, num_rows, own, rows, capacity, own.shape[1],
+            own.stride(1) if into_dense else length, ROW=length, WIDTH=width,
             COUNTED=num_rows is not None, INTO_DENSE=into_dense, BLOCK=block, num_warps=4,
         )  # fmt: skip
 
