@@ -1,7 +1,7 @@
 """The operators and their baselines on a GPU, or what the compiler makes of the kernels.
 
     python -m bench.kernels                       on a GPU: all parts, appends to bench/results/kernels.jsonl
-    python -m bench.kernels --part attention      one part (or tokens, linear), a few minutes each
+    python -m bench.kernels --part attention      one part (or detectors, tokens, linear), a few minutes each
     python -m bench.kernels --peer package.module:function      one more baseline for the classical operator
     python -m bench.kernels --baselines deformops               only the baselines whose names begin with this
     python -m bench.kernels --offline --json out.json           no GPU: registers, spills, instructions
@@ -41,6 +41,11 @@ SMALL_LEVELS = ((10, 13), (5, 7), (3, 4), (2, 2))
 HEADS, HEAD_DIM, POINTS = 8, 32, 4
 # name, images, share of the tokens that are queries (None: 300 queries of a decoder, boxes as references)
 CASES = (("dense", 4, 1.0), ("30%", 4, 0.3), ("10%", 4, 0.1), ("decoder", 4, None), ("dense B=1", 1, 1.0))
+# decoders of other detectors, 300 queries: heads, channels of a head, levels, points of each level
+DETECTORS = {
+    "RF-DETR": (16, 16, ((40, 40),), (2,)),
+    "D-FINE": (8, 32, ((80, 80), (40, 40), (20, 20)), (3, 6, 3)),
+}
 Baseline = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
@@ -194,6 +199,37 @@ class Bench:
             facts["error_of_value_gradient"] = gradient_error
             self.add("msda both", case, name, lambda f=function, i=inputs: both(f, i), **facts)
 
+    def detectors(self, small: bool) -> None:
+        """The classical operator at the shapes of DETECTORS, four images, against the grid_sample of its definition."""
+        for case, (heads, head_dim, levels, points) in DETECTORS.items():
+            if small:
+                levels = [(height // 8, width // 8) for height, width in levels]
+            generator = torch.Generator().manual_seed(0)
+            shape = (4, 10 if small else 300, heads, sum(points))
+            num_tokens = sum(height * width for height, width in levels)
+            for dtype in (torch.bfloat16, torch.float32):
+                value = torch.randn(4, num_tokens, heads, head_dim, generator=generator)
+                locations = torch.rand(*shape, 2, generator=generator)
+                weights = torch.rand(shape, generator=generator).softmax(-1)
+                inputs = [x.to(self.device, dtype).requires_grad_() for x in (value, locations, weights)]
+                for who, backend in (("ours, classical", None), ("grid_sample", "reference")):
+                    attend = functools.partial(
+                        kernels.multi_scale_deformable_attention, num_points=points, backend=backend
+                    )
+
+                    def forward(attend=attend, levels=levels, inputs=inputs) -> Tensor:
+                        value, locations, weights = inputs
+                        return attend(value, levels, locations, weights)
+
+                    def both(forward=forward, inputs=inputs) -> object:
+                        out = forward()
+                        return torch.autograd.grad(out, inputs, out.detach())
+
+                    facts = {"dtype": str(dtype).removeprefix("torch.")}
+                    with torch.no_grad():
+                        self.add("msda forward", case, who, forward, **facts)
+                    self.add("msda both", case, who, both, **facts)
+
     # ------------------------------------------------------------------------------------------------------- tokens
     def tokens(self) -> None:
         sizes = (17821, 22223) if self.levels is LEVELS else (300,)
@@ -333,7 +369,7 @@ def main() -> None:
     parser.add_argument("--offline", action="store_true", help="compile instead of running; needs no GPU")
     parser.add_argument("--quick", action="store_true", help="offline: default configurations only")
     parser.add_argument("--json", type=row_file, help="append rows to this file (--offline replaces it)")
-    parser.add_argument("--part", choices=["attention", "tokens", "linear"])
+    parser.add_argument("--part", choices=["attention", "detectors", "tokens", "linear"])
     parser.add_argument("--peer", action="append", default=[], help="module:function of one more baseline")
     parser.add_argument("--baselines", default="", metavar="PREFIX", help="only baselines with this prefix")
     parser.add_argument("--small", action="store_true", help="tiny shapes, to check the command")
@@ -352,6 +388,8 @@ def main() -> None:
         baselines = dict(_baselines(bench.levels, arguments.peer, compiled=bench.device == "cuda"))
         chosen = {name: one for name, one in baselines.items() if name.startswith(arguments.baselines)}
         bench.attention(chosen)
+    if arguments.part in (None, "detectors"):
+        bench.detectors(arguments.small)
     if arguments.part in (None, "tokens"):
         bench.tokens()
     if arguments.part in (None, "linear"):
