@@ -39,7 +39,8 @@ MODES: tuple[Mode, ...] = ("predict", "compile", "train")
 """Passes of `Detector.predict`; of `Detector.compile`, with weights in another dtype; of training."""
 COCO_CLASSES, COMMON_SIZE = 91, (480, 640)
 """Class indices and (height, width) of the images where nothing else is known."""
-_TIMEOUT_S = 3600
+_TIMEOUT_S = 900
+"""Less than processes of a training wait for each other."""
 
 
 def find_variants(
