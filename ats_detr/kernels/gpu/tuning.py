@@ -75,7 +75,7 @@ CONFIGS: dict[str, list[Config]] = {
     "feedforward": [
         {"rows": 64, "chunk": 32, "num_warps": 8, "num_stages": 2},
         {"rows": 64, "chunk": 64, "num_warps": 8, "num_stages": 2},
-        {"rows": 32, "chunk": 32, "num_warps": 4, "num_stages": 2},
+        {"rows": 32, "chunk": 32, "num_warps": 8, "num_stages": 2},
     ],
 }
 # Exact products have no tensor cores: smaller tiles, or the factors do not fit the registers.
