@@ -21,7 +21,7 @@ def move_rows(
     dense_ptr,  # [B, S, ROW]
     packed_ptr,  # [K, ROW]
     num_rows, num_tokens,
-    dense_pitch,  # elements from one token's row to the next; there may be others between
+    dense_pitch,  # elements from one token's row to the next where INTO_DENSE; there may be others between
     ROW: tl.constexpr, WIDTH: tl.constexpr, COUNTED: tl.constexpr, INTO_DENSE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """packed[k] = dense[image_index[k], token_index[k]], or the other way round where INTO_DENSE."""
@@ -35,7 +35,7 @@ def move_rows(
     dense_row = image * num_tokens + tl.load(token_index_ptr + packed_row, mask=mask, other=0)
     column = tl.arange(0, WIDTH)[None, :]
     inside = mask[:, None] & (column < ROW)
-    dense = dense_ptr + (dense_row * dense_pitch)[:, None] + column
+    dense = dense_ptr + (dense_row * (dense_pitch if INTO_DENSE else ROW))[:, None] + column
     packed = packed_ptr + (packed_row.to(tl.int64) * ROW)[:, None] + column
     if INTO_DENSE:
         tl.store(dense, tl.load(packed, mask=inside), mask=inside)
@@ -108,7 +108,7 @@ def _launch_moves(
         block = _block(width)
         move_rows[(cdiv(capacity, block),)](
             token_index, image_index, num_rows, own, rows, capacity, own.shape[1],
-            own.stride(1) if into_dense else length, ROW=length, WIDTH=width,
+            own.stride(1), ROW=length, WIDTH=width,
             COUNTED=num_rows is not None, INTO_DENSE=into_dense, BLOCK=block, num_warps=4,
         )  # fmt: skip
 
