@@ -124,7 +124,11 @@ class LaunchCounter(TorchDispatchMode):
         elif name == "convolution" and args[2] is not None:  # cuDNN's convolutions have no bias
             self.add("elementwise", 1, 2 * _bytes(outputs))
         kind = next((kind for kind, names in _KINDS.items() if name.startswith(names)), "elementwise")
-        self.add(kind, _LAUNCHES.get(name, 1), num_bytes, count_flop(*args, **kwargs, out_val=result))
+        launches = _LAUNCHES.get(name, 1)
+        if name == "_foreach_copy_":  # each launch copies up to 64 tensors and 320 chunks of 65,536 elements
+            num_chunks = sum(-(-tensor.numel() // 65536) for tensor in args[0])
+            launches = max(-(-len(args[0]) // 64), -(-num_chunks // 320))
+        self.add(kind, launches, num_bytes, count_flop(*args, **kwargs, out_val=result))
         return result
 
     def add(self, kind: str, launches: int, num_bytes: float, flop: float = 0.0) -> None:
