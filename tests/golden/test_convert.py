@@ -13,7 +13,7 @@ import torch
 from ats_detr.checkpoint import load_model
 from ats_detr.cli import main
 from ats_detr.config import config_from_dict
-from ats_detr.convert import to_official
+from ats_detr.convert import detect_model, to_official
 
 from .cases import Case, model_config
 from .conftest import golden_folder
@@ -25,20 +25,26 @@ FAMILIES = (
     "manifest_sparse_rho0.1",
     "manifest_sparse_swint_rho0.1",
 )
-"""One manifest of each family and backbone. The others are slow: they differ in names only, and test_names.py compares
-those of all manifests."""
+"""One manifest of each family and backbone is converted. The others are slow: of all manifests the architecture is
+detected below, test_names.py compares the names, and test_model.py the outputs."""
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    if "manifest_path" not in metafunc.fixturenames:
+    if not {"manifest_path", "every_manifest"} & set(metafunc.fixturenames):
         return
     folder = golden_folder(metafunc.config)
     files = sorted(folder.glob("manifest_*.json")) if folder else []
-    paths = [path if path.stem in FAMILIES else pytest.param(path, marks=pytest.mark.slow) for path in files]
+    fixture = "manifest_path" if "manifest_path" in metafunc.fixturenames else "every_manifest"
+    paths = [
+        path
+        if path.stem in FAMILIES or fixture == "every_manifest"
+        else pytest.param(path, marks=pytest.mark.slow)
+        for path in files
+    ]
     if not paths:
         skip = pytest.mark.skip(reason="no golden cases: give their folder with --golden")
         paths = [pytest.param(None, marks=skip)]
-    metafunc.parametrize("manifest_path", paths, ids=lambda path: path.stem if path else "none")
+    metafunc.parametrize(fixture, paths, ids=lambda path: path.stem if path else "none")
 
 
 def official_file(case: Case, manifest: dict[str, Any], argv: list[str]) -> dict[str, Any]:
@@ -50,6 +56,12 @@ def official_file(case: Case, manifest: dict[str, Any], argv: list[str]) -> dict
     for entry in manifest["entries"]:  # Swin's index buffers are recomputed, so their content is arbitrary
         if "int" in entry["dtype"]:
             state[entry["name"]] = torch.zeros(entry["shape"], dtype=torch.int64)
+    known = stored_arguments(argv)
+    return {"model": state, "epoch": 49, "optimizer": {}, "args": argparse.Namespace(**known)}
+
+
+def stored_arguments(argv: list[str]) -> dict[str, Any]:
+    """The parsed command line in such a checkpoint, as far as it is read."""
     flags = {
         key.lstrip("-"): value
         for key, value in zip(argv, [*argv[1:], ""], strict=False)
@@ -63,7 +75,15 @@ def official_file(case: Case, manifest: dict[str, Any], argv: list[str]) -> dict
     known |= {key: float(flags[key]) for key in ("min_ratio", "max_ratio") if key in flags}
     if "rho" in flags:
         known["rho"] = [float(flags["rho"])]
-    return {"model": state, "epoch": 49, "optimizer": {}, "args": argparse.Namespace(**known)}
+    return known
+
+
+def test_the_architecture_of_every_manifest_is_detected(every_manifest: Path) -> None:
+    manifest = json.loads(every_manifest.read_text())
+    argv = first_model_case(every_manifest).info.get("argv", manifest["argv"])
+    floats = [entry for entry in manifest["entries"] if "int" not in entry["dtype"]]
+    state = {entry["name"]: torch.empty(entry["shape"], device="meta") for entry in floats}
+    assert detect_model(state, stored_arguments(argv)) == model_config(argv, manifest["repo"])
 
 
 @torch.no_grad()
