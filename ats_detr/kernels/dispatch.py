@@ -79,11 +79,10 @@ def _decide(
         return "triton", "the tensors are on a CUDA device"
     if not HAS_TRITON:
         raise ValueError("backend 'triton': the package triton is not installed; pip install triton")
-    device = tensors[0].device.type
-    if not on_cuda and (device != "cpu" or os.environ.get("TRITON_INTERPRET", "0") != "1"):
+    if not on_cuda and (not tensors[0].is_cpu or os.environ.get("TRITON_INTERPRET", "0") != "1"):
         raise ValueError(
-            f"backend 'triton' on a {device} tensor: must be on CUDA, or on the CPU with TRITON_INTERPRET=1 set before"
-            " Python starts"
+            f"backend 'triton' on a {tensors[0].device.type} tensor: must be on CUDA or, with TRITON_INTERPRET=1 set before"
+            " Python starts, on the CPU"
         )
     if limitation is None:
         return "triton", f"{by}triton"

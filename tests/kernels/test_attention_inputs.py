@@ -476,6 +476,7 @@ def test_rows_of_no_image_and_of_bad_coordinates_agree_with_the_reference(
     assert logits[[1, 3, 4]].isnan().all() and logits[[0, 2, 8]].isfinite().all()
 
 
+@by_kernel
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("grad", [False, True])
 def test_images_beyond_32_bits_are_no_images(backend: str, grad: bool) -> None:
