@@ -282,12 +282,13 @@ def _listed_in(file: Path, bases: Sequence[Path]) -> list[Path]:
 
 
 def _images_below(folder: Path) -> list[Path]:
-    return sorted(
-        Path(directory, name)
+    found = sorted(
+        os.path.join(directory, name)
         for directory, _, names in os.walk(folder)
         for name in names
         if os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES and not name.startswith(".")
     )
+    return [Path(path) for path in found]
 
 
 def _default_parts(root: Path) -> list[Part]:
@@ -311,9 +312,10 @@ def _yolo_part(name: str, role: str | None, images: Iterable[Path]) -> Part:
             folders[label.parent] = image.parent
     for labels, folder in folders.items():
         present = _images_by_stem(folder)
-        for label in sorted(labels.glob("*.txt")):
-            if label.stem not in present and label.name not in _NO_LABELS:
-                part.add(folder / label.stem, label)
+        for name in sorted(os.listdir(labels)):
+            stem, suffix = os.path.splitext(name)
+            if suffix == ".txt" and stem not in present and name not in _NO_LABELS:
+                part.add(folder / stem, labels / name)
     return part
 
 
@@ -402,7 +404,8 @@ def _images_by_stem(folder: Path) -> dict[str, Path]:
         names = sorted(os.listdir(folder))
     except OSError:
         return {}
-    return {Path(name).stem: folder / name for name in names if Path(name).suffix.lower() in IMAGE_SUFFIXES}
+    parts = ((name, *os.path.splitext(name)) for name in names)
+    return {stem: folder / name for name, stem, suffix in parts if suffix.lower() in IMAGE_SUFFIXES}
 
 
 def _image_set(root: Path, name: str) -> list[str]:
@@ -466,9 +469,11 @@ def write_coco(content: dict[str, Any], path: Path) -> None:
 def is_current(path: Path, digest: str) -> bool:
     """Whether a file was made by this package from the data of this digest."""
     try:
-        return json.loads(path.read_bytes())["info"][CONVERTED]["digest"] == digest
-    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        with path.open("rb") as file:
+            start = file.read(1000)  # the digest comes first; files are replaced as a whole
+    except OSError:
         return False
+    return f'"{CONVERTED}": {{ "digest": "{digest}"' in " ".join(start.decode("utf-8", "replace").split())
 
 
 def _digest(found: Foreign, images_from: Path) -> str:

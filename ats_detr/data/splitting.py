@@ -74,8 +74,8 @@ def split_file(
     about = {"digest": digest, "source": str(annotations), "share": share, "seed": seed, "notes": notes}
     for path, is_val in ((train, False), (val, True)):
         part = {
-            **content,
-            "info": {**info, CONVERTED: about},
+            "info": {CONVERTED: about, **{key: value for key, value in info.items() if key != CONVERTED}},
+            **{key: value for key, value in content.items() if key != "info"},
             "images": [
                 {**record, "file_name": located[id(record)]} if id(record) in located else record
                 for record in content["images"]
