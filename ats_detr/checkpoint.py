@@ -420,6 +420,12 @@ def load_weights(model: nn.Module, state: Mapping[str, Tensor], path: str | Path
 
 
 def check_weights(model: nn.Module, state: Mapping[str, Tensor], path: str | Path) -> None:
-    """Raise UserError, listing missing, unknown and reshaped tensors, where names or shapes differ."""
-    if found := mismatches(model.state_dict(), state):
+    """Raise UserError where names or shapes differ, listing the tensors, or where integers stand for real numbers."""
+    own = model.state_dict()
+    if found := mismatches(own, state):
         raise UserError(f"{path}: a checkpoint of another architecture ({found})")
+    for name, tensor in own.items():
+        if tensor.is_floating_point() != state[name].is_floating_point():
+            raise UserError(
+                f"{path}: model.{name} has dtype {state[name].dtype}, must be like {tensor.dtype}"
+            )

@@ -191,6 +191,11 @@ def test_sizes_and_types_are_checked_before_anything_is_built(
     assert words in rejected(path)
 
 
+def test_integers_in_place_of_real_numbers_are_rejected(honest: dict[str, Any], tmp_path: Path) -> None:
+    quantised = changed(honest, "model.level_embed", honest["model"]["level_embed"].char())
+    assert "model.level_embed has dtype torch.int8" in rejected(write(quantised, tmp_path, ".pt"))
+
+
 def test_compressed_files_are_rejected_before_they_are_unpacked(
     honest: dict[str, Any], tmp_path: Path
 ) -> None:

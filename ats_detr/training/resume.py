@@ -42,6 +42,8 @@ BEST = "best.pt"
 RESULTS = (FINISHED, BEST, RESUMABLE, PREVIOUS, "metrics.json")
 OUTDATED = "outdated"
 """Marks a folder whose results are to be replaced by a training with `train.resume=never`."""
+_STATE = {"epoch": int, "epoch_step": int, "step": int, "optimizer": dict, "rng": list}
+"""Keys that a checkpoint to resume from needs, beside those of every checkpoint."""
 WITHOUT_INFLUENCE = (
     *("name", "output_dir", "device", "summary", "num_pictures"),
     *("teachers.weak.config", "teachers.weak.checkpoint"),  # their weights are compared instead
@@ -127,6 +129,7 @@ class Checkpoints:
                 continue
             try:
                 checkpoint = load_checkpoint(path, verify=True)
+                _check_resumable(checkpoint, path)
             except UserError as error:
                 damage = damage or error
                 continue
@@ -224,6 +227,14 @@ def delete_results(folder: Path) -> None:
             (folder / name).unlink(missing_ok=True)
 
 
+def _check_resumable(checkpoint: Mapping[str, Any], path: Path) -> None:
+    """Raise UserError unless a checkpoint has the state of a training."""
+    for key, kind in _STATE.items():
+        value = checkpoint.get(key)
+        if not isinstance(value, kind) or (kind is int and value < 0):
+            raise UserError(f"{path}: not a checkpoint to resume from: invalid content under {key!r}")
+
+
 # ------------------------------------------------------------------------------------------------------------- state
 def restore(checkpoint: Mapping[str, Any], state: State, device: torch.device) -> None:
     """Load a checkpoint into the state. Strict: raises UserError where a tensor is missing or unknown.
@@ -236,12 +247,16 @@ def restore(checkpoint: Mapping[str, Any], state: State, device: torch.device) -
         load_weights(state.average.model, checkpoint.get("average", checkpoint["model"]), path)
     optimizer = state.optimizer
     new_settings = [{key: group[key] for key in group if key != "params"} for group in optimizer.param_groups]
-    optimizer.load_state_dict(checkpoint["optimizer"])
+    try:
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        restore_rng(checkpoint["rng"][distributed.rank()], device)
+        if state.difficulty is not None and checkpoint.get("difficulty"):
+            state.difficulty.load(checkpoint["difficulty"][distributed.rank()], device)
+    except (LookupError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+        fix = "delete this file, or set train.resume=never"
+        raise UserError(f"{path}: the state of optimiser or random numbers is invalid; {fix}") from error
     for group, settings in zip(optimizer.param_groups, new_settings, strict=True):
         group.update(settings)
-    restore_rng(checkpoint["rng"][distributed.rank()], device)
-    if state.difficulty is not None and checkpoint.get("difficulty"):
-        state.difficulty.load(checkpoint["difficulty"][distributed.rank()], device)
     known = {field.name for field in dataclasses.fields(Progress)} & checkpoint.keys()
     state.progress = Progress(**{name: checkpoint[name] for name in known})
     within = f", step {state.progress.epoch_step} of the next" if state.progress.epoch_step else ""

@@ -160,6 +160,26 @@ def test_moved_data_and_other_evaluation_settings_are_accepted_and_other_data_ar
         train(half_done, moved, "train.epochs=3")
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("optimizer", None, "invalid content under 'optimizer'"),
+        ("optimizer", {}, "the state of optimiser or random numbers is invalid"),
+        ("rng", [], "the state of optimiser or random numbers is invalid"),
+        ("rng", [{"cpu": torch.zeros(3)}], "the state of optimiser or random numbers is invalid"),
+        ("epoch", -1, "invalid content under 'epoch'"),
+        ("epoch_step", "3", "invalid content under 'epoch_step'"),
+        ("step", None, "invalid content under 'step'"),
+    ],
+)
+def test_an_invalid_state_is_one_line(half_done: Path, key: str, value: Any, words: str) -> None:
+    path = half_done / "run" / "checkpoint.pt"
+    torch.save(torch.load(path) | {key: value}, path)
+    with pytest.raises(UserError, match=words) as raised:
+        train(half_done)
+    assert "\n" not in str(raised.value)
+
+
 def test_a_checkpoint_of_an_older_version_resumes(half_done: Path) -> None:
     path = half_done / "run" / "checkpoint.pt"
     checkpoint = torch.load(path)
