@@ -296,7 +296,7 @@ def test_weights_come_before_their_average_with_a_note(tmp_path: Path) -> None:
 def test_an_unknown_file_is_described(content: Any, tmp_path: Path) -> None:
     torch.save(content, tmp_path / "unknown.pt")
     message = rejected(tmp_path / "unknown.pt")
-    assert "not a checkpoint of this package or of the published code" in message
+    assert "not a checkpoint of this package, of the published code or of" in message
     assert "is a checkpoint of this package" not in message
 
 
