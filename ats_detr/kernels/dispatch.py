@@ -81,8 +81,8 @@ def _decide(
         raise ValueError("backend 'triton': the package triton is not installed; pip install triton")
     if not on_cuda and (not tensors[0].is_cpu or os.environ.get("TRITON_INTERPRET", "0") != "1"):
         raise ValueError(
-            f"backend 'triton' on a {tensors[0].device.type} tensor: must be on CUDA or, with TRITON_INTERPRET=1 set before"
-            " Python starts, on the CPU"
+            f"backend 'triton' on a {tensors[0].device.type} tensor: must be on CUDA or, with TRITON_INTERPRET=1 set"
+            " before Python starts, on the CPU"
         )
     if limitation is None:
         return "triton", f"{by}triton"

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ats_detr.kernels import deformable_attention, deformable_attention_map, multi_scale_deformable_attention
 from ats_detr.kernels import reference as definitions
+from ats_detr.kernels.dispatch import _KNOWS_EXPORT
 from ats_detr.kernels.levels import as_level_shapes
 
 from .cases import DEVICE, relative_error
@@ -776,6 +777,8 @@ TRANSFORMS = {
 def test_transforms_of_torch_func_run_the_reference(
     transform: str, which: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    if transform == "vmap of grad" and which in ("offsets_NHLP2", "reference_points") and not _KNOWS_EXPORT:
+        pytest.skip("PyTorch 2.11 has no batched gradient of grid_sample by the locations")
     monkeypatch.setenv("ATS_DETR_BACKEND", "triton")
     tensors = problem(3)
 
