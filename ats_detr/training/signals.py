@@ -60,6 +60,10 @@ class StopSignals:
         signal.set_wakeup_fd(self._wakeup)
         self._ended.set()
         self._writer.close()
+        if kind is None and self.received is not None and distributed.world_size() == 1:
+            # It came after the last evaluation; a further stage must not start.
+            exit_code = 130 if self.received == "SIGINT" else 0
+            raise Stopped(f"stopped by {self.received}; run the same command to resume", exit_code=exit_code)
 
     def _record(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and distributed.world_size() == 1:

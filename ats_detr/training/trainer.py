@@ -89,6 +89,8 @@ def train_epochs(run: Run) -> None:
         if is_last or not progress.is_evaluated:
             evaluate_run(run, is_last=is_last)
         if is_last:
+            if any(distributed.gather(run.signals.received is not None)):
+                raise stopped(run)
             return
         try:
             train_epoch(run, progress.epoch)

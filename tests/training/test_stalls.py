@@ -23,7 +23,8 @@ from ats_detr.data.loader import TrainingLoader
 from ats_detr.errors import Stopped, UserError
 from ats_detr.files import exclusive_use
 from ats_detr.training import signals
-from ats_detr.training.datasets import build_loaders
+from ats_detr.training.datasets import Loaders, build_loaders
+from ats_detr.training.resume import Checkpoints
 from ats_detr.training.stages import plan_stages, train_stages
 from tests.training.small import small_config, small_tree
 from tests.training.test_exact import FORKS
@@ -155,6 +156,22 @@ def test_a_signal_while_waiting_for_data_saves(tmp_path: Path, monkeypatch: pyte
             train(config)
     train(config)
     assert torch.load(tmp_path / "run" / "final.pt")["step"] == 8
+
+
+@pytest.mark.parametrize("place", [(Checkpoints, "save_result"), (Loaders, "close")])
+def test_a_signal_at_the_end_of_a_stage_ends_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: tuple[type, str]
+) -> None:
+    function = getattr(*place)
+
+    def after_signal(*arguments: Any) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        function(*arguments)
+
+    monkeypatch.setattr(*place, after_signal)
+    with pytest.raises(Stopped, match="stopped by SIGTERM.*; run the same command to resume"):
+        train(write_config(tmp_path, train={"epochs": 1}))
+    assert (tmp_path / "run" / "final.pt").exists()
 
 
 def train_and_block(config: Path, module: str, function: str) -> None:
