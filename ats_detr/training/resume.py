@@ -231,7 +231,7 @@ def _check_resumable(checkpoint: Mapping[str, Any], path: Path) -> None:
     """Raise UserError unless a checkpoint has the state of a training."""
     for key, kind in _STATE.items():
         value = checkpoint.get(key)
-        if not isinstance(value, kind) or (kind is int and value < 0):
+        if not isinstance(value, kind) or (isinstance(value, int) and value < 0):
             raise UserError(f"{path}: not a checkpoint to resume from: invalid content under {key!r}")
 
 
