@@ -80,6 +80,7 @@ def test_every_command_prints_names_as_they_are(
         "datasets": ["check", root, "--picture", again / "[red].png"],
         "export": [checkpoint, again / "[red].txt"],
         "kernels": ["compile", trained, "--arch", 1],
+        "models": [],
     }  # fmt: skip
     assert set(commands) == set(COMMANDS)
     for command, arguments in commands.items():
