@@ -108,10 +108,11 @@ def _drop_entries_after(file: Path, step: int, evaluated: bool) -> None:
     for line in file.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
         try:
             entry = json.loads(line)
-        except json.JSONDecodeError:
+            is_pending = entry["step"] == step and entry["kind"] == "evaluation" and not evaluated
+            is_kept = line.endswith("\n") and entry["step"] <= step and not is_pending
+        except (ValueError, TypeError, LookupError, RecursionError):  # not a line of this log
             continue
-        is_pending = entry["step"] == step and entry["kind"] == "evaluation" and not evaluated
-        if line.endswith("\n") and entry["step"] <= step and not is_pending:
+        if is_kept:
             kept.append(line)
     with replaced_file(file) as replaced:
         replaced.write("".join(kept).encode())
