@@ -17,7 +17,7 @@ import yaml
 from ats_detr import evaluation
 from ats_detr.config import load_config
 from ats_detr.errors import Stopped, UserError
-from ats_detr.training import resume, setup, stages, trainer
+from ats_detr.training import resume, run_log, setup, stages, trainer
 from ats_detr.training.datasets import data_root
 from ats_detr.training.resume import digest
 from ats_detr.training.stages import plan_stages, train_stages
@@ -283,6 +283,15 @@ def test_the_log_is_replaced_atomically(half_done: Path, monkeypatch: pytest.Mon
         train(half_done)
     assert log.read_bytes() == before
     assert not list(log.parent.glob(".ats-detr*"))
+
+
+@pytest.mark.parametrize("line", ["3", "null", "[]", '{"step": "x"}', "[" * 100_000, "{"])
+def test_lines_that_are_no_log_entries_are_dropped(tmp_path: Path, line: str) -> None:
+    file = tmp_path / "log.jsonl"
+    kept = json.dumps({"kind": "train", "step": 1}) + "\n"
+    file.write_text(kept + line + "\n" + kept)
+    run_log._drop_entries_after(file, 1, evaluated=True)
+    assert file.read_text() == kept * 2
 
 
 def test_a_run_restarted_by_torchrun_resumes_even_with_resume_never(
