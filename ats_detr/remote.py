@@ -81,9 +81,10 @@ PUBLISHED = {
 
 
 def is_remote(source: object) -> bool:
-    """Whether a checkpoint is named by `hf://` or by a short name that is no file or folder here."""
+    """Whether a checkpoint is named by `hf://` or by a short name that is no file, folder or run here."""
     text = str(source)
-    return text.startswith("hf:/") or (text in PUBLISHED and not os.path.exists(text))
+    is_here = os.path.exists(text) or os.path.exists(os.path.join("runs", text))
+    return text.startswith("hf:/") or (text in PUBLISHED and not is_here)
 
 
 def fetch(source: object) -> Path:

@@ -251,3 +251,7 @@ def test_a_file_of_the_same_name_wins(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.chdir(tmp_path)
     (tmp_path / "ats-detr").write_bytes(b"")
     assert resolve_checkpoint("ats-detr") == Path("ats-detr")
+    run = tmp_path / "runs" / "deformable-detr"
+    run.mkdir(parents=True)
+    (run / "final.pt").write_bytes(b"")
+    assert resolve_checkpoint("deformable-detr") == Path("runs/deformable-detr/final.pt")

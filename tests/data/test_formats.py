@@ -370,6 +370,12 @@ def test_convert_writes_a_dataset(coco: Path, tmp_path: Path, capsys: pytest.Cap
         assert objects(ours) == objects(theirs)
     with pytest.raises(UserError, match="choose another folder"):
         main(["datasets", "convert", str(root), str(root / "coco")])
+    file = tmp_path / "mine" / "annotations" / "instances_train.json"
+    file.parent.mkdir(parents=True)
+    file.write_text("mine")
+    with pytest.raises(UserError, match=r"instances_train.json: exists already; choose a new folder"):
+        main(["datasets", "convert", str(root), str(tmp_path / "mine")])
+    assert [path.name for path in file.parent.iterdir()] == [file.name] and file.read_text() == "mine"
     with pytest.raises(UserError, match="in COCO's format already"):
         main(["datasets", "convert", str(coco), str(tmp_path / "again")])
 
@@ -425,6 +431,17 @@ def test_split_writes_the_division_of_val_share(tmp_path: Path) -> None:
         assert objects(ours) == objects(theirs)
         paths = [[dataset.path(i).resolve() for i in range(len(dataset))] for dataset in (ours, theirs)]
         assert paths[0] == paths[1]
+
+
+def test_split_never_replaces_its_source(tmp_path: Path) -> None:
+    source = single_file(tmp_path / "d") / "annotations" / "instances_train.json"
+    source.parent.mkdir(exist_ok=True)
+    (whole,) = (tmp_path / "d").glob("*.json")
+    whole.rename(source)
+    before = source.read_bytes()
+    with pytest.raises(UserError, match="exists already"):
+        main(["datasets", "split", str(source), str(tmp_path / "d")])
+    assert source.read_bytes() == before
 
 
 def test_val_share_of_a_dataset_with_validation_images_is_refused(coco: Path, tmp_path: Path) -> None:

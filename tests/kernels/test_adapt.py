@@ -214,6 +214,37 @@ def test_torch_compile_uses_the_adapted_operator() -> None:
         assert "ats_detr.msda" in graphs[0]
 
 
+class Interrupted(Attention):
+    """Compiled in two parts."""
+
+    def forward(self) -> Tensor:
+        torch._dynamo.graph_break()
+        return multi_scale_deformable_attn_pytorch(self.value, self.shapes, self.locations, self.weights) + 0
+
+
+def test_torch_compile_keeps_adapted_and_other_modules_of_a_class_apart() -> None:
+    """torch.compile keeps what it compiled by the code object of a forward, also of its parts."""
+    for first in ("adapted", "other"):
+        torch._dynamo.reset()
+        models = {"adapted": Interrupted().to(DEVICE), "other": Interrupted().to(DEVICE)}
+        expected = models["other"]()
+        adaptation = adapt(models["adapted"])
+        graphs: list[str] = []
+
+        def record(graph: torch.fx.GraphModule, inputs: Any, graphs: list = graphs) -> Any:
+            graphs.append(graph.code)
+            return graph
+
+        for name in sorted(models, key=lambda name: name != first):
+            graphs.clear()
+            torch.testing.assert_close(torch.compile(models[name], backend=record)(), expected)
+            assert any("ats_detr.msda" in code for code in graphs) == (name == "adapted")
+        adaptation.undo()
+        graphs.clear()
+        torch.testing.assert_close(torch.compile(models["adapted"], backend=record)(), expected)
+        assert not any("ats_detr.msda" in code for code in graphs)
+
+
 def test_a_pickled_model_is_loaded_unadapted() -> None:
     model = MultiScaleDeformableAttention()
     expected = model()

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -99,7 +100,9 @@ def test_level_start_index_must_be_that_of_adjacent_levels() -> None:
         shims.ms_deform_attn_forward(value, shapes, torch.tensor([4, 0]), *arguments)
 
 
-def test_shapes_that_were_written_to_are_read_again() -> None:
+@pytest.mark.parametrize("is_cpu", [True, False])
+def test_shapes_that_were_written_to_are_read_again(is_cpu: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.Tensor, "is_cpu", is_cpu)
     shapes, start = torch.tensor([[2, 3], [1, 2]]), torch.tensor([0, 6])
     assert shims.read_level_shapes(shapes, start) == ((2, 3), (1, 2))
     shapes[0] = torch.tensor([3, 2])
@@ -114,8 +117,17 @@ def test_shapes_that_were_written_to_are_read_again() -> None:
         assert shims.read_level_shapes(shapes) == ((7, 3),)
 
 
+def test_shapes_on_the_cpu_follow_an_array_that_shares_their_memory() -> None:
+    array = np.array([[2, 3], [1, 2]])
+    shapes = torch.from_numpy(array)
+    assert shims.read_level_shapes(shapes) == ((2, 3), (1, 2))
+    array[0] = (3, 2)
+    assert shims.read_level_shapes(shapes) == ((3, 2), (1, 2))
+
+
 def test_shapes_are_read_once_for_all_layers_of_a_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each reading waits for the GPU."""
+    monkeypatch.setattr(torch.Tensor, "is_cpu", False)
     reads, tolist = [], torch.Tensor.tolist
     monkeypatch.setattr(torch.Tensor, "tolist", lambda self: reads.append(1) or tolist(self))
     shapes, start = torch.tensor([[2, 3], [1, 2]]), torch.tensor([0, 6])
