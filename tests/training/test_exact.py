@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -183,6 +184,8 @@ def interrupted(folder: Path) -> Path:
     write_run(folder)
     run = folder / "run"
     train_until(folder, (run / PREVIOUS).exists)
+    if not (run / RESUMABLE).exists():  # killed between the two renames of a save
+        shutil.copy(run / PREVIOUS, run / RESUMABLE)
     return run
 
 
