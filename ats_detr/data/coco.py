@@ -338,8 +338,15 @@ def _read_or_none(path: Path) -> bytes | None:
         return None
 
 
-def spread_over_difficulty(dataset: CocoDetection, num_images: int) -> list[int]:
-    """Dataset indices of `num_images` images (or all, if there are fewer), from the fewest objects to the most."""
-    order = np.argsort(dataset.num_objects, kind="stable")
+def spread_over_difficulty(
+    dataset: CocoDetection, num_images: int, among: np.ndarray | None = None
+) -> list[int]:
+    """Dataset indices of `num_images` images (or all, if there are fewer), from the fewest objects to the most.
+
+    Args:
+        among: [N] int64 dataset indices to choose from. None: all.
+    """
+    indices = np.arange(len(dataset)) if among is None else among
+    order = indices[np.argsort(dataset.num_objects[indices], kind="stable")]
     places = np.linspace(0, len(order) - 1, min(num_images, len(order))).round().astype(int)
     return order[places].tolist()

@@ -120,8 +120,7 @@ def overfit_indices(config: DataConfig, dataset: CocoDetection) -> list[int] | N
     usable = np.flatnonzero((dataset.num_objects > 0) & ~dataset.unusable)
     if len(usable) < wanted:
         raise UserError(f"data.overfit_images = {wanted}: must be <= {len(usable)}, the images with objects")
-    order = usable[np.argsort(dataset.num_objects[usable], kind="stable")]
-    return order[np.linspace(0, len(order) - 1, wanted).round().astype(int)].tolist()
+    return spread_over_difficulty(dataset, wanted, usable)
 
 
 def describe_images(dataset: CocoDetection) -> dict[str, Any]:
