@@ -34,7 +34,8 @@ _SIMILAR = re.compile(r"deform\w*att", re.IGNORECASE)
 class Adaptation:
     """The modules that `adapt` changed. As a context manager, it restores them on exit.
 
-    A deep copy of an adapted model is adapted, and cannot be undone. A pickled one is loaded unadapted.
+    A deep copy of an adapted model is adapted, and cannot be undone. A pickled one is loaded unadapted;
+    modules that hold the function as an attribute cannot be pickled while they are adapted.
     """
 
     names: tuple[str, ...]

@@ -139,7 +139,7 @@ def multi_scale_deformable_attention(
     Args:
         num_points: points of each level, at least 1, if levels differ (RT-DETRv2, D-FINE). The tensors are then
             [B, Q, H, sum of num_points, 2] and [B, Q, H, sum of num_points], level after level.
-        padding_mode, align_corners, method: options of other implementations. Any value but the default is refused.
+        padding_mode, align_corners, method: options of other implementations. Others than the default raise ValueError.
     """
     _check_options(padding_mode, align_corners, method)
     points: tuple[int, ...] = ()
