@@ -22,7 +22,7 @@ COMMANDS = {
     "export": "export a detector to ONNX or torch.export",
     "convert": "convert between published checkpoints and those of this package",
     "models": "list published checkpoints by short name",
-    "datasets": "check, convert and divide datasets",
+    "datasets": "check, convert, divide and fetch datasets",
     "kernels": "compile the GPU kernels of a configuration in advance",
 }
 _DESCRIPTION = """Object detection with an adaptive share of the tokens. `ats-detr COMMAND --help` describes a command.

@@ -7,13 +7,12 @@ Training and `Detector.compile` do this automatically; here it is done in advanc
 from __future__ import annotations
 
 import os
-import re
 import time
-from argparse import ArgumentParser, ArgumentTypeError, Namespace
+from argparse import ArgumentParser, Namespace
 
 import torch
 
-from ats_detr.cli.options import CONFIG, add_overrides
+from ats_detr.cli.options import CONFIG, add_overrides, image_size
 from ats_detr.config import load_config
 from ats_detr.console import say, track
 from ats_detr.errors import UserError
@@ -42,7 +41,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--image-sizes",
         nargs="+",
-        type=_size,
+        type=image_size,
         default=[COMMON_SIZE],
         metavar="HEIGHTxWIDTH",
         help="before resizing; kernels depend little on them; default: 480x640",
@@ -61,13 +60,6 @@ def add_arguments(parser: ArgumentParser) -> None:
     )
 
 
-def _size(text: str) -> tuple[int, int]:
-    match = re.fullmatch(r"(\d{1,5})x(\d{1,5})", text)
-    if match is None or "0" in match.groups():
-        raise ArgumentTypeError(f"{text!r}: must be HEIGHTxWIDTH in pixels, such as 480x640")
-    return int(match[1]), int(match[2])
-
-
 def run(arguments: Namespace) -> None:
     """Compile what is missing, and print the numbers and the time."""
     config = load_config(arguments.config, arguments.overrides)
@@ -77,6 +69,8 @@ def run(arguments: Namespace) -> None:
         value = getattr(arguments, name)
         if value is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} {value}: must be >= 1")
+    if any(side > 99_999 for size in arguments.image_sizes for side in size):
+        raise UserError("--image-sizes: sides must be <= 99999 pixels")
     architecture, gpu = arguments.arch, arguments.gpu
     if architecture is None:
         if not torch.cuda.is_available():
