@@ -207,7 +207,7 @@ def forced_budgets(model: Detr, budgets: Sequence[float] | None) -> Iterator[Non
     # Copied to the device here: a captured graph cannot contain a copy from the host.
     shares_given = torch.tensor(budgets).to(model.level_embed.device)
 
-    def num_tokens(num_valid_B: Tensor, budget_logits: Tensor | None) -> Tensor:
+    def num_tokens(num_valid_B: Tensor, keep_ratio: Tensor | float) -> Tensor:
         num_images = len(num_valid_B)
         share_B = shares_given.to(num_valid_B.device).repeat(-(-num_images // len(budgets)))[:num_images]
         return ((num_valid_B * share_B).long() + 1).minimum(num_valid_B)

@@ -90,6 +90,7 @@ class Oracle(nn.Module):
             num_kept_B=keep.sum(1),
             budget_logits=budget_logits,
             plan=TokenPlan.from_mask(keep),
+            budget_B=budget_logits.argmax(1),
         )
         return DetectorOutput(
             last=Prediction(logits, boxes),

@@ -131,7 +131,13 @@ class Detr(nn.Module):
             nn.init.xavier_uniform_(self.reference_points.weight)
             nn.init.zeros_(self.reference_points.bias)
 
-    def forward(self, batch: ImageBatch, *, supervision: bool | None = None) -> DetectorOutput:
+    def forward(
+        self,
+        batch: ImageBatch,
+        *,
+        supervision: bool | None = None,
+        keep_ratio: Tensor | float | None = None,
+    ) -> DetectorOutput:
         """Predictions for a batch of normalised images; see `detect`.
 
         In training under autocast, weights are cast once for the whole pass instead of at each use.
@@ -143,11 +149,17 @@ class Detr(nn.Module):
                 if child is not self.backbone:  # casts its own weights
                     weights |= cast_weights(child, f"{name}.", dtype)
             if weights:
-                return functional_call(self, weights, (batch,), {"supervision": supervision})
-        return self.detect(batch.images_B3HW, batch.sizes_B2, supervision=supervision)
+                options = {"supervision": supervision, "keep_ratio": keep_ratio}
+                return functional_call(self, weights, (batch,), options)
+        return self.detect(batch.images_B3HW, batch.sizes_B2, supervision=supervision, keep_ratio=keep_ratio)
 
     def detect(
-        self, images_B3HW: Tensor, sizes_B2: Tensor, *, supervision: bool | None = None
+        self,
+        images_B3HW: Tensor,
+        sizes_B2: Tensor,
+        *,
+        supervision: bool | None = None,
+        keep_ratio: Tensor | float | None = None,
     ) -> DetectorOutput:
         """Predictions for normalised, padded images.
 
@@ -157,10 +169,11 @@ class Detr(nn.Module):
             supervision: also compute the outputs that only losses use: predictions at all tokens and at all decoder
                 layers, auxiliary predictions of the encoder, the adapted memory, and (with a selector) the attention
                 map. None: in training mode only.
+            keep_ratio: replaces the budgets of the selector, see `TokenSelector.forward`.
         """
         supervision = self.training if supervision is None else supervision
         tokens = self.tokenize(images_B3HW, sizes_B2)
-        selection = self.select(tokens)
+        selection = self.select(tokens, keep_ratio)
         memory_BSC, layer_rows = self.encoder(tokens, selection.plan if selection else None)
         output = self.decode(tokens, selection, memory_BSC, supervision=supervision)
         if supervision:
@@ -227,7 +240,7 @@ class Detr(nn.Module):
             group_norm_(level_BNC, level_map, norm.num_groups, norm.weight, norm.bias, norm.eps)
         return features_BSC, shapes
 
-    def select(self, tokens: Tokens) -> TokenScores | None:
+    def select(self, tokens: Tokens, keep_ratio: Tensor | float | None = None) -> TokenScores | None:
         """Scores and selection of the tokens that the encoder updates. None: all tokens."""
         if self.selector is None:
             return None
@@ -235,7 +248,7 @@ class Detr(nn.Module):
         if self.select_by_proposals:
             positions_BSC = tokens.rows(None)[0].view_as(scored)
             scored = self._embed_proposals(scored + positions_BSC, tokens.geometry.allowed_BS)
-        return self.selector(scored, tokens.geometry)
+        return self.selector(scored, tokens.geometry, keep_ratio)
 
     def decode(
         self, tokens: Tokens, selection: TokenScores | None, memory_BSC: Tensor, *, supervision: bool

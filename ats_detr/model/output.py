@@ -36,6 +36,8 @@ class TokenScores:
     """[B, num_budgets] logits of the budget classes; None if the budget is fixed."""
     plan: TokenPlan
     """The kept tokens of all images, packed."""
+    budget_B: Tensor | None = None
+    """int64 index of the budget that the model chose, smallest first; None if the ratio was fixed or given."""
 
     @property
     def keep_ratio_B(self) -> Tensor:
@@ -78,7 +80,7 @@ class TokenBudget:
     num_valid_tokens: int
     num_kept_tokens: int
     budget_class: int | None
-    """Index of the chosen budget, smallest first; None if the budget is fixed or all tokens are kept."""
+    """Index of the chosen budget, smallest first; None if the ratio is fixed or given, or all tokens are kept."""
 
     @property
     def keep_ratio(self) -> float:
@@ -127,8 +129,8 @@ def budget_table(output: DetectorOutput) -> Tensor:
     num_kept_B, budget_B = num_valid_B, torch.full_like(num_valid_B, -1)
     if selection is not None:
         num_kept_B = selection.num_kept_B
-        if selection.budget_logits is not None:
-            budget_B = selection.budget_logits.argmax(1)
+        if selection.budget_B is not None:
+            budget_B = selection.budget_B
     return torch.stack([num_valid_B, num_kept_B.to(num_valid_B), budget_B], dim=1)
 
 

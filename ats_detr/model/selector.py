@@ -52,12 +52,16 @@ class TokenSelector(nn.Module):
         if num_budgets > 1:
             self.budget = nn.Sequential(nn.Linear(half, quarter), nn.GELU(), nn.Linear(quarter, num_budgets))
 
-    def forward(self, features_BSC: Tensor, geometry: TokenGeometry) -> TokenScores:
+    def forward(
+        self, features_BSC: Tensor, geometry: TokenGeometry, keep_ratio: Tensor | float | None = None
+    ) -> TokenScores:
         """Scores, budgets and the selection. Scores and budget logits have gradients.
 
         Args:
             features_BSC: tokens to score.
             geometry: of the tokens.
+            keep_ratio: ratios in (0, 1] that replace the budgets: float [B], or one for all images. None: the fixed or
+                the chosen budget. Budget logits are computed in any case.
         """
         padding_mask_BS, num_valid_B = geometry.padding_mask_BS, geometry.num_valid_B
         embedded_BSC = self.embed(features_BSC)
@@ -81,14 +85,22 @@ class TokenSelector(nn.Module):
         else:
             scores_BS = torch.where(padding_mask_BS, scores_BS.min(), scores_BS)
         budget_logits = None if self.budget is None else self.budget(global_BC)
-        num_kept_B = self.num_tokens(num_valid_B, budget_logits)
-        plan = select_tokens(
-            scores_BS.detach(), num_kept_B, padding_mask_BS, capacity=self._capacity(scores_BS)
-        )
-        return TokenScores(scores_BS, num_valid_B, num_kept_B, budget_logits, plan)
+        budget_B = None
+        largest = self.max_ratio if self.budget is None else min(max(self.max_ratio, 0.01), 0.99)
+        if keep_ratio is not None:
+            largest = keep_ratio if isinstance(keep_ratio, float) else 1.0
+        elif budget_logits is None:
+            keep_ratio = self.max_ratio
+        else:
+            budget_B = self.choose_budgets(budget_logits)
+            keep_ratio = self.ratio_of_budget(budget_B)
+        num_kept_B = self.num_tokens(num_valid_B, keep_ratio)
+        capacity = self._capacity(scores_BS, largest)
+        plan = select_tokens(scores_BS.detach(), num_kept_B, padding_mask_BS, capacity=capacity)
+        return TokenScores(scores_BS, num_valid_B, num_kept_B, budget_logits, plan, budget_B)
 
-    def _capacity(self, scores_BS: Tensor) -> int | None:
-        """Number of rows of the plan that suffices for all budgets, which avoids a device-to-host synchronisation.
+    def _capacity(self, scores_BS: Tensor, largest: float) -> int | None:
+        """Number of rows of the plan that suffices up to the ratio `largest`, without device-to-host synchronisation.
 
         None (exactly the number of kept tokens) in training, since only such plans have gradients, and with the
         reference operators, which would compute unused rows.
@@ -98,25 +110,28 @@ class TokenSelector(nn.Module):
         ):
             return None
         batch, num_tokens = scores_BS.shape
-        ratio = self.max_ratio if self.budget is None else min(max(self.max_ratio, 0.01), 0.99)
-        most = math.ceil(num_tokens * ratio) + 1
+        most = math.ceil(num_tokens * largest) + 1
         return batch * min(num_tokens, max(most, self.min_tokens))
 
     def fix_ratio(self, ratio: float) -> None:
         """Replace the budgets by one keep ratio for all images."""
-        self.budget = None
+        self.budget, self.min_tokens = None, 0
         self.min_ratio = self.max_ratio = ratio
 
-    def num_tokens(self, num_valid_B: Tensor, budget_logits: Tensor | None) -> Tensor:
-        """Number of tokens to keep of each image, int64 [B]."""
-        if budget_logits is None:
-            num_kept_B = (num_valid_B * self.max_ratio).long() + 1
-        else:
-            step = (self.max_ratio - self.min_ratio) / (self.num_budgets - 1)
-            ratio_B = self.min_ratio + step * budget_logits.argmax(-1)
-            num_kept_B = (num_valid_B * ratio_B.clamp(0.01, 0.99)).long() + 1
-            if self.min_tokens > 1:
-                num_kept_B = num_kept_B.clamp(min=self.min_tokens)
+    def choose_budgets(self, budget_logits: Tensor) -> Tensor:
+        """int64 [B] index of the budget of each image, from logits [B, num_budgets]; the smallest of equal ones."""
+        return budget_logits.argmax(-1)
+
+    def ratio_of_budget(self, budget_B: Tensor) -> Tensor:
+        """float32 keep ratio of each budget index, within 0.01..0.99 as published."""
+        step = (self.max_ratio - self.min_ratio) / (self.num_budgets - 1)
+        return (self.min_ratio + step * budget_B).clamp(0.01, 0.99)
+
+    def num_tokens(self, num_valid_B: Tensor, keep_ratio: Tensor | float) -> Tensor:
+        """Number of tokens to keep of each image, int64 [B], at a ratio for each image or for all."""
+        num_kept_B = (num_valid_B * keep_ratio).long() + 1
+        if self.min_tokens > 1:
+            num_kept_B = num_kept_B.clamp(min=self.min_tokens)
         return num_kept_B.minimum(num_valid_B)
 
 

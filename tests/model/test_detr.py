@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -13,6 +15,7 @@ from ats_detr.config import BackboneConfig, ModelConfig, SelectorConfig
 from ats_detr.errors import UserError
 from ats_detr.kernels import token_geometry
 from ats_detr.model import Detr, build_model, top_detections
+from ats_detr.model.output import budget_table
 from ats_detr.model.selector import TokenSelector
 from tests.small_detector import small_detector
 
@@ -158,18 +161,60 @@ def test_masked_mean_ignores_the_contents_of_padding():
 @settings(max_examples=50, deadline=None)
 def test_budgets_stay_within_their_bounds(num_valid, ratio, num_budgets, min_tokens):
     valid = torch.tensor(num_valid)
-    fixed = TokenSelector(16, ratio, ratio).num_tokens(valid, None)
+    fixed = TokenSelector(16, ratio, ratio).num_tokens(valid, ratio)
     assert ((fixed >= 1) & (fixed <= valid)).all()
     assert (fixed <= (valid * ratio).int() + 2).all()
     selector = TokenSelector(16, ratio / 2, ratio, num_budgets, min_tokens)
     for budget in range(num_budgets):
         logits = torch.zeros(len(num_valid), num_budgets)
         logits[:, budget] = 1
-        kept = selector.num_tokens(valid, logits)
+        kept = selector.num_tokens(valid, selector.ratio_of_budget(selector.choose_budgets(logits)))
         assert ((kept >= valid.clamp(max=min_tokens)) & (kept <= valid)).all()
         expected = (ratio / 2 + ratio / 2 * budget / (num_budgets - 1)) * valid
         free = (kept > min_tokens) & (kept < valid)
         assert ((kept - expected).abs()[free] <= 2 + 0.01 * valid[free]).all()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("is_adaptive", [False, True])
+def test_given_ratios_replace_the_budgets_of_each_image(is_adaptive: bool) -> None:
+    """Each image equals that of a model with this fixed ratio, alone and in the batch."""
+    model = small_model(**({} if is_adaptive else {"selector": SelectorConfig(keep_ratio=0.2)}))
+    batch, ratios = images((64, 64), (60, 40), (64, 50), (50, 64)), [0.05, 0.3, 0.77, 1.0]
+    output = model(ImageBatch.collate(batch), keep_ratio=torch.tensor(ratios))
+    assert (output.selection.budget_logits is not None) == is_adaptive
+    assert output.selection.budget_B is None and (budget_table(output)[:, 2] == -1).all()
+    equal = model(ImageBatch.collate(batch), keep_ratio=0.3).selection.num_kept_B
+    assert torch.equal(
+        equal, model(ImageBatch.collate(batch), keep_ratio=torch.full((4,), 0.3)).selection.num_kept_B
+    )
+    for i, ratio in enumerate(ratios):
+        fixed = copy.deepcopy(model)
+        fixed.selector.fix_ratio(ratio)
+        expected = fixed(ImageBatch.collate([batch[i]], 64))
+        kept = max(int(expected.selection.num_kept_B), model.selector.min_tokens)
+        assert int(output.selection.num_kept_B[i]) == kept
+        if kept == int(expected.selection.num_kept_B):
+            torch.testing.assert_close(output.last.boxes[i], expected.last.boxes[0], rtol=1e-4, atol=1e-5)
+            assert torch.equal(output.selection.plan.slot_BS[i] >= 0, expected.selection.plan.slot_BS[0] >= 0)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("keep_ratio", [0.6, torch.tensor([0.9, 1.0])])
+def test_plans_without_synchronisation_hold_all_tokens_of_a_given_ratio(
+    keep_ratio: Tensor | float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also of ratios above the largest budget. No token beyond the capacity is dropped."""
+    model = small_model()
+    monkeypatch.setattr("ats_detr.model.selector.choose_backend", lambda *_: "triton")
+    for batch in (
+        ImageBatch.collate(images((64, 64), (64, 64))),
+        ImageBatch.collate(images((64, 64), (40, 50))),
+    ):
+        selection = model(batch, keep_ratio=keep_ratio).selection
+        assert not selection.plan.exact
+        assert torch.equal(selection.plan.counts_B, selection.num_kept_B.int())
+        assert len(selection.plan.token_index_K) <= selection.scores_BS.numel()
 
 
 def test_frozen_parts_of_the_published_backbone_stay_fixed():
