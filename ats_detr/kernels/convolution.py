@@ -1,14 +1,18 @@
 """Convolutions with their epilogue, for inference: scale, bias, residual sum and ReLU of a convolution's output.
 
 Maps are [B, C, H, W], on the GPU in channels-last memory, where a 1x1 convolution is a product of matrices. Its kernel
-writes the final result; other convolutions are the library's, followed by one pass over their output.
+writes the final result; other convolutions are the library's, followed by one pass over their output, or by cuDNN with
+bias, sum and ReLU, where a probe found that right and fast.
 """
 
 from __future__ import annotations
 
+import logging
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -16,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ats_detr.kernels import reference
+from ats_detr.kernels.agreement import TOLERANCE, difference
 from ats_detr.kernels.dispatch import (
     FLOATS,
     autocast,
@@ -31,6 +36,8 @@ from ats_detr.kernels.dispatch import (
     tensors_of,
 )
 from ats_detr.kernels.packing import check_target
+
+logger = logging.getLogger(__name__)
 
 Pair = tuple[int, int]
 
@@ -92,11 +99,17 @@ def fused_convolution(
         if limitation is None and not is_affine and _has_onednn(x_BCHW, backend):
             return _onednn_convolution(x_BCHW, weight_FCHW, bias_F, residual_BFHW, relu, *layout)
         return reference.fused_convolution(x_BCHW, weight_FCHW, *epilogue, *layout)
+
+    def compute(x_BCHW: Tensor) -> Tensor:
+        out_BFHW = F.conv2d(x_BCHW, weight_FCHW, None, *layout).contiguous(memory_format=torch.channels_last)
+        return affine_relu_(
+            out_BFHW, bias_F, scale_C=scale_F, residual_BCHW=residual_BFHW, relu=relu, backend=backend
+        )
+
     x_BCHW = x_BCHW.contiguous(memory_format=torch.channels_last)
-    out_BFHW = F.conv2d(x_BCHW, weight_FCHW, None, *layout).contiguous(memory_format=torch.channels_last)
-    return affine_relu_(
-        out_BFHW, bias_F, scale_C=scale_F, residual_BCHW=residual_BFHW, relu=relu, backend=backend
-    )
+    if relu and scale_F is None and backend is None and _may_use_cudnn(x_BCHW, residual_BFHW):
+        return _cudnn_convolution(x_BCHW, weight_FCHW, bias_F, residual_BFHW, compute, *layout)
+    return compute(x_BCHW)
 
 
 def affine_relu_(
@@ -193,6 +206,76 @@ def _onednn_convolution(
     else:
         out = convolution.binary(x, residual, weight, bias, *layout, "add", 1.0, None, [], None)
     return out.relu_() if relu else out  # oneDNN's ReLU of NaN is 0, after a sum that of infinity is finite
+
+
+# ------------------------------------------------------------------------------------------------------------- by cuDNN
+_cudnn_pays: dict[tuple[Any, ...], bool] = {}
+"""Whether cuDNN computes a convolution with its epilogue, by all that this depends on."""
+_is_probing: ContextVar[bool] = ContextVar("is_probing", default=False)
+
+
+@contextmanager
+def probing() -> Iterator[None]:
+    """Context in which each new convolution with a ReLU is also computed by cuDNN, in one launch and with its epilogue.
+    If the result is the same and not slower, cuDNN computes such convolutions from then on. Synchronises."""
+    token = _is_probing.set(True)
+    try:
+        yield
+    finally:
+        _is_probing.reset(token)
+
+
+def _may_use_cudnn(x: Tensor, residual: Tensor | None) -> bool:
+    cudnn = torch.backends.cudnn
+    is_able = x.is_cuda and cudnn.enabled and not cudnn.deterministic and not runs_inside_graph()
+    return is_able and (residual is None or residual.dtype == x.dtype)
+
+
+def _cudnn_convolution(
+    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, compute: Callable[[Tensor], Tensor],
+    stride: Pair, padding: Pair, dilation: Pair, groups: int,
+) -> Tensor:  # fmt: skip
+    """ReLU(conv(x, weight) + bias + residual) by cuDNN, or `compute(x)` unless a probe has found cuDNN to be better."""
+    layout = (list(stride), list(padding), list(dilation), groups)
+
+    def fused(x: Tensor) -> Tensor:
+        own_bias = None if bias is None else bias.to(x.dtype).contiguous()
+        if residual is None:
+            return torch.ops.aten.cudnn_convolution_relu(x, weight, own_bias, *layout)
+        return torch.ops.aten.cudnn_convolution_add_relu(x, weight, residual, 1.0, own_bias, *layout)
+
+    kind = (bias is None, residual is None, torch.backends.cudnn.allow_tf32)
+    key = (x.device, x.dtype, x.shape, weight.shape, str(layout), *kind)
+    if key not in _cudnn_pays and _is_probing.get():
+        with torch.cuda.device_of(x):
+            reason = _why_not(fused, compute, x)
+        logger.info(
+            "cuDNN with its epilogue, %s by %s: %s", list(x.shape), list(weight.shape), reason or "used"
+        )
+        _cudnn_pays[key] = reason is None
+    return fused(x) if _cudnn_pays.get(key) else compute(x)
+
+
+def _why_not(fused: Callable[[Tensor], Tensor], compute: Callable[[Tensor], Tensor], x: Tensor) -> str | None:
+    """Why `fused` cannot replace `compute`; None if it can."""
+    try:
+        expected = compute(x)
+        # Memory that is freed at once and used for the result: cuDNN may multiply its contents by 0.
+        torch.full_like(expected, torch.nan)
+        if fault := difference([(fused(x), expected)], None, TOLERANCE[x.dtype]):
+            return fault
+        if not fused(torch.full_like(x, torch.nan)).isnan().any():
+            return "NaN is lost"
+        times = [_milliseconds(function, x) for function in (fused, compute)]
+    except Exception as error:  # of the library
+        return repr(error)
+    return None if times[0] <= times[1] else "{:.4f} instead of {:.4f} ms".format(*times)
+
+
+def _milliseconds(function: Callable[[Tensor], Tensor], x: Tensor) -> float:
+    from triton.testing import do_bench  # Triton is optional
+
+    return do_bench(lambda: function(x), warmup=1, rep=2, return_mode="median")
 
 
 # ------------------------------------------------------------------------------------------------ the custom operators

@@ -353,11 +353,12 @@ def packed_linear(
     dtype: torch.dtype,
     relu: bool,
 ) -> Tensor:
-    """(x + add) W^T + b, [K, F], computed in the weight's dtype, with `relu` at least 0. Rows past `num_rows` (int [1])
-    are unspecified."""
+    """(x + add) W^T + b, [K, F], with `relu` at least 0. Factors have the weight's dtype; sums are not rounded to it if
+    `dtype` is wider. Rows past `num_rows` (int [1]) are unspecified."""
     used = _rows_in_use(x_KC, num_rows)
     x = x_KC[:used] if add_KC is None else x_KC[:used] + add_KC[:used]
-    out = _linear(x, weight_FC, bias_F)
+    exact = torch.promote_types(weight_FC.dtype, dtype)
+    out = _linear(x.to(weight_FC.dtype), weight_FC.to(exact), bias_F)
     return _to_capacity((out.relu() if relu else out).to(dtype), x_KC)
 
 

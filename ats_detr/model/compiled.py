@@ -20,6 +20,7 @@ from torch.nn.modules import module as module_hooks
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from ats_detr.batch import ImageBatch
+from ats_detr.kernels.convolution import probing
 from ats_detr.kernels.dispatch import choose_backend
 from ats_detr.model.attention import DeformableAttention
 from ats_detr.model.detr import Detr
@@ -32,7 +33,7 @@ from ats_detr.text import first_line
 logger = logging.getLogger(__name__)
 
 _WARM_UP_PASSES = 3
-"""Passes before a capture, in which kernels are tuned and libraries choose their algorithms."""
+"""Passes before a capture, in which kernels are tuned, cuDNN is probed, and libraries choose their algorithms."""
 MAX_GRAPHS = 32
 """Default maximum number of CUDA graphs of a model."""
 _MAX_SHAPES = 10_000
@@ -117,7 +118,7 @@ class CompiledDetr:
             if not self._is_checked:
                 self._is_checked = True
                 first = images_B3HW[:1].to(self.dtype, memory_format=torch.channels_last)
-                self_check(self.model, first, inputs[0])
+                self._captures = self_check(self.model, first, inputs[0]) and self._captures
             if self._captures:
                 output = self.graphs.run((kind, size), function, images_B3HW, *inputs)
             else:
@@ -245,7 +246,7 @@ class GraphCache:
         function: Callable[..., T],
         *inputs: Tensor,
         eager: Callable[[], T] | None = None,
-        prepare: Callable[[], object] = bool,
+        prepare: Callable[[], bool] = lambda: True,
         state: Callable[[], list[Any] | None] = list,
         tensors: Iterable[Tensor] = (),
     ) -> T:
@@ -256,7 +257,7 @@ class GraphCache:
             function: without device-to-host synchronisation.
             inputs: tensors of the same shapes for a key.
             eager: runs instead of `function` where nothing is captured.
-            prepare: runs once, before the first capture.
+            prepare: runs once, before the first capture. False: nothing is captured.
             state: of what `function` depends on. Graphs of another state are dropped; None: must run in Python.
             tensors: further tensors that `function` reads. Their memory is kept as long as the graph.
         """
@@ -304,14 +305,15 @@ class GraphCache:
     def _try_capture(
         self,
         shape: _Shape,
-        prepare: Callable[[], object],
+        prepare: Callable[[], bool],
         function: Callable[..., Any],
         inputs: tuple[Tensor, ...],
     ) -> bool:
         try:
             if not self._is_prepared:
                 self._is_prepared = True
-                prepare()
+                if not prepare():
+                    raise RuntimeError("PyTorch computes faulty operators")
             shape.replay = self._capture(function, *inputs)
         except Exception as error:  # of any library; an error of the pass itself is raised by the normal pass
             self._is_able = False
@@ -338,25 +340,34 @@ class _CudaGraphs:
 
     def __init__(self) -> None:
         self._pool: Any = None
+        self._stream: torch.cuda.Stream | None = None
+        """Of all captures. That of `torch.cuda.graph` is on the GPU of the first capture of the process: the graph of a
+        model on another GPU would be empty."""
         self._done: torch.cuda.Event | None = None
         """The end of the last replay."""
 
     def __call__(self, function: Callable[..., Any], *inputs: Tensor) -> Callable[..., Any]:
-        with torch.cuda.device(inputs[0].device):
-            if self._pool is None:
-                self._pool = torch.cuda.graph_pool_handle()
+        device = inputs[0].device
+        with torch.cuda.device(device):
+            if self._stream is None or self._stream.device != device:
+                self._stream, self._pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
             self._wait()
             own_inputs = tuple(tensor.clone() for tensor in inputs)
-            stream = torch.cuda.Stream()
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
-                for _ in range(_WARM_UP_PASSES):
-                    function(*own_inputs)
-            torch.cuda.current_stream().wait_stream(stream)
-            graph = torch.cuda.CUDAGraph()
-            # Other threads may allocate during the capture (pinned memory, for example); this is not captured.
-            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-                output = function(*own_inputs)
+            caller, graph = torch.cuda.current_stream(), torch.cuda.CUDAGraph()
+            self._stream.wait_stream(caller)
+            # Restores the caller's stream after a capture that failed, which `torch.cuda.graph` does not.
+            with torch.cuda.stream(self._stream):
+                try:
+                    with probing():
+                        for _ in range(_WARM_UP_PASSES):
+                            function(*own_inputs)
+                finally:  # the memory of the inputs may be used again
+                    caller.wait_stream(self._stream)
+                # Other threads may allocate during the capture (pinned memory, for example); this is not captured.
+                with torch.cuda.graph(
+                    graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
+                ):
+                    output = function(*own_inputs)
         return functools.partial(self._replay, graph, own_inputs, output)
 
     def _replay(
@@ -367,6 +378,9 @@ class _CudaGraphs:
             self._wait()
             for own, new in zip(own_inputs, inputs, strict=True):
                 own.copy_(new, non_blocking=True)
+                own.record_stream(
+                    torch.cuda.current_stream()
+                )  # the graph may be dropped while it is replayed
             graph.replay()
             copy = _copied(output)
             self._done = torch.cuda.Event()

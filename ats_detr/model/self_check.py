@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ats_detr.kernels.agreement import TOLERANCE, difference
 from ats_detr.kernels.dispatch import FAULTY, Operator, choose_backend, observed, tensors_of
 from ats_detr.model.detr import Detr
 from ats_detr.model.output import DetectorOutput
@@ -21,25 +22,20 @@ from ats_detr.text import first_line
 
 logger = logging.getLogger(__name__)
 
-TOLERANCE = {torch.float32: 2e-3, torch.float16: 2e-3, torch.bfloat16: 8e-3}
-"""Largest root mean square of the differences of a result, relative to that of the result itself, by the dtype of the
-arguments. float32 includes products in TF32, of 11 bits; 16-bit dtypes include intermediate results that only the
-definition rounds. In the interpreter at most 3e-7, 4e-4 and 5e-3 were measured."""
-_PEAK = 32
-"""Single differences may be so many times larger."""
 _KEPT_BY_BOTH, _SORTED = 0.9, {torch.float32: 5e-3, torch.float16: 2e-2, torch.bfloat16: 5e-2}
 """Of whole passes: share of kept tokens in common, and mean difference of sorted scores and boxes. Roundings may
 exchange tokens of nearly equal scores."""
 
 
-def self_check(model: Detr, images_B3HW: Tensor, sizes_B2: Tensor) -> None:
+def self_check(model: Detr, images_B3HW: Tensor, sizes_B2: Tensor) -> bool:
     """Compare kernels and definitions in a pass over the first image, unless the outcome is known.
 
-    Nothing is done where the definitions run anyway. Raises no error of the kernels.
+    Nothing is done where the definitions run anyway. Raises no error of the kernels. Returns whether no kernel is known
+    to be faulty: definitions may synchronise with the device, which a capture does not allow.
     """
     device, dtype = model.level_embed.device, model.level_embed.dtype
     if choose_backend(model.level_embed.detach()) != "triton":
-        return
+        return True
     from ats_detr.kernels.gpu import tuning  # Triton is optional
 
     key = f"{dtype}|{_digest(model)}"
@@ -51,11 +47,12 @@ def self_check(model: Detr, images_B3HW: Tensor, sizes_B2: Tensor) -> None:
         except Exception as error:  # of the pass itself, or too little memory for the definitions
             reason = first_line(error)
             logger.warning("the self-check of the kernels was not possible: %s", reason)
-            return
+            return True
         tuning.remember_faults(device, key, faults)
     for name, fault in faults.items():
         logger.warning("self-check: operator %s %s; PyTorch computes it instead", name, fault)
         FAULTY.add((name, device))
+    return not faults
 
 
 def find_faults(detect: Callable[[], DetectorOutput], dtype: torch.dtype) -> dict[str, str]:
@@ -83,7 +80,7 @@ def find_faults(detect: Callable[[], DetectorOutput], dtype: torch.dtype) -> dic
             results, wanted = tensors_of([result]), tensors_of([expected])
             pairs = [*zip(results, wanted, strict=True), *changed]
             tolerance = max([TOLERANCE.get(tensor.dtype, 0.0) for tensor in tensors_of(arguments)])
-            fault = _difference(pairs, operator.rows_in_use(arguments), tolerance)
+            fault = difference(pairs, operator.rows_in_use(arguments), tolerance)
         if fault is None:
             return result
         faults[operator.name] = fault
@@ -98,27 +95,6 @@ def find_faults(detect: Callable[[], DetectorOutput], dtype: torch.dtype) -> dic
     if not _same_detections(output, unfused, dtype):
         faults |= dict.fromkeys(used - faults.keys(), "is part of a pass that differs")
     return faults
-
-
-def _difference(pairs: list[tuple[Tensor, Tensor]], num_rows: int | None, tolerance: float) -> str | None:
-    """How the results of kernels (first) differ from those of definitions; None if they agree."""
-    for result, expected in pairs:
-        kinds = [f"{list(tensor.shape)} of {tensor.dtype}" for tensor in (result, expected)]
-        if kinds[0] != kinds[1]:
-            return f"returns {kinds[0]} instead of {kinds[1]}"
-        result, expected = result[:num_rows], expected[:num_rows]
-        same = (result == expected) | (result.isnan() & expected.isnan())
-        if same.all():
-            continue
-        if not expected.is_floating_point():
-            return f"has {int((~same).sum())} of {same.numel()} values wrong"
-        error = torch.where(same, 0.0, result.float() - expected.float()).abs()
-        size = torch.where(expected.isfinite(), expected.float(), 0.0).abs()
-        scale = size.square().mean().sqrt()
-        share = error.square().mean().sqrt() / scale
-        if not (share <= tolerance and (error / (scale + size)).max() <= _PEAK * tolerance):
-            return f"differs by {float(share):.2g} of its result (at most {tolerance:g} is expected)"
-    return None
 
 
 def _same_detections(output: DetectorOutput, expected: DetectorOutput, dtype: torch.dtype) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import pytest
@@ -10,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from ats_detr.kernels import affine_relu_, affine_relu_max_pool, fused_convolution
+from ats_detr.kernels import affine_relu_, affine_relu_max_pool, convolution, fused_convolution
 from ats_detr.kernels import reference as definitions
 
 from .cases import DEVICE, TOLERANCE, relative_error
@@ -146,6 +148,78 @@ def test_residuals_that_overlap_the_target_are_read_first(backend: str) -> None:
     x, residual = memory[1:], memory[:2]
     expected = (x + residual).relu()
     torch.testing.assert_close(affine_relu_(x, residual_BCHW=residual, backend=backend), expected)
+
+
+def plain(x: Tensor, weight: Tensor, residual: Tensor | None, bias: Tensor | None, *layout: object) -> Tensor:
+    """What cuDNN's convolutions with an epilogue compute, on any device."""
+    assert bias is None or bias.dtype == x.dtype, "cuDNN takes one dtype"
+    stride, padding, dilation, groups = layout
+    out = F.conv2d(x, weight, bias, stride, padding, dilation, groups)
+    return (out if residual is None else out + residual).relu().contiguous(memory_format=torch.channels_last)
+
+
+def failing(*_: object) -> Tensor:
+    raise RuntimeError("GET was unable to find an engine to execute this computation")
+
+
+STAND_INS: dict[str, tuple[Callable[..., Tensor], float, str]] = {
+    "right": (plain, 1.0, "used"),
+    "slower": (plain, 3.0, "3.0000 instead of 2.0000 ms"),
+    "wrong": (lambda *arguments: plain(*arguments) * 1.01, 1.0, "differs by 0.0"),
+    "wrong in one place": (lambda *arguments: plain(*arguments).index_fill(3, torch.tensor([2]), 0.0), 1.0, "differs"),
+    "without NaN": (lambda *arguments: plain(*arguments).nan_to_num(), 1.0, "NaN is lost"),
+    "failing": (failing, 1.0, "unable to find an engine"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("residual", [None, BRAIN], ids=["", "residual"])
+@pytest.mark.parametrize("name", STAND_INS)
+def test_cudnn_is_used_where_a_probe_finds_it_right_and_fast(
+    name: str, residual: torch.dtype | None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    stand_in, milliseconds, outcome = STAND_INS[name]
+    calls: list[torch.Size] = []
+
+    def called(x: Tensor, weight: Tensor, *others: object) -> Tensor:
+        calls.append(x.shape)
+        z, bias = (others[0], others[2]) if residual else (None, others[0])
+        return stand_in(x, weight, z, bias, *others[-4:])
+
+    operator = "cudnn_convolution_add_relu" if residual else "cudnn_convolution_relu"
+    monkeypatch.setattr(torch.ops.aten, operator, called)
+    monkeypatch.setattr(convolution, "_cudnn_pays", {})
+    monkeypatch.setattr(convolution, "_may_use_cudnn", lambda *_: True)
+    times = iter([milliseconds, 2.0])
+    monkeypatch.setattr(convolution, "_milliseconds", lambda *_: next(times))
+    monkeypatch.setenv("ATS_DETR_BACKEND", "triton")
+    caplog.set_level(logging.INFO)
+    case = Case(kernel=3, padding=(1, 1), stride=(2, 2), dtype=BRAIN, residual=residual, scale=False)
+    error = TOLERANCE[BRAIN]
+    assert relative_error(case.run(backend=None), case.run(exact=True)) < error
+    assert not calls, "nothing is probed outside of the context"
+    with convolution.probing():
+        assert relative_error(case.run(backend=None), case.run(exact=True)) < error
+    (record,) = caplog.records
+    assert outcome in record.message
+    calls.clear()
+    with convolution.probing():  # the outcome is known
+        assert relative_error(case.run(backend=None), case.run(exact=True)) < error
+    assert len(calls) == (name == "right")
+    for other in (Case(scale=True, kernel=3), Case(scale=False, kernel=3, relu=False)):
+        with convolution.probing():
+            other.run(backend=None)
+    assert len(calls) == (name == "right"), "cuDNN has neither a scale nor an epilogue without a ReLU"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [SINGLE, HALF, BRAIN], ids=str)
+def test_probed_convolutions_match_the_definition_on_a_gpu(dtype: torch.dtype) -> None:
+    for residual in (None, dtype):
+        case = Case(
+            shape=(2, 64, 50, 84), out=64, kernel=3, padding=(1, 1), dtype=dtype, residual=residual, scale=False
+        )  # fmt: skip
+        with torch.backends.cudnn.flags(allow_tf32=False), convolution.probing():
+            assert relative_error(case.run(backend=None), case.run(exact=True)) < TOLERANCE[dtype]
 
 
 def test_empty_batches() -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import logging
 import pickle
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -161,6 +162,104 @@ def test_copies_have_the_settings_and_no_graphs() -> None:
     for other in (copy.deepcopy(cache), pickle.loads(pickle.dumps(cache))):
         assert (other.max_graphs, other.capture_at) == (3, 2)
         assert other.drop() == 0 and other._lock is not cache._lock
+
+
+class FakeCuda:
+    """Streams and captures of two GPUs. As in PyTorch, a capture that fails leaves its stream the current one."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.device = torch.device("cuda", 0)
+        self.streams = {0: self.Stream(self, 0), 1: self.Stream(self, 1)}
+        self.captures: list[Any] = []
+        self.fails = False
+        fakes = {
+            "device": self.on, "stream": self.using, "graph": self.capturing, "current_stream": lambda: self.current,
+            "Stream": lambda: self.Stream(self, self.device.index), "CUDAGraph": lambda: None,
+            "graph_pool_handle": object,
+        }  # fmt: skip
+        for name, fake in fakes.items():
+            monkeypatch.setattr(torch.cuda, name, fake)
+
+    class Stream:
+        def __init__(self, cuda: FakeCuda, index: int) -> None:
+            self.device, self.waits_for = torch.device("cuda", index), []
+
+        def wait_stream(self, other: Any) -> None:
+            self.waits_for.append(other)
+
+    @property
+    def current(self) -> Any:
+        return self.streams[self.device.index]
+
+    @contextlib.contextmanager
+    def on(self, device: torch.device) -> Iterator[None]:
+        before, self.device = self.device, device
+        try:
+            yield
+        finally:
+            self.device = before
+
+    @contextlib.contextmanager
+    def using(self, stream: Any) -> Iterator[None]:
+        before = self.streams[stream.device.index]
+        self.streams[stream.device.index] = stream
+        try:
+            yield
+        finally:
+            self.streams[stream.device.index] = before
+
+    @contextlib.contextmanager
+    def capturing(self, _: None, pool: object, stream: Any, capture_error_mode: str) -> Iterator[None]:
+        self.captures.append((pool, stream))
+        before, self.streams[stream.device.index] = self.current, stream
+        yield
+        if self.fails:
+            raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
+        self.streams[stream.device.index] = before
+
+
+class OnGpu:
+    """An input of a pass."""
+
+    def __init__(self, index: int) -> None:
+        self.device = torch.device("cuda", index)
+
+    def clone(self) -> OnGpu:
+        return self
+
+
+def test_graphs_are_captured_on_the_gpu_of_their_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda, graphs = FakeCuda(monkeypatch), compiled_module._CudaGraphs()
+    streams: list[Any] = []
+    for index in (0, 0, 1):
+        graphs(lambda x: streams.append(cuda.current), OnGpu(index))
+    assert [stream.device.index for stream in streams] == [0] * 8 + [1] * 4
+    assert [stream for _, stream in cuda.captures] == streams[3::4]
+    assert cuda.captures[0] == cuda.captures[1], "one stream and pool"
+    assert cuda.captures[2][0] is not cuda.captures[0][0]
+
+
+@pytest.mark.parametrize("failing", ["warm-up", "capture"])
+def test_a_failed_capture_restores_the_stream(failing: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda, graphs = FakeCuda(monkeypatch), compiled_module._CudaGraphs()
+    before, cuda.fails = cuda.current, True
+
+    def function(x: Any) -> None:
+        if failing == "warm-up":
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(RuntimeError, match="out of memory" if failing == "warm-up" else "during capture"):
+        graphs(function, OnGpu(0))  # type: ignore[arg-type]
+    assert cuda.current is before
+    assert before.waits_for == [graphs._stream], "for the kernels that still read the inputs"
+
+
+def test_nothing_is_captured_where_definitions_replace_kernels(caplog: pytest.LogCaptureFixture) -> None:
+    graphs = FakeGraphs()
+    cache = GraphCache(4, capture_at=1, capture=graphs)
+    for _ in range(2):
+        assert cache.run("a", double, torch.ones(2), prepare=lambda: False).sum() == 4
+    assert not graphs.captured and len(caplog.records) == 1
 
 
 # ------------------------------------------------------------------------------------------------ state of a model
@@ -324,10 +423,32 @@ def test_a_capture_that_fails_on_a_gpu_leaves_the_detector_usable(caplog: pytest
 
     detector.model.encoder.__class__ = Synchronising
     expected = Detector(small.model, small.config, small.classes, capture=False).predict(IMAGE, threshold=0)
+    stream = torch.cuda.current_stream()
     for _ in range(2):
         (result,) = detector.predict(IMAGE, threshold=0)
         np.testing.assert_allclose(result.scores, expected[0].scores, atol=1e-4)
+        assert torch.cuda.current_stream() == stream
     assert sum("cannot be captured" in record.message for record in caplog.records) == 1
+    torch.rand(1, device="cuda")  # the generator has left the capture, too
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_models_on_two_gpus_have_graphs_of_their_own() -> None:
+    """An image each, so that stale outputs of an empty graph differ."""
+    random = np.random.default_rng(3)
+    images = random.integers(0, 256, (4, 60, 90, 3), dtype=np.uint8)
+    small = small_detector(width=64)
+    expected = small.predict(list(images), threshold=0)
+    for device in ("cuda:0", "cuda:1"):
+        model = copy.deepcopy(small.model).to(device)
+        detector = Detector(model, small.config, small.classes, capture=True)
+        with torch.backends.cudnn.flags(allow_tf32=False):
+            for image, other in zip(images, expected, strict=True):
+                np.testing.assert_allclose(
+                    detector.predict(image, threshold=0)[0].scores, other.scores, atol=1e-4
+                )
+        assert detector._graphs.drop() == 1
 
 
 @pytest.mark.gpu

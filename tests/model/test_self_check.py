@@ -137,7 +137,7 @@ def test_a_pass_that_differs_as_a_whole_uses_no_kernel(monkeypatch: pytest.Monke
 
 def test_a_detector_is_checked_before_its_first_capture(monkeypatch: pytest.MonkeyPatch) -> None:
     checks = []
-    monkeypatch.setattr(detector_module, "self_check", lambda *arguments: checks.append(arguments))
+    monkeypatch.setattr(detector_module, "self_check", lambda *arguments: not checks.append(arguments))
     monkeypatch.setattr(detector_module, "can_capture", lambda *_, **__: True)
     monkeypatch.setattr(compiled_module, "_CudaGraphs", FakeGraphs)
     monkeypatch.setenv("ATS_DETR_BACKEND", "")
