@@ -347,6 +347,13 @@ class LossConfig(_Bounded):
     """Focusing exponent of the focal loss and cost."""
     difficulty_iou: float = _bounded(0.5, "in (0, 1]")
     """IoU from which a detection of the weak teacher matches an object (adaptive only)."""
+    class_loss: Literal["focal", "matchability_aware"] = "focal"
+    """`focal` (published), or the matchability-aware loss of DEIM (Huang et al., CVPR 2025): the score of a detection
+    predicts the IoU of its box."""
+    one_to_many: int = _bounded(0, ">= 0", most=100)
+    """If > 0: train a second group of `one_to_many` * `num_queries` queries with the same weights, in which each object
+    is matched to `one_to_many` queries: hybrid matching (H-DETR, Jia et al., CVPR 2023). Needs `model.two_stage`. The
+    second group is not used in inference."""
     decoder_auxiliary: bool = True
     """Losses on every decoder layer. False: on the last only. Encoder layers: see `model.encoder_auxiliary`."""
 
@@ -568,6 +575,8 @@ def _check_trainable(config: Config) -> None:
         _check(config.model.adaption, "model.adaption", config.model.adaption, fix)
         return
     needs = dict.fromkeys(("budget_weight", "memory_weight", "difficulty_iou"), "an adaptive model")
+    if not config.model.two_stage:
+        needs["one_to_many"] = "model.two_stage"
     if config.model.selector is None:
         needs["selector_weight"] = "model.selector"
     for key, need in needs.items():

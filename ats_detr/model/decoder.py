@@ -80,6 +80,7 @@ class DecoderLayer(nn.Module):
         level_references: Tensor,
         value_BSC: Tensor,
         level_shapes: LevelShapes,
+        group_sizes: Sequence[int] | None,
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """Updated queries [B, Q, C], and the cross-attention's offsets [B * Q, H, L, P, 2] and logits [B * Q, H, L, P].
 
@@ -88,8 +89,9 @@ class DecoderLayer(nn.Module):
             query_pos_BQC: positional part of the queries.
             level_references: [B * Q, L, 2] points or [B * Q, L, 4] boxes, normalised to each level.
             value_BSC: projected values of the memory.
+            group_sizes: numbers of consecutive queries that attend to each other only, Q in all. None: one group.
         """
-        attended_BQC = self._attend_to_queries(x_BQC, query_pos_BQC)
+        attended_BQC = self._attend_to_queries(x_BQC, query_pos_BQC, group_sizes)
         own, cross = self.self_attention, self.cross_attention
         x_BQC = linear_norm(attended_BQC, own.out_proj, self.dropout, x_BQC, self.self_norm)
         offsets, logits = cross.project_query(x_BQC.flatten(0, 1), query_pos_BQC.flatten(0, 1))
@@ -97,16 +99,19 @@ class DecoderLayer(nn.Module):
         x_BQC = linear_norm(gathered, cross.output_proj, self.dropout, x_BQC, self.cross_norm)
         return self.feedforward(x_BQC), (offsets, logits)
 
-    def _attend_to_queries(self, x_BQC: Tensor, query_pos_BQC: Tensor) -> Tensor:
-        """Self-attention of the queries before its output projection, as nn.MultiheadAttention, batch first."""
+    def _attend_to_queries(
+        self, x_BQC: Tensor, query_pos_BQC: Tensor, group_sizes: Sequence[int] | None
+    ) -> Tensor:
+        """Self-attention of the queries of each group before its output projection, as nn.MultiheadAttention, batch
+        first."""
         attention, width = self.self_attention, x_BQC.shape[-1]
         weights = attention.in_proj_weight.split([2 * width, width])
         biases = attention.in_proj_bias.split([2 * width, width])
         if torch.is_grad_enabled():
             projected = F.linear(x_BQC + query_pos_BQC, weights[0], biases[0])
         else:
-            rows, positions = x_BQC.flatten(0, 1), query_pos_BQC.flatten(0, 1)
-            projected = packed_linear(rows, weights[0], biases[0], add_KC=positions).view(
+            content, positions = x_BQC.flatten(0, 1), query_pos_BQC.flatten(0, 1)
+            projected = packed_linear(content, weights[0], biases[0], add_KC=positions).view(
                 *x_BQC.shape[:2], -1
             )
         values = F.linear(x_BQC, weights[1], biases[1])
@@ -115,8 +120,15 @@ class DecoderLayer(nn.Module):
             for rows in (*projected.chunk(2, dim=-1), values)
         )
         dropout = attention.dropout if self.training else 0.0
-        attended = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout)
-        return attended.transpose(1, 2).flatten(2)
+        groups = [(query, key, value)]
+        if group_sizes is not None:
+            groups = list(zip(*(rows.split(group_sizes, dim=2) for rows in groups[0]), strict=True))
+        attended = [
+            F.scaled_dot_product_attention(query, key, value, dropout_p=dropout)
+            for query, key, value in groups
+        ]
+        rows = attended[0] if len(attended) == 1 else torch.cat(attended, dim=2)
+        return rows.transpose(1, 2).flatten(2)
 
 
 class Decoder(LayerStack):
@@ -136,15 +148,17 @@ class Decoder(LayerStack):
         geometry: TokenGeometry,
         heads: Sequence[PredictionHead],
         *,
+        group_sizes: Sequence[int] | None,
         every_layer: bool,
         with_attention_map: bool,
     ) -> tuple[list[Prediction], Tensor | None]:
-        """The predictions, and the attention that each token received, summed over layers, [B, S].
+        """The predictions, and the attention that each token received from the first group, summed over layers, [B, S].
 
         Args:
             references: initial references in 0..1 of the unpadded image, [B, Q, 2] points or [B, Q, 4] boxes.
             reference_logits: their logits.
             heads: one head per layer, or one shared head.
+            group_sizes: numbers of consecutive queries that attend to each other only, Q in all. None: one group.
             every_layer: return the predictions of all layers instead of the last only.
             with_attention_map: compute the attention map; otherwise None is returned for it.
         """
@@ -154,13 +168,13 @@ class Decoder(LayerStack):
         values = self.project_values(memory_BSC, geometry.padding_mask_BS)
         for index, (layer, value_BSC) in enumerate(zip(self.layers, values, strict=True)):
             x_BQC, (offsets, logits) = self.run_layer(
-                layer, x_BQC, query_pos_BQC, level_references, value_BSC, geometry.level_shapes
+                layer, x_BQC, query_pos_BQC, level_references, value_BSC, geometry.level_shapes, group_sizes
             )
             if with_attention_map:
                 attention_map_BS = deformable_attention_map(
-                    level_references,
-                    offsets,
-                    logits,
+                    _of_first_group(level_references, len(x_BQC), group_sizes),
+                    _of_first_group(offsets, len(x_BQC), group_sizes),
+                    _of_first_group(logits, len(x_BQC), group_sizes),
                     geometry.level_shapes,
                     len(x_BQC),
                     into=attention_map_BS,
@@ -179,3 +193,10 @@ class Decoder(LayerStack):
                 if self.box_refine:
                     reference_logits, level_references = refined_BQ4, on_levels
         return predictions, attention_map_BS
+
+
+def _of_first_group(rows: Tensor, num_images: int, group_sizes: Sequence[int] | None) -> Tensor:
+    """The rows of the first group of queries, of rows [B * Q, ...] of all queries."""
+    if group_sizes is None:
+        return rows
+    return rows.unflatten(0, (num_images, -1))[:, : group_sizes[0]].flatten(0, 1)

@@ -70,6 +70,10 @@ class Detr(nn.Module):
         adaption: bool = False,
     ) -> None:
         super().__init__()
+        self.one_to_many = 0
+        """If > 0: supervision adds a second group of `one_to_many` * `num_queries` queries (at most S - Q) from the
+        next best proposals, as in H-DETR (Jia et al., CVPR 2023). The groups have the same weights and do not attend to
+        each other. Set by the training; needs `two_stage`."""
         self.num_classes, self.num_queries = num_classes, num_queries
         self.select_by_proposals = select_by_proposals
         self.queries_from_memory, self.class_specific_proposals = (
@@ -268,6 +272,8 @@ class Detr(nn.Module):
                 memory_BSC, tokens, everywhere=supervision
             )
             query_pos_BQC, content_BQC = self._queries(memory_BSC, query_index_BQ, references)
+        num_further = content_BQC.shape[1] - self.num_queries if self.one_to_many else 0
+        group_sizes = (self.num_queries, num_further) if num_further > 0 else None
         predictions, attention_map_BS = self.decoder(
             content_BQC,
             query_pos_BQC,
@@ -276,15 +282,23 @@ class Detr(nn.Module):
             memory_BSC,
             tokens.geometry,
             self.decoder_heads,
+            group_sizes=group_sizes,
             every_layer=supervision,
             with_attention_map=supervision and selection is not None,
         )
+        one_to_many: list[Prediction] = []
+        if group_sizes is not None:
+            groups = [prediction.split(group_sizes) for prediction in predictions]
+            predictions, one_to_many = [own for own, _ in groups], [further for _, further in groups]
+            assert query_index_BQ is not None  # learned queries have no second group
+            query_index_BQ = query_index_BQ[:, : self.num_queries]
         return DetectorOutput(
             last=predictions[-1],
             level_shapes=tokens.geometry.level_shapes,
             padding_mask_BS=tokens.geometry.padding_mask_BS,
             memory_BSC=memory_BSC,
             decoder_auxiliary=predictions[:-1],
+            one_to_many=one_to_many,
             encoder=proposals,
             selection=selection,
             attention_map_BS=attention_map_BS,
@@ -304,8 +318,9 @@ class Detr(nn.Module):
     ) -> tuple[Prediction | None, Tensor, Tensor, Tensor]:
         """Predictions at all tokens; indices [B, Q], boxes and their logits [B, Q, 4] (detached) of the best Q tokens.
 
-        Only losses need predictions at all tokens. Without `everywhere`, ranking scores of all tokens and boxes of
-        the best tokens are computed, and the first result is None.
+        Only losses need predictions at all tokens, and the second group of queries (see `one_to_many`), which follows
+        the first one. Without `everywhere`, ranking scores of all tokens and boxes of the best tokens are computed, and
+        the first result is None.
         """
         head = self.proposal_head
         assert head is not None
@@ -318,7 +333,8 @@ class Detr(nn.Module):
             ranking = slice(None) if self.class_specific_proposals else slice(1)
             logits = ranking_logits(embedded_BSC, head.classify.weight[ranking], head.classify.bias[ranking])
         score_BS = logits.amax(-1)
-        num_queries = min(self.num_queries, score_BS.shape[1])
+        num_queries = self.num_queries * (1 + self.one_to_many) if everywhere else self.num_queries
+        num_queries = min(num_queries, score_BS.shape[1])
         if prediction is not None:
             index_BQ = score_BS.topk(num_queries, dim=1).indices
             boxes_BQ4 = _take(prediction.boxes, index_BQ).detach()

@@ -21,6 +21,11 @@ class Prediction:
     boxes: Tensor
     """[B, Q, 4] cxcywh, 0..1 of the unpadded image; [B, S, 4] and [K, 4] likewise."""
 
+    def split(self, sizes: Sequence[int]) -> list[Prediction]:
+        """The predictions of consecutive groups of queries."""
+        groups = zip(self.logits.split(sizes, dim=1), self.boxes.split(sizes, dim=1), strict=True)
+        return [Prediction(logits, boxes) for logits, boxes in groups]
+
 
 @dataclass
 class TokenScores:
@@ -59,6 +64,8 @@ class DetectorOutput:
     """Encoder output of all tokens."""
     decoder_auxiliary: list[Prediction] = field(default_factory=list)
     """Predictions of the decoder layers before the last, in order (supervision only)."""
+    one_to_many: list[Prediction] = field(default_factory=list)
+    """Predictions of all decoder layers for the second group of queries, in order; see `Detr.one_to_many`."""
     encoder: Prediction | None = None
     """Two-stage proposals of all S tokens (supervision only)."""
     encoder_auxiliary: list[Prediction] = field(default_factory=list)

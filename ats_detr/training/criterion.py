@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ats_detr import distributed
 from ats_detr.batch import ImageBatch, Target, most_of_a_class, targets_to
-from ats_detr.boxes import cxcywh_to_xyxy, generalized_iou
+from ats_detr.boxes import cxcywh_to_xyxy, generalized_iou, iou
 from ats_detr.config import Config
 from ats_detr.model.output import DetectorOutput, Prediction
 from ats_detr.training.distillation import DualTeacher
@@ -78,12 +78,13 @@ def compute_losses(
 
 
 class SetCriterion(nn.Module):
-    """Focal, L1 and GIoU losses of every prediction layer, each with its own matching, and the loss of the selector.
+    """Class, L1 and GIoU losses of every prediction layer, each with its own matching, and the loss of the selector.
 
     Each prediction layer has `loss_ce`, `loss_bbox` and `loss_giou` with a suffix: none for the last decoder layer;
     `_0`, `_1`, ... for the decoder layers before it; `_enc` for the two-stage proposals (over all tokens, padded and
     invalid ones included, as published); `_enc_0`, ... for the encoder layers before the last (over the kept tokens of
-    each image only: the published code adds surplus tokens where the images of a batch keep different numbers).
+    each image only: the published code adds surplus tokens where the images of a batch keep different numbers);
+    `_many`, `_many_0`, ... for the second group of queries (see `one_to_many`), divided by the repetitions, too.
     `loss_mask_prediction` trains the token scores to predict the tokens with the most decoder attention.
     """
 
@@ -105,6 +106,8 @@ class SetCriterion(nn.Module):
         memory_weight: float = 1.0,
         focal_alpha: float = 0.25,
         focal_gamma: float = 2.0,
+        matchability_aware: bool = False,
+        one_to_many: int = 0,
         decoder_auxiliary: bool = True,
         matcher: HungarianMatcher | None = None,
     ) -> None:
@@ -113,6 +116,9 @@ class SetCriterion(nn.Module):
             class_specific_proposals: the proposals predict all classes; False: class 0 stands for any object.
             budget_weight: weight of `loss_budget`, which `DualTeacher` computes.
             memory_weight: weight of `loss_memory`, which `DualTeacher` computes.
+            matchability_aware: `loss_ce` is the matchability-aware loss (see `matchability_loss`) instead of the focal
+                loss.
+            one_to_many: rows that each object is matched to in the predictions `DetectorOutput.one_to_many`.
             decoder_auxiliary: losses on every decoder layer; False: on the last only.
             matcher: None: published costs and the focal loss of this criterion.
         """
@@ -121,9 +127,12 @@ class SetCriterion(nn.Module):
         self.class_specific_proposals = class_specific_proposals
         self.focal_alpha = focal_alpha
         self.focal_gamma = focal_gamma
+        self.matchability_aware = matchability_aware
+        self.one_to_many = one_to_many
         self.decoder_auxiliary = decoder_auxiliary
         self.matcher = matcher or HungarianMatcher(focal_alpha=focal_alpha, focal_gamma=focal_gamma)
-        suffixes = ["", *(f"_{i}" for i in range(num_decoder_layers - 1)), "_enc"]
+        decoder_layers = ["", *(f"_{i}" for i in range(num_decoder_layers - 1))]
+        suffixes = [*decoder_layers, *(f"_many{suffix}" for suffix in decoder_layers if one_to_many), "_enc"]
         suffixes += [f"_enc_{i}" for i in range(num_encoder_layers - 1)]
         per_layer = {"loss_ce": class_weight, "loss_bbox": bbox_weight, "loss_giou": giou_weight}
         self.weights = {key + suffix: weight for suffix in suffixes for key, weight in per_layer.items()}
@@ -169,11 +178,15 @@ class SetCriterion(nn.Module):
                 output,
                 class_specific_proposals=self.class_specific_proposals,
                 decoder_auxiliary=self.decoder_auxiliary,
+                one_to_many=self.one_to_many,
             )
             logits_RT, boxes_R4 = concatenated(list(layers.values()))
             matches = self.matcher.start(list(layers.values()), targets, logits_RT, boxes_R4)
             counts = [len(layer.logits_RT) for layer in layers.values()]
-            background = background_loss(logits_RT, counts, self.focal_alpha, self.focal_gamma)
+            if self.matchability_aware:
+                background = background_loss(logits_RT, counts, 0.0, MATCHABILITY_GAMMA)
+            else:
+                background = background_loss(logits_RT, counts, self.focal_alpha, self.focal_gamma)
             others = self._selector_losses(output, metrics) if output.selection is not None else {}
             return PendingLosses(
                 self, layers, targets, matches, logits_RT, boxes_R4, background, others, metrics
@@ -210,6 +223,8 @@ def build_criterion(config: Config, num_classes: int) -> SetCriterion:
         memory_weight=loss.memory_weight,
         focal_alpha=loss.focal_alpha,
         focal_gamma=loss.focal_gamma,
+        matchability_aware=loss.class_loss == "matchability_aware",
+        one_to_many=loss.one_to_many,
         decoder_auxiliary=loss.decoder_auxiliary,
         matcher=HungarianMatcher(
             class_cost=loss.class_cost,
@@ -244,42 +259,44 @@ class PendingLosses:
         with torch.autocast(self.logits_RT.device.type, enabled=False):
             matches = self.matches.finish()
             labels = torch.cat([target.labels_N for target in self.targets])
+            target_boxes = torch.cat([target.boxes_N4 for target in self.targets]).float()
             # Of the pairs of all layers: rows of the concatenated layers, and objects.
             rows_M, objects_M = self.matches.all_pairs.unbind()
             counts = [len(match.rows_M) for match in matches]
-            values = self._class_losses(labels[objects_M], rows_M, counts)
-            values |= self._box_losses(objects_M, rows_M, counts)
+            own, wanted = self.boxes_R4[rows_M], target_boxes[objects_M]
+            class_loss = self._class_losses(labels[objects_M], rows_M, counts, own, wanted)
+            values = {"loss_ce": class_loss, **box_losses(own, wanted, counts)}
             losses = {
-                key + suffix: loss
+                key + suffix: loss if layer.repeats == 1 else loss / layer.repeats
                 for key, loss_of_layers in values.items()
-                for suffix, loss in zip(self.layers, (loss_of_layers / num_boxes).unbind(), strict=True)
+                for (suffix, layer), loss in zip(
+                    self.layers.items(), (loss_of_layers / num_boxes).unbind(), strict=True
+                )
             }
             if self.metrics:
                 with torch.no_grad():
                     losses |= self._metrics(matches[0], labels)
             return losses | self.others
 
-    def _class_losses(self, labels_M: Tensor, rows_M: Tensor, counts: list[int]) -> dict[str, Tensor]:
-        """The sum over the pairs and the background of each layer."""
+    def _class_losses(
+        self, labels_M: Tensor, rows_M: Tensor, counts: list[int], own_M4: Tensor, wanted_M4: Tensor
+    ) -> Tensor:
+        """The sum over the pairs and the background of each layer. `own_M4`, `wanted_M4`: boxes of the pairs."""
         agnostic = [layer.class_agnostic for layer in self.layers.values()]
         if any(agnostic):
             parts = zip(labels_M.split(counts), agnostic, strict=True)
             labels_M = torch.cat([torch.zeros_like(part) if zero else part for part, zero in parts])
         num_rows = [len(layer.logits_RT) for layer in self.layers.values()]
-        focal = self.criterion.focal_alpha, self.criterion.focal_gamma
-        return {
-            "loss_ce": FocalLoss.apply(
-                self.logits_RT, *self.background, rows_M, labels_M, num_rows, counts, *focal
-            )
-        }
-
-    def _box_losses(self, objects_M: Tensor, rows_M: Tensor, counts: list[int]) -> dict[str, Tensor]:
-        """The sums over the pairs of each layer."""
-        boxes = self.boxes_R4[rows_M]
-        wanted = torch.cat([target.boxes_N4 for target in self.targets]).float()[objects_M]
-        distance = F.l1_loss(boxes, wanted, reduction="none").sum(1)
-        giou = 1 - generalized_iou(cxcywh_to_xyxy(boxes), cxcywh_to_xyxy(wanted))
-        return {"loss_bbox": sums_of_parts(distance, counts), "loss_giou": sums_of_parts(giou, counts)}
+        with torch.no_grad():
+            logits_M = self.logits_RT[rows_M, labels_M]
+            if self.criterion.matchability_aware:
+                overlap_M = iou(cxcywh_to_xyxy(own_M4), cxcywh_to_xyxy(wanted_M4))
+                of_objects = matchability_loss(logits_M, overlap_M)
+            else:
+                of_objects = focal_loss(logits_M, self.criterion.focal_alpha, self.criterion.focal_gamma)
+        return ClassLoss.apply(
+            self.logits_RT, *self.background, rows_M, labels_M, *of_objects, num_rows, counts
+        )
 
     def _metrics(self, match: Match, labels: Tensor) -> dict[str, Tensor]:
         """Metrics of all layers; `match` belongs to the last decoder layer."""
@@ -292,6 +309,7 @@ class PendingLosses:
                 own, layer.starts, num_objects_B, self.criterion.num_classes
             )
             for (suffix, layer), own in zip(self.layers.items(), best, strict=True)
+            if layer.repeats == 1
         }
         wrong = (best[0][match.rows_M] != labels[match.objects_M]).float()
         found["class_error"] = 100 * wrong.mean() if len(wrong) else wrong.new_tensor(100.0)
@@ -299,24 +317,34 @@ class PendingLosses:
 
 
 def prediction_layers(
-    output: DetectorOutput, *, class_specific_proposals: bool, decoder_auxiliary: bool = True
+    output: DetectorOutput,
+    *,
+    class_specific_proposals: bool,
+    decoder_auxiliary: bool = True,
+    one_to_many: int = 0,
 ) -> dict[str, PredictionRows]:
     """The prediction layers of an output as rows, by the suffix of their losses."""
 
-    def dense(name: str, prediction: Prediction, class_agnostic: bool = False) -> PredictionRows:
+    def dense(name: str, prediction: Prediction, **changes: Any) -> PredictionRows:
         batch, num_rows = prediction.boxes.shape[:2]
         starts = range(0, batch * num_rows + 1, num_rows)
         logits, boxes = prediction.logits.flatten(0, 1), prediction.boxes.flatten(0, 1)
-        return PredictionRows(
-            name=name, logits_RT=logits, boxes_R4=boxes, starts=starts, class_agnostic=class_agnostic
-        )
+        return PredictionRows(name=name, logits_RT=logits, boxes_R4=boxes, starts=starts, **changes)
 
     starts: Sequence[int]
     layers = {"": dense("the last decoder layer", output.last)}
     for i, prediction in enumerate(output.decoder_auxiliary if decoder_auxiliary else ()):
         layers[f"_{i}"] = dense(f"decoder layer {i}", prediction)
+    if output.one_to_many:
+        *earlier, last = (
+            dense(f"the second group, decoder layer {i}", prediction, repeats=one_to_many)
+            for i, prediction in enumerate(output.one_to_many)
+        )
+        layers["_many"] = last
+        layers |= {f"_many_{i}": layer for i, layer in enumerate(earlier if decoder_auxiliary else ())}
     if output.encoder is not None:
-        layers["_enc"] = dense("the encoder's proposals", output.encoder, not class_specific_proposals)
+        agnostic = not class_specific_proposals
+        layers["_enc"] = dense("the encoder's proposals", output.encoder, class_agnostic=agnostic)
     if output.encoder_auxiliary:
         if output.selection is not None:
             starts = output.selection.plan.starts_on_host()
@@ -368,7 +396,17 @@ def _cardinality_error(
     return (num_found_B - num_objects_B).abs().float().mean()
 
 
-# --------------------------------------------------------------------------------------------------------- focal loss
+def box_losses(own_M4: Tensor, wanted_M4: Tensor, counts: Sequence[int]) -> dict[str, Tensor]:
+    """L1 and GIoU losses of pairs of boxes (cxcywh), summed over those of each layer, of `counts` pairs."""
+    distance = F.l1_loss(own_M4, wanted_M4, reduction="none").sum(1)
+    giou = 1 - generalized_iou(cxcywh_to_xyxy(own_M4), cxcywh_to_xyxy(wanted_M4))
+    return {"loss_bbox": sums_of_parts(distance, counts), "loss_giou": sums_of_parts(giou, counts)}
+
+
+# --------------------------------------------------------------------------------------------------------- class loss
+MATCHABILITY_GAMMA = 1.5
+
+
 def sums_of_parts(values: Tensor, counts: Sequence[int]) -> Tensor:
     """The sum of each of the consecutive parts of `values`, of `counts` entries of the first axis."""
     runs = [(len(list(run)), count) for count, run in groupby(counts)]  # equal counts are summed together
@@ -394,11 +432,36 @@ def background_loss(
     return totals, derivative
 
 
-class FocalLoss(torch.autograd.Function):
-    """Sum of each layer's sigmoid focal loss where the entries (rows_M[i], labels_M[i]), all distinct, are objects.
+def focal_loss(logits_M: Tensor, alpha: float, gamma: float) -> tuple[Tensor, Tensor]:
+    """The sigmoid focal loss of entries that are objects, minus that as background; and the derivative as objects, [M].
 
-    Takes the results of `background_loss` for the same logits, and the numbers of rows and of pairs of each layer. The
-    backward pass scales that derivative and replaces the entries of objects.
+    The difference is added to the total of `background_loss`; the derivative replaces that of the background.
+    """
+    p, cost = logits_M.sigmoid(), F.softplus(-logits_M)
+    weight = alpha * (1 - p).pow(gamma)
+    as_background = (1 - alpha) * p.pow(gamma) * F.softplus(logits_M)
+    return weight * cost - as_background, -weight * (gamma * p * cost + (1 - p))
+
+
+def matchability_loss(logits_M: Tensor, overlap_M: Tensor) -> tuple[Tensor, Tensor]:
+    """As `focal_loss`, the matchability-aware loss of DEIM (Huang et al. 2025, equation 3).
+
+    The target of an object is t = overlap^gamma, the IoU of its predicted box to the power of MATCHABILITY_GAMMA:
+    -t log p - (1 - t) log(1 - p), with the derivative p - t. So the score of a box predicts how well it fits, and an
+    object whose best box is bad still has a loss. Background has the focal loss with alpha 0 and this gamma, whose
+    weight is differentiated, as in the focal loss.
+    """
+    p, target = logits_M.sigmoid(), overlap_M.pow(MATCHABILITY_GAMMA)
+    cost = F.softplus(logits_M)  # of the background; that of an object is cost - x
+    return cost - target * logits_M - p.pow(MATCHABILITY_GAMMA) * cost, p - target
+
+
+class ClassLoss(torch.autograd.Function):
+    """Sum of each layer's class loss where the entries (rows_M[i], labels_M[i]), all distinct, are objects.
+
+    Takes the results of `background_loss` for the same logits, those of `focal_loss` or `matchability_loss` for these
+    entries, and the numbers of rows and of pairs of each layer. The backward pass scales the derivative of the
+    background and replaces the entries of objects.
     """
 
     @staticmethod
@@ -409,18 +472,14 @@ class FocalLoss(torch.autograd.Function):
         derivative_RT: Tensor,
         rows_M: Tensor,
         labels_M: Tensor,
+        change_M: Tensor,
+        of_objects_M: Tensor,
         num_rows: Sequence[int],
         num_pairs: Sequence[int],
-        alpha: float,
-        gamma: float,
     ) -> Tensor:
-        x = logits_RT[rows_M, labels_M]
-        p, cost = x.sigmoid(), F.softplus(-x)
-        weight = alpha * (1 - p).pow(gamma)
-        as_background = (1 - alpha) * p.pow(gamma) * F.softplus(x)
         ctx.num_rows = num_rows
-        ctx.save_for_backward(derivative_RT, rows_M, labels_M, -weight * (gamma * p * cost + (1 - p)))
-        return background + sums_of_parts(weight * cost - as_background, num_pairs)
+        ctx.save_for_backward(derivative_RT, rows_M, labels_M, of_objects_M)
+        return background + sums_of_parts(change_M, num_pairs)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -430,4 +489,4 @@ class FocalLoss(torch.autograd.Function):
         gradient_R1 = torch.cat([of_layer.expand(count) for of_layer, count in parts])[:, None]
         grad_RT = derivative_RT * gradient_R1
         grad_RT[rows_M, labels_M] = of_objects_M * gradient_R1[rows_M, 0]
-        return grad_RT, None, None, None, None, None, None, None, None
+        return grad_RT, *(None,) * 8

@@ -1,4 +1,4 @@
-"""One-to-one assignment of predictions to objects (DETR), for all prediction layers of a batch at once."""
+"""Assignment of predictions to objects (DETR), for all prediction layers of a batch at once."""
 
 from __future__ import annotations
 
@@ -31,6 +31,8 @@ class PredictionRows:
     """[Bp1] first row of each image, then the number of rows; on the host."""
     class_agnostic: bool = False
     """The layer only separates objects from background: all its targets have class 0."""
+    repeats: int = 1
+    """Rows that each object is matched to."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,8 @@ class Match:
 @dataclass(frozen=True, kw_only=True)
 class HungarianMatcher:
     """Minimum-cost assignment per layer and image: focal class cost, L1 on cxcywh, negative GIoU, in float32.
+
+    A row belongs to one object at most, an object to `PredictionRows.repeats` rows.
 
     The costs of all layers are computed on the device as one table and transferred at once. Between `start` and
     `finish` the device can run other work while scipy solves the assignments on the host.
@@ -158,7 +162,8 @@ class PendingMatches:
                 if not np.isfinite(cost).all():
                     self.problem = self.problem or _describe_problem(layer, image, self.targets[image])
                     cost = np.nan_to_num(cost, nan=0.0, posinf=0.0, neginf=0.0)
-                rows, objects = linear_sum_assignment(cost)
+                rows, objects = linear_sum_assignment(np.tile(cost, layer.repeats))
+                objects %= max(count, 1)
                 pairs.append(np.stack([rows + start, objects + first_object[image]]))
             pairs_of_layer = np.concatenate(pairs, axis=1)
             matched.append(np.concatenate([pairs_of_layer, pairs_of_layer[:1] + first_row]))

@@ -306,7 +306,8 @@ def freeze_unused_heads(model: Detr, config: Config) -> None:
 
 
 def configure_layers(model: Detr, config: Config) -> None:
-    """Activation checkpointing and compilation of the encoder and decoder layers."""
+    """The queries of the training; activation checkpointing and compilation of the encoder and decoder layers."""
+    model.one_to_many = config.loss.one_to_many
     model.encoder.recompute = model.decoder.recompute = config.train.recompute
     if config.train.compile:
         for layer in (*model.encoder.layers, *model.decoder.layers):

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ats_detr.batch import Target
+from ats_detr.boxes import cxcywh_to_xyxy, iou
 from ats_detr.checkpoint import config_of
 from ats_detr.config import Config, LossConfig, config_to_dict
 from ats_detr.kernels import TokenPlan
@@ -77,18 +78,15 @@ def criterion(**changes: object) -> SetCriterion:
 
 # ----------------------------------------------------------------------------------------------------- the formulas
 def formula_losses(
-    logits: Tensor, boxes: Tensor, wanted: dict[int, tuple[int, list[float]]]
+    logits: Tensor,
+    boxes: Tensor,
+    wanted: dict[int, tuple[int, list[float]]],
+    *,
+    matchability_aware: bool = False,
 ) -> dict[str, float]:
     """Sums over rows in Python floats. `wanted` maps rows to the (label, box) of their objects."""
-    loss_ce = 0.0
-    for row, row_logits in enumerate(logits.tolist()):
-        for label, x in enumerate(row_logits):
-            p = 1 / (1 + math.exp(-x))
-            if wanted.get(row, (None,))[0] == label:
-                loss_ce += 0.25 * (1 - p) ** 2 * -math.log(p)
-            else:
-                loss_ce += 0.75 * p**2 * -math.log(1 - p)
     loss_bbox = loss_giou = 0.0
+    overlaps = {}
     for row, (_, target) in wanted.items():
         box = boxes[row].tolist()
         loss_bbox += sum(abs(a - b) for a, b in zip(box, target, strict=True))
@@ -99,12 +97,27 @@ def formula_losses(
         union = (ax1 - ax0) * (ay1 - ay0) + (bx1 - bx0) * (by1 - by0) - overlap
         hull = (max(ax1, bx1) - min(ax0, bx0)) * (max(ay1, by1) - min(ay0, by0))
         loss_giou += 1 - overlap / union + (hull - union) / hull
+        overlaps[row] = overlap / union
+    loss_ce = 0.0
+    for row, row_logits in enumerate(logits.tolist()):
+        for label, x in enumerate(row_logits):
+            p = 1 / (1 + math.exp(-x))
+            is_object = wanted.get(row, (None,))[0] == label
+            if matchability_aware:
+                t = overlaps[row] ** 1.5 if is_object else 0.0
+                loss_ce -= (t if is_object else 0) * math.log(p)
+                loss_ce -= (1 - t if is_object else p**1.5) * math.log(1 - p)
+            elif is_object:
+                loss_ce += 0.25 * (1 - p) ** 2 * -math.log(p)
+            else:
+                loss_ce += 0.75 * p**2 * -math.log(1 - p)
     return {"loss_ce": loss_ce, "loss_bbox": loss_bbox, "loss_giou": loss_giou}
 
 
-def test_the_losses_of_every_layer_equal_their_formulas() -> None:
+@pytest.mark.parametrize("matchability_aware", [False, True])
+def test_the_losses_of_every_layer_equal_their_formulas(matchability_aware: bool) -> None:
     output, targets = random_output(), random_targets((3, 2), torch.Generator().manual_seed(1))
-    own = criterion()
+    own = criterion(matchability_aware=matchability_aware)
     losses = own(output, targets, num_boxes=2.5)
     layers = prediction_layers(output, class_specific_proposals=True)
     assert list(layers) == ["", "_0", "_enc", "_enc_0", "_enc_1"]
@@ -118,7 +131,10 @@ def test_the_losses_of_every_layer_equal_their_formulas() -> None:
             row: (labels[obj], boxes[obj])
             for row, obj in zip(match.rows_M.tolist(), match.objects_M.tolist(), strict=True)
         }
-        for key, value in formula_losses(layer.logits_RT, layer.boxes_R4, wanted).items():
+        formulas = formula_losses(
+            layer.logits_RT, layer.boxes_R4, wanted, matchability_aware=matchability_aware
+        )
+        for key, value in formulas.items():
             assert losses[key + suffix].item() == pytest.approx(value / 2.5, rel=1e-5), key + suffix
     scores, k = output.selection.scores_BS, output.selection.num_kept_B
     total = 0.0
@@ -142,6 +158,28 @@ def test_every_loss_has_a_weight_and_logged_metrics_have_none() -> None:
     logged = {key for key in losses if key not in own.weights}
     assert {"class_error", "cardinality_error_enc_1", "attention_coverage", "attention_coverage_3"} <= logged
     assert not any(losses[key].requires_grad for key in logged)
+
+
+def test_the_matchability_aware_loss_has_the_gradient_of_its_formula() -> None:
+    """The overlap is a constant: boxes have no gradient from the class loss."""
+    output, targets = random_output(), random_targets((3, 2), torch.Generator().manual_seed(1))
+    own = criterion(matchability_aware=True)
+    own(output, targets, 1)["loss_ce"].backward()
+    assert output.last.boxes.grad is None or not output.last.boxes.grad.any()
+
+    layer = prediction_layers(output, class_specific_proposals=True)[""]
+    (match,) = own.matcher([layer], targets)
+    x = layer.logits_RT.detach().double().requires_grad_()
+    labels, boxes = torch.cat([t.labels_N for t in targets]), torch.cat([t.boxes_N4 for t in targets])
+    overlap = iou(*map(cxcywh_to_xyxy, (layer.boxes_R4[match.rows_M].detach(), boxes[match.objects_M])))
+    entries = match.rows_M, labels[match.objects_M]
+    wanted, weight = torch.zeros_like(x), x.sigmoid().pow(1.5)
+    wanted[entries] = overlap.double() ** 1.5
+    is_object = torch.zeros_like(x, dtype=torch.bool)
+    is_object[entries] = True
+    loss = F.binary_cross_entropy_with_logits(x, wanted, reduction="none")
+    (loss * torch.where(is_object, 1.0, weight)).sum().backward()
+    torch.testing.assert_close(output.last.logits.grad.flatten(0, 1), x.grad.float())
 
 
 def test_class_agnostic_proposals_have_class_0() -> None:
@@ -290,6 +328,12 @@ def test_focal_alpha_and_gamma_reach_loss_and_cost(tmp_path: Path) -> None:
     wanted[match.rows_M, labels[match.objects_M]] = 1
     expected = 0.5 * F.binary_cross_entropy_with_logits(logits, wanted, reduction="sum") / 5
     torch.testing.assert_close(loss, expected)  # gamma 0 and alpha 0.5: half of the binary cross entropy
+
+
+def test_the_class_loss_of_the_settings_is_used(tmp_path: Path) -> None:
+    for name, expected in (("focal", False), ("matchability_aware", True)):
+        own = build_criterion(config_with(tmp_path, {"class_loss": name}), 3)
+        assert own.matchability_aware == expected
 
 
 @pytest.mark.parametrize("only", ["class_cost", "bbox_cost", "giou_cost"])
