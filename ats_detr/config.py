@@ -126,11 +126,20 @@ class SelectorConfig(_Bounded):
     """Number of budgets, evenly spaced from `min_ratio` to `max_ratio` inclusive (adaptive only; 2 as published)."""
     min_tokens: int = 300
     """Minimum number of kept tokens per image (adaptive only). Should be >= `num_queries`."""
+    train_ratios: tuple[float, float] | None = None
+    """Smallest and largest keep ratio in training, where each image then gets a random one between them instead of its
+    budget: the trained model has useful results at every ratio. None: budgets in training as in evaluation."""
+    mean_ratio: float | None = _bounded(None, "in (0, 1]")
+    """Mean keep ratio over the training images, to which the budgets are calibrated (with `teachers: self` only)."""
     masked_mean: bool = True
     """Average the scorer's global feature over valid tokens only. False: padding, too, as in published checkpoints."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.train_ratios is not None:
+            low, high = self.train_ratios
+            fix = "must be [smallest, largest] with 0 < smallest < largest <= 1"
+            _check(0 < low < high <= 1, "train_ratios", self.train_ratios, fix)
         if self.keep_ratio is not None:
             for key in ("min_ratio", "max_ratio"):
                 fix = "must be null where keep_ratio is set; an adaptive budget needs keep_ratio = null"
@@ -475,8 +484,9 @@ class Config(_Bounded):
     loss: LossConfig = field(default_factory=LossConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
-    teachers: TeachersConfig | None = None
-    """Needed by an adaptive model; others have none."""
+    teachers: TeachersConfig | Literal["self"] | None = None
+    """Of an adaptive model, which needs them. `self`: no teachers; the budget head learns from the average precision of
+    the model's own detections at the keep ratios of `model.selector.train_ratios`."""
     summary: bool = False
     """Compare the three stages after training: a table, pictures, and a plot of budgets and numbers of objects."""
     num_pictures: int = _bounded(8, ">= 0", most=100_000)
@@ -498,7 +508,7 @@ class Config(_Bounded):
         if not self.model.adaptive:
             _check(self.teachers is None, "teachers", "set", "only an adaptive model has teachers")
             _check(not self.summary, "summary", True, "only a run with teachers has stages to compare")
-        if self.teachers is not None:
+        if isinstance(self.teachers, TeachersConfig):
             weights, levels = self.teachers.level_weights, self.model.num_levels
             fix = f"must have model.num_levels = {levels} weights"
             _check(len(weights) == levels, "teachers.level_weights", weights, fix)
@@ -569,8 +579,14 @@ def _teacher_config(source: str, folder: Path) -> str:
 def _check_trainable(config: Config) -> None:
     """Requirements of training beyond those of inference."""
     if config.model.adaptive:
-        fix = "an adaptive model needs teachers.weak and teachers.strong"
+        fix = "an adaptive model needs teachers.weak and teachers.strong, or teachers: self"
         _check(config.teachers is not None, "teachers", None, fix)
+        assert config.model.selector is not None
+        if config.teachers == "self":
+            _check_self_taught(config)
+            return
+        mean = config.model.selector.mean_ratio
+        _check(mean is None, "model.selector.mean_ratio", mean, "needs teachers: self")
         fix = "distillation from the strong teacher needs this layer: set it to true"
         _check(config.model.adaption, "model.adaption", config.model.adaption, fix)
         return
@@ -582,6 +598,22 @@ def _check_trainable(config: Config) -> None:
     for key, need in needs.items():
         value = getattr(config.loss, key)
         _check(value == getattr(LossConfig, key), f"loss.{key}", value, f"has no effect without {need}")
+
+
+def _check_self_taught(config: Config) -> None:
+    """Requirements of `teachers: self`."""
+    selector = config.model.selector
+    assert selector is not None and selector.min_ratio is not None and selector.max_ratio is not None
+    low, high = selector.train_ratios or (1.0, 0.0)
+    fix = f"with teachers: self, must include min_ratio = {selector.min_ratio} and max_ratio = {selector.max_ratio}"
+    covers = low <= selector.min_ratio and selector.max_ratio <= high
+    _check(covers, "model.selector.train_ratios", selector.train_ratios, fix)
+    mean = selector.mean_ratio
+    fix = f"with teachers: self, must be between min_ratio = {selector.min_ratio} and max_ratio = {selector.max_ratio}"
+    is_between = mean is not None and selector.min_ratio < mean < selector.max_ratio
+    _check(is_between, "model.selector.mean_ratio", mean, fix)
+    fix = "has no effect with teachers: self"
+    _check(not config.model.adaption, "model.adaption", config.model.adaption, fix)
 
 
 def config_from_dict(tree: Mapping[str, Any]) -> Config:
@@ -696,7 +728,10 @@ def _convert(value: Any, hint: Any, key: str, most: int) -> Any:
     if origin in (typing.Union, types.UnionType):
         if value is None and types.NoneType in arguments:
             return None
-        (hint,) = (argument for argument in arguments if argument is not types.NoneType)
+        named = [argument for argument in arguments if typing.get_origin(argument) is Literal]
+        if any(isinstance(value, str) and value in typing.get_args(word) for word in named):
+            return value
+        (hint,) = (argument for argument in arguments if argument not in (types.NoneType, *named))
         return _convert(value, hint, key, most)
     if dataclasses.is_dataclass(hint):
         return _build(typing.cast(type, hint), value, f"{key}.")

@@ -16,7 +16,7 @@ from ats_detr.batch import ImageBatch, Target, most_of_a_class, targets_to
 from ats_detr.boxes import cxcywh_to_xyxy, generalized_iou, iou
 from ats_detr.config import Config
 from ats_detr.model.output import DetectorOutput, Prediction
-from ats_detr.training.distillation import DualTeacher
+from ats_detr.training.distillation import DualTeacher, SelfTaught
 from ats_detr.training.matcher import HungarianMatcher, Match, PendingMatches, PredictionRows, concatenated
 
 # Shapes: B images; S tokens of the pyramid; T classes; N objects; R prediction rows of a layer; M matched pairs.
@@ -28,7 +28,7 @@ SUMS_OVER_OBJECTS = ("loss_ce", "loss_bbox", "loss_giou")
 def compute_losses(
     model: nn.Module,
     criterion: SetCriterion,
-    teachers: DualTeacher | None,
+    teachers: DualTeacher | SelfTaught | None,
     batch: ImageBatch,
     targets: Sequence[Target],
     *,
@@ -36,6 +36,7 @@ def compute_losses(
     share: float = 1.0,
     precision: torch.dtype = torch.float32,
     metrics: bool = True,
+    keep_ratio: Tensor | None = None,
 ) -> tuple[DetectorOutput, dict[str, Tensor], str | None]:
     """One forward pass with all losses.
 
@@ -49,6 +50,7 @@ def compute_losses(
             the other processes.
         share: fraction of the step's images in this batch, by which means over images are multiplied.
         metrics: add values that are only logged.
+        keep_ratio: float [B] ratios that replace the budgets.
 
     Returns:
         The output; float32 scalar losses by name, with their weighted sum as `loss`; and a description of the tensor
@@ -59,7 +61,7 @@ def compute_losses(
         num_boxes = distributed.global_num_boxes(targets, device)
     on_device = targets_to(targets, device)
     with torch.autocast(device.type, precision, enabled=precision != torch.float32):
-        output = model(batch)
+        output = model(batch, keep_ratio=keep_ratio)
     pending = criterion.start(output, on_device, metrics=metrics)
     # Between start and finish: the device runs the teachers while the host solves the matching.
     distillation = {}

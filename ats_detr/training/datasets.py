@@ -23,6 +23,8 @@ from ats_detr.errors import UserError
 
 _OVERFIT_BATCHES = 50
 """Batches per epoch where `data.overfit_images` is set."""
+_CALIBRATION_IMAGES = 1000
+"""Images, of all numbers of objects, on which self-taught budgets are calibrated."""
 
 
 @dataclass(frozen=True)
@@ -32,11 +34,15 @@ class Loaders:
     train: TrainingLoader
     val: EvaluationLoader
     class_map: ClassMap
+    calibration: EvaluationLoader | None = None
+    """Training images, without augmentation, on which self-taught budgets are calibrated."""
 
     def close(self) -> None:
         """End the worker processes."""
         self.train.reader.close()
         self.val.reader.close()
+        if self.calibration is not None:
+            self.calibration.reader.close()
 
 
 def build_loaders(config: Config, *, pin_memory: bool = False) -> Loaders:
@@ -66,7 +72,11 @@ def build_loaders(config: Config, *, pin_memory: bool = False) -> Loaders:
         timeout_minutes=config.train.timeout_minutes,
     )
     val = build_evaluation_loader(config, train_set.class_map, pin_memory=pin_memory)
-    return Loaders(train, val, train_set.class_map)
+    calibration = None
+    if config.teachers == "self":
+        chosen = indices or spread_over_difficulty(train_set, _CALIBRATION_IMAGES)
+        calibration = _evaluation_loader(config, train_set, chosen, pin_memory=pin_memory)
+    return Loaders(train, val, train_set.class_map, calibration)
 
 
 def build_evaluation_loader(
@@ -94,6 +104,18 @@ def build_evaluation_loader(
         indices = overfit_indices(data, dataset)
     elif num_images is not None:
         indices = spread_over_difficulty(dataset, num_images)
+    return _evaluation_loader(config, dataset, indices, shared=shared, pin_memory=pin_memory)
+
+
+def _evaluation_loader(
+    config: Config,
+    dataset: CocoDetection,
+    indices: list[int] | None,
+    *,
+    shared: bool = True,
+    pin_memory: bool = False,
+) -> EvaluationLoader:
+    data = config.data
     return EvaluationLoader(
         dataset,
         short_side=data.short_side,

@@ -1,4 +1,5 @@
-"""Dual teacher supervision (ATS-DETR): labels for the budget head, and distillation of the encoder's memory.
+"""Dual teacher supervision (ATS-DETR): labels for the budget head, and distillation of the encoder's memory; and
+supervision of the budget head without teachers.
 
 The weak teacher keeps as few tokens as the student's smallest budget. Its average precision on an image is the label of
 the student's budget head: where it is high, few tokens are enough. The strong teacher keeps as many as the largest
@@ -7,13 +8,18 @@ budget; the student's memory is trained to match its memory.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ats_detr import distributed
 from ats_detr.batch import NO_IMAGE, ImageBatch, Target
+from ats_detr.config import ModelConfig
+from ats_detr.data.loader import EvaluationLoader
 from ats_detr.distributed import sum_over_processes
 from ats_detr.model import Detr
 from ats_detr.model.compiled import freeze_weights
@@ -126,6 +132,140 @@ class DualTeacher:
         for teacher in teachers.values():
             freeze_weights(teacher, precision)
         return sharing
+
+
+class SelfTaught:
+    """Supervision of the budget head by the model itself, without teachers.
+
+    The logit of a budget is the average precision expected at its keep ratio. Each training image gets a random ratio
+    (`draw_ratios`), at which the average precision of its own detections is measured: one value of that curve. Over
+    many images the squared error makes the head predict the mean of images that look alike.
+    """
+
+    def __init__(
+        self, min_ratio: float, max_ratio: float, *, num_detections: int = 100, iou_threshold: float = 0.5
+    ) -> None:
+        """
+        Args:
+            min_ratio: keep ratio of the first logit.
+            max_ratio: keep ratio of the last logit.
+            num_detections: detections per image, best first, in its average precision.
+            iou_threshold: IoU from which a detection matches an object.
+        """
+        self.min_ratio, self.max_ratio = min_ratio, max_ratio
+        self.num_detections, self.iou_threshold = num_detections, iou_threshold
+
+    def __call__(
+        self,
+        batch: ImageBatch,
+        targets: Sequence[Target],
+        output: DetectorOutput,
+        *,
+        most_of_a_class: int | None = None,
+    ) -> dict[str, Tensor]:
+        """`loss_budget`, float32 scalar: half the mean squared error of the expected average precision at the ratios of
+        `output`; and `image_precision`, the mean of the measured ones.
+
+        Args:
+            most_of_a_class: see `image_average_precision`.
+        """
+        selection = output.selection
+        assert selection is not None and selection.budget_logits is not None
+        sizes = [target.original_size for target in targets]
+        with torch.no_grad():
+            detections = top_detections(output.last, sizes, self.num_detections)
+            precision_B = image_average_precision(
+                detections, targets, self.iou_threshold, most_of_a_class=most_of_a_class
+            )
+        place_B = (selection.keep_ratio_B - self.min_ratio) / (self.max_ratio - self.min_ratio)
+        expected_B = interpolate(selection.budget_logits.float(), place_B.clamp(0, 1))
+        loss = F.mse_loss(expected_B, precision_B) / 2
+        return {"loss_budget": loss, "image_precision": precision_B.mean()}
+
+
+@contextmanager
+def calibrated(
+    model: Detr, loader: EvaluationLoader, mean_ratio: float, device: torch.device
+) -> Iterator[None]:
+    """Within the context the budgets that the model chooses have this mean keep ratio on the images of `loader`.
+
+    The bias of each budget logit is reduced by cost * ratio of its budget: the expected average precision becomes a
+    value net of the cost of tokens. The cost is found from the logits of all images, in evaluation mode. Collective.
+    """
+    selector, was_training = model.selector, model.training
+    assert selector is not None and selector.budget is not None
+    model.eval()
+    logits, num_valid = [], []
+    with torch.no_grad():
+        for host_batch, _ in loader:
+            batch = host_batch.to(device)
+            selection = model.select(model.tokenize(batch.images_B3HW, batch.sizes_B2))
+            assert selection is not None and selection.budget_logits is not None
+            logits.append(selection.budget_logits.float())
+            num_valid.append(selection.num_valid_B)
+    model.train(was_training)
+    shares = distributed.gather([(torch.cat(logits).cpu(), torch.cat(num_valid).cpu())] if logits else [])
+    parts = [part for share in shares for part in share]
+    ratios_R = selector.ratio_of_budget(torch.arange(selector.num_budgets))
+    kept_NR = torch.cat(
+        [torch.stack([selector.num_tokens(n, ratio) for ratio in ratios_R], 1) / n[:, None] for _, n in parts]
+    )
+    cost = cost_of_mean(torch.cat([logits for logits, _ in parts]), ratios_R, kept_NR, mean_ratio)
+    bias: Any = selector.budget[-1].bias
+    before = bias.detach().clone()
+    with torch.no_grad():
+        bias -= cost * ratios_R.to(bias)
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            bias.copy_(before)
+
+
+def cost_of_mean(logits_NR: Tensor, ratios_R: Tensor, kept_NR: Tensor, mean_ratio: float) -> float:
+    """The cost at which the choices argmax(logits - cost * ratios) keep `mean_ratio` of the tokens on average.
+
+    Args:
+        logits_NR: float32, of N images.
+        ratios_R: float32, ascending.
+        kept_NR: float32 share of the tokens of each image that each budget keeps.
+    """
+    low, high = -1e4, 1e4  # the mean falls as the cost rises
+    for _ in range(60):
+        cost = (low + high) / 2
+        chosen_N1 = (logits_NR - cost * ratios_R).argmax(1, keepdim=True)
+        if kept_NR.gather(1, chosen_N1).mean() > mean_ratio:
+            low = cost
+        else:
+            high = cost
+    return high
+
+
+def interpolate(values_BR: Tensor, place_B: Tensor) -> Tensor:
+    """[B] linear interpolation in each row of R values, spaced evenly over 0..1, at a place in 0..1."""
+    position_B = place_B * (values_BR.shape[1] - 1)
+    knots_R = torch.arange(values_BR.shape[1], device=values_BR.device)
+    weights_BR = (1 - (position_B[:, None] - knots_R).abs()).clamp(min=0)
+    return (values_BR * weights_BR).sum(1)
+
+
+def draw_ratios(num_images: int, smallest: float, largest: float) -> Tensor:
+    """float32 [num_images] random keep ratios on the CPU, from its default generator: a quarter of the images has the
+    smallest ratio and a quarter the largest (sandwich rule, Yu & Huang 2019), the others are log-uniform between.
+
+    Log-uniform, since accuracy changes with the logarithm of the ratio. Stratified draws make these shares as exact as
+    the size of the batch allows.
+    """
+    quantile_B = (torch.randperm(num_images) + torch.rand(num_images)) / num_images
+    exponent_B = ((quantile_B - 0.25) * 2).clamp(0, 1)
+    return torch.where(exponent_B < 1, smallest * (largest / smallest) ** exponent_B, largest)
+
+
+def training_ratios(config: ModelConfig, num_images: int) -> Tensor | None:
+    """`draw_ratios` within `model.selector.train_ratios`; None where the model keeps its own budgets in training."""
+    if config.selector is None or config.selector.train_ratios is None:
+        return None
+    return draw_ratios(num_images, *config.selector.train_ratios)
 
 
 class DifficultyCache:

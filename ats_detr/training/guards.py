@@ -14,12 +14,11 @@ from torch import Tensor, nn
 
 from ats_detr import distributed
 from ats_detr.batch import NO_IMAGE, ImageBatch, Target
-from ats_detr.config import DataConfig
+from ats_detr.config import DataConfig, ModelConfig
 from ats_detr.data.coco import CocoDetection
 from ats_detr.data.loader import TrainingLoader
 from ats_detr.data.transforms import resized_size
 from ats_detr.errors import UserError
-from ats_detr.model import Detr
 
 _ROUNDING = 1e-4
 """Tolerance of normalised boxes."""
@@ -145,23 +144,14 @@ def _largest_sizes(loader: TrainingLoader, config: DataConfig) -> np.ndarray:
     return np.array(variants).transpose(1, 0, 2)
 
 
-def _last_of(logits: Tensor) -> Tensor:
-    """1 for the last class, otherwise 0."""
-    return torch.arange(logits.shape[-1], device=logits.device) == logits.shape[-1] - 1
-
-
-@contextmanager
-def largest_budget(model: Detr) -> Iterator[None]:
-    """Within the context an adaptive model chooses the largest budget for every image."""
-    budget = model.selector.budget if model.selector is not None else None
-    if budget is None:
-        yield
-        return
-    hook = budget.register_forward_hook(lambda _, inputs, logits: logits + 1e4 * _last_of(logits))
-    try:
-        yield
-    finally:
-        hook.remove()
+def largest_ratios(config: ModelConfig, num_images: int) -> Tensor | None:
+    """float32 [num_images] the largest keep ratio of a training step for each image; None where budgets are fixed."""
+    selector = config.selector
+    if selector is None or not (selector.adaptive or selector.train_ratios):
+        return None
+    largest = selector.train_ratios[1] if selector.train_ratios else selector.max_ratio
+    assert largest is not None
+    return torch.full((num_images,), largest)
 
 
 # ------------------------------------------------------------------------------------------- losses and gradients

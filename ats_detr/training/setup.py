@@ -18,7 +18,7 @@ from torch._inductor.exc import InductorError
 
 from ats_detr import distributed
 from ats_detr.checkpoint import FINISHED, make_folder, read_file, save_config
-from ats_detr.config import Config, SyntheticConfig, config_to_dict
+from ats_detr.config import Config, SyntheticConfig, TeachersConfig, config_to_dict
 from ats_detr.console import console, say
 from ats_detr.data.coco import ClassMap
 from ats_detr.errors import UserError
@@ -28,7 +28,7 @@ from ats_detr.model import Detr, build_model, build_without_fetching
 from ats_detr.model.backbone import load_weights as load_backbone_weights
 from ats_detr.training.criterion import SetCriterion, build_criterion
 from ats_detr.training.datasets import Loaders, build_loaders, describe_images
-from ats_detr.training.distillation import BudgetCounts, DualTeacher
+from ats_detr.training.distillation import BudgetCounts, DualTeacher, SelfTaught
 from ats_detr.training.guards import BatchNormSnapshot, StepGuard, check_annotations
 from ats_detr.training.optim import MovingAverage, build_optimizer
 from ats_detr.training.resume import Checkpoints, Progress, State, restore
@@ -98,7 +98,7 @@ class Run:
     """Starts from step 0; False: resumed from a checkpoint."""
     loaders: Loaders
     criterion: SetCriterion
-    teachers: DualTeacher | None
+    teachers: DualTeacher | SelfTaught | None
     budgets: BudgetCounts | None
     """Of the current epoch, where there are teachers."""
     state: State
@@ -140,11 +140,11 @@ def prepare(stage: Stage, device: torch.device, teachers: Teachers | None) -> Ru
     if teachers is not None:
         teachers.check_classes(model, loaders.class_map)
     check_data(config, loaders, model)
-    supervision = teachers.supervision if teachers is not None else None
+    supervision = teachers.supervision if teachers is not None else self_taught(config)
     state = build_state(config, model, supervision)
     if checkpoint is not None:
         restore(checkpoint, state, device)
-    if supervision is not None:
+    if isinstance(supervision, DualTeacher):
         connect_teachers(supervision, model, config)
     resources = ExitStack()
     if distributed.is_main():
@@ -162,7 +162,9 @@ def prepare(stage: Stage, device: torch.device, teachers: Teachers | None) -> Ru
         loaders=loaders,
         criterion=build_criterion(config, model.num_classes),
         teachers=supervision,
-        budgets=None if supervision is None else BudgetCounts(supervision.num_budgets, device),
+        budgets=BudgetCounts(supervision.num_budgets, device)
+        if isinstance(supervision, DualTeacher)
+        else None,
         state=state,
         checkpoints=checkpoints,
         parallel_model=distributed.parallel(model, device),
@@ -220,10 +222,12 @@ def settings_without_effect(config: Config, model: Detr, num_steps: int) -> list
         "data.crop_size": not data.crop_short_sides and "data.crop_short_sides is empty",
         "model.selector.num_budgets": is_fixed and "model.selector.keep_ratio is a fixed budget",
         "model.selector.min_tokens": is_fixed and "model.selector.keep_ratio is a fixed budget",
+        "model.selector.mean_ratio": is_fixed and "model.selector.keep_ratio is a fixed budget",
+        "loss.memory_weight": config.teachers == "self" and "there is no strong teacher",
         "model.encoder_auxiliary": config.model.num_encoder_layers == 1 and "there is one encoder layer",
         "loss.decoder_auxiliary": is_single and "there is one decoder layer",
         "teachers.cache_difficulty": train.epochs == 1
-        and config.teachers is not None
+        and isinstance(config.teachers, TeachersConfig)
         and "there is one epoch",
     }
     for key, reason in changed.items():
@@ -330,12 +334,21 @@ def connect_teachers(supervision: DualTeacher, student: Detr, config: Config) ->
         )
 
 
+def self_taught(config: Config) -> SelfTaught | None:
+    """The supervision of `teachers: self`."""
+    if config.teachers != "self":
+        return None
+    selector = config.model.selector
+    assert selector is not None and selector.min_ratio is not None and selector.max_ratio is not None
+    return SelfTaught(selector.min_ratio, selector.max_ratio, iou_threshold=config.loss.difficulty_iou)
+
+
 # ------------------------------------------------------------------------------------------------------------ state
-def build_state(config: Config, model: Detr, supervision: DualTeacher | None) -> State:
+def build_state(config: Config, model: Detr, supervision: DualTeacher | SelfTaught | None) -> State:
     """Optimiser, moving average and progress at step 0."""
     average = MovingAverage(model, config.train.ema_decay) if config.train.ema_decay else None
     optimizer = build_optimizer(model, config.train, global_batch(config))
-    difficulty = supervision.difficulty if supervision is not None else None
+    difficulty = supervision.difficulty if isinstance(supervision, DualTeacher) else None
     return State(model, optimizer, average, Progress(), difficulty)
 
 

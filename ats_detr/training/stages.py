@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ats_detr.checkpoint import config_of, load_checkpoint, load_detector
-from ats_detr.config import Config, TeacherConfig, load_config
+from ats_detr.config import Config, TeacherConfig, TeachersConfig, load_config
 from ats_detr.data.coco import ClassMap
 from ats_detr.errors import UserError
 from ats_detr.model import Detr
@@ -43,7 +43,7 @@ def plan_stages(config: Config, overrides: Sequence[str] = ()) -> dict[str, Stag
     Overrides given for the config apply to its teachers too, except those of _STUDENT_ONLY.
     """
     folder = config.run_dir
-    if config.teachers is None:
+    if not isinstance(config.teachers, TeachersConfig):
         return {config.name: _plan(config.name, config, folder, {})}
     stages: dict[str, Stage] = {}
     for name, teacher in (("weak", config.teachers.weak), ("strong", config.teachers.strong)):
@@ -114,7 +114,11 @@ def train_stages(stages: dict[str, Stage], wanted: str, device: torch.device) ->
             if stage.given is None:
                 delete_leftovers(stage.folder)
             continue
-        teachers = load_teachers(stage.config, stages, device) if stage.config.teachers is not None else None
+        teachers = (
+            load_teachers(stage.config, stages, device)
+            if isinstance(stage.config.teachers, TeachersConfig)
+            else None
+        )
         later = [other.folder for other in chosen[number:] if other.folder in afresh]
         train(stage, device, teachers, outdated=later)
 
@@ -126,7 +130,11 @@ def is_finished(stage: Stage, stages: Mapping[str, Stage]) -> bool:
     if not stage.checkpoint.exists() or not is_resuming(stage.config, stage.folder):
         return False
     facts: dict[str, Any] = {}
-    teachers = [stages[name].checkpoint for name in ("weak", "strong")] if stage.config.teachers else []
+    teachers = (
+        [stages[name].checkpoint for name in ("weak", "strong")]
+        if isinstance(stage.config.teachers, TeachersConfig)
+        else []
+    )
     if teachers and all(path.exists() for path in teachers):
         weak, strong = (digest(load_checkpoint(path)["model"]) for path in teachers)
         facts["teacher_weights"] = {"weak": weak, "strong": strong}
@@ -140,7 +148,7 @@ def is_finished(stage: Stage, stages: Mapping[str, Stage]) -> bool:
 
 def load_teachers(config: Config, stages: Mapping[str, Stage], device: torch.device) -> Teachers:
     """The two teachers of a student, frozen and on the device."""
-    assert config.teachers is not None and config.model.selector is not None
+    assert isinstance(config.teachers, TeachersConfig) and config.model.selector is not None
     checkpoints = {name: finished_checkpoint(stages[name]) for name in ("weak", "strong")}
     weak, strong = (load_teacher(stages[name], config, checkpoints[name]) for name in ("weak", "strong"))
     return Teachers(

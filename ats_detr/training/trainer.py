@@ -7,7 +7,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ats_detr import distributed
 from ats_detr.checkpoint import FINISHED
+from ats_detr.config import ModelConfig
 from ats_detr.console import say
 from ats_detr.data.loader import Batch
 from ats_detr.errors import Stopped, UserError
@@ -24,12 +25,13 @@ from ats_detr.evaluation import evaluate, warn_of_minimum
 from ats_detr.precompile import compile_kernels
 from ats_detr.text import first_line
 from ats_detr.training.criterion import compute_losses
+from ats_detr.training.distillation import calibrated, training_ratios
 from ats_detr.training.guards import (
     check_targets,
     explain_out_of_memory,
     is_out_of_memory,
     largest_batch,
-    largest_budget,
+    largest_ratios,
 )
 from ats_detr.training.optim import learning_rate_factor, set_learning_rates
 from ats_detr.training.resume import BEST, delete_results, restore_rng, rng_state
@@ -177,9 +179,17 @@ def train_step(run: Run, epoch: int, micro_batches: Sequence[Batch], *, metrics:
 
 
 def accumulate_gradients(
-    run: Run, micro_batches: Sequence[Batch], *, metrics: bool
+    run: Run,
+    micro_batches: Sequence[Batch],
+    *,
+    metrics: bool,
+    ratios: Callable[[ModelConfig, int], Tensor | None] = training_ratios,
 ) -> tuple[dict[str, Tensor], str | None]:
     """Add the gradients of all micro batches to the parameters' `grad`.
+
+    Args:
+        metrics: add values that are only logged.
+        ratios: gives the keep ratios of a batch of this many images.
 
     Returns:
         The losses and metrics of the micro batches taken as one batch, and which tensor was not finite, if any.
@@ -193,6 +203,7 @@ def accumulate_gradients(
     for index, (host_batch, targets) in enumerate(micro_batches):
         batch = host_batch.to(run.device)
         is_last = index + 1 == len(micro_batches)
+        keep_ratio = ratios(run.config.model, len(batch))
         with (
             distributed.gradient_averaging(run.parallel_model, enabled=is_last),
             explain_out_of_memory(batch, targets),
@@ -207,6 +218,7 @@ def accumulate_gradients(
                 share=share,
                 precision=run.precision,
                 metrics=metrics,
+                keep_ratio=None if keep_ratio is None else keep_ratio.to(run.device, non_blocking=True),
             )
             losses["loss"].backward()
         problem = problem or found
@@ -280,13 +292,12 @@ def preflight_memory(run: Run) -> None:
     rng = rng_state(run.device)
     run.batch_norms.save()
     run.parallel_model.train()
-    with largest_budget(state.model):
-        try:
-            accumulate_gradients(run, [(batch, targets)], metrics=False)
-        except CANNOT_COMPILE as error:
-            logger.warning("train.compile is OFF, this model cannot be compiled here: %s", first_line(error))
-            uncompile_layers(state.model)
-            accumulate_gradients(run, [(batch, targets)], metrics=False)
+    try:
+        accumulate_gradients(run, [(batch, targets)], metrics=False, ratios=largest_ratios)
+    except CANNOT_COMPILE as error:
+        logger.warning("train.compile is OFF, this model cannot be compiled here: %s", first_line(error))
+        uncompile_layers(state.model)
+        accumulate_gradients(run, [(batch, targets)], metrics=False, ratios=largest_ratios)
     del moments  # of the optimiser, which makes its own in the first step
     state.optimizer.zero_grad()
     run.batch_norms.restore()
@@ -296,8 +307,18 @@ def preflight_memory(run: Run) -> None:
 def evaluate_run(run: Run, is_last: bool) -> None:
     """Evaluate on the validation images. The weights with the highest AP are kept, the last ones in any case.
 
-    Raises Stopped after one of the STOP_SIGNALS.
+    Self-taught budgets are calibrated before. Raises Stopped after one of the STOP_SIGNALS.
     """
+    selector, loader = run.config.model.selector, run.loaders.calibration
+    if loader is None:
+        _evaluate_and_save(run, is_last)
+        return
+    assert selector is not None and selector.mean_ratio is not None
+    with calibrated(run.state.evaluated, loader, selector.mean_ratio, run.device):
+        _evaluate_and_save(run, is_last)
+
+
+def _evaluate_and_save(run: Run, is_last: bool) -> None:
     state, progress = run.state, run.state.progress
     try:
         found = evaluate(

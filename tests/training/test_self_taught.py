@@ -1,0 +1,220 @@
+"""Training at random keep ratios, and budgets that a model teaches itself."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from ats_detr.config import config_from_dict, load_config
+from ats_detr.errors import UserError
+from ats_detr.model import top_detections
+from ats_detr.training import resume, trainer
+from ats_detr.training.average_precision import image_average_precision
+from ats_detr.training.distillation import (
+    SelfTaught,
+    calibrated,
+    cost_of_mean,
+    draw_ratios,
+    interpolate,
+)
+from ats_detr.training.stages import plan_stages, train_stages
+from tests.training.small import merged, random_batch, small_run, small_tree
+
+SELECTOR: dict[str, Any] = {
+    "keep_ratio": None,
+    "min_ratio": 0.1,
+    "max_ratio": 0.9,
+    "num_budgets": 5,
+    "min_tokens": 1,
+    "train_ratios": [0.1, 0.9],
+    "mean_ratio": 0.4,
+}
+SELF_TAUGHT: dict[str, Any] = {"model": {"selector": SELECTOR}, "teachers": "self"}
+
+
+# -------------------------------------------------------------------------------------------------------- keep ratios
+def test_a_quarter_of_the_images_has_the_smallest_ratio_and_a_quarter_the_largest() -> None:
+    torch.manual_seed(0)
+    ratios = torch.stack([draw_ratios(16, 0.03, 0.4) for _ in range(200)])
+    smallest, largest = ratios == torch.tensor(0.03), ratios == torch.tensor(0.4)
+    assert (smallest.sum(1) == 4).all() and (largest.sum(1) == 4).all(), "in every batch"
+    assert smallest.any(0).all() and largest.any(0).all(), "on every place of the batch"
+    between = ratios[~smallest & ~largest]
+    assert 0.03 < between.min() and between.max() < 0.4
+    middle = math.sqrt(0.03 * 0.4)
+    assert (between < middle).float().mean() == pytest.approx(0.5, abs=0.03), "log-uniform"
+    single = torch.cat([draw_ratios(1, 0.03, 0.4) for _ in range(2000)])
+    assert (single == torch.tensor(0.03)).float().mean() == pytest.approx(0.25, abs=0.04)
+
+
+def test_ratios_depend_on_the_seed_only() -> None:
+    torch.manual_seed(3)
+    first = draw_ratios(5, 0.1, 1.0)
+    torch.manual_seed(3)
+    assert torch.equal(draw_ratios(5, 0.1, 1.0), first)
+
+
+@pytest.mark.parametrize("is_adaptive", [False, True])
+def test_images_of_a_step_keep_the_drawn_ratios(tmp_path: Path, is_adaptive: bool) -> None:
+    selector = SELECTOR if is_adaptive else {"keep_ratio": 0.3, "train_ratios": [0.2, 0.8]}
+    run = small_run(tmp_path, **merged(SELF_TAUGHT if is_adaptive else {}, {"model": {"selector": selector}}))
+    found = []
+    run.state.model.selector.register_forward_hook(lambda _, inputs, scores: found.append(scores))
+    batches = run.loaders.train.epoch(0)
+    for _ in range(2):
+        torch.manual_seed(7)
+        _, losses = trainer.train_step(run, 0, [next(batches)], metrics=False), found[-1]
+        torch.manual_seed(7)
+        expected = draw_ratios(4, *run.config.model.selector.train_ratios)
+        assert torch.equal(losses.num_kept_B, (losses.num_valid_B * expected).long() + 1)
+        assert losses.budget_B is None
+    trainer.preflight_memory(run)
+    largest = run.config.model.selector.train_ratios[1]
+    assert torch.equal(found[-1].num_kept_B, (found[-1].num_valid_B * largest).long() + 1)
+
+
+# ------------------------------------------------------------------------------------------------------- budget head
+def test_interpolation_is_linear_between_the_budgets() -> None:
+    values, places = torch.rand(50, 6), torch.rand(50)
+    places[:3] = torch.tensor([0.0, 1.0, 0.4])
+    expected = [np.interp(p, np.linspace(0, 1, 6), v) for p, v in zip(places, values.numpy(), strict=True)]
+    torch.testing.assert_close(
+        interpolate(values, places), torch.tensor(expected).float(), atol=1e-6, rtol=1e-5
+    )
+
+
+def test_the_loss_compares_expected_and_measured_precision(tmp_path: Path) -> None:
+    run = small_run(tmp_path, **SELF_TAUGHT)
+    model = run.state.model.train()
+    batch, targets = random_batch(1, [2, 0, 3, 1])
+    output = model(batch, keep_ratio=torch.tensor([0.1, 0.9, 0.5, 0.3]))
+    losses = SelfTaught(0.1, 0.9)(batch, targets, output)
+    logits = output.selection.budget_logits
+    found = top_detections(output.last, [target.original_size for target in targets])
+    measured = image_average_precision(found, targets)
+    places = (output.selection.keep_ratio_B - 0.1) / 0.8
+    expected = interpolate(logits, places.clamp(0, 1))
+    torch.testing.assert_close(losses["loss_budget"], ((expected - measured) ** 2).mean() / 2)
+    torch.testing.assert_close(losses["image_precision"], measured.mean())
+    (gradient,) = torch.autograd.grad(losses["loss_budget"], logits)
+    assert ((gradient != 0).sum(1) <= 2).all() and (gradient != 0).any(1).all(), (
+        "the neighbouring budgets learn"
+    )
+
+
+def test_expected_precision_learns_which_images_gain_from_tokens() -> None:
+    """From one noisy value of each image: images with a large feature gain 0.6 from tokens, the others 0.1."""
+    torch.manual_seed(0)
+    head = torch.nn.Linear(2, 4)
+    optimizer = torch.optim.Adam(head.parameters(), 0.02)
+    for _ in range(600):
+        is_hard = torch.rand(64) < 0.5
+        place = (draw_ratios(64, 0.1, 1.0) - 0.1) / 0.9
+        precision = torch.where(is_hard, 0.2 + 0.6 * place, 0.8 + 0.1 * place) + 0.1 * torch.randn(64)
+        features = torch.stack([is_hard.float(), 1 - is_hard.float()], 1)
+        loss = (interpolate(head(features), place) - precision).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    hard, easy = head(torch.eye(2)).detach()
+    assert float(hard[-1] - hard[0]) == pytest.approx(0.6, abs=0.08)
+    assert float(easy[-1] - easy[0]) == pytest.approx(0.1, abs=0.08)
+    net = torch.stack([hard, easy]) - 0.3 * torch.linspace(0.1, 1, 4)
+    assert net.argmax(1).tolist() == [3, 0]
+
+
+# -------------------------------------------------------------------------------------------------------- calibration
+def test_the_cost_gives_the_mean() -> None:
+    torch.manual_seed(0)
+    ratios = torch.linspace(0.1, 0.9, 5)
+    logits = torch.rand(400, 5).sort(1).values
+    kept = ratios.expand(400, 5)
+    for mean in (0.15, 0.4, 0.8):
+        chosen = (logits - cost_of_mean(logits, ratios, kept, mean) * ratios).argmax(1)
+        assert float(ratios[chosen].mean()) == pytest.approx(mean, abs=0.005)
+
+
+def test_calibrated_budgets_have_the_mean_and_the_weights_are_restored(tmp_path: Path) -> None:
+    tree = merged(SELF_TAUGHT, {"data": {"synthetic": {"num_train": 60}}})
+    run = small_run(tmp_path, **tree)
+    model, loader = run.state.model, run.loaders.calibration
+    with torch.no_grad():
+        model.selector.budget[-1].weight.mul_(100)  # different images, different budgets
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    model.train()
+    with calibrated(model, loader, 0.4, torch.device("cpu")):
+        assert model.training
+        model.eval()
+        with torch.no_grad():
+            ratios = torch.cat([model(batch).selection.keep_ratio_B for batch, _ in loader])
+    assert len(ratios) == 60 and len(ratios.unique()) > 1
+    assert float(ratios.mean()) == pytest.approx(0.4, rel=0.1)
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def write(folder: Path, **changes: Any) -> Path:
+    folder.mkdir(exist_ok=True)
+    tree = small_tree(folder, **merged({**SELF_TAUGHT, "train": {"ema_decay": 0.5}}, changes))
+    tree["data"]["root"] = str(folder.parent / "data")
+    (folder / "config.yaml").write_text(yaml.safe_dump(tree))
+    return folder / "config.yaml"
+
+
+def train(path: Path) -> dict[str, Any]:
+    torch.set_num_threads(1)
+    train_stages(plan_stages(load_config(path)), "all", torch.device("cpu"))
+    return torch.load(path.parent / "run" / "final.pt", weights_only=True)
+
+
+def test_a_resumed_run_ends_with_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also the calibrated budgets of its moving average."""
+    undisturbed = train(write(tmp_path / "a"))
+    assert undisturbed["metrics"]["budget_histogram"] and len(undisturbed["metrics"]["budget_histogram"]) == 5
+    again = write(tmp_path / "b")
+    save = resume.save_checkpoint
+
+    def save_and_die(*arguments: Any, **keywords: Any) -> None:
+        save(*arguments, **keywords)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(resume, "save_checkpoint", save_and_die)
+        with pytest.raises(KeyboardInterrupt):
+            train(again)
+    assert (again.parent / "run" / "checkpoint.pt").exists()
+    resumed = train(again)
+    assert resumed["metrics"] == undisturbed["metrics"]
+    for name, tensor in undisturbed["model"].items():
+        assert torch.equal(resumed["model"][name], tensor), name
+
+
+# ------------------------------------------------------------------------------------------------------------- errors
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"train_ratios": None}, "model.selector.train_ratios = None: .*must include min_ratio = 0.1"),
+        ({"train_ratios": [0.2, 0.9]}, "must include min_ratio = 0.1 and max_ratio = 0.9"),
+        ({"train_ratios": [0.5, 0.1]}, r"train_ratios = \(0.5, 0.1\): must be \[smallest, largest\]"),
+        ({"train_ratios": [0, 0.9]}, r"must be \[smallest, largest\] with 0 < smallest"),
+        ({"mean_ratio": None}, "mean_ratio = None: with teachers: self, must be between"),
+        ({"mean_ratio": 0.95}, "mean_ratio = 0.95: with teachers: self, must be between"),
+    ],
+)
+def test_impossible_settings_are_one_line(tmp_path: Path, changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        load_config(write(tmp_path / "run", model={"selector": changes}))
+
+
+def test_settings_of_teachers_have_no_effect_without_teachers(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="model.adaption = True: has no effect with teachers: self"):
+        load_config(write(tmp_path / "run", model={"adaption": True}))
+    with pytest.raises(UserError, match="teachers = 'selv': must be"):
+        load_config(write(tmp_path / "run", teachers="selv"))
+    with pytest.raises(UserError, match="teachers = 'set': only an adaptive model has teachers"):
+        config_from_dict({"teachers": "self"})
