@@ -4,17 +4,19 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ats_detr.budgets import MeanBudget
     from ats_detr.config import load_config
     from ats_detr.detector import Detector, Result
     from ats_detr.errors import UserError
     from ats_detr.model import CompiledDetr
 
 __version__ = "0.2.0"
-__all__ = ["CompiledDetr", "Detector", "Result", "UserError", "load_config"]
+__all__ = ["CompiledDetr", "Detector", "MeanBudget", "Result", "UserError", "load_config"]
 
 _MODULES = {
     "CompiledDetr": "model",
     "Detector": "detector",
+    "MeanBudget": "budgets",
     "Result": "detector",
     "UserError": "errors",
     "load_config": "config",

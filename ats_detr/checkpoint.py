@@ -5,8 +5,9 @@ A checkpoint is a dictionary of tensors and plain values, readable with `torch.l
 `num_processes`, `teacher_weights` (digests), `epoch` (completed), `epoch_step` (completed steps of the next epoch),
 `step`, `train_seconds`, `best_ap`, `skipped_steps`, `is_evaluated`, `finished`. A resumable checkpoint adds
 `optimizer`, `rng` (one state per process) and, where they exist, `average` (of the weights) and `difficulty` (of the
-images); a finished one adds `metrics`. A .safetensors file has the same content without the state of the training,
-with plain values as JSON in its metadata. Checkpoints of the published code are converted on reading.
+images); a finished one adds `metrics`, and a calibrated one `budget_calibration`. A .safetensors file has the same
+content without the state of the training, with plain values as JSON in its metadata. Checkpoints of the published code
+are converted on reading.
 
 A model folder has the content of a .safetensors file in two: `model.safetensors`, for any safetensors reader, and
 `config.json`.
@@ -32,6 +33,7 @@ import yaml
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from ats_detr.budgets import CALIBRATION, Calibration
 from ats_detr.config import Config, ConfigError, apply_override, config_from_dict, config_to_dict
 from ats_detr.convert import ALLOWED_TYPES, from_official, is_official
 from ats_detr.data.classes import ClassMap
@@ -71,6 +73,7 @@ _TRAINING_STATE = ("optimizer", "rng", "average", "difficulty")
 _TYPES: dict[str, Any] = {
     **{"model": Mapping, "config": dict, "num_classes": int, "classes": dict, "epoch": int, "finished": bool},
     **{"train_seconds": (int, float), "metrics": (dict, type(None)), "published": bool},
+    CALIBRATION: dict,
 }
 _KEYS = ("model", "config", "num_classes", "classes", "epoch", "finished")
 """Required keys of a checkpoint, of these types."""
@@ -96,6 +99,32 @@ def save_checkpoint(checkpoint: Mapping[str, Any], path: Path, *, previous: Path
         reason = error.strerror if isinstance(error, OSError) else first_line(error)
         kept = "the previous checkpoint is intact" if path.exists() else "nothing was written"
         raise UserError(f"{path}: cannot write this checkpoint ({reason}); {kept}") from error
+
+
+def add_to_checkpoint(facts: Mapping[str, Any], path: Path) -> None:
+    """Add plain values to a checkpoint of this package, atomically; the file of the weights of a folder is not touched.
+
+    Raises UserError where it is in another format, or cannot be written; it is not changed then.
+    """
+    content = read_own_file(path)
+    if not path.is_dir():
+        save_checkpoint({**content, **facts}, path)
+        return
+    try:
+        others = {key: value for key, value in content.items() if key != "model"}
+        write_json({**others, **facts}, path / MODEL_CONFIG)
+    except OSError as error:
+        raise UserError(f"{path}: cannot write {MODEL_CONFIG} ({error.strerror})") from error
+
+
+def read_own_file(path: Path) -> dict[str, Any]:
+    """The content of a checkpoint of this package. Raises UserError, also for one in another format."""
+    content = read_file(path)
+    if not isinstance(content, dict) or any(key not in content for key in _KEYS):
+        raise UserError(
+            f"{path}: not in the format of this package; convert it first: ats-detr convert {path} FOLDER"
+        )
+    return content
 
 
 def save_folder(checkpoint: Mapping[str, Any], folder: Path) -> None:
@@ -214,6 +243,10 @@ def _check_content(checkpoint: Any, path: str | Path) -> None:
         classes = ClassMap.from_dict(checkpoint["classes"])
     except UserError as error:
         raise UserError(f"{path}: invalid classes: {error}") from None
+    try:
+        Calibration.of(checkpoint)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
     if classes.num_rows != checkpoint["num_classes"]:
         raise UserError(
             f"{path}: num_classes = {checkpoint['num_classes']}: must be {classes.num_rows}, as in classes"

@@ -10,7 +10,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from ats_detr.batch import ImageBatch, bucket_size
+from ats_detr.budgets import CALIBRATION, Budget, BudgetOptions, Calibration, MeanBudget, budget_options
 from ats_detr.checkpoint import (
     CHECKPOINT_SUFFIXES,
     config_of,
@@ -34,7 +35,7 @@ from ats_detr.distributed import choose_device
 from ats_detr.errors import UserError
 from ats_detr.evaluation import MAX_DETECTIONS
 from ats_detr.model import CompiledDetr, Detr
-from ats_detr.model.compiled import MAX_GRAPHS, GraphCache, can_capture, model_state
+from ats_detr.model.compiled import MAX_GRAPHS, GraphCache, can_capture, model_state, scalars
 from ats_detr.model.output import DetectedBatch, TokenBudget, token_budgets
 from ats_detr.model.self_check import self_check
 from ats_detr.model_card import write_card
@@ -43,6 +44,8 @@ from ats_detr.visualize import KeptTokens, draw_boxes
 
 if TYPE_CHECKING:
     import supervision
+
+T = TypeVar("T")
 
 THRESHOLD = 0.4
 """Default minimum score of `predict`; evaluation has no threshold."""
@@ -172,9 +175,11 @@ class Detector:
         capture: on CUDA, capture passes as CUDA graphs and replay them: `auto` when a combination of padded size and
             number of images occurs for the second time, True for the first time, False never. At most 32 graphs are
             kept. Weights may be changed in place; other changes of the model discard its graphs.
+        budget: default of `predict`: `auto`, a keep ratio, or a `MeanBudget`; see docs/budgets.md.
 
     Raises:
         ValueError: for another value of `capture`.
+        UserError: if the model cannot have this budget.
     """
 
     def __init__(
@@ -185,6 +190,7 @@ class Detector:
         facts: dict[str, Any] | None = None,
         *,
         capture: bool | Literal["auto"] = "auto",
+        budget: Budget = "auto",
     ) -> None:
         if capture not in (True, False, "auto"):
             raise ValueError(f"capture = {capture!r}: must be 'auto', True or False")
@@ -195,10 +201,16 @@ class Detector:
         self.compiled: CompiledDetr | None = None
         """The compiled model after `compile`. Its `warm_up_seconds` has the time of the first batch of each shape."""
         self._transform = evaluation_transform(config.data.short_side, config.data.long_side)
+        self.budget = budget
+        self.budget_options(budget)
 
     @staticmethod
     def from_checkpoint(
-        source: str | Path, *, device: str = "auto", capture: bool | Literal["auto"] = "auto"
+        source: str | Path,
+        *,
+        device: str = "auto",
+        capture: bool | Literal["auto"] = "auto",
+        budget: Budget = "auto",
     ) -> Detector:
         """A detector from a checkpoint file, a model folder, or a finished run.
 
@@ -209,9 +221,10 @@ class Detector:
                 unless they are cached. For a run with teachers, the student is loaded.
             device: `auto` (CUDA if available, otherwise the CPU), `cpu`, `cuda` or `cuda:1`.
             capture: see `Detector`.
+            budget: see `Detector`.
 
         Raises:
-            UserError: if the checkpoint does not exist or cannot be read.
+            UserError: if the checkpoint does not exist or cannot be read, or its model cannot have this budget.
         """
         chosen = choose_device(device)
         path = resolve_checkpoint(source)
@@ -223,6 +236,7 @@ class Detector:
             ClassMap.from_dict(checkpoint["classes"]),
             {key: value for key, value in checkpoint.items() if key not in dropped},
             capture=capture,
+            budget=budget,
         )
 
     def compile(
@@ -273,6 +287,7 @@ class Detector:
         threshold: float = THRESHOLD,
         max_detections: int = MAX_DETECTIONS,
         batch_size: int = 1,
+        budget: Budget | None = None,
         keep_tokens: bool = False,
         upright: bool | None = None,
         allow_urls: bool = False,
@@ -289,6 +304,8 @@ class Detector:
             threshold: minimum score of a detection, 0..1.
             max_detections: maximum number of detections per image.
             batch_size: maximum number of images per forward pass; only images of equal padded size share a pass.
+            budget: `auto`: as trained. A number in (0, 1]: this keep ratio for every image. A `MeanBudget`: a mean over
+                images, which needs a calibrated model (see `calibrate`). None: the budget of the detector.
             keep_tokens: return the kept tokens in `Result.kept_tokens`.
             upright: rotate files according to their EXIF orientation, as viewers do. None: unless the detector was
                 trained with `data.exif=stored`.
@@ -297,8 +314,8 @@ class Detector:
 
         Raises:
             ImageFileError: if an image cannot be read and `on_bad_image` is None.
-            UserError: if a folder has no images, an array has an unsupported shape or dtype, or an argument is out of
-                range.
+            UserError: if a folder has no images, an array has an unsupported shape or dtype, an argument is out of
+                range, or the model cannot have the budget.
         """
         return list(
             self.stream(
@@ -306,6 +323,7 @@ class Detector:
                 threshold=threshold,
                 max_detections=max_detections,
                 batch_size=batch_size,
+                budget=budget,
                 keep_tokens=keep_tokens,
                 upright=upright,
                 allow_urls=allow_urls,
@@ -320,6 +338,7 @@ class Detector:
         threshold: float = THRESHOLD,
         max_detections: int = MAX_DETECTIONS,
         batch_size: int = 1,
+        budget: Budget | None = None,
         keep_tokens: bool = False,
         upright: bool | None = None,
         allow_urls: bool = False,
@@ -329,14 +348,87 @@ class Detector:
 
         A few images are read in advance.
         """
-        for setting, value in (("batch_size", batch_size), ("max_detections", max_detections)):
-            if not 1 <= value <= _MAX_NUMBER:
-                raise UserError(f"{setting} = {value}: must be in 1..{_MAX_NUMBER}")
+        _check_number("max_detections", max_detections)
         if not 0 <= threshold <= 1:  # also true for NaN
             raise UserError(f"threshold = {threshold}: must be in [0, 1]")
-
         if upright is None:
             upright = self.config.data.exif != "stored"
+        options = self.budget_options(self.budget if budget is None else budget)
+        detect = functools.partial(
+            self._detect,
+            threshold=threshold,
+            max_detections=max_detections,
+            options=options,
+            keep_tokens=keep_tokens,
+            upright=upright,
+        )
+        yield from self._map(detect, images, batch_size, upright, allow_urls, on_bad_image)
+
+    def budget_options(self, budget: Budget) -> BudgetOptions:
+        """The arguments of `Detr.detect` for a budget. Raises UserError if the model cannot have it."""
+        calibration = self.calibration if isinstance(budget, MeanBudget) else None
+        return budget_options(budget, self.model.selector, calibration)
+
+    @property
+    def calibration(self) -> Calibration | None:
+        """The mean keep ratios that a `MeanBudget` needs; None before `calibrate`."""
+        return Calibration.of(self.facts)
+
+    def calibrate(
+        self,
+        images: ImageSource | Iterable[ImageSource],
+        *,
+        batch_size: int = 1,
+        upright: bool | None = None,
+        on_bad_image: Callable[[ImageFileError], object] | None = None,
+    ) -> Calibration:
+        """Measure the mean keep ratio at each cost of tokens, which a `MeanBudget` needs; `save` stores it.
+
+        Runs the model up to the choice of the budget. Use images like those of the application, without annotations,
+        and other ones than those of an evaluation.
+
+        Args:
+            images: see `predict`; likewise the other arguments.
+
+        Raises:
+            ImageFileError: if an image cannot be read and `on_bad_image` is None.
+            UserError: if the model has a single budget, or there are no images.
+        """
+        selector = self.model.selector
+        if selector is None or selector.budget is None:
+            raise UserError(
+                "this model has no choice of budgets; only a model with several budgets is calibrated"
+            )
+        if upright is None:
+            upright = self.config.data.exif != "stored"
+        rows = list(self._map(self._score, images, batch_size, upright, False, on_bad_image))
+        if not rows:
+            raise UserError("no images to calibrate with")
+        logits, num_valid = zip(*rows, strict=True)
+        calibration = Calibration.measure(selector, torch.stack(logits), torch.stack(num_valid))
+        self.facts[CALIBRATION] = calibration.to_dict()
+        return calibration
+
+    def _score(self, images: list[_Prepared]) -> Iterable[tuple[Tensor, Tensor]]:
+        """Budget logits and number of valid tokens of each image, on the CPU."""
+        pixels = [image.pixels for image in images]
+        batch = ImageBatch.collate(pixels, self.config.data.size_multiple).to(self.device)
+        with torch.inference_mode():
+            selection = self.model.select(self.model.tokenize(batch.images_B3HW, batch.sizes_B2))
+        assert selection is not None and selection.budget_logits is not None
+        return zip(selection.budget_logits.float().cpu(), selection.num_valid_B.cpu(), strict=True)
+
+    def _map(
+        self,
+        function: Callable[[list[_Prepared]], Iterable[T]],
+        images: ImageSource | Iterable[ImageSource],
+        batch_size: int,
+        upright: bool,
+        allow_urls: bool,
+        on_bad_image: Callable[[ImageFileError], object] | None,
+    ) -> Iterator[T]:
+        """What `function` returns for each image, in order; it is called with images of equal padded size."""
+        _check_number("batch_size", batch_size)
 
         def prepare(numbered: tuple[int, ImageSource]) -> _Prepared | ImageFileError:
             number, source = numbered
@@ -366,13 +458,10 @@ class Detector:
             for place, prepared in enumerate(window):
                 size = (prepared.pixels.shape[1], prepared.pixels.shape[2])
                 buckets[bucket_size(size, self.config.data.size_multiple)].append(place)
-            results: dict[int, Result] = {}
+            results: dict[int, T] = {}
             for places in buckets.values():
                 for chosen in self._batches(places, batch_size):
-                    found = self._detect(
-                        [window[i] for i in chosen], threshold, max_detections, keep_tokens, upright
-                    )
-                    results.update(zip(chosen, found, strict=True))
+                    results.update(zip(chosen, function([window[i] for i in chosen]), strict=True))
             yield from (results[place] for place in range(len(window)))
 
     def _batches(self, places: list[int], batch_size: int) -> Iterator[list[int]]:
@@ -386,13 +475,20 @@ class Detector:
             yield from [[place] for place in batch] if has_graphs and len(batch) < batch_size else [batch]
 
     def _detect(
-        self, images: list[_Prepared], threshold: float, max_detections: int, keep_tokens: bool, upright: bool
+        self,
+        images: list[_Prepared],
+        *,
+        threshold: float,
+        max_detections: int,
+        options: BudgetOptions,
+        keep_tokens: bool,
+        upright: bool,
     ) -> list[Result]:
         batch = ImageBatch.collate([image.pixels for image in images], self.config.data.size_multiple)
         scale_B4 = torch.tensor([image.size[::-1] * 2 for image in images])
         with torch.inference_mode():
             found = self._run(
-                batch.to(self.device), scale_B4.to(self.device, non_blocking=True), max_detections
+                batch.to(self.device), scale_B4.to(self.device, non_blocking=True), max_detections, **options
             )
         detections_BN6, budgets = found.detections_BN6.cpu().numpy(), token_budgets(found.budgets_B3)
         kept = _kept_tokens(found, batch) if keep_tokens else [None] * len(images)
@@ -411,17 +507,28 @@ class Detector:
             )
         ]
 
-    def _run(self, batch: ImageBatch, scale_B4: Tensor, max_detections: int) -> DetectedBatch:
+    def _run(
+        self,
+        batch: ImageBatch,
+        scale_B4: Tensor,
+        max_detections: int,
+        *,
+        keep_ratio: float | None = None,
+        cost: float | None = None,
+    ) -> DetectedBatch:
         if self.compiled is not None:
-            return self.compiled.detect(batch, scale_B4, max_detections)
+            return self.compiled.detect(batch, scale_B4, max_detections, keep_ratio=keep_ratio, cost=cost)
         model = self.model
 
-        def detect(images_B3HW: Tensor, sizes_B2: Tensor, scale_B4: Tensor) -> DetectedBatch:
-            output = model.detect(images_B3HW, sizes_B2, supervision=False)
+        def detect(
+            images_B3HW: Tensor, sizes_B2: Tensor, scale_B4: Tensor, cost: Tensor | None = None
+        ) -> DetectedBatch:
+            output = model.detect(images_B3HW, sizes_B2, supervision=False, keep_ratio=keep_ratio, cost=cost)
             return DetectedBatch.from_output(output, scale_B4, max_detections)
 
         def detect_eagerly() -> DetectedBatch:
-            return DetectedBatch.from_output(model(batch, supervision=False), scale_B4, max_detections)
+            output = model(batch, supervision=False, keep_ratio=keep_ratio, cost=cost)
+            return DetectedBatch.from_output(output, scale_B4, max_detections)
 
         dtype = model.level_embed.dtype
         if not self.capture or not can_capture(self.device, dtype, warn=False):
@@ -429,11 +536,12 @@ class Detector:
         images_B3HW = batch.images_B3HW
         sizes_B2 = batch.sizes_B2
         return self._graphs.run(
-            (max_detections, images_B3HW.shape, images_B3HW.dtype),
+            (max_detections, images_B3HW.shape, images_B3HW.dtype, keep_ratio, cost is not None),
             detect,
             images_B3HW,
             sizes_B2,
             scale_B4,
+            *scalars(cost, self.device),
             eager=detect_eagerly,
             prepare=functools.partial(self_check, model, images_B3HW, sizes_B2),
             state=functools.partial(model_state, model),
@@ -452,6 +560,11 @@ class Detector:
             "category_ids": category_ids[shown],
             "names": tuple(map(self.classes.name_of_row, labels[shown].tolist())),
         }
+
+
+def _check_number(setting: str, value: int) -> None:
+    if not 1 <= value <= _MAX_NUMBER:
+        raise UserError(f"{setting} = {value}: must be in 1..{_MAX_NUMBER}")
 
 
 def _kept_tokens(found: DetectedBatch, batch: ImageBatch) -> list[KeptTokens | None]:

@@ -8,7 +8,7 @@ import io
 import json
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -21,7 +21,8 @@ from rich.progress import track
 from scipy.stats import spearmanr
 
 from ats_detr import distributed
-from ats_detr.batch import Target
+from ats_detr.batch import ImageBatch, Target
+from ats_detr.budgets import BudgetOptions
 from ats_detr.config import SelectorConfig
 from ats_detr.data.coco import ClassMap, CocoAnnotations, CocoDetection
 from ats_detr.data.loader import EvaluationLoader
@@ -153,7 +154,7 @@ class Metrics:
     images: tuple[ImageRecord, ...]
     """By ascending image id."""
     num_budgets: int
-    """Number of budgets of the model; 0 where the budget is fixed."""
+    """Number of budgets of the model; 0 where the budget is fixed or one ratio was given."""
     num_skipped: int
     """Unreadable images (`on_bad_image="skip"`), which no metric includes."""
 
@@ -224,65 +225,106 @@ def _or_none(value: float) -> float | None:
     return None if math.isnan(value) else value
 
 
-@torch.no_grad()
 def evaluate(
     model: Detr | CompiledDetr,
     loader: EvaluationLoader,
     device: torch.device | str,
     *,
+    budget: BudgetOptions | None = None,
+    detections_file: Path | None = None,
+    **options: Any,
+) -> Metrics:
+    """Metrics of `model` at one budget (None: as trained), see `evaluate_budgets`.
+
+    Args:
+        detections_file: the main process writes all detections here as COCO results (JSON).
+
+    Raises also, on every process, UserError if `detections_file` cannot be written.
+    """
+    ((metrics, detections),) = evaluate_budgets(model, loader, device, [budget or {}], **options)
+    failure = None
+    if detections_file is not None:
+        if detections is not None:
+            failure = _write_results(detections.to_coco(loader.dataset.annotations), detections_file)
+        failure = distributed.broadcast(failure)
+    if failure is not None:
+        raise UserError(failure)
+    return metrics
+
+
+@torch.no_grad()
+def evaluate_budgets(
+    model: Detr | CompiledDetr,
+    loader: EvaluationLoader,
+    device: torch.device | str,
+    budgets: Sequence[BudgetOptions],
+    *,
     evaluator: Evaluator = "auto",
     max_detections: int = MAX_DETECTIONS,
-    detections_file: Path | None = None,
     show_progress: bool = False,
     should_stop: Callable[[], bool] = lambda: False,
-) -> Metrics:
-    """Metrics of `model` on all images of `loader`, the same on every process.
+) -> list[tuple[Metrics, DetectionTable | None]]:
+    """Metrics of `model` at each budget on all images of `loader`, the same on every process.
+
+    The main process also has the detections. Images are read once for all budgets, and the backbone runs once, except
+    in a compiled model.
 
     With torch.distributed initialised, each process calls it with its own share of the images
     (`EvaluationLoader` with rank and world_size) and the processes wait for each other once, at the end. The
     model is put in evaluation mode and back. Pass the bare or the compiled model, not DistributedDataParallel.
 
     Args:
+        budgets: arguments of `Detr.detect`, from `budget_options`.
         max_detections: detections of an image that count, the best over all classes.
-        detections_file: the main process writes all detections here as COCO results (JSON).
         should_stop: called after each batch; where it is true on a process, all of them raise Stopped.
 
     Raises, on every process, ImageFileError if one of them meets an image that cannot be read, and UserError if there
-    is no image that can be, the model's output is not finite, or `detections_file` cannot be written.
+    is no image that can be, or the model's output is not finite.
     """
     bare = model.model if isinstance(model, CompiledDetr) else model
     was_training = bare.training
     bare.eval()
-    found = _Found(max_detections)
+    found, error = [_Found(max_detections) for _ in budgets], None
     try:
         batches = track(loader, "evaluating", total=len(loader), transient=True, disable=not show_progress)
         for batch, targets in batches:
-            batch = batch.to(device)
-            output = model(batch) if isinstance(model, CompiledDetr) else model(batch, supervision=False)
-            found.add(output, targets, loader.dataset)
+            for one, output in zip(found, _outputs(model, batch.to(device), budgets), strict=True):
+                one.add(output, targets, loader.dataset)
             if should_stop():
                 raise Stopped
-    except (UserError, Stopped) as error:
-        found.error = error  # raised after the processes have met: the others wait for this one
+    except (UserError, Stopped) as raised:
+        error = raised  # raised after the processes have met: the others wait for this one
     finally:
         bare.train(was_training)
 
-    shares = distributed.gather(found)
-    for share in shares:
-        if share.error is not None:
-            raise share.error
-    if not any(share.records for share in shares):
+    shares = distributed.gather((found, error))
+    for _, error in shares:
+        if error is not None:
+            raise error
+    if not any(one.records for one, *_ in (found for found, _ in shares)):
         raise UserError(f"{loader.dataset.annotations.file}: none of its images can be read")
-    metrics, failure = None, None
+    tables: list[DetectionTable | None] = [None] * len(budgets)
+    metrics: list[Metrics] = []
     if distributed.is_main():
-        metrics, detections = _summarise(shares, loader, evaluator, max_detections)
-        if detections_file is not None:
-            failure = _write_results(detections.to_coco(loader.dataset.annotations), detections_file)
-    metrics, failure = distributed.broadcast((metrics, failure))
-    if failure is not None:
-        raise UserError(failure)
-    assert metrics is not None
-    return metrics
+        for number in range(len(budgets)):
+            share = [found[number] for found, _ in shares]
+            summary, tables[number] = _summarise(share, loader, evaluator, max_detections)
+            metrics.append(summary)
+    return list(zip(distributed.broadcast(metrics), tables, strict=True))
+
+
+def _outputs(
+    model: Detr | CompiledDetr, batch: ImageBatch, budgets: Sequence[BudgetOptions]
+) -> Iterator[DetectorOutput]:
+    """The predictions for a batch at each budget."""
+    if isinstance(model, CompiledDetr):
+        yield from (model(batch, **budget) for budget in budgets)
+    elif len(budgets) == 1:
+        yield model(batch, supervision=False, **budgets[0])
+    else:
+        tokens = model.tokenize(batch.images_B3HW, batch.sizes_B2)
+        for budget in budgets:
+            yield model.detect_from_tokens(tokens, supervision=False, **budget)
 
 
 def _write_results(results: list[dict[str, Any]], file: Path) -> str | None:
@@ -338,7 +380,6 @@ class _Found:
         self.detections: list[DetectionTable] = []
         self.records: list[ImageRecord] = []
         self.num_budgets = 0
-        self.error: UserError | Stopped | None = None
 
     def add(self, output: DetectorOutput, targets: Sequence[Target], dataset: CocoDetection) -> None:
         sizes = [target.original_size for target in targets]
@@ -353,7 +394,8 @@ class _Found:
                 " train.learning_rate and train again, or use an earlier checkpoint"
             )
         self.detections.append(table)
-        if output.selection is not None and output.selection.budget_logits is not None:
+        if output.selection is not None and output.selection.budget_B is not None:
+            assert output.selection.budget_logits is not None
             self.num_budgets = output.selection.budget_logits.shape[1]
         for target, budget in zip(targets, token_budgets(budget_table(output)), strict=True):
             self.records.append(

@@ -2,7 +2,7 @@
 
 The graph takes batches of any size of images of one padded size, and returns detections. It contains the reference
 operators. Adaptive models keep a budget per image, with a static number of rows: rows beyond the budget of an image are
-computed and discarded, so the cost is that of the largest budget. `keep_ratio` exports a smaller graph with one budget.
+computed and discarded, so the cost is that of the largest budget. A fixed keep ratio as `budget` gives a smaller graph.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from ats_detr.batch import bucket_size
+from ats_detr.budgets import Budget, BudgetOptions
 from ats_detr.data.transforms import IMAGE_MEAN, IMAGE_STD
 from ats_detr.detector import Detector
 from ats_detr.errors import UserError
@@ -42,9 +43,9 @@ class _ExportModule(nn.Module):
     mean: Tensor
     std: Tensor
 
-    def __init__(self, model: Detr, max_detections: int) -> None:
+    def __init__(self, model: Detr, max_detections: int, options: BudgetOptions) -> None:
         super().__init__()
-        self.model, self.max_detections = model, max_detections
+        self.model, self.max_detections, self.options = model, max_detections, options
         self.register_buffer("mean", torch.tensor(IMAGE_MEAN)[:, None, None])
         self.register_buffer("std", torch.tensor(IMAGE_STD)[:, None, None])
 
@@ -54,7 +55,8 @@ class _ExportModule(nn.Module):
         is_right = torch.arange(width, device=images.device) >= sizes[:, 1:]  # [B, width]
         padding_BHW = is_below[:, :, None] | is_right[:, None, :]
         pixels = (images.float() / 255 - self.mean) / self.std
-        output = self.model.detect(pixels.masked_fill(padding_BHW[:, None], 0.0), sizes, supervision=False)
+        pixels = pixels.masked_fill(padding_BHW[:, None], 0.0)
+        output = self.model.detect(pixels, sizes, supervision=False, **self.options)
         scores, labels, boxes = top_pairs(output.last, self.max_detections)
         if output.selection is None:
             kept = (~output.padding_mask_BS).sum(1)
@@ -68,7 +70,7 @@ def export_program(
     size: tuple[int, int] | None = None,
     *,
     max_detections: int = MAX_DETECTIONS,
-    keep_ratio: float | None = None,
+    budget: Budget | None = None,
 ) -> ExportedProgram:
     """The detector as a program of aten operators.
 
@@ -85,10 +87,10 @@ def export_program(
             short_side x long_side. Detections equal those of `predict` for images that evaluation pads to exactly this
             size; images that are padded further have slightly different features.
         max_detections: number of detections per image.
-        keep_ratio: keep ratio of all images. None: the budgets of the model.
+        budget: see `Detector.predict`; it is part of the graph.
 
     Raises:
-        UserError: if the size, ratio or number of detections is out of range.
+        UserError: if the size or number of detections is out of range, or the model cannot have the budget.
     """
     data = detector.config.data
     size = size or bucket_size((data.short_side, data.long_side), data.size_multiple)
@@ -99,13 +101,8 @@ def export_program(
     if max_detections < 1:
         raise UserError(f"max_detections = {max_detections}: must be >= 1")
     model = copy.deepcopy(detector.model).cpu().eval().requires_grad_(False)
-    if keep_ratio is not None:
-        if model.selector is None:
-            raise UserError(f"keep_ratio = {keep_ratio}: this model does not select tokens; omit it")
-        if not 0 < keep_ratio < 1:
-            raise UserError(f"keep_ratio = {keep_ratio}: must be in (0, 1)")
-        model.selector.fix_ratio(keep_ratio)
-    exported = _ExportModule(model, max_detections).eval()
+    options = detector.budget_options(detector.budget if budget is None else budget)
+    exported = _ExportModule(model, max_detections, options).eval()
     # The tracer unifies equal sizes. No other size in the model is three times a power of two, so the batch is 3.
     example = (torch.zeros(3, 3, *size, dtype=torch.uint8), torch.tensor([size] * 3))
     with torch.no_grad():

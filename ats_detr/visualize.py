@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from PIL import Image, ImageColor, ImageDraw
 from torch import Tensor
 
+from ats_detr.budgets import BudgetOptions
 from ats_detr.data.coco import ClassMap
 from ats_detr.data.loader import EvaluationLoader
 from ats_detr.evaluation import Metrics
@@ -254,6 +255,7 @@ def save_pictures(
     folder: str | Path,
     *,
     min_score: float = 0.4,
+    budget: BudgetOptions | None = None,
 ) -> list[Path]:
     """Write <rank>_<image id>_detections.png and, for models that select tokens, ..._tokens.png of each image.
 
@@ -265,6 +267,7 @@ def save_pictures(
         device: device of the model.
         folder: output folder; it is created.
         min_score: minimum score of a drawn detection.
+        budget: arguments of `Detr.detect` that choose the budgets. None: as trained.
 
     Returns:
         The paths of the files.
@@ -278,7 +281,7 @@ def save_pictures(
     was_training = model.training
     model.eval()
     for batch, targets in loader:
-        output = model(batch.to(device), supervision=False)
+        output = model(batch.to(device), supervision=False, **(budget or {}))
         detections = top_detections(output.last, [target.original_size for target in targets])
         for i, target in enumerate(targets):
             image = dataset.read_image(int(np.searchsorted(dataset.annotations.image_ids, target.image_id)))

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from torch.export import ExportedProgram
 
+from ats_detr.budgets import Budget
 from ats_detr.cli import main
 from ats_detr.data.transforms import resized_size
 from ats_detr.detector import Detector
@@ -58,9 +59,11 @@ def run(program: ExportedProgram, images: list[Image.Image], detector: Detector)
     return [output.numpy() for output in outputs]
 
 
-def assert_as_predicted(outputs: list[np.ndarray], images: list[Image.Image], detector: Detector) -> None:
+def assert_as_predicted(
+    outputs: list[np.ndarray], images: list[Image.Image], detector: Detector, budget: Budget = "auto"
+) -> None:
     boxes, scores, labels, kept = outputs
-    results = detector.predict(images, threshold=0)
+    results = detector.predict(images, threshold=0, budget=budget)
     for i, (image, result) in enumerate(zip(images, results, strict=True)):
         scale = np.array([image.width, image.height] * 2)
         np.testing.assert_allclose(boxes[i] * scale, result.boxes_xyxy, atol=TOLERANCE)
@@ -140,13 +143,13 @@ def test_every_family_exports(kind: str, images: list[Image.Image]) -> None:
 
 
 @pytest.mark.slow
-def test_keep_ratio_applies_to_all_images(detector: Detector, images: list[Image.Image]) -> None:
-    program = export_program(detector, SIZE, keep_ratio=0.2, max_detections=7)
-    boxes, _, _, kept = run(program, images, detector)
-    assert boxes.shape == (len(images), 7, 4)
+def test_a_fixed_ratio_applies_to_all_images(detector: Detector, images: list[Image.Image]) -> None:
+    """A graph with a capacity of this ratio gives the detections of `predict` at it."""
+    program = export_program(detector, SIZE, budget=0.2)
+    outputs = run(program, images, detector)
+    assert_as_predicted(outputs, images, detector, budget=0.2)
     valid = [result.budget.num_valid_tokens for result in detector.predict(images)]
-    assert kept.tolist() == [int(number * 0.2) + 1 for number in valid]
-    assert detector.model.selector.budget is not None, "the detector itself is not modified"
+    assert outputs[3].tolist() == [int(number * 0.2) + 1 for number in valid]
 
 
 def test_invalid_arguments_raise_user_errors(detector: Detector, tmp_path: Path) -> None:
@@ -156,8 +159,8 @@ def test_invalid_arguments_raise_user_errors(detector: Detector, tmp_path: Path)
         export_program(detector, (60, 96))
     with pytest.raises(UserError, match="max_detections = 0: must be >= 1"):
         export_file(detector, tmp_path / "model.onnx", SIZE, max_detections=0)
-    with pytest.raises(UserError, match=r"keep_ratio = 1\.5"):
-        export_program(detector, SIZE, keep_ratio=1.5)
+    with pytest.raises(UserError, match=r"budget = 1\.5"):
+        export_program(detector, SIZE, budget=1.5)
     path = save_small_detector(tmp_path / "model")
     with pytest.raises(SystemExit):
         main(["export", str(path), str(tmp_path / "a.onnx"), "--size", "large"])

@@ -14,6 +14,7 @@ LAYERS = (
     ("kernels",),
     ("data", "model"),
     (
+        "budgets",
         "convert",
         "transformers_format",
         "remote",

@@ -18,6 +18,7 @@ COMMANDS = {
     "train": "train a detector and the teachers it needs",
     "eval": "evaluate a checkpoint: COCO AP, budgets, pictures",
     "predict": "detect objects in images, folders and videos",
+    "calibrate": "prepare a checkpoint for mean budgets",
     "info": "describe a configuration or a checkpoint",
     "export": "export a detector to ONNX or torch.export",
     "convert": "convert between published checkpoints and those of this package",

@@ -13,6 +13,7 @@ import torch
 from rich.table import Table
 
 from ats_detr import distributed
+from ats_detr.budgets import Budget, BudgetOptions, Calibration, budget_options, parse_budget
 from ats_detr.checkpoint import (
     config_of,
     load_checkpoint,
@@ -21,7 +22,7 @@ from ats_detr.checkpoint import (
     resolve_checkpoint,
     write_json,
 )
-from ats_detr.cli.options import CHECKPOINT, add_config, add_overrides, require_replaceable
+from ats_detr.cli.options import CHECKPOINT, add_budget, add_config, add_overrides, require_replaceable
 from ats_detr.config import Config, load_config
 from ats_detr.console import console, say
 from ats_detr.data.coco import ClassMap
@@ -71,11 +72,13 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--detections", type=Path, metavar="FILE", help="write all detections as COCO results (JSON)"
     )
+    add_budget(parser)
     add_overrides(parser, "data.eval_batch_size=8")
 
 
 def run(arguments: Namespace) -> None:
     """Evaluate one checkpoint."""
+    budget = parse_budget(arguments.budget)
     path = resolve_checkpoint(arguments.checkpoint)
     if arguments.config:
         config = load_config(arguments.config, arguments.overrides)
@@ -93,6 +96,7 @@ def run(arguments: Namespace) -> None:
             device,
             split=arguments.split,
             compiled=compiled,
+            budget=budget,
             detections_file=arguments.detections,
         )
 
@@ -105,6 +109,7 @@ def evaluate_checkpoint(
     *,
     split: Role = "val",
     compiled: torch.dtype | None = None,
+    budget: Budget = "auto",
     detections_file: Path | None = None,
 ) -> None:
     """Print the metrics of a checkpoint on the images of a split of `config`, and write them with pictures.
@@ -115,9 +120,11 @@ def evaluate_checkpoint(
         folder: for metrics.json (with AP and AR of each class), pictures of `num_pictures` images and, for a model with
             a budget per image, budgets.png.
         compiled: dtype of the compiled detector. None: evaluate the model itself.
+        budget: see `Detector.predict`.
         detections_file: for all detections, as COCO results.
     """
-    model, class_map, _ = _load(config, path, device)
+    model, class_map, checkpoint = _load(config, path, device)
+    options = budget_options(budget, model.selector, Calibration.of(checkpoint))
     loader = build_evaluation_loader(config, class_map, split=split)
     make_folder(folder)
     if detections_file is not None:
@@ -132,6 +139,7 @@ def evaluate_checkpoint(
         evaluated,
         loader,
         device,
+        budget=options,
         max_detections=max_detections,
         detections_file=detections_file,
         show_progress=console.is_terminal,
@@ -139,8 +147,8 @@ def evaluate_checkpoint(
     warn_of_minimum(metrics, config.model.selector)
     if distributed.is_main():
         print_metrics(metrics)
-        write_json(metrics.to_dict(), folder / "metrics.json")
-        write_pictures(config, model, class_map, metrics, folder, device, split)
+        write_json({"budget": str(budget), **metrics.to_dict()}, folder / "metrics.json")
+        write_pictures(config, model, class_map, metrics, folder, device, split, options)
         say(f"written to {folder}: metrics.json and pictures")
     distributed.barrier()
 
@@ -208,12 +216,13 @@ def write_pictures(
     folder: Path,
     device: torch.device,
     split: Role = "val",
+    budget: BudgetOptions | None = None,
 ) -> None:
     """Write pictures/ of images of all difficulties and, for a model with several budgets, budgets.png."""
     loader = build_evaluation_loader(
         config, class_map, shared=False, num_images=config.num_pictures, split=split
     )
-    save_pictures(model, loader, device, folder / "pictures")
+    save_pictures(model, loader, device, folder / "pictures", budget=budget)
     if metrics.num_budgets:
         plot_budgets(metrics).savefig(folder / "budgets.png")
 

@@ -9,8 +9,9 @@ from __future__ import annotations
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
+from ats_detr.budgets import parse_budget
 from ats_detr.cli.info import name_of_model
-from ats_detr.cli.options import CHECKPOINT, add_max_detections, image_size
+from ats_detr.cli.options import CHECKPOINT, add_budget, add_max_detections, image_size
 from ats_detr.console import say
 from ats_detr.detector import Detector
 from ats_detr.export import export_file
@@ -26,21 +27,19 @@ def add_arguments(parser: ArgumentParser) -> None:
         metavar="HxW",
         help="padded size of the images; default: that of a landscape image at the evaluation size",
     )
-    parser.add_argument(
-        "--keep-ratio", type=float, help="use one budget for all images; default: the model's own budgets"
-    )
+    add_budget(parser)
     add_max_detections(parser)
 
 
 def run(arguments: Namespace) -> None:
     """Write the graph and report its size."""
-    detector = Detector.from_checkpoint(arguments.checkpoint, device="cpu")
+    budget = parse_budget(arguments.budget)
+    detector = Detector.from_checkpoint(arguments.checkpoint, device="cpu", budget=budget)
     export_file(
         detector,
         arguments.destination,
         arguments.size,
         max_detections=arguments.max_detections,
-        keep_ratio=arguments.keep_ratio,
     )
     megabytes = arguments.destination.stat().st_size / 1e6
     say(f"{arguments.destination}: {name_of_model(detector.config.model)}, {megabytes:.1f} MB")

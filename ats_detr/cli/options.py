@@ -41,6 +41,16 @@ def add_max_detections(parser: ArgumentParser) -> None:
     )
 
 
+def add_budget(parser: ArgumentParser) -> None:
+    """`--budget`, for `budgets.parse_budget`."""
+    parser.add_argument(
+        "--budget",
+        default="auto",
+        help="share of the tokens to keep: auto (as trained), a ratio for every image such as 0.15, or the mean of a"
+        " calibrated model such as mean:0.15; default: %(default)s",
+    )
+
+
 def require_replaceable(option: str, file: Path, beginning: bytes) -> None:
     """Raise UserError where an output file exists that `option` has not written, such as an input of the command.
 

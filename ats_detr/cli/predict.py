@@ -17,9 +17,10 @@ from typing import Any, Literal
 
 from PIL import Image
 
+from ats_detr.budgets import parse_budget
 from ats_detr.checkpoint import write_json
 from ats_detr.cli.gallery import Gallery
-from ats_detr.cli.options import CHECKPOINT, FAILURES, add_max_detections
+from ats_detr.cli.options import CHECKPOINT, FAILURES, add_budget, add_max_detections
 from ats_detr.console import complain, say, track
 from ats_detr.data.coco import CocoDetection
 from ats_detr.data.images import ImageFileError, images_in, is_url, visible_files
@@ -53,6 +54,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--batch-size", type=int, default=1, help="affects only the speed; default: %(default)s"
     )
+    add_budget(parser)
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda; default: %(default)s")
     parser.add_argument("--allow-urls", action="store_true", help="fetch images from http(s) URLs")
     parser.add_argument(
@@ -71,7 +73,8 @@ def _shown(text: str) -> tuple[Shown, ...]:
 def run(arguments: Namespace) -> None:
     """Predict, and report what was written and what failed."""
     inputs = find_inputs(arguments.paths)
-    detector = Detector.from_checkpoint(arguments.checkpoint, device=arguments.device)
+    budget = parse_budget(arguments.budget)
+    detector = Detector.from_checkpoint(arguments.checkpoint, device=arguments.device, budget=budget)
     if inputs.ignored:
         listed = ", ".join(path.name for path in inputs.ignored[:5])
         more = ", ..." if len(inputs.ignored) > 5 else ""

@@ -97,17 +97,38 @@ class CompiledDetr:
         make = functools.partial(CompiledDetr, dtype=self.dtype, fuse=self.fuse, max_graphs=self.max_graphs)
         return make, (self.model,)
 
-    def __call__(self, batch: ImageBatch) -> DetectorOutput:
-        """Predictions, as `Detr.forward(batch, supervision=False)` returns them."""
-        return self._run(None, self._detect, batch.images_B3HW, batch.sizes_B2)
+    def __call__(
+        self, batch: ImageBatch, *, keep_ratio: float | None = None, cost: float | None = None
+    ) -> DetectorOutput:
+        """Predictions, as `Detr.forward(batch, supervision=False, ...)` returns them.
 
-    def detect(self, batch: ImageBatch, scale_B4: Tensor, max_detections: int) -> DetectedBatch:
+        A graph holds one `keep_ratio`, and any `cost`.
+        """
+
+        def detect(images_B3HW: Tensor, sizes_B2: Tensor, *costs: Tensor) -> DetectorOutput:
+            return self._detect(images_B3HW, sizes_B2, keep_ratio, *costs)
+
+        costs = scalars(cost, self.device)
+        return self._run((keep_ratio, len(costs)), detect, batch.images_B3HW, batch.sizes_B2, *costs)
+
+    def detect(
+        self,
+        batch: ImageBatch,
+        scale_B4: Tensor,
+        max_detections: int,
+        *,
+        keep_ratio: float | None = None,
+        cost: float | None = None,
+    ) -> DetectedBatch:
         """Detections of a batch, see `DetectedBatch.from_output`; postprocessing is part of the CUDA graph."""
 
-        def detect(images_B3HW: Tensor, sizes_B2: Tensor, scale_B4: Tensor) -> DetectedBatch:
-            return DetectedBatch.from_output(self._detect(images_B3HW, sizes_B2), scale_B4, max_detections)
+        def detect(images_B3HW: Tensor, sizes_B2: Tensor, scale_B4: Tensor, *costs: Tensor) -> DetectedBatch:
+            output = self._detect(images_B3HW, sizes_B2, keep_ratio, *costs)
+            return DetectedBatch.from_output(output, scale_B4, max_detections)
 
-        return self._run(max_detections, detect, batch.images_B3HW, batch.sizes_B2, scale_B4)
+        costs = scalars(cost, self.device)
+        key = (max_detections, keep_ratio, len(costs))
+        return self._run(key, detect, batch.images_B3HW, batch.sizes_B2, scale_B4, *costs)
 
     @torch.inference_mode()
     def _run(self, kind: Hashable, function: Callable[..., T], images_B3HW: Tensor, *inputs: Tensor) -> T:
@@ -128,10 +149,23 @@ class CompiledDetr:
                 logger.info("first batch of %d x %dx%d: %.1f s", *size, self.warm_up_seconds[size])
         return output
 
-    def _detect(self, images_B3HW: Tensor, sizes_B2: Tensor) -> DetectorOutput:
+    def _detect(
+        self,
+        images_B3HW: Tensor,
+        sizes_B2: Tensor,
+        keep_ratio: float | None = None,
+        cost: Tensor | None = None,
+    ) -> DetectorOutput:
         images_B3HW = images_B3HW.to(self.dtype, memory_format=torch.channels_last)
         with torch._dynamo.config.patch(recompile_limit=_MAX_TRACES):
-            return self.model.detect(images_B3HW, sizes_B2, supervision=False)
+            return self.model.detect(
+                images_B3HW, sizes_B2, supervision=False, keep_ratio=keep_ratio, cost=cost
+            )
+
+
+def scalars(cost: float | None, device: torch.device) -> tuple[Tensor, ...]:
+    """The cost of a pass as an input of its graph, so that another cost needs no other graph; none without a cost."""
+    return () if cost is None else (torch.full((), cost, device=device),)
 
 
 def freeze_weights(model: Detr, dtype: torch.dtype) -> Detr:

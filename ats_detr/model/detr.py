@@ -141,6 +141,7 @@ class Detr(nn.Module):
         *,
         supervision: bool | None = None,
         keep_ratio: Tensor | float | None = None,
+        cost: Tensor | float | None = None,
     ) -> DetectorOutput:
         """Predictions for a batch of normalised images; see `detect`.
 
@@ -153,9 +154,11 @@ class Detr(nn.Module):
                 if child is not self.backbone:  # casts its own weights
                     weights |= cast_weights(child, f"{name}.", dtype)
             if weights:
-                options = {"supervision": supervision, "keep_ratio": keep_ratio}
+                options = {"supervision": supervision, "keep_ratio": keep_ratio, "cost": cost}
                 return functional_call(self, weights, (batch,), options)
-        return self.detect(batch.images_B3HW, batch.sizes_B2, supervision=supervision, keep_ratio=keep_ratio)
+        return self.detect(
+            batch.images_B3HW, batch.sizes_B2, supervision=supervision, keep_ratio=keep_ratio, cost=cost
+        )
 
     def detect(
         self,
@@ -164,6 +167,7 @@ class Detr(nn.Module):
         *,
         supervision: bool | None = None,
         keep_ratio: Tensor | float | None = None,
+        cost: Tensor | float | None = None,
     ) -> DetectorOutput:
         """Predictions for normalised, padded images.
 
@@ -174,10 +178,22 @@ class Detr(nn.Module):
                 layers, auxiliary predictions of the encoder, the adapted memory, and (with a selector) the attention
                 map. None: in training mode only.
             keep_ratio: replaces the budgets of the selector, see `TokenSelector.forward`.
+            cost: of tokens in the choice of budgets, see `TokenSelector.choose_budgets`.
         """
         supervision = self.training if supervision is None else supervision
         tokens = self.tokenize(images_B3HW, sizes_B2)
-        selection = self.select(tokens, keep_ratio)
+        return self.detect_from_tokens(tokens, supervision=supervision, keep_ratio=keep_ratio, cost=cost)
+
+    def detect_from_tokens(
+        self,
+        tokens: Tokens,
+        *,
+        supervision: bool,
+        keep_ratio: Tensor | float | None = None,
+        cost: Tensor | float | None = None,
+    ) -> DetectorOutput:
+        """Predictions from the tokens of a batch, which several budgets may share; see `detect`."""
+        selection = self.select(tokens, keep_ratio, cost)
         memory_BSC, layer_rows = self.encoder(tokens, selection.plan if selection else None)
         output = self.decode(tokens, selection, memory_BSC, supervision=supervision)
         if supervision:
@@ -244,7 +260,12 @@ class Detr(nn.Module):
             group_norm_(level_BNC, level_map, norm.num_groups, norm.weight, norm.bias, norm.eps)
         return features_BSC, shapes
 
-    def select(self, tokens: Tokens, keep_ratio: Tensor | float | None = None) -> TokenScores | None:
+    def select(
+        self,
+        tokens: Tokens,
+        keep_ratio: Tensor | float | None = None,
+        cost: Tensor | float | None = None,
+    ) -> TokenScores | None:
         """Scores and selection of the tokens that the encoder updates. None: all tokens."""
         if self.selector is None:
             return None
@@ -252,7 +273,7 @@ class Detr(nn.Module):
         if self.select_by_proposals:
             positions_BSC = tokens.rows(None)[0].view_as(scored)
             scored = self._embed_proposals(scored + positions_BSC, tokens.geometry.allowed_BS)
-        return self.selector(scored, tokens.geometry, keep_ratio)
+        return self.selector(scored, tokens.geometry, keep_ratio, cost)
 
     def decode(
         self, tokens: Tokens, selection: TokenScores | None, memory_BSC: Tensor, *, supervision: bool

@@ -53,7 +53,11 @@ class TokenSelector(nn.Module):
             self.budget = nn.Sequential(nn.Linear(half, quarter), nn.GELU(), nn.Linear(quarter, num_budgets))
 
     def forward(
-        self, features_BSC: Tensor, geometry: TokenGeometry, keep_ratio: Tensor | float | None = None
+        self,
+        features_BSC: Tensor,
+        geometry: TokenGeometry,
+        keep_ratio: Tensor | float | None = None,
+        cost: Tensor | float | None = None,
     ) -> TokenScores:
         """Scores, budgets and the selection. Scores and budget logits have gradients.
 
@@ -62,6 +66,7 @@ class TokenSelector(nn.Module):
             geometry: of the tokens.
             keep_ratio: ratios in (0, 1] that replace the budgets: float [B], or one for all images. None: the fixed or
                 the chosen budget. Budget logits are computed in any case.
+            cost: of tokens in the choice among several budgets, see `choose_budgets`.
         """
         padding_mask_BS, num_valid_B = geometry.padding_mask_BS, geometry.num_valid_B
         embedded_BSC = self.embed(features_BSC)
@@ -92,7 +97,7 @@ class TokenSelector(nn.Module):
         elif budget_logits is None:
             keep_ratio = self.max_ratio
         else:
-            budget_B = self.choose_budgets(budget_logits)
+            budget_B = self.choose_budgets(budget_logits, cost)
             keep_ratio = self.ratio_of_budget(budget_B)
         num_kept_B = self.num_tokens(num_valid_B, keep_ratio)
         capacity = self._capacity(scores_BS, largest)
@@ -118,8 +123,18 @@ class TokenSelector(nn.Module):
         self.budget, self.min_tokens = None, 0
         self.min_ratio = self.max_ratio = ratio
 
-    def choose_budgets(self, budget_logits: Tensor) -> Tensor:
-        """int64 [B] index of the budget of each image, from logits [B, num_budgets]; the smallest of equal ones."""
+    def choose_budgets(self, budget_logits: Tensor, cost: Tensor | float | None = None) -> Tensor:
+        """int64 [B] index of the budget of each image, from logits [B, num_budgets]; the smallest of equal ones.
+
+        Maximises logit - cost * ratio. With two budgets this is a threshold on the difference of the logits. A larger
+        cost never gives an image a larger budget.
+
+        Args:
+            cost: a number, or a scalar tensor on the device, of any sign. None: 0, as trained.
+        """
+        if cost is not None:
+            ratio_R = self.ratio_of_budget(torch.arange(self.num_budgets, device=budget_logits.device))
+            budget_logits = budget_logits.float() - cost * ratio_R
         return budget_logits.argmax(-1)
 
     def ratio_of_budget(self, budget_B: Tensor) -> Tensor:

@@ -73,7 +73,9 @@ def test_overrides_may_stand_before_and_after_options() -> None:
 
 
 def test_the_package_has_its_public_names() -> None:
-    assert sorted(ats_detr.__all__) == ["CompiledDetr", "Detector", "Result", "UserError", "load_config"]
+    assert sorted(ats_detr.__all__) == [
+        *("CompiledDetr", "Detector", "MeanBudget", "Result", "UserError", "load_config")
+    ]
     assert set(ats_detr.__all__) <= set(dir(ats_detr))
     assert all(callable(getattr(ats_detr, name)) for name in ats_detr.__all__)
     assert ats_detr.UserError is UserError

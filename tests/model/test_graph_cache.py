@@ -15,7 +15,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from ats_detr import MeanBudget
 from ats_detr import detector as detector_module
+from ats_detr.budgets import Calibration
 from ats_detr.detector import Detector
 from ats_detr.model import Detr
 from ats_detr.model import compiled as compiled_module
@@ -367,6 +369,37 @@ def test_postprocessing_is_part_of_the_graph(graphs: FakeGraphs) -> None:
     assert graphs.captured[2:] == graphs.captured[:1]
     with_capture(False).compile().predict(IMAGE)
     assert len(graphs.captured) == 3
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_graph_holds_one_ratio_and_any_cost(
+    graphs: FakeGraphs, compiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With replays that compute the captured function of their own inputs."""
+
+    def capture(function: Callable[..., Any], *inputs: Tensor) -> Callable[..., Any]:
+        graphs(function, *inputs)
+        return function
+
+    monkeypatch.setattr(compiled_module, "_CudaGraphs", lambda: capture)
+    detector, eager = with_capture(True), with_capture(False)
+    if compiled:
+        detector.compile()
+    ratios = tuple(eager.model.selector.ratio_of_budget(torch.arange(2)).tolist())
+    facts = Calibration(ratios, (-1e4, 0.0, 1e4), (0.6, 0.5, 0.3), 1).to_dict()
+    for each in (detector, eager):
+        each.facts["budget_calibration"] = facts
+    budgets = ["auto", 0.2, 0.5, 0.2, MeanBudget(0.3), MeanBudget(0.6), MeanBudget(0.5), "auto"]
+    numbers = [1, 2, 3, 3, 4, 4, 4, 4]
+    for budget, number in zip(budgets, numbers, strict=True):
+        (result,), (expected,) = (
+            each.predict(IMAGE, threshold=0, budget=budget) for each in (detector, eager)
+        )
+        assert len(graphs.captured) == number
+        assert result.budget == expected.budget
+        np.testing.assert_allclose(result.scores, expected.scores, atol=1e-5)
+    assert eager.predict(IMAGE, budget=MeanBudget(0.3))[0].budget.budget_class == 0
+    assert eager.predict(IMAGE, budget=MeanBudget(0.6))[0].budget.budget_class == 1
 
 
 def test_a_replayed_pass_of_a_changed_model_is_not_used(graphs: FakeGraphs) -> None:
