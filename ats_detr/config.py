@@ -251,7 +251,8 @@ class DataConfig(_Bounded):
     root: str = "data/coco"
     """Folder of the dataset, whose layout is detected; the paths below are relative to it. Or one annotation file."""
     train_annotations: str | None = None
-    """Annotation file to train on. None: the one under `root` whose name or folder says `train`, or the only one."""
+    """Annotation file to train on. None: the one under `root` whose name or folder says `train`, otherwise the only one
+    that is not for validation or test."""
     train_images: str | None = None
     """Folder of its images. None: the folders that exporters use are tried until the files exist."""
     val_annotations: str | None = None
@@ -270,8 +271,9 @@ class DataConfig(_Bounded):
     """Folder of its images, found like `train_images`."""
     exif: Literal["auto", "stored", "upright"] = "auto"
     """Which pixels the boxes refer to. `stored`: as stored; `upright`: turned as the EXIF orientation says, as viewers
-    show them; `auto`: as the listed sizes prove, otherwise stored. Training and evaluation follow it; prediction, where
-    no sizes are listed, turns images upright unless this is `stored`."""
+    show them; `auto`: as the listed sizes prove or the file states (those converted from YOLO are upright), otherwise
+    stored. Training and evaluation follow it; prediction, where no sizes are listed, turns images upright unless this
+    is `stored`."""
     short_side: int = _bounded(800, "> 0", most=_MAX_SIDE)
     """Shorter side of each image in evaluation, in pixels ..."""
     long_side: int = _bounded(1333, "> 0", most=_MAX_SIDE)

@@ -31,9 +31,9 @@ from ats_detr.data.check import (
     plot_dataset,
     report,
 )
-from ats_detr.data.formats import convert, find_definitions, open_foreign
+from ats_detr.data.conversion import convert
 from ats_detr.data.layout import choose_split
-from ats_detr.data.sources import find_layout
+from ats_detr.data.sources import Layout, find_dataset, find_layout
 from ats_detr.data.splitting import split_file
 from ats_detr.data.trees import BACKBONE_FILE, fetch_trees
 from ats_detr.errors import UserError
@@ -113,16 +113,14 @@ def run(arguments: Namespace) -> None:
 
 def convert_dataset(path: Path, out: Path) -> None:
     """Write the COCO files of a YOLO or VOC dataset. Raises UserError."""
-    found = find_definitions(path) if path.exists() else []
-    if len(found) != 1:
-        layout = find_layout(path)  # raises where there is nothing, or more than one dataset
-        raise UserError(f"{path}: is in COCO's format already ({layout.title})")
+    found = find_dataset(path)
+    if isinstance(found, Layout):
+        raise UserError(f"{path}: is in COCO's format already ({found.title})")
     _require_apart(out, path)
-    foreign = open_foreign(*found[0])
-    files = [out / "annotations" / f"instances_{part.name}.json" for part in foreign.parts]
+    files = [out / "annotations" / f"instances_{part.name}.json" for part in found.parts]
     _require_new(files)
-    convert(foreign, files, images_from=out)
-    for part, file in zip(foreign.parts, files, strict=True):
+    convert(found, files, images_from=out)
+    for part, file in zip(found.parts, files, strict=True):
         say(f"{file}: {len(part.images)} images")
 
 
@@ -149,12 +147,13 @@ def _require_new(files: Sequence[Path]) -> None:
 
 
 def _require_apart(out: Path, path: Path) -> None:
-    """Raise UserError where the written files would become a part of the dataset that was read."""
-    folder = (path if path.is_dir() else path.parent).resolve()
-    if folder in (out.resolve(), *out.resolve().parents):
-        raise UserError(
-            f"{out}: is inside {folder}, which would then contain two datasets; choose another folder"
-        )
+    """Raise UserError where a folder would contain both the dataset that is read and the one that is written."""
+    folder, new = (path if path.is_dir() else path.parent).resolve(), out.resolve()
+    for inner, outer in ((new, folder), (folder, new)):
+        if outer in (inner, *inner.parents):
+            raise UserError(
+                f"{out}: {outer} would then contain two datasets, as {inner} is in it; choose another folder"
+            )
 
 
 def check(arguments: Namespace) -> None:

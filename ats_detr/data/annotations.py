@@ -16,7 +16,8 @@ from pycocotools import mask as coco_mask
 from ats_detr.data.findings import AnnotationError, Findings
 
 CONVERTED = "ats_detr"
-"""Key under `info` of a file that this package has made; its `notes` list what is probably not intended."""
+"""Key under `info` of a file that this package has made: `notes` lists what is probably not intended; `upright` is true
+where boxes refer to upright images."""
 PLACE = "ats_detr_place"
 """Key of an annotation that was converted from another format: the file and line that messages name."""
 _TOLERATED_EXCESS = 0.05
@@ -57,6 +58,8 @@ class CocoAnnotations:
     """int64 [annotations]"""
     crowd: np.ndarray
     """bool [annotations]"""
+    upright: bool
+    """The file states that boxes refer to the upright images, as viewers show them."""
     num_listed: tuple[int, int]
     """Images, and annotations that are no crowds, that the file lists, usable or not."""
 
@@ -76,7 +79,8 @@ class CocoAnnotations:
         file = Path(file)
         content = parse_annotations(file, need_annotations=need_annotations)
         found = findings if findings is not None else Findings(file)
-        _read_notes(content.get("info"), found)
+        about = _converted(content.get("info"))
+        _read_notes(about, found)
         categories = _read_categories(content["categories"], found)
         images = _read_images(content["images"], found)
         annotations = _read_annotations(content["annotations"], images, categories, found)
@@ -94,6 +98,7 @@ class CocoAnnotations:
             result_ids=images.result_ids,
             sizes=images.sizes,
             file_names=images.file_names,
+            upright=about.get("upright") is True,
             num_listed=(len(content["images"]), num_objects),
             **annotations,
         )
@@ -181,15 +186,21 @@ def parse_annotations(file: Path, *, need_annotations: bool = True) -> dict[str,
     missing = [k for k in lists if not (isinstance(content, dict) and isinstance(content.get(k), list))]
     if missing:
         raise AnnotationError(
-            f"{file} is JSON but not a COCO instances file: no list under {', '.join(map(repr, missing))}"
+            f"{file} is JSON but not a COCO instances file: no list under {', '.join(map(repr, missing))};"
+            " export as COCO"
         )
     return content
 
 
-def _read_notes(info: Any, findings: Findings) -> None:
-    """Repeat what the conversion of a file found."""
+def _converted(info: Any) -> dict[str, Any]:
+    """What the conversion of a file states about it."""
     about = info.get(CONVERTED) if isinstance(info, dict) else None
-    notes = about.get("notes") if isinstance(about, dict) else None
+    return about if isinstance(about, dict) else {}
+
+
+def _read_notes(about: dict[str, Any], findings: Findings) -> None:
+    """Repeat what the conversion of a file found."""
+    notes = about.get("notes")
     for what, places in notes.items() if isinstance(notes, dict) else ():
         findings.add("warning", what, places if isinstance(places, list) else [places])
 

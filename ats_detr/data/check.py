@@ -23,7 +23,7 @@ from ats_detr.data.classes import ClassMap
 from ats_detr.data.coco import CocoDetection, ExifRule
 from ats_detr.data.findings import Finding, Findings
 from ats_detr.data.images import IMAGE_SUFFIXES, ImageFileError, decode_image, read_file
-from ats_detr.data.layout import SplitFiles, choose_split
+from ats_detr.data.layout import Role, SplitFiles, choose_split
 from ats_detr.data.sources import find_layout
 from ats_detr.errors import UserError
 from ats_detr.fonts import legible
@@ -45,7 +45,7 @@ class Split:
     """The folder of the images; None until it is found."""
     is_training: bool
     """It is trained on, so it needs objects."""
-    role: str | None = None
+    role: Role | None = None
     """`train`, `val` or `test`, as file and folder are named."""
     findings: Findings = field(default_factory=lambda: Findings(""))
     dataset: CocoDetection | None = None
@@ -133,7 +133,7 @@ def check_dataset(
         try:
             choose_split(files, role)
         except UserError as error:
-            splits[0].findings.add("error", "dataset of several files", [error])
+            splits[0].findings.add("error", "dataset without a clear split", [error])
 
 
 def report(splits: Sequence[Split]) -> dict[str, Any]:

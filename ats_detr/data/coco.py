@@ -27,7 +27,7 @@ from ats_detr.data.images import (
     read_file,
     read_header,
 )
-from ats_detr.data.layout import locate_images
+from ats_detr.data.locate import locate_images
 from ats_detr.errors import UserError
 
 __all__ = [
@@ -70,8 +70,8 @@ class CocoDetection(Dataset):
         on_bad_annotation: "error" stops at a record that cannot be used; "skip" omits it with a warning.
         exif: which pixels the boxes refer to. "stored": as stored; "upright": turned as the EXIF orientation says;
             "auto": as the listed sizes prove, image by image, otherwise stored. Where all proofs of a file are for
-            upright, its images without proof (half turns, square images) are upright too. "auto" reads the header of
-            every image.
+            upright, or the file states it (`CocoAnnotations.upright`), its images without proof (half turns, square
+            images) are upright too. "auto" reads the header of every image.
         need_objects: the dataset is trained on, so one without objects is an error. False: the list of annotations
             may be absent, and there is no AP then.
         max_image_pixels: raises Pillow's limit, see `allow_pixels`.
@@ -241,7 +241,7 @@ class CocoDetection(Dataset):
         unproven = turned & ~proves_upright & ~proves_stored
         upright = np.full(len(headers), self.exif == "upright")
         if self.exif == "auto":
-            rest = proves_upright.any() and not proves_stored.any()
+            rest = annotations.upright or (proves_upright.any() and not proves_stored.any())
             upright = proves_upright | (unproven & rest)
         actual = np.where(upright[:, None], shown, stored)
         sizes[~known] = np.where(unread[~known, None], 1, actual[~known])
@@ -254,9 +254,10 @@ class CocoDetection(Dataset):
                 for i in np.flatnonzero(other).tolist()
             ],
         )
+        cause = "as this file states" if annotations.upright else "like the others of this file"
         reasons = [
             (proves_upright, "turned upright, as the listed size is that of the upright image"),
-            (unproven & upright, "turned upright, like the others of this file"),
+            (unproven & upright, f"turned upright, {cause}"),
             (proves_stored, "read as stored, as the listed size is that of the stored pixels"),
             (unproven & ~upright, "read as stored, though viewers turn them: see data.exif"),
         ]

@@ -7,18 +7,21 @@ import hashlib
 import itertools
 import logging
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ats_detr.config import DataConfig
-from ats_detr.data.formats import Foreign, convert, find_definitions, open_foreign
-from ats_detr.data.layout import Role, SplitFiles, choose_split, find_annotation_files
+from ats_detr.data import voc, yolo
+from ats_detr.data.conversion import Foreign, convert
+from ats_detr.data.layout import Role, SplitFiles, choose_split, find_annotation_files, walk
 from ats_detr.data.splitting import split_file
 from ats_detr.errors import UserError
 from ats_detr.files import cache_folder
 
 logger = logging.getLogger(__name__)
 
+_MAX_SPLITS = 50
 _MAX_FILES = 5000
 """Files that are looked at for a hint."""
 _OTHER_FILES = {
@@ -27,6 +30,9 @@ _OTHER_FILES = {
     ".tfrecord": "{} is TFRecord, export as COCO instead",
     ".csv": "{} is a table, export as COCO instead",
     ".json": "{} is JSON without the lists of a COCO file, export as COCO instead",
+    ".jsonl": "{} is JSON in lines, export as COCO instead",
+    ".ndjson": "{} is JSON in lines, export as COCO instead",
+    ".xml": "{} is XML of another format than Pascal VOC, export as COCO instead",
     ".txt": "YOLO labels ({}) need data.yaml or classes.txt with the class names",
 }
 """What a file in a folder without a dataset may be, by suffix."""
@@ -42,49 +48,68 @@ class Layout:
 
 
 def find_layout(path: Path) -> Layout:
-    """The dataset in a folder, or of one annotation file (COCO's .json, YOLO's data.yaml).
+    """The dataset in a folder, or of one file (COCO's .json, YOLO's data.yaml).
 
     Datasets of other formats are converted into COCO files in the cache folder, once. Raises UserError where there is
     no dataset or more than one.
     """
+    found = find_dataset(path)
+    return convert_to_cache(found) if isinstance(found, Foreign) else found
+
+
+def find_dataset(path: Path) -> Layout | Foreign:
+    """The same; a dataset of another format is not converted."""
     if not path.exists():
         raise UserError(f"{path}: there is no such file or folder{_nearby(path)}")
-    if path.is_file() and path.suffix.lower() not in (".yaml", ".yml"):
+    if path.is_file() and not yolo.is_definition(path):
         return Layout("one COCO annotation file", find_annotation_files(path))
     coco = find_annotation_files(path) if path.is_dir() else []
-    others = find_definitions(path)
+    others = [(module, definition) for module in (yolo, voc) for definition in module.find(_real(path))]
     if len(others) + bool(coco) > 1:
-        listed = [f"COCO ({', '.join(relative(split.annotations, path) for split in coco)})"] * bool(coco)
-        listed += [f"{kind} ({relative(definition, path)})" for kind, definition in others]
+        listed = [f"COCO ({_some(relative(split.annotations, path) for split in coco)})"] * bool(coco)
+        listed += [f"{found.format} ({relative(found.path, _real(path))})" for _, found in others]
         raise UserError(
-            f"{path}: it contains several datasets: {'; '.join(listed)}. Set data.root to the folder or the annotation"
-            " file of one, or data.train_annotations and data.val_annotations to COCO files"
+            f"{path}: it contains several datasets: {_some(listed, '; ')}. Set data.root to the folder or the"
+            " annotation file of one, or data.train_annotations and data.val_annotations to COCO files"
         )
-    if coco or (not others and (coco := find_annotation_files(path, any_json=True))):
-        return Layout(_title(coco), coco)
-    if not others:
+    for module, definition in others:
+        return module.open_dataset(definition)
+    if len(coco) > _MAX_SPLITS:
+        raise UserError(
+            f"{path}: {len(coco)} COCO annotation files ({_some(relative(split.annotations, path) for split in coco)});"
+            f" must be at most {_MAX_SPLITS}, one for each split. Export one file for all images"
+        )
+    coco = coco or find_annotation_files(path, any_json=True)
+    if not coco:
         raise UserError(
             f"{path}: it contains no annotation file (COCO .json, YOLO data.yaml, Pascal VOC .xml){_other_files(path)}"
         )
-    return convert_to_cache(open_foreign(*others[0]))
+    return Layout(_title(coco), coco)
 
 
 def convert_to_cache(found: Foreign) -> Layout:
     """The converted files of a YOLO or VOC dataset, in the cache folder."""
-    folder = cached(found.definition)
+    definition = found.definition
+    folder = cached(definition.path)
     splits = [
-        SplitFiles(part.name, folder / f"{part.name}.json", part.role, found.root) for part in found.parts
+        SplitFiles(part.name, folder / f"{part.name}.json", part.role, definition.root)
+        for part in found.parts
     ]
     convert(found, [split.annotations for split in splits])
-    return Layout(f"{found.format} ({found.definition.name}), as COCO files in {folder}", splits)
+    return Layout(f"{definition.format} ({definition.path.name}), as COCO files in {folder}", splits)
 
 
 def cached(path: Path) -> Path:
-    """The cache folder for what is made from a file or folder."""
-    path = path.absolute()
+    """The cache folder for what is made from a file or folder, the same for every path to it."""
+    path = _real(path)
     folder = path if path.is_dir() else path.parent
     digest = hashlib.sha256(os.fsencode(path)).hexdigest()[:8]
     return cache_folder() / "datasets" / f"{folder.name or 'root'}-{digest}"
+
+
+def _real(path: Path) -> Path:
+    """The absolute path without symbolic links, except for a file that is one: others belong to its folder."""
+    return path.resolve() if path.is_dir() else path.parent.resolve() / path.name
 
 
 def find_split(config: DataConfig, role: Role) -> SplitFiles:
@@ -103,7 +128,7 @@ def find_split(config: DataConfig, role: Role) -> SplitFiles:
         layout = find_layout(root)
         split = _choose(layout, role, root)
         _announce(f"{root}: {layout.title}; {_USES[role]} {split.annotations}")
-        if role == "val" and (split.role == "train" or len(layout.splits) == 1):
+        if role == "val" and split.role in ("train", None) and split == _trained_on(layout):
             logger.warning(
                 "%s: no annotation file for validation, so the evaluation uses the training images of %s; set"
                 " data.val_share, such as 0.2, or data.val_annotations",
@@ -127,6 +152,13 @@ def _choose(layout: Layout, role: Role, root: Path) -> SplitFiles:
         return choose_split(layout.splits, role)
     except UserError as error:
         raise UserError(f"{root}: {error}") from None
+
+
+def _trained_on(layout: Layout) -> SplitFiles | None:
+    try:
+        return choose_split(layout.splits, "train")
+    except UserError:
+        return None
 
 
 def _divided(config: DataConfig, role: Role, base: Path) -> SplitFiles:
@@ -161,6 +193,13 @@ def _title(splits: list[SplitFiles]) -> str:
     return "one COCO annotation file" if len(splits) == 1 else "COCO annotation files"
 
 
+def _some(texts: Iterable[str], separator: str = ", ") -> str:
+    """The first five, for a message."""
+    listed = list(texts)
+    more = [f"... and {len(listed) - 5} more"] if len(listed) > 5 else []
+    return separator.join(listed[:5] + more)
+
+
 def relative(path: Path, root: Path) -> str:
     """A path within a folder, for a message."""
     return path.relative_to(root).as_posix() if root in (path, *path.parents) else str(path)
@@ -174,7 +213,7 @@ def _existing(file: Path, root: Path, key: str) -> Path:
         found = [relative(split.annotations, root) for split in find_annotation_files(root)]
     except OSError:
         found = []
-    hint = f"; found {', '.join(found[:5])}" if found else ""
+    hint = f"; found {_some(found)}" if found else ""
     raise UserError(f"{key}: annotation file {file} does not exist{hint}")
 
 
@@ -188,7 +227,7 @@ def _nearby(path: Path) -> str:
     except OSError:
         return ""
     found = [f"{folder} ({what})" for folder in folders if (what := _looks_like(folder))]
-    return f"; found {', '.join(found[:5])}" if found else ""
+    return f"; found {_some(found)}" if found else ""
 
 
 _MARKS = {
@@ -208,7 +247,8 @@ def _looks_like(folder: Path) -> str:
 
 def _other_files(path: Path) -> str:
     """What a folder without a dataset holds instead, for a message."""
-    files = [file for file in itertools.islice(path.rglob("*"), _MAX_FILES) if file.is_file()]
+    visited = (folder / name for folder, names in walk(path) for name in names)
+    files = list(itertools.islice(visited, _MAX_FILES))
     for suffix, what in _OTHER_FILES.items():
         first = min((file for file in files if file.name.lower().endswith(suffix)), default=None)
         if first is not None:

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from ats_detr.data.annotations import CONVERTED, image_key, parse_annotations
-from ats_detr.data.formats import is_current, relative_name, write_coco
-from ats_detr.data.layout import locate_images
+from ats_detr.data.conversion import is_current, relative_name, write_coco
+from ats_detr.data.locate import locate_images
 from ats_detr.errors import UserError
 
-VERSION = 1
+VERSION = 2
 """Part of the digest of a written file; must be raised when the same file is divided differently."""
 _AUGMENTED = re.compile(r"\.rf\.[0-9a-zA-Z]+(?=\.|$)")
 """Roboflow names the augmented versions of an image `NAME.rf.HASH.jpg`."""
@@ -51,7 +51,7 @@ def split_file(
     names = [str(record.get("file_name")) for record in records]
     found = locate_images(names, annotations, images)
     images_from = images_from or found.folder
-    state = [VERSION, share, seed, str(images_from.absolute()), [os.fsdecode(path) for path in found.paths]]
+    state = [VERSION, share, seed, os.path.realpath(images_from), [os.fsdecode(path) for path in found.paths]]
     sha = hashlib.sha256(json.dumps(state).encode())
     sha.update(annotations.read_bytes())
     digest = sha.hexdigest()[:32]
@@ -70,8 +70,9 @@ def split_file(
         if path
     }
     info = content["info"] if isinstance(content.get("info"), dict) else {}
-    notes = info[CONVERTED].get("notes", {}) if isinstance(info.get(CONVERTED), dict) else {}
-    about = {"digest": digest, "source": str(annotations), "share": share, "seed": seed, "notes": notes}
+    known = info[CONVERTED] if isinstance(info.get(CONVERTED), dict) else {}
+    known = {key: known[key] for key in ("notes", "upright") if key in known}
+    about = {"digest": digest, "source": str(annotations), "share": share, "seed": seed, **known}
     for path, is_val in ((train, False), (val, True)):
         part = {
             "info": {CONVERTED: about, **{key: value for key, value in info.items() if key != CONVERTED}},

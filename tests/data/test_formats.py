@@ -439,7 +439,7 @@ def test_split_never_replaces_its_source(tmp_path: Path) -> None:
     (whole,) = (tmp_path / "d").glob("*.json")
     whole.rename(source)
     before = source.read_bytes()
-    with pytest.raises(UserError, match="exists already"):
+    with pytest.raises(UserError, match="would then contain two datasets"):
         main(["datasets", "split", str(source), str(tmp_path / "d")])
     assert source.read_bytes() == before
 
