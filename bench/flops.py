@@ -4,8 +4,7 @@
     python -m bench.flops --config configs/ats_r50_0.1_0.2.yaml --checkpoint ours.pt --images FOLDER
 
 `gflops` follows the published convention (1 multiply-add = 1; the heads that only training uses are included), `needed`
-counts inference alone; fvcore counts both. `eager` is the published convention by torch.utils.flop_counter, which omits
-norms.
+counts inference alone.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ from ats_detr.config import Config, load_config
 from ats_detr.console import run_cli
 from ats_detr.data.transforms import evaluation_transform
 from ats_detr.errors import UserError
-from ats_detr.flops import count_flops, count_flops_eager, num_parameters
+from ats_detr.flops import count_flops, num_parameters
 from ats_detr.model import Detr, build_without_fetching
 from bench.measure import CONFIGS, new_parser, write_rows
 from bench.tables import numbers, print_table
@@ -177,7 +176,6 @@ def row_of(subject: Subject, images: Sequence[ImageBatch]) -> dict[str, Any]:
     """One row of the JSON file: giga multiply-adds, means over the images, each with its own budget."""
     model, known = subject.model, subject.published
     published = [count_flops(model, image, as_published=True) for image in images]
-    eager = [count_flops_eager(model, image, as_published=True) for image in images]
     needed = [count_flops(model, image) for image in images]
     encoder = fmean(flops.encoder for flops in published)
     return {
@@ -190,8 +188,6 @@ def row_of(subject: Subject, images: Sequence[ImageBatch]) -> dict[str, Any]:
         "golden_encoder_gflops": known.get("encoder_gflops"),
         "golden_params": known.get("params"),
         "published_gflops": known.get("published_gflops"),
-        "eager_gflops": fmean(flops.total for flops in eager),
-        "eager_encoder_gflops": fmean(flops.encoder for flops in eager),
         "needed_gflops": fmean(flops.total for flops in needed),
         "needed_encoder_gflops": fmean(flops.encoder for flops in needed),
         "encoder_reduction": 1 - encoder / fmean(flops.dense_encoder for flops in published),
@@ -227,8 +223,6 @@ def table_of(rows: list[dict[str, Any]]) -> pandas.DataFrame:
             "encoder": numbers(frame["encoder_gflops"], ".2f"),
             "encoder, published counter": beside("encoder_gflops"),
             "saved by selection": numbers(frame["encoder_reduction"], ".1%"),
-            "eager total": numbers(frame["eager_gflops"], ".2f"),
-            "eager encoder": numbers(frame["eager_encoder_gflops"], ".2f"),
             "needed total": numbers(frame["needed_gflops"], ".2f"),
             "needed encoder": numbers(frame["needed_encoder_gflops"], ".2f"),
             "M parameters": [

@@ -11,6 +11,7 @@ resources. Without `--checkpoint` weights are random and budgets meaningless; ti
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -189,21 +190,19 @@ def _flops_row(
 
 def parts_of(flops: Flops) -> dict[str, float]:
     """The total by kind of layer."""
-    modules = flops.by_module
 
-    def of(*names: str) -> float:
-        return sum(modules.get(name, 0.0) for name in names)
+    def of(pattern: str) -> float:
+        return sum(count for name, count in flops.by_module.items() if re.fullmatch(pattern, name))
 
-    layers = [name for name in modules if name.startswith("encoder.layers.")]
-    values = of(*(name for name in layers if name.endswith(".value_proj")))
-    feedforward = of(*(name for name in layers if name.endswith(".feedforward")))
+    values = of(r"encoder\.layers\.\d+\.attention\.value_proj")
+    feedforward = of(r"encoder\.layers\.\d+\.feedforward")
     parts = {
-        "backbone": of("backbone", "input_proj"),
+        "backbone": of(r"backbone|input_proj\.\d+"),
         "selection": of("selector"),
         "encoder values": values,
         "encoder attention": flops.encoder - values - feedforward,
         "encoder feed-forward": feedforward,
-        "decoder": of("decoder", "decoder_heads"),
+        "decoder": of("decoder"),
     }
     return {**parts, "queries": flops.total - sum(parts.values())}
 
