@@ -38,7 +38,7 @@ from ats_detr.config import Config, ConfigError, apply_override, config_from_dic
 from ats_detr.convert import ALLOWED_TYPES, from_official, is_official
 from ats_detr.data.classes import ClassMap
 from ats_detr.errors import UserError
-from ats_detr.files import replaced_file
+from ats_detr.files import make_folder, replaced_file
 from ats_detr.model import Detr, build_without_fetching
 from ats_detr.remote import fetch, is_remote
 from ats_detr.text import first_line, mismatches
@@ -154,16 +154,6 @@ def save_transformers(checkpoint: Mapping[str, Any], folder: Path) -> None:
         write_json(config, folder / MODEL_CONFIG)
     except OSError as error:
         raise UserError(f"{folder}: cannot write this folder ({error.strerror})") from error
-
-
-def make_folder(folder: Path) -> None:
-    """Make a folder and its parents. Raises UserError."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(
-            f"{folder}: cannot make this folder ({error.strerror}); choose another one"
-        ) from error
 
 
 def save_config(config: Config, path: Path) -> None:

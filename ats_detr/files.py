@@ -1,4 +1,4 @@
-"""Atomic replacement of files, and exclusive use of a folder."""
+"""Creation and exclusive use of folders, and atomic replacement of files."""
 
 from __future__ import annotations
 
@@ -30,6 +30,16 @@ def cache_folder() -> Path:
         return Path.home() / ".cache" / "ats_detr"
     except RuntimeError:
         raise UserError("there is no home folder; set ATS_DETR_CACHE to a folder for cached files") from None
+
+
+def make_folder(folder: Path) -> None:
+    """Create a folder and its parents. Raises UserError."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"{folder}: cannot create this folder ({error.strerror}); choose another one"
+        ) from error
 
 
 @contextmanager

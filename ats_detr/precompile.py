@@ -7,6 +7,7 @@ find the kernels; see `kernels.gpu.compilation`.
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import logging
 import os
@@ -15,14 +16,14 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import is_dataclass
+from dataclasses import is_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 from unittest.mock import patch
 
 import torch
 import yaml
-from torch import Tensor
+from torch import Tensor, nn
 
 from ats_detr.batch import bucket_size
 from ats_detr.config import Config, config_to_dict
@@ -78,10 +79,10 @@ def find_variants(
         passes.append((build(), torch.float32, data.eval_batch_size))
         passes.append((freeze_weights(build(), precision), precision, data.batch_size))
     backend = patch.dict(os.environ, {"ATS_DETR_BACKEND": ""})
-    select = patch.object(selector, "select_tokens", _select_tokens)
+    select = patch.object(selector, "select_tokens", functools.partial(select_share, share=1 / 3))
     with backend, select, compilation.recorded(gpu) as variants:
         for model, image_dtype, num_images in passes:
-            _remove_contents(model)
+            remove_contents(model)
             for size in image_sizes:
                 resized = resized_size(size, data.short_side, data.long_side)
                 images_B3HW = torch.empty(num_images, 3, *bucket_size(resized, data.size_multiple))
@@ -98,28 +99,25 @@ def find_variants(
     return list(variants)
 
 
-def _remove_contents(model: Detr) -> None:
+def remove_contents(model: nn.Module, device: str = "cpu") -> None:
     """Replace all tensors of a model by such without contents."""
     for module in model.modules():
         for tensors in (module._parameters, module._buffers):
             for name, old in tensors.items():
                 if old is not None:
-                    new: Any = torch.empty_strided(old.shape, old.stride(), dtype=old.dtype)
+                    new: Any = torch.empty_strided(old.shape, old.stride(), dtype=old.dtype, device=device)
                     tensors[name] = new.requires_grad_(old.requires_grad)
 
 
-def _select_tokens(
-    scores_BS: Tensor, num_keep_B: Tensor, mask_BS: Tensor, *, capacity: int | None
+def select_share(
+    scores_BS: Tensor, num_keep_B: Tensor, mask_BS: Tensor, *, capacity: int | None, share: float
 ) -> TokenPlan:
-    """`select_tokens`; an exact plan keeps a third of the tokens, since their number is not known without contents."""
+    """`select_tokens`; an exact plan keeps this share of the tokens, since it is not known without contents."""
     batch, num_tokens = scores_BS.shape
-    if capacity is not None:
-        return select_tokens(scores_BS, num_keep_B, mask_BS, capacity=capacity)
-    num_kept = num_tokens // 3 + 1
-    plan = select_tokens(scores_BS, num_keep_B, mask_BS, capacity=batch * num_kept)
+    num_kept = int(num_tokens * share) + 1
+    plan = select_tokens(scores_BS, num_keep_B, mask_BS, capacity=capacity or batch * num_kept)
     starts = tuple(range(0, batch * num_kept + 1, num_kept))
-    tensors = (plan.token_index_K, plan.image_index_K, plan.offsets_B1, plan.slot_BS)
-    return TokenPlan(*tensors, exact=True, row_starts=starts)
+    return plan if capacity else replace(plan, exact=True, row_starts=starts)
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
@@ -156,19 +154,8 @@ def compile_kernels(
         return
     major, minor = torch.cuda.get_device_capability(device)
     gpu, dtype_name = torch.cuda.get_device_name(device), str(dtype).removeprefix("torch.")
-    options = [
-        *(
-            "--arch",
-            f"{major}{minor}",
-            "--gpu",
-            gpu,
-            "--dtype",
-            dtype_name,
-            "--num-classes",
-            str(num_classes),
-        ),
-        *("--modes", *modes),
-    ]
+    options = ["--arch", f"{major}{minor}", "--gpu", gpu, "--dtype", dtype_name]
+    options += ["--num-classes", str(num_classes), "--modes", *modes]
     data = config.data
     sizes = (data.short_side, data.long_side, data.size_multiple, data.batch_size, data.eval_batch_size)
     facts = (config.model, sizes, config.train.precision, options, torch.__version__, tuning.versions())

@@ -9,6 +9,7 @@ counts inference alone.
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -18,7 +19,6 @@ from typing import Any
 
 import pandas
 import torch
-from PIL import Image, UnidentifiedImageError
 from rich.console import Console
 from torch import Tensor, nn
 
@@ -26,6 +26,7 @@ from ats_detr.batch import ImageBatch
 from ats_detr.checkpoint import load_checkpoint, load_detector, resolve_checkpoint
 from ats_detr.config import Config, load_config
 from ats_detr.console import run_cli
+from ats_detr.data.images import image_sources, read_image
 from ats_detr.data.transforms import evaluation_transform
 from ats_detr.errors import UserError
 from ats_detr.flops import count_flops, num_parameters
@@ -156,19 +157,15 @@ def random_image() -> ImageBatch:
 def read_folder(folder: Path, max_images: int, config: Config) -> list[Tensor]:
     """The first images of a folder, by name, resized and normalised as in evaluation: float32 [3, h, w]."""
     transform = evaluation_transform(config.data.short_side, config.data.long_side)
-    images = []
-    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
-        try:
-            image = Image.open(path).convert("RGB")
-        except (UnidentifiedImageError, OSError):
-            continue
-        tensor, *_ = transform(image, torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64))
-        images.append(tensor)
-        if len(images) == max_images:
-            break
-    if not images:
-        raise UserError(f"{folder}: this folder holds no images")
-    return images
+    upright = config.data.exif != "stored"
+    return [
+        transform(
+            read_image(path, str(path), upright=upright, allow_urls=False),
+            torch.zeros(0, 4),
+            torch.zeros(0).long(),
+        )[0]
+        for path in itertools.islice(image_sources(folder), max_images)
+    ]
 
 
 # ------------------------------------------------------------------------------------------------------------- results

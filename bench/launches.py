@@ -16,7 +16,6 @@ import functools
 import math
 import types
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import replace
 from typing import Any
 from unittest.mock import patch
 
@@ -34,10 +33,11 @@ from triton.runtime.jit import JITFunction
 
 from ats_detr.batch import ImageBatch, Target
 from ats_detr.config import Config, load_config
-from ats_detr.kernels import TokenPlan, reference, select_tokens
+from ats_detr.kernels import reference
 from ats_detr.kernels.gpu import tuning
 from ats_detr.model import CompiledDetr, Detr, build_model, compiled, detr, selector, tokens
 from ats_detr.model.output import DetectedBatch
+from ats_detr.precompile import remove_contents, select_share
 from ats_detr.training import criterion, matcher, trainer
 from ats_detr.training.distillation import DualTeacher
 from ats_detr.training.guards import BatchNormSnapshot, StepGuard
@@ -188,7 +188,7 @@ def count_pass(mode: str, dtype: torch.dtype, images: int) -> list[Row]:
     detector = CompiledDetr(model, dtype=dtype) if mode == "captured" else model
     model = detector.model if isinstance(detector, CompiledDetr) else model
     with counted() as counter, torch.no_grad(), contextlib.ExitStack() as stack:
-        _drop_contents(model, "cuda")
+        remove_contents(model, "cuda")
         batch = ImageBatch(torch.empty(images, 3, *IMAGE_SIZE, device="cuda"), [IMAGE_SIZE] * images)
         for owner, name, stage in (
             (model.backbone, "forward", "backbone"), (model, "tokenize", "tokens"), (model, "select", "selection"),
@@ -221,7 +221,7 @@ def count_step(dtype: torch.dtype, images: int) -> list[Row]:
         teachers.connect(student, dtype)
     with counted() as counter, patch.object(FakeTensor, "is_cuda", True), contextlib.ExitStack() as stack:
         for model in (student, weak, strong):
-            _drop_contents(model, "cpu")
+            remove_contents(model, "cpu")
         optimizer = build_optimizer(student, config.train, images)
         for parameter in student.parameters():  # the first step creates the optimiser's state
             parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None
@@ -255,16 +255,6 @@ def count_step(dtype: torch.dtype, images: int) -> list[Row]:
     return counter.calls
 
 
-def _drop_contents(model: nn.Module, device: str) -> None:
-    """Replace the tensors of a model by ones without contents."""
-    for module in model.modules():
-        for values in (module._parameters, module._buffers):
-            for name, t in values.items():
-                if t is not None:
-                    fake = torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=device)
-                    values[name] = fake.requires_grad_(t.requires_grad)
-
-
 class _Matches:
     """`matcher.PendingMatches` of costs without contents: every object is matched."""
 
@@ -293,23 +283,12 @@ def counted() -> Iterator[LaunchCounter]:
             (torch.cuda, "device_of", contextlib.nullcontext),
             (compiled, "can_capture", lambda *_: False),
             (compiled, "self_check", lambda *_: None),
-            (selector, "select_tokens", _select_tokens),
+            (selector, "select_tokens", functools.partial(select_share, share=KEEP_RATIO)),
         ):
             stack.enter_context(patch.object(owner, name, value))
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         yield counter
     tuning._chosen.clear()
-
-
-def _select_tokens(
-    scores_BS: Tensor, num_keep_B: Tensor, mask_BS: Tensor, *, capacity: int | None
-) -> TokenPlan:
-    """`select_tokens`; the number of rows of an exact plan is known without contents."""
-    batch, num_tokens = scores_BS.shape
-    num_kept = int(num_tokens * KEEP_RATIO) + 1
-    plan = select_tokens(scores_BS, num_keep_B, mask_BS, capacity=capacity or batch * num_kept)
-    starts = tuple(range(0, batch * num_kept + 1, num_kept))
-    return plan if capacity else replace(plan, exact=True, row_starts=starts)
 
 
 def _config(name: str) -> Config:

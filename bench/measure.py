@@ -30,8 +30,6 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from ats_detr.errors import UserError
-
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "configs"
 RESULTS = Path(__file__).parent / "results"
@@ -292,15 +290,6 @@ def row_file(text: str) -> Path:
         path.open("a").close()
     except OSError as error:
         raise argparse.ArgumentTypeError(f"{text}: cannot write this file ({error.strerror})") from None
-    return path
-
-
-def row_folder(path: Path) -> Path:
-    """Creates the folder. Raises UserError if that fails."""
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out {path}: cannot create this folder ({error.strerror})") from None
     return path
 
 

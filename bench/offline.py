@@ -270,32 +270,39 @@ def other_launches(dtype: torch.dtype) -> list[Launch]:
 
 def jobs(architecture: int, everything: bool = True) -> Iterator[tuple[dict, Launch]]:
     """(labels, launch) of each configuration that is shipped; the default ones only unless `everything`."""
-    for dtype in (
-        (torch.bfloat16, torch.float16, torch.float32) if everything else (torch.bfloat16, torch.float32)
-    ):
+
+    def job(
+        launch: Launch, kernel_pass: str = "", config: dict | None = None, fused: bool = True
+    ) -> tuple[dict, Launch]:
+        labels = {"kernel": launch.kernel.__name__, "pass": kernel_pass, "dtype": name, "fused": fused}
+        return {**labels, "config": config or {}, "arch": f"sm_{architecture}"}, launch
+
+    def chosen(candidates: list[dict]) -> list[dict]:
+        return candidates if everything else candidates[:1]
+
+    uniform = (POINTS,) * len(LEVELS)
+    passes = (
+        ("forward", "msda_forward", True, uniform),
+        ("backward", "msda_backward", True, uniform),
+        ("gradients", "msda_backward", True, uniform),
+        ("tiles", "value_tiles", True, uniform),
+        ("forward", "msda_forward", False, uniform),
+        ("backward", "msda_backward", False, uniform),
+        ("forward", "msda_forward", False, POINTS_OF_LEVELS),
+        ("backward", "msda_backward", False, POINTS_OF_LEVELS),
+        ("tiles", "value_tiles", False, POINTS_OF_LEVELS),
+    )
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        if dtype == torch.float16 and not everything:
+            continue
         name = str(dtype).removeprefix("torch.")
         key = (name, HEADS, HEAD_DIM, len(LEVELS), POINTS, True)
-        uniform = (POINTS,) * len(LEVELS)
-        passes = (
-            ("forward", "msda_forward", True, uniform),
-            ("backward", "msda_backward", True, uniform),
-            ("gradients", "msda_backward", True, uniform),
-            ("tiles", "value_tiles", True, uniform),
-            ("forward", "msda_forward", False, uniform),
-            ("backward", "msda_backward", False, uniform),
-            ("forward", "msda_forward", False, POINTS_OF_LEVELS),
-            ("backward", "msda_backward", False, POINTS_OF_LEVELS),
-            ("tiles", "value_tiles", False, POINTS_OF_LEVELS),
-        )
-        for kernel_pass, operator, fused, points in passes:
-            if not fused and not everything:
-                continue
+        for kernel_pass, operator, fused, points in passes if everything else passes[:4]:
             density = [tuning.density(1, 1)] if operator == "value_tiles" else []
             candidates = tuning.configurations(operator, (*key, *density))
-            for config in candidates if everything and fused else candidates[:1]:
+            for config in chosen(candidates) if fused else candidates[:1]:
                 for launch in attention_launches(kernel_pass, dtype, config, fused, points):
-                    labels = {"pass": kernel_pass, "dtype": name, "fused": fused, "config": config}
-                    yield {"kernel": launch.kernel.__name__, **labels, "arch": f"sm_{architecture}"}, launch
+                    yield job(launch, kernel_pass, config, fused)
         for operator in ("linear", "linear_norm", "feedforward"):
             if operator == "feedforward" and dtype == torch.float32:
                 continue  # two launches of the other two
@@ -303,27 +310,19 @@ def jobs(architecture: int, everything: bool = True) -> Iterator[tuple[dict, Lau
             if everything and dtype != torch.float32:
                 rows_dtypes.append(torch.float32)  # as under autocast
             for rows in rows_dtypes:
-                candidates = tuning.configurations(operator, (name,))
-                for config in candidates if everything else candidates[:1]:
+                for config in chosen(tuning.configurations(operator, (name,))):
                     (launch,) = linear_launches(operator, rows, dtype, config)
-                    kernel_pass = "" if rows == dtype else "autocast"
-                    labels = {"pass": kernel_pass, "dtype": name, "fused": True, "config": config}
-                    yield {"kernel": launch.kernel.__name__, **labels, "arch": f"sm_{architecture}"}, launch
-        candidates = tuning.configurations("pointwise", (name,))
-        for config in candidates if everything else candidates[:1]:
+                    yield job(launch, "" if rows == dtype else "autocast", config)
+        for config in chosen(tuning.configurations("pointwise", (name,))):
             (launch,) = convolution_launches(dtype, config)
-            labels = {"pass": "", "dtype": name, "fused": True, "config": config}
-            yield {"kernel": launch.kernel.__name__, **labels, "arch": f"sm_{architecture}"}, launch
-        for launch in convolution_launches(dtype):
-            labels = {"pass": "", "dtype": name, "fused": True, "config": {}}
-            yield {"kernel": launch.kernel.__name__, **labels, "arch": f"sm_{architecture}"}, launch
+            yield job(launch, config=config)
+        yield from map(job, convolution_launches(dtype))
         if everything or dtype == torch.float32:
             seen = set()
             for launch in (*attention_launches("sorted", dtype, {}), *other_launches(dtype)):
                 if launch.kernel.__name__ not in seen or launch.kernel.__name__ == "find_thresholds":
                     seen.add(launch.kernel.__name__)
-                    labels = {"pass": "", "dtype": name, "fused": True, "config": {}}
-                    yield {"kernel": launch.kernel.__name__, **labels, "arch": f"sm_{architecture}"}, launch
+                    yield job(launch)
 
 
 def report(labels: dict, launch: Launch, architecture: int) -> dict:

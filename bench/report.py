@@ -16,9 +16,9 @@ import pandas
 
 from ats_detr.console import run_cli
 from ats_detr.errors import UserError
+from bench.charts import Sweep
 from bench.latency import targets_of
 from bench.measure import RESULTS, ROOT, Row, new_parser, read_rows
-from bench.page import Sweep
 from bench.tables import (
     distinct,
     label,
@@ -71,8 +71,11 @@ def result_files(results: Path) -> list[Path]:
     return sorted(paths, key=lambda path: max(row.get("date", "") for row in read_rows(path)), reverse=True)
 
 
-def section(path: Path) -> str:
-    """The section of one file of rows."""
+def section(path: Path, *, pictures: str | None = None) -> str:
+    """The section of one file of rows.
+
+    pictures: beginning of the paths of its charts; None: where `main` writes them.
+    """
     rows = read_rows(path)
     notes = [row["text"] for row in rows if row.get("kind") == "note"]
     text = path.with_suffix(".md").read_text() if path.with_suffix(".md").exists() else ""
@@ -81,7 +84,7 @@ def section(path: Path) -> str:
     measured = [row for row in rows if row.get("kind") != "note"]
     parts = [f"## {title(measured)}", "\n".join([f"Rows: `bench/results/{path.name}`.", *notes])]
     if is_sweep(measured):
-        parts += sweep_part(path.stem, measured)
+        parts += sweep_part(f"performance/{path.stem}-" if pictures is None else pictures, measured)
     for kind in distinct(measured, "kind"):
         mine = [row for row in measured if row.get("kind") == kind]
         if kind == "latency":
@@ -110,12 +113,12 @@ def is_sweep(rows: Sequence[Row]) -> bool:
     return any(row.get("kind") == "flops" for row in rows)
 
 
-def sweep_part(name: str, rows: Sequence[Row]) -> list[str]:
+def sweep_part(pictures: str, rows: Sequence[Row]) -> list[str]:
     """Findings, pictures, and multiply-adds of a run of bench.sweep."""
     sweep = Sweep(rows)
     parts = ["\n".join(f"- {finding}" for finding in sweep.findings())]
     for chart in sweep.charts():
-        parts += [f"![{chart.title}](performance/{name}-{chart.key}.png)", chart.caption]
+        parts += [f"![{chart.title}]({pictures}{chart.key}.png)", chart.caption]
     parts.append(f"*{source(rows)}*")
     flops = pandas.DataFrame(sweep.flops)
     table = pandas.DataFrame(

@@ -1,11 +1,11 @@
-"""Cost and gain of token selection: multiply-adds, time, memory and AP per keep ratio, as rows, pictures and a page.
+"""Cost and gain of token selection: multiply-adds, time, memory and AP per keep ratio, as rows, tables and charts.
 
     python -m bench.sweep --config configs/ats_r50_0.1_0.2.yaml --ratios 0.05,0.1,0.2,0.3,0.5,1.0
     python -m bench.sweep --config configs/quickstart.yaml --checkpoint quickstart --ap
 
 Every keep ratio (the same for all images), the adaptive model, the dense encoder and other detectors run in one process
-and in turns. The output folder gets `rows.jsonl`, a PNG of each chart, and `index.html`, a page without external
-resources. Without `--checkpoint` weights are random and budgets meaningless; times and multiply-adds are valid.
+and in turns. The output folder gets `rows.jsonl`, a PNG of each chart, and `report.md`, which shows all of them.
+Without `--checkpoint` weights are random and budgets meaningless; times and multiply-adds are valid.
 """
 
 from __future__ import annotations
@@ -27,8 +27,10 @@ from ats_detr.data.coco import ClassMap
 from ats_detr.distributed import choose_device
 from ats_detr.errors import UserError
 from ats_detr.evaluation import evaluate
+from ats_detr.files import make_folder
 from ats_detr.flops import Flops, count_flops
 from ats_detr.training.datasets import build_evaluation_loader
+from bench.charts import Sweep
 from bench.flops import given_subject, read_folder
 from bench.latency import (
     IMAGE_SIZE,
@@ -52,12 +54,11 @@ from bench.measure import (
     environment,
     new_parser,
     progress_bar,
-    row_folder,
     shares,
     words,
 )
-from bench.page import write_page
 from bench.peers import PEERS
+from bench.report import section
 
 RATIOS = (0.05, 0.1, 0.2, 0.3, 0.5, 1.0)
 NUM_JUDGED = 8
@@ -74,7 +75,8 @@ def main() -> None:
     model = given_subject(config, arguments.checkpoint).model.eval()
     if model.selector is None:
         raise UserError(f"{arguments.config}: the model has no token selector, which a sweep needs")
-    out = row_folder(arguments.out or Path("runs") / "sweep" / f"{config.name}-{device.type}")
+    out = arguments.out or Path("runs") / "sweep" / f"{config.name}-{device.type}"
+    make_folder(out)
     adaptive = model.selector.budget is not None
     choices: list[Budgets] = [*([None] if adaptive else []), *((ratio,) for ratio in arguments.ratios)]
     peers = [f"peer:{name}" for name in (PEERS if arguments.peers == ["all"] else arguments.peers)]
@@ -112,11 +114,14 @@ def main() -> None:
 
     (out / "rows.jsonl").unlink(missing_ok=True)
     append_rows(rows, out / "rows.jsonl")
-    findings = write_page(rows, out)
+    sweep = Sweep(rows)
+    for chart in sweep.charts():
+        chart.save(out / f"{chart.key}.png")
+    (out / "report.md").write_text(section(out / "rows.jsonl", pictures=""))
     show([row for row in rows if row["kind"] == "latency"], console)
-    for line in findings:
+    for line in sweep.findings():
         console.print(line)
-    console.print(f"{out / 'index.html'}, a picture of each chart, and {out / 'rows.jsonl'}")
+    console.print(f"{out / 'report.md'}, a picture of each chart, and {out / 'rows.jsonl'}")
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -1,4 +1,4 @@
-"""Rows as pandas tables, for the terminal, for Markdown and for HTML."""
+"""Rows as pandas tables, for the terminal and for Markdown."""
 
 from __future__ import annotations
 

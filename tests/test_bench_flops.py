@@ -44,5 +44,5 @@ def test_rows_far_from_the_published_counter_fail() -> None:
 
 
 def test_a_folder_without_images_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="this folder holds no images"):
+    with pytest.raises(UserError, match="there are no images in it"):
         read_folder(tmp_path, 2, load_config(ROOT / "configs/quickstart.yaml"))

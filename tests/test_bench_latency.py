@@ -16,9 +16,8 @@ import bench.latency
 import bench.sweep
 from ats_detr.batch import ImageBatch
 from ats_detr.console import run_cli
-from ats_detr.errors import UserError
 from bench.latency import forced_budgets, generated_images
-from bench.measure import Stopwatch, row_folder, take_turns, timed
+from bench.measure import Stopwatch, take_turns, timed
 from bench.padded import encode_padded
 from bench.peers import Peer, load_peer
 from tests.small_detector import small_detector
@@ -196,5 +195,3 @@ def test_unwritable_files_fail_before_measuring(
     with pytest.raises(SystemExit):
         bench.latency.parse_arguments()
     assert "rows.jsonl: cannot write this file" in capsys.readouterr().err
-    with pytest.raises(UserError, match="--out .*file: cannot create this folder"):
-        row_folder(tmp_path / "file")

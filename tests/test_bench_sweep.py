@@ -1,9 +1,8 @@
-"""python -m bench.sweep: its rows agree with the other commands, and its page shows every chart."""
+"""python -m bench.sweep: its rows agree with the other commands, and its report shows every chart."""
 
 from __future__ import annotations
 
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,14 +14,13 @@ from ats_detr.checkpoint import build_without_fetching, save_checkpoint
 from ats_detr.config import config_to_dict, load_config
 from ats_detr.data.coco import ClassMap
 from ats_detr.data.synthetic import CLASSES
+from bench.charts import Sweep
 from bench.flops import given_subject, row_of
 from bench.latency import QUICK_SIZE, generated_images
 from bench.measure import Row, read_rows
-from bench.page import Sweep
 from tests.training.small import SMALL_DATA, write_small_chain
 
 ROOT = Path(__file__).parents[1]
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 CHARTS = {"gflops", "latency", "savings", "parts", "stages", "packing", "budgets", "precision"}
 
 pytestmark = pytest.mark.xdist_group("sweep")  # one sweep for all of them
@@ -121,26 +119,8 @@ def test_every_chart_is_a_picture_of_some_size(folder: Path) -> None:
             assert len(picture.convert("RGB").getcolors(1 << 20) or ()) > 3
 
 
-def test_the_page_holds_everything_it_shows(folder: Path) -> None:
-    page = (folder / "index.html").read_text()
-    body = page[page.rindex("</head>") :]
-    assert not re.findall(r"(?:src|href)=\"(?!data:)", body)
-    assert "commit" in body and "torch" in body
-
-
-@pytest.mark.skipif(BROWSER is None, reason="no Chromium or Chrome here")
-def test_a_browser_draws_every_chart_without_a_message(folder: Path, tmp_path: Path) -> None:
-    switches = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
-                "--disable-component-update", "--disable-sync", f"--user-data-dir={tmp_path}",
-                "--enable-logging=stderr", "--virtual-time-budget=10000", "--dump-dom"]  # fmt: skip
-    page = (folder / "index.html").read_text()
-    assert set(re.findall(r'<section id="(\w+)">', page)) == CHARTS
-    # Reports the size of each image as the browser has decoded it.
-    script = """<script>for (const image of document.images)
-        image.decode().then(() => image.dataset.drawn = image.naturalWidth + "x" + image.clientHeight);</script>"""
-    (tmp_path / "page.html").write_text(page.replace("</body>", script + "</body>"))
-    command = [str(BROWSER), *switches, (tmp_path / "page.html").as_uri()]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-    assert not [line for line in result.stderr.splitlines() if "CONSOLE" in line]
-    drawn = re.findall(r'data-drawn="(\d+)x(\d+)"', result.stdout)
-    assert len(drawn) == len(CHARTS) and all(int(width) > 400 and int(height) > 60 for width, height in drawn)
+def test_the_report_shows_every_chart_and_the_source_of_its_rows(folder: Path) -> None:
+    report = (folder / "report.md").read_text()
+    assert set(re.findall(r"!\[.*\]\((\w+)\.png\)", report)) == CHARTS
+    assert "commit" in report and "torch" in report
+    assert "| adaptive |" in report  # a row of the table of passes

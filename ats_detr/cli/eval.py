@@ -18,7 +18,6 @@ from ats_detr.checkpoint import (
     config_of,
     load_checkpoint,
     load_detector,
-    make_folder,
     resolve_checkpoint,
     write_json,
 )
@@ -30,6 +29,7 @@ from ats_detr.data.layout import Role
 from ats_detr.data.loader import EvaluationLoader
 from ats_detr.errors import UserError
 from ats_detr.evaluation import Metrics, evaluate, warn_of_limits, warn_of_minimum
+from ats_detr.files import make_folder
 from ats_detr.flops import count_flops
 from ats_detr.model import CompiledDetr, Detr
 from ats_detr.remote import is_remote

@@ -29,6 +29,7 @@ from ats_detr.data.sources import find_layout
 from ats_detr.data.video import VIDEO_SUFFIXES, VideoWriter, read_video
 from ats_detr.detector import THRESHOLD, Detector, Result
 from ats_detr.errors import UserError
+from ats_detr.files import make_folder
 from ats_detr.visualize import add_caption, draw_kept_tokens
 
 Shown = Literal["boxes", "tokens", "budget"]
@@ -192,10 +193,7 @@ def predict_files(
     """
     done = Done()
     pictures = out / "pictures"
-    try:
-        pictures.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out {out}: cannot create this folder ({error.strerror})") from None
+    make_folder(pictures)
     options: dict[str, Any] = dict(
         threshold=threshold, max_detections=max_detections, batch_size=batch_size, upright=upright
     )

@@ -17,13 +17,13 @@ from torch._dynamo.exc import TorchDynamoException
 from torch._inductor.exc import InductorError
 
 from ats_detr import distributed
-from ats_detr.checkpoint import FINISHED, make_folder, read_file, save_config
+from ats_detr.checkpoint import FINISHED, read_file, save_config
 from ats_detr.config import Config, SyntheticConfig, TeachersConfig, config_to_dict
 from ats_detr.console import console, say
 from ats_detr.data.coco import ClassMap
 from ats_detr.errors import UserError
 from ats_detr.evaluation import warn_of_limits
-from ats_detr.files import delete_temporary_files, exclusive_use
+from ats_detr.files import delete_temporary_files, exclusive_use, make_folder
 from ats_detr.model import Detr, build_model, build_without_fetching
 from ats_detr.model.backbone import load_weights as load_backbone_weights
 from ats_detr.training.criterion import SetCriterion, build_criterion

@@ -64,7 +64,7 @@ TRAIN = ["train", "--config", "quickstart", *SMALL]
         (["kernels", "compile", "quickstart", "--arch", "90"], "TRITON_INTERPRET = 1: unset it"),
         (["convert", "m.pt", "m.pt"], "is the source itself"),
         (["convert", "m.pt", "out.pth"], "must be ResNet-18"),
-        (["convert", "m.pt", "file"], "cannot make this folder"),
+        (["convert", "m.pt", "file"], "cannot create this folder"),
         (["predict", LONG, "--checkpoint", "m.pt"], "File name too long"),
         (["predict", "a.jpg", "--checkpoint", "m.pt", "--out", "file/x"], "cannot create this folder"),
         (["predict", "a.jpg", "--checkpoint", "m.pt", "--batch-size", DIGITS], "must be in 1.."),

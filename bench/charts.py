@@ -1,15 +1,11 @@
-"""The results of a sweep as sentences, charts, and an HTML page that needs no other file."""
+"""The results of a sweep as sentences and charts."""
 
 from __future__ import annotations
 
-import base64
-import html
-import io
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from string import Template
 
 import pandas
 from matplotlib import cycler, rc_context
@@ -17,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from bench.measure import Row
-from bench.tables import STAGES, label, latency_table, source
+from bench.tables import STAGES, label
 
 COLOURS = ("#3366aa", "#dd7722", "#449955", "#aa4477", "#777777", "#66bbcc", "#ccaa33", "#884422")
 """Distinguishable with most kinds of colour blindness, in this order."""
@@ -28,7 +24,6 @@ _STYLE = {
     "text.color": "#22262b",
     "grid.color": "#e3e6ea",
     "axes.prop_cycle": cycler(color=COLOURS),
-    "svg.hashsalt": "ats_detr",
 }
 
 
@@ -37,7 +32,7 @@ class Chart:
     """A chart with a caption of one or two sentences."""
 
     key: str
-    """Name of its file, and its id in the page."""
+    """Name of its file."""
     title: str
     caption: str
     x_title: str
@@ -46,8 +41,8 @@ class Chart:
     height: float = 4.6
     """Inches; the width is 9."""
 
-    def save(self, file: Path | io.BytesIO, kind: str = "png") -> None:
-        """As a PNG 1800 pixels wide, or as SVG."""
+    def save(self, file: Path) -> None:
+        """As a PNG 1800 pixels wide."""
         with rc_context(_STYLE):
             figure = Figure(figsize=(9, self.height), layout="constrained")
             axes = figure.subplots()
@@ -59,8 +54,7 @@ class Chart:
             axes.set(xlabel=self.x_title, ylabel=self.y_title)
             if len(axes.get_legend_handles_labels()[1]) > 1:
                 axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1.01, 1), borderaxespad=0)
-            metadata = {"Date": None, "Creator": None} if kind == "svg" else {"Software": None}
-            figure.savefig(file, format=kind, dpi=200, metadata=metadata)
+            figure.savefig(file, dpi=200, metadata={"Software": None})
 
 
 def bar_chart(
@@ -82,31 +76,8 @@ def bar_chart(
     return Chart(key, title, caption, x_title, "", draw, 1.7 + len(frame) * thickness)
 
 
-def write_page(rows: Sequence[Row], out: Path) -> list[str]:
-    """Writes a PNG of each chart and `index.html` into the folder `out`; returns the findings."""
-    sweep = Sweep(rows)
-    sections = []
-    for chart in sweep.charts():
-        chart.save(out / f"{chart.key}.png")
-        chart.save(drawing := io.BytesIO(), "svg")
-        sections.append(
-            f'<section id="{chart.key}"><p>{html.escape(chart.caption)}</p><img alt="{html.escape(chart.title)}" '
-            f'src="data:image/svg+xml;base64,{base64.b64encode(drawing.getvalue()).decode()}"></section>'
-        )
-    findings = sweep.findings()
-    page = Template(Path(__file__).with_suffix(".html").read_text()).substitute(
-        title=html.escape(f"{sweep.config}: cost and gain of token selection"),
-        where=html.escape(sweep.where),
-        findings="".join(f"<li>{html.escape(line)}</li>" for line in findings),
-        sections="\n".join(sections),
-        table=latency_table([row for row in rows if row["kind"] == "latency"]).to_html(index=False, border=0),
-    )
-    (out / "index.html").write_text(page)
-    return findings
-
-
 class Sweep:
-    """The rows of one run of bench.sweep. Charts show the smallest batch; the table shows all."""
+    """The rows of one run of bench.sweep. Charts show the smallest batch."""
 
     def __init__(self, rows: Sequence[Row]) -> None:
         self.rows = rows
@@ -126,13 +97,6 @@ class Sweep:
         ]
         self.fixed = sorted((row for row in self.flops if row["budgets"]), key=lambda row: row["keep_ratio"])
         """Multiply-adds of the fixed ratios, the smallest first."""
-
-    @property
-    def where(self) -> str:
-        """Images, machine, versions, date and commit."""
-        row = self.latency[0]
-        size = "x".join(map(str, row["image_size"]))
-        return f"images {size}, batch {row['batch']}, {row['dtype']}; {source(self.latency)}"
 
     def time(self, stage: str, flops: Row) -> float:
         """Median milliseconds of a stage with the mode and budgets of `flops`; NaN where there is no such stage."""
