@@ -6,21 +6,14 @@ import colorsys
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
-import torch
 from matplotlib.figure import Figure
 from PIL import Image, ImageColor, ImageDraw
 from torch import Tensor
 
-from ats_detr.budgets import BudgetOptions
-from ats_detr.data.coco import ClassMap
-from ats_detr.data.loader import EvaluationLoader
 from ats_detr.evaluation import Metrics
 from ats_detr.fonts import font_for
-from ats_detr.model import Detr
-from ats_detr.model.output import Detections, top_detections
 
 PICTURE_SIDE = 640
 """Shorter side in pixels to which small images are enlarged, by an integer factor, before drawing."""
@@ -38,18 +31,6 @@ def class_colour(label: int) -> tuple[int, int, int]:
     """RGB colour of a class index. Consecutive indices have distant hues (golden-ratio steps on the colour circle)."""
     red, green, blue = colorsys.hsv_to_rgb((0.08 + label * 0.618034) % 1, 0.78, 0.98)
     return round(red * 255), round(green * 255), round(blue * 255)
-
-
-def draw_detections(
-    image: Image.Image, detections: Detections, class_map: ClassMap, *, min_score: float = 0.4
-) -> Image.Image:
-    """A copy of `image` (RGB, as stored) with all detections of score >= `min_score`; the best is drawn last."""
-    shown = detections.scores_N >= min_score
-    labels, scores = detections.labels_N[shown].tolist(), detections.scores_N[shown].tolist()
-    captions = [
-        f"{class_map.name_of_row(label)} {score:.2f}" for label, score in zip(labels, scores, strict=True)
-    ]
-    return draw_boxes(image, detections.boxes_xyxy_N4[shown].cpu().numpy(), labels, captions)
 
 
 def draw_boxes(
@@ -245,67 +226,3 @@ def plot_budgets(metrics: Metrics) -> Figure:
     axis.spines[["top", "right"]].set_visible(False)
     figure.legend(frameon=False, loc="outside lower center", ncols=3)
     return figure
-
-
-@torch.no_grad()
-def save_pictures(
-    model: Detr,
-    loader: EvaluationLoader,
-    device: torch.device | str,
-    folder: str | Path,
-    *,
-    min_score: float = 0.4,
-    budget: BudgetOptions | None = None,
-) -> list[Path]:
-    """Write <rank>_<image id>_detections.png and, for models that select tokens, ..._tokens.png of each image.
-
-    The rank orders the images by number of objects, fewest first. Call it in one process only.
-
-    Args:
-        model: the model; its training mode is restored afterwards.
-        loader: loader of the images to draw, for example with `indices=spread_over_difficulty(dataset, 8)`.
-        device: device of the model.
-        folder: output folder; it is created.
-        min_score: minimum score of a drawn detection.
-        budget: arguments of `Detr.detect` that choose the budgets. None: as trained.
-
-    Returns:
-        The paths of the files.
-    """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    dataset, written = loader.dataset, []
-    indices = [index for batch in loader.global_batches for index in batch]
-    by_objects = sorted(indices, key=lambda index: (len(dataset.objects(index)[1]), index))
-    rank = {dataset.image_id(index): place for place, index in enumerate(by_objects)}
-    was_training = model.training
-    model.eval()
-    for batch, targets in loader:
-        output = model(batch.to(device), supervision=False, **(budget or {}))
-        detections = top_detections(output.last, [target.original_size for target in targets])
-        for i, target in enumerate(targets):
-            image = dataset.read_image(int(np.searchsorted(dataset.annotations.image_ids, target.image_id)))
-            num_objects = len(target.labels_N)
-            stem = f"{rank[target.image_id]:02d}_{target.image_id:06d}"
-            path = folder / f"{stem}_detections.png"
-            draw_detections(image, detections[i], dataset.class_map, min_score=min_score).save(path)
-            written.append(path)
-            if output.selection is None:
-                continue
-            kept, valid = int(output.selection.num_kept_B[i]), int(output.selection.num_valid_B[i])
-            figure = draw_kept_tokens(
-                image,
-                KeptTokens.from_flat(
-                    output.selection.plan.slot_BS[i] >= 0,
-                    output.level_shapes,
-                    resized_size=batch.sizes[i],
-                    padded_size=(batch.images_B3HW.shape[2], batch.images_B3HW.shape[3]),
-                ),
-                title=f"image {target.image_id}, {num_objects} {'object' if num_objects == 1 else 'objects'}: "
-                f"keeps {kept} of {valid} tokens ({kept / valid:.0%})",
-            )
-            path = folder / f"{stem}_tokens.png"
-            figure.save(path)
-            written.append(path)
-    model.train(was_training)
-    return written

@@ -3,37 +3,38 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch import nn
 
-from ats_detr.batch import ImageBatch
-from ats_detr.data.coco import ClassMap, CocoDetection, spread_over_difficulty
-from ats_detr.data.loader import EvaluationLoader
+from ats_detr.cli.eval import write_pictures
+from ats_detr.data.coco import CocoDetection, spread_over_difficulty
 from ats_detr.data.synthetic import synthetic_dataset
+from ats_detr.detector import Detector, Result
 from ats_detr.evaluation import AveragePrecision, ImageRecord, Metrics
-from ats_detr.kernels import TokenPlan
-from ats_detr.model.output import Detections, DetectorOutput, Prediction, TokenScores
-from ats_detr.visualize import (
-    KeptTokens,
-    add_caption,
-    class_colour,
-    draw_detections,
-    draw_kept_tokens,
-    plot_budgets,
-    save_pictures,
-)
-
-CLASSES = ClassMap.from_categories({1: "cat", 2: "dog"})
+from ats_detr.model.output import TokenBudget
+from ats_detr.visualize import KeptTokens, add_caption, class_colour, draw_kept_tokens, plot_budgets
+from tests.small_detector import small_detector
 
 
-def detections(*rows: tuple[float, int, list[float]]) -> Detections:
-    scores, labels, boxes = zip(*rows, strict=True)
-    return Detections(torch.tensor(scores), torch.tensor(labels), torch.tensor(boxes).float())
+def drawn(image: Image.Image, *rows: tuple[float, int, list[float]], min_score: float = 0.4) -> Image.Image:
+    """The image with objects of these scores, labels and boxes."""
+    labels = np.array([label for _, label, _ in rows], np.int64)
+    return Result(
+        source=image,
+        name="image 0",
+        size=(image.height, image.width),
+        boxes_xyxy=np.array([box for *_, box in rows], np.float32).reshape(-1, 4),
+        scores=np.array([score for score, *_ in rows], np.float32),
+        labels=labels,
+        category_ids=labels + 1,
+        names=tuple(("cat", "dog")[label] for label in labels),
+        budget=TokenBudget(num_valid_tokens=1, num_kept_tokens=1, budget_class=None),
+    ).draw(min_score=min_score)
 
 
 def near(pixels: np.ndarray, colour: tuple[int, int, int]) -> np.ndarray:
@@ -42,13 +43,7 @@ def near(pixels: np.ndarray, colour: tuple[int, int, int]) -> np.ndarray:
 
 def test_boxes_above_min_score_are_drawn_at_their_position_in_their_class_colour():
     image = Image.new("RGB", (700, 650))
-    picture = np.asarray(
-        draw_detections(
-            image,
-            detections((0.9, 0, [100, 200, 300, 400]), (0.1, 1, [500, 500, 600, 600])),
-            CLASSES,
-        )
-    )
+    picture = np.asarray(drawn(image, (0.9, 0, [100, 200, 300, 400]), (0.1, 1, [500, 500, 600, 600])))
     assert picture.shape == (650, 700, 3)
     ys, xs = near(picture, class_colour(0)).nonzero()
     assert (xs.min(), xs.max(), ys.max()) == (100, 300, 400)
@@ -57,7 +52,7 @@ def test_boxes_above_min_score_are_drawn_at_their_position_in_their_class_colour
 
 
 def test_small_images_are_enlarged_with_their_boxes():
-    picture = draw_detections(Image.new("RGB", (128, 96)), detections((0.9, 1, [32, 48, 64, 90])), CLASSES)
+    picture = drawn(Image.new("RGB", (128, 96)), (0.9, 1, [32, 48, 64, 90]))
     assert picture.size == (128 * 7, 96 * 7)
     _, xs = near(np.asarray(picture)[350:], class_colour(1)).nonzero()  # below the name
     assert (xs.min(), xs.max()) == (32 * 7, 64 * 7)
@@ -67,16 +62,12 @@ def test_small_images_are_enlarged_with_their_boxes():
     "box", [[-20, -30, 900, 800], [700, 650, 720, 660], [50, 5, 20, 2], [-9, -9, -5, -5]]
 )
 def test_degenerate_boxes_and_boxes_outside_the_image_can_be_drawn(box):
-    assert draw_detections(Image.new("RGB", (700, 650)), detections((0.9, 0, box)), CLASSES).size == (
-        700,
-        650,
-    )
+    assert drawn(Image.new("RGB", (700, 650)), (0.9, 0, box)).size == (700, 650)
 
 
 def test_without_detections_the_image_is_unchanged():
     image = Image.effect_noise((640, 640), 50).convert("RGB")
-    empty = Detections(torch.zeros(0), torch.zeros(0, dtype=torch.int64), torch.zeros(0, 4))
-    assert np.array_equal(np.asarray(draw_detections(image, empty, CLASSES)), np.asarray(image))
+    assert np.array_equal(np.asarray(drawn(image)), np.asarray(image))
 
 
 def test_discarded_tokens_are_dimmed():
@@ -166,42 +157,18 @@ def test_chosen_images_span_the_difficulty(dataset):
     assert sorted(spread_over_difficulty(dataset, 100)) == list(range(9))
 
 
-class Stub(nn.Module):
-    """Predicts one object, and keeps the first three of four tokens or does not select tokens."""
-
-    def __init__(self, *, selects: bool) -> None:
-        super().__init__()
-        self.selects = selects
-
-    def forward(self, batch: ImageBatch, *, supervision: bool) -> DetectorOutput:
-        size = len(batch)
-        padding = torch.zeros(size, 4, dtype=torch.bool)
-        keep = torch.tensor([[True, True, True, False]]).expand(size, -1)
-        selection = TokenScores(
-            scores_BS=torch.zeros(size, 4),
-            num_valid_B=torch.full((size,), 4),
-            num_kept_B=torch.full((size,), 3),
-            budget_logits=None,
-            plan=TokenPlan.from_mask(keep),
-        )
-        return DetectorOutput(
-            last=Prediction(torch.full((size, 1, 4), 2.0), torch.full((size, 1, 4), 0.5)),
-            level_shapes=((2, 2),),
-            padding_mask_BS=padding,
-            memory_BSC=torch.zeros(size, 4, 1),
-            selection=selection if self.selects else None,
-        )
-
-
 @pytest.mark.parametrize("selects", [True, False])
 def test_pictures_of_every_image_are_written(dataset, tmp_path: Path, selects):
-    loader = EvaluationLoader(
-        dataset, short_side=64, long_side=64, batch_size=2, indices=spread_over_difficulty(dataset, 3)
+    off = {"selector": None, "encoder_auxiliary": False}
+    detector = small_detector(**({} if selects else off))
+    root = str(dataset.path(0).parents[1])
+    config = replace(
+        detector.config, num_pictures=3, data=replace(detector.config.data, root=root, num_workers=0)
     )
-    written = save_pictures(Stub(selects=selects), loader, "cpu", tmp_path / "pictures")
-    assert sorted(written) == sorted((tmp_path / "pictures").iterdir())
+    write_pictures(Detector(detector.model, config, dataset.class_map), metrics([10]), tmp_path)
+    written = sorted((tmp_path / "pictures").iterdir())
     kinds = ["detections.png", "tokens.png"] if selects else ["detections.png"]
-    assert sorted(path.name.split("_")[2] for path in written) == sorted(kinds * 3)
+    assert [path.name.split("_")[2] for path in written] == kinds * 3
     first = min(dataset.image_id(i) for i in range(len(dataset)) if len(dataset.objects(i)[1]) == 1)
     assert f"00_{first:06d}_detections.png" in {path.name for path in written}
     for path in written:

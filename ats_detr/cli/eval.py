@@ -13,7 +13,7 @@ import torch
 from rich.table import Table
 
 from ats_detr import distributed
-from ats_detr.budgets import Budget, BudgetOptions, Calibration, budget_options, parse_budget
+from ats_detr.budgets import Budget, parse_budget
 from ats_detr.checkpoint import (
     config_of,
     load_checkpoint,
@@ -25,8 +25,10 @@ from ats_detr.cli.options import CHECKPOINT, add_budget, add_config, add_overrid
 from ats_detr.config import Config, load_config
 from ats_detr.console import console, say
 from ats_detr.data.coco import ClassMap
+from ats_detr.data.images import ImageFileError
 from ats_detr.data.layout import Role
 from ats_detr.data.loader import EvaluationLoader
+from ats_detr.detector import Detector
 from ats_detr.errors import UserError
 from ats_detr.evaluation import Metrics, evaluate, warn_of_limits, warn_of_minimum
 from ats_detr.files import make_folder
@@ -36,7 +38,7 @@ from ats_detr.remote import is_remote
 from ats_detr.training import run_log
 from ats_detr.training.datasets import build_evaluation_loader
 from ats_detr.training.stages import Stage
-from ats_detr.visualize import plot_budgets, save_pictures
+from ats_detr.visualize import draw_kept_tokens, plot_budgets
 
 _AP_NAMES = {
     "AP": "IoU 0.50:0.95",
@@ -123,9 +125,10 @@ def evaluate_checkpoint(
         budget: see `Detector.predict`.
         detections_file: for all detections, as COCO results.
     """
-    model, class_map, checkpoint = _load(config, path, device)
-    options = budget_options(budget, model.selector, Calibration.of(checkpoint))
-    loader = build_evaluation_loader(config, class_map, split=split)
+    detector, _ = _load(config, path, device)
+    detector.budget, model = budget, detector.model
+    options = detector.budget_options(budget)
+    loader = build_evaluation_loader(config, detector.classes, split=split)
     make_folder(folder)
     if detections_file is not None:
         make_folder(detections_file.parent)
@@ -148,7 +151,7 @@ def evaluate_checkpoint(
     if distributed.is_main():
         print_metrics(metrics)
         write_json({"budget": str(budget), **metrics.to_dict()}, folder / "metrics.json")
-        write_pictures(config, model, class_map, metrics, folder, device, split, options)
+        write_pictures(detector, metrics, folder, split)
         say(f"written to {folder}: metrics.json and pictures")
     distributed.barrier()
 
@@ -166,24 +169,24 @@ def compare_stages(stages: Mapping[str, Stage], folder: Path, device: torch.devi
     student = stages["student"]
     seconds = 0.0
     for name, stage in stages.items():
-        model, class_map, checkpoint = _load(stage.config, stage.checkpoint, device)
+        detector, checkpoint = _load(stage.config, stage.checkpoint, device)
         metrics = evaluate(
-            model,
-            build_evaluation_loader(student.config, class_map),
+            detector.model,
+            build_evaluation_loader(student.config, detector.classes),
             device,
             max_detections=student.config.evaluation.max_detections,
         )
         seconds += checkpoint.get("train_seconds", 0.0)
         if not distributed.is_main():
             continue
-        everything = build_evaluation_loader(student.config, class_map, shared=False)
+        everything = build_evaluation_loader(student.config, detector.classes, shared=False)
         summary[name] = {key: metrics.to_dict()[key] for key in ("AP", "AP50", "mean_keep_ratio")}
-        summary[name]["encoder_gflops"] = mean_encoder_gflops(model, everything)
+        summary[name]["encoder_gflops"] = mean_encoder_gflops(detector.model, everything)
         if name == "student":
             correlation = metrics.budget_object_spearman
             summary["budget_object_spearman"] = None if math.isnan(correlation) else correlation
             summary["num_val_images"] = len(metrics.images)
-            write_pictures(student.config, model, class_map, metrics, folder, device)
+            write_pictures(detector, metrics, folder)
     if distributed.is_main():
         summary["train_minutes"] = seconds / 60
         print_comparison(summary)
@@ -192,11 +195,11 @@ def compare_stages(stages: Mapping[str, Stage], folder: Path, device: torch.devi
     distributed.barrier()
 
 
-def _load(config: Config, path: Path, device: torch.device) -> tuple[Detr, ClassMap, dict[str, Any]]:
-    """The model of `config` with the weights of a checkpoint, its classes, and the checkpoint."""
+def _load(config: Config, path: Path, device: torch.device) -> tuple[Detector, dict[str, Any]]:
+    """The detector of `config` with the weights of a checkpoint, and the checkpoint."""
     checkpoint = load_checkpoint(path)
     model = load_detector(config, checkpoint, path).to(device)
-    return model, ClassMap.from_dict(checkpoint["classes"]), checkpoint
+    return Detector(model, config, ClassMap.from_dict(checkpoint["classes"]), checkpoint), checkpoint
 
 
 def mean_encoder_gflops(model: Detr, loader: EvaluationLoader) -> float:
@@ -208,21 +211,33 @@ def mean_encoder_gflops(model: Detr, loader: EvaluationLoader) -> float:
     return total / num_images
 
 
-def write_pictures(
-    config: Config,
-    model: Detr,
-    class_map: ClassMap,
-    metrics: Metrics,
-    folder: Path,
-    device: torch.device,
-    split: Role = "val",
-    budget: BudgetOptions | None = None,
-) -> None:
-    """Write pictures/ of images of all difficulties and, for a model with several budgets, budgets.png."""
+def write_pictures(detector: Detector, metrics: Metrics, folder: Path, split: Role = "val") -> None:
+    """Write pictures/ of images of all difficulties and, for a model with several budgets, budgets.png.
+
+    An image has <rank>_<image id>_detections.png and, where the model selects tokens, ..._tokens.png. The rank orders
+    the images by number of objects, fewest first.
+    """
+    config = detector.config
     loader = build_evaluation_loader(
-        config, class_map, shared=False, num_images=config.num_pictures, split=split
+        config, detector.classes, shared=False, num_images=config.num_pictures, split=split
     )
-    save_pictures(model, loader, device, folder / "pictures", budget=budget)
+    dataset = loader.dataset
+    make_folder(folder / "pictures")
+    indices = [index for batch in loader.global_batches for index in batch]
+    for rank, index in enumerate(sorted(indices, key=lambda index: (dataset.num_objects[index], index))):
+        try:
+            image = dataset.read_image(index)
+        except ImageFileError:
+            if dataset.on_bad_image == "error":
+                raise
+            continue
+        (result,) = detector.predict(image, keep_tokens=True)
+        image_id, count = dataset.image_id(index), int(dataset.num_objects[index])
+        stem = f"{folder}/pictures/{rank:02d}_{image_id:06d}"
+        result.draw().save(f"{stem}_detections.png")
+        if result.kept_tokens is not None:
+            title = f"image {image_id}, {count} object{'s' * (count != 1)}: {result.budget.text}"
+            draw_kept_tokens(image, result.kept_tokens, title=title).save(f"{stem}_tokens.png")
     if metrics.num_budgets:
         plot_budgets(metrics).savefig(folder / "budgets.png")
 

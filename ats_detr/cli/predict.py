@@ -276,9 +276,7 @@ def _picture(result: Result, show: Sequence[Shown]) -> Image.Image:
 
 
 def _describe(result: Result) -> str:
-    budget, number = result.budget, len(result)
-    objects = f"{number} object{'' if number == 1 else 's'}"
-    return f"{objects}; keeps {budget.num_kept_tokens} of {budget.num_valid_tokens} tokens ({budget.keep_ratio:.0%})"
+    return f"{len(result)} object{'s' * (len(result) != 1)}; {result.budget.text}"
 
 
 def _predict_video(

@@ -94,6 +94,11 @@ class TokenBudget:
         """Kept share of the valid tokens, 0..1."""
         return self.num_kept_tokens / self.num_valid_tokens
 
+    @property
+    def text(self) -> str:
+        """For captions."""
+        return f"keeps {self.num_kept_tokens} of {self.num_valid_tokens} tokens ({self.keep_ratio:.0%})"
+
 
 @dataclass
 class Detections:
