@@ -1,71 +1,70 @@
 """Replaces the deformable attention in models of other projects by `multi_scale_deformable_attention`.
 
-Two things are recognised in a model: modules that are the operator and nothing else (transformers' class `LAYER`), and
-modules whose `forward` calls one of the functions in `Operators`. The first get another `forward`. The second get
-their own `forward` with other globals: each instance is changed, never its class or its file.
+What is replaced is in `FUNCTIONS`, `AUTOGRAD_FUNCTIONS` and the class `LAYER` of transformers. A module that calls one
+of them gets another class, as `torch.nn.utils.parametrize` does: a subclass of its own whose methods read other names.
+`core(...)` becomes `_ats_detr_triton_core(...)`, a name that is added beside `core`. So the methods keep their globals,
+other models of the same class and file keep their code, and copies of a module keep its new class. An operator that a
+module holds as an attribute is replaced there.
 """
 
 from __future__ import annotations
 
+import copyreg
+import dis
+import functools
+import gc
 import inspect
 import re
+import sys
 from collections.abc import Callable, Iterator
-from types import CellType, CodeType, FunctionType, MethodType
+from dataclasses import dataclass
+from functools import partial
+from types import CellType, CodeType, FunctionType, MethodType, ModuleType, new_class
 from typing import Any
 
-import torch
 from torch import Tensor, nn
+from torch.autograd import Function
 
 from ats_detr.kernels.attention import multi_scale_deformable_attention
 from ats_detr.kernels.dispatch import BACKENDS
 from ats_detr.kernels.levels import LevelShapes, read_level_shapes
 
-LAYER = "MultiScaleDeformableAttention"
-"""The class of transformers that is the operator; other projects give this name to modules with projections."""
-AUTOGRAD_FUNCTIONS = (
-    "MSDeformAttnFunction",  # Deformable DETR, DINO, MaskDINO, Mask2Former
-    "MultiScaleDeformableAttnFunction",  # mmcv, GroundingDINO, detrex
-    "MultiScaleDeformableAttentionFunction",  # transformers before 4.48
-)
-_SIMILAR = re.compile(r"deform\w*att", re.IGNORECASE)
-"""Names that suggest this operator: what is not known is reported, not passed over."""
-
 
 class Adaptation:
     """The modules that `adapt` changed. As a context manager, it restores them on exit.
 
-    A deep copy of an adapted model is adapted, and cannot be undone. A pickled one is loaded unadapted;
-    modules that hold the function as an attribute cannot be pickled while they are adapted.
+    A copy of an adapted model, also a pickled one, is adapted, and cannot be undone.
     """
 
     names: tuple[str, ...]
-    """Qualified names of the changed modules."""
+    """Qualified names of the changed modules; '' is the model itself."""
     skipped: dict[str, str]
-    """Name and reason of every module with a deformable attention that is unchanged; empty if `strict`."""
+    """Qualified name and reason of every module with a deformable attention that is unchanged; empty if `strict`."""
 
     def __init__(self, changes: dict[str, tuple[nn.Module, dict[str, Any]]], skipped: dict[str, str]) -> None:
         self.names, self.skipped = tuple(changes), skipped
         self._changes = [
-            (f"{name}.{attribute}", module, attribute, new, vars(module).get(attribute))
-            for name, (module, attributes) in changes.items()
-            for attribute, new in attributes.items()
+            (name, module, new, {key: _read(module, key) for key in new})
+            for name, (module, new) in changes.items()
         ]
-        for _, module, attribute, new, _ in self._changes:
-            setattr(module, attribute, new)
+        for module, new in changes.values():
+            _set(module, new)
 
     def undo(self) -> None:
         """Restores the model; without effect if that has been done.
 
         Raises RuntimeError, and restores nothing, if something else has replaced what `adapt` set.
         """
-        lost = [name for name, module, key, new, _ in self._changes if vars(module).get(key) is not new]
+        lost = [
+            f"{key} of {name or 'the model'}"
+            for name, module, new, _ in self._changes
+            for key in (*new, *_hidden_methods(module, new))
+            if _read(module, key) is not new.get(key)
+        ]
         if lost:
             raise RuntimeError(f"cannot undo: {', '.join(lost)} was replaced after adapt; undo that first")
-        for _, module, attribute, _, old in self._changes:
-            if old is None:
-                delattr(module, attribute)
-            else:
-                setattr(module, attribute, old)
+        for _, module, _, old in self._changes:
+            _set(module, old)
         self._changes = []
 
     def __enter__(self) -> Adaptation:
@@ -78,12 +77,31 @@ class Adaptation:
         return f"Adaptation({len(self.names)} modules, {len(self.skipped)} skipped)"
 
 
+def _read(module: nn.Module, key: str) -> Any:
+    return type(module) if key == "__class__" else vars(module).get(key)
+
+
+def _set(module: nn.Module, attributes: dict[str, Any]) -> None:
+    for key, value in attributes.items():
+        object.__setattr__(module, key, value)
+
+
+def _hidden_methods(module: nn.Module, new: dict[str, Any]) -> frozenset[str]:
+    """Methods of the new class that an attribute of the module hides, although `new` has none of that name."""
+    methods: frozenset[str] = getattr(new.get("__class__"), "_ats_detr_methods", frozenset())
+    return methods & (vars(module).keys() - new.keys())
+
+
 def adapt(model: nn.Module, *, backend: str | None = None, strict: bool = True) -> Adaptation:
     """Computes every deformable attention of `model` with `multi_scale_deformable_attention`, in place.
 
     Covers transformers (every model that has the operator), rfdetr, mmcv and mmdet, detectron2's Mask2Former,
-    GroundingDINO, detrex, and the modules of Deformable DETR that other projects copy. Parameters, state dict and
-    other models of the same classes are unchanged.
+    GroundingDINO, detrex, BEVFormer, and the modules of Deformable DETR that other projects copy. Parameters, state
+    dict and other models of the same classes are unchanged.
+
+    The operator is found where any method of a module reads it from a global, a module, a closure, a default or an
+    attribute, directly or in a function that it calls. Code that builds its name while it runs is not found:
+    `explain` shows what ran.
 
     Call it before `torch.compile`. Two results may differ from the original: under autocast the operator returns the
     autocast dtype (PyTorch's grid_sample float32), and samples at NaN coordinates are NaN.
@@ -102,225 +120,431 @@ def adapt(model: nn.Module, *, backend: str | None = None, strict: bool = True) 
         )
     if backend not in (None, *BACKENDS):
         raise ValueError(f"backend {backend!r}: must be one of {', '.join(BACKENDS)}")
-    operators = Operators(backend)
+    adapter = _Adapter(backend)
     changes, skipped = {}, {}
     for name, module in model.named_modules():
         try:
-            attributes = _changes_of(module, operators)
+            attributes = adapter.changes_of(module)
         except _NotAdaptable as error:
-            skipped[name or type(module).__name__] = str(error)
+            skipped[name] = str(error)
         else:
             if attributes:
                 changes[name] = (module, attributes)
     if skipped and strict:
-        reasons = "\n".join(f"  {name}: {reason}" for name, reason in skipped.items())
+        reasons = "\n".join(f"  {name or type(model).__name__}: {reason}" for name, reason in skipped.items())
         raise ValueError(
             f"{len(skipped)} deformable attentions cannot be replaced (strict=False omits them):\n{reasons}"
         )
     if not changes and not skipped:
         raise ValueError(
             f"no deformable attention in {type(model).__name__}: looked for modules of class {LAYER} and for modules "
-            f"whose forward calls {', '.join([*operators.functions, *AUTOGRAD_FUNCTIONS])}"
+            f"that call {', '.join([*FUNCTIONS, *AUTOGRAD_FUNCTIONS])}"
         )
     return Adaptation(changes, skipped)
 
 
-class _NotAdaptable(Exception):
+class _NotAdaptable(ValueError):
     """A deformable attention that this file cannot replace; the message is the reason."""
 
 
 # ------------------------------------------------------------------------------------------------ what is replaced
-class Operators:
-    """The operator with the parameters of other projects' functions. Parameter names are theirs: they are compared."""
+# Parameter names are those of the other projects: they are compared.
+def _classical(
+    value: Tensor, value_spatial_shapes: Any, sampling_locations: Tensor, attention_weights: Tensor, *,
+    backend: str | None,
+) -> Tensor:  # fmt: skip
+    shapes = read_level_shapes(value_spatial_shapes)
+    return multi_scale_deformable_attention(
+        value, shapes, sampling_locations, attention_weights, backend=backend
+    )
 
-    def __init__(self, backend: str | None) -> None:
-        def attend(value: Tensor, shapes: LevelShapes | Tensor, locations: Tensor, weights: Tensor) -> Tensor:
-            return multi_scale_deformable_attention(value, shapes, locations, weights, backend=backend)
 
-        def classical(
-            value: Tensor, value_spatial_shapes: Any, sampling_locations: Tensor, attention_weights: Tensor
-        ) -> Tensor:
-            return attend(
-                value, read_level_shapes(value_spatial_shapes), sampling_locations, attention_weights
-            )
+def _channels_first(
+    value: Tensor, value_spatial_shapes: Any, sampling_locations: Tensor, attention_weights: Tensor,
+    value_spatial_shapes_hw: LevelShapes | None = None, *, backend: str | None,
+) -> Tensor:  # fmt: skip
+    """Values [B, H, D, S] and weights [B, Q, H, L*P]; locations may have L*P in one dimension too."""
+    shapes = value_spatial_shapes_hw or read_level_shapes(value_spatial_shapes)
+    samples = (len(shapes), attention_weights.shape[-1] // len(shapes))
+    if sampling_locations.ndim == 5:
+        sampling_locations = sampling_locations.unflatten(3, samples)
+    return multi_scale_deformable_attention(
+        value.permute(0, 3, 1, 2), shapes, sampling_locations, attention_weights.unflatten(-1, samples),
+        backend=backend,
+    )  # fmt: skip
 
-        def channels_first(
-            value: Tensor, value_spatial_shapes: Any, sampling_locations: Tensor, attention_weights: Tensor,
-            value_spatial_shapes_hw: LevelShapes | None = None,
-        ) -> Tensor:  # fmt: skip
-            """Values [B, H, D, S] and weights [B, Q, H, L*P]; locations may have L*P in one dimension too."""
-            shapes = value_spatial_shapes_hw or read_level_shapes(value_spatial_shapes)
-            samples = (len(shapes), attention_weights.shape[-1] // len(shapes))
-            if sampling_locations.ndim == 5:
-                sampling_locations = sampling_locations.unflatten(3, samples)
-            value = value.permute(0, 3, 1, 2)
-            return attend(value, shapes, sampling_locations, attention_weights.unflatten(-1, samples))
 
-        def either_layout(
-            value: Tensor, value_spatial_shapes: Any, sampling_locations: Tensor, attention_weights: Tensor
-        ) -> Tensor:
-            """Deformable DETR's function, and the one that LW-DETR and early versions of rfdetr have under its name."""
-            function = channels_first if attention_weights.ndim == 4 else classical
-            return function(value, value_spatial_shapes, sampling_locations, attention_weights)
+def _either_layout(
+    value: Tensor, value_spatial_shapes: Any, sampling_locations: Tensor, attention_weights: Tensor, *,
+    backend: str | None,
+) -> Tensor:  # fmt: skip
+    """Deformable DETR's function, and the one that LW-DETR and early versions of rfdetr have under its name."""
+    function = _channels_first if attention_weights.ndim == 4 else _classical
+    return function(value, value_spatial_shapes, sampling_locations, attention_weights, backend=backend)
 
-        def points_per_level(
-            value: Tensor, value_spatial_shapes: Any, sampling_locations: Tensor, attention_weights: Tensor,
-            num_points_list: list[int], method: str = "default",
-        ) -> Tensor:  # fmt: skip
-            return multi_scale_deformable_attention(
-                value, read_level_shapes(value_spatial_shapes), sampling_locations, attention_weights,
-                num_points=num_points_list, method=method, backend=backend,
-            )  # fmt: skip
 
-        class AutogradFunction:
-            @staticmethod
-            def apply(
-                value: Tensor, value_spatial_shapes: Any, value_level_start_index: Any, sampling_locations: Tensor,
-                attention_weights: Tensor, im2col_step: int,
-            ) -> Tensor:  # fmt: skip
-                shapes = read_level_shapes(value_spatial_shapes, value_level_start_index)
-                return attend(value, shapes, sampling_locations, attention_weights)
+def _points_per_level(
+    value: Tensor, value_spatial_shapes: Any, sampling_locations: Tensor, attention_weights: Tensor,
+    num_points_list: list[int], method: str = "default", *, backend: str | None,
+) -> Tensor:  # fmt: skip
+    return multi_scale_deformable_attention(
+        value, read_level_shapes(value_spatial_shapes), sampling_locations, attention_weights,
+        num_points=num_points_list, method=method, backend=backend,
+    )  # fmt: skip
 
-        def forward(
-            self: nn.Module, value: Tensor, value_spatial_shapes: Any, value_spatial_shapes_list: LevelShapes,
-            level_start_index: Any, sampling_locations: Tensor, attention_weights: Tensor, im2col_step: int,
-        ) -> Tensor:  # fmt: skip
-            return attend(value, value_spatial_shapes_list, sampling_locations, attention_weights)
 
-        self.forward: Callable[..., Tensor] = forward
-        """Of transformers' class."""
-        self.functions: dict[str, tuple[Callable[..., Tensor], ...]] = {
-            "multi_scale_deformable_attention": (classical,),  # transformers: Mask2Former, OneFormer
-            "multi_scale_deformable_attention_v2": (points_per_level,),  # RT-DETRv2, D-FINE, DEIMv2
-            "multi_scale_deformable_attn_pytorch": (classical,),  # mmcv, GroundingDINO, detrex
-            "ms_deform_attn_core_pytorch": (either_layout, channels_first),  # Deformable DETR; rfdetr
-        }
-        """By name, the known versions."""
-        self.autograd_function = AutogradFunction
-        """Of the compiled extensions."""
-        self.rebuilt: dict[Callable[..., Any], FunctionType | None] = {}
-        """Functions with other globals, by the original."""
+def _apply(
+    value: Tensor, value_spatial_shapes: Any, value_level_start_index: Any, sampling_locations: Tensor,
+    attention_weights: Tensor, im2col_step: int, *, backend: str | None,
+) -> Tensor:  # fmt: skip
+    shapes = read_level_shapes(value_spatial_shapes, value_level_start_index)
+    return multi_scale_deformable_attention(
+        value, shapes, sampling_locations, attention_weights, backend=backend
+    )
 
-    def replacement(self, found: Any) -> Any:
-        """What a module has to call instead of `found`; None if that is not this operator."""
-        if not (inspect.isfunction(found) or inspect.isclass(found)):
-            return None
-        if found.__module__ == __name__:
-            raise ValueError("the model is adapted already: call undo() of that adaptation first")
-        if not _SIMILAR.search(found.__name__):
-            return None
-        if inspect.isfunction(found):
-            for known in self.functions.get(found.__name__, ()):
-                if _parameters(known) == _parameters(found):
-                    return known
-        elif issubclass(found, torch.autograd.Function):
-            if found.__name__ in AUTOGRAD_FUNCTIONS and _parameters(found.forward)[-6:] == _parameters(
-                self.autograd_function.apply
-            ):
-                return self.autograd_function
-            found = found.forward
-        else:
-            return None
-        raise _NotAdaptable(f"{found.__qualname__}({', '.join(_parameters(found))}) is not a known version")
+
+def _layer_forward(backend: str | None) -> FunctionType:
+    def forward(
+        self: nn.Module, value: Tensor, value_spatial_shapes: Any, value_spatial_shapes_list: LevelShapes,
+        level_start_index: Any, sampling_locations: Tensor, attention_weights: Tensor, im2col_step: int,
+    ) -> Tensor:  # fmt: skip
+        return multi_scale_deformable_attention(
+            value, value_spatial_shapes_list, sampling_locations, attention_weights, backend=backend
+        )
+
+    return forward  # type: ignore[return-value]
+
+
+LAYER = "MultiScaleDeformableAttention"
+"""The class of transformers that is the operator; other projects give this name to modules with projections."""
+FUNCTIONS: dict[str, tuple[Callable[..., Tensor], ...]] = {
+    "multi_scale_deformable_attention": (_classical,),  # transformers: Mask2Former, OneFormer
+    "multi_scale_deformable_attention_v2": (_points_per_level,),  # RT-DETRv2, D-FINE, DEIMv2
+    "multi_scale_deformable_attn_pytorch": (_classical,),  # mmcv, GroundingDINO, detrex
+    "ms_deform_attn_core_pytorch": (_either_layout, _channels_first),  # Deformable DETR; rfdetr
+}
+"""By name, the known versions."""
+AUTOGRAD_FUNCTIONS = (
+    "MSDeformAttnFunction",  # Deformable DETR, DINO, MaskDINO, Mask2Former
+    "MultiScaleDeformableAttnFunction",  # mmcv, GroundingDINO, detrex
+    "MultiScaleDeformableAttentionFunction",  # transformers before 4.48
+    "MultiScaleDeformableAttnFunction_fp32",  # BEVFormer and what is built on it
+    "MultiScaleDeformableAttnFunction_fp16",
+)
+_NAMES = {*FUNCTIONS, *AUTOGRAD_FUNCTIONS, "ms_deform_attn_forward"}
+"""Code that reads one of these names in a way that is not followed here is reported."""
+_SIMILAR = re.compile(r"deform\w*att", re.IGNORECASE)
+"""Names of functions that suggest this operator: a version that is not known is reported, not passed over."""
+
+
+@dataclass(frozen=True)
+class _Operator:
+    """One of these functions for one backend. `apply` is that of an autograd function in whose place it is."""
+
+    function: Callable[..., Tensor]
+    backend: str | None
+
+    def __call__(self, *arguments: Any, **keywords: Any) -> Tensor:
+        return self.function(*arguments, **keywords, backend=self.backend)
+
+    apply = __call__
+
+
+_operator = functools.cache(_Operator)
+"""torch.compile recompiles for another object."""
 
 
 def _parameters(function: Callable[..., Any]) -> tuple[str, ...]:
-    return tuple(inspect.signature(function).parameters)
+    return tuple(name for name in inspect.signature(function).parameters if name != "backend")
 
 
 # ------------------------------------------------------------------------------------------------ how it is replaced
-def _changes_of(module: nn.Module, operators: Operators) -> dict[str, Any]:
-    """New attributes of one module; none if it has no deformable attention. Raises _NotAdaptable."""
-    changes = {
-        name: operators.replacement(found) for name, found in vars(module).items() if name != "forward"
-    }
-    changes = {name: new for name, new in changes.items() if new is not None}
-    forward = _new_forward(module, operators)
-    if forward is not None:
-        changes["forward"] = MethodType(forward, module)
-    if changes:
-        _check_samples(module)
-    return changes
+_LIBRARIES = {"torch", *sys.stdlib_module_names}
+"""Packages whose functions call the operator only where they decorate one that does."""
+_ADAPTED = (
+    "the model is adapted already: call undo() of its adaptation first (a copy of an adapted model has none: copy the "
+    "model before adapt)"
+)
 
 
-def _check_samples(module: nn.Module) -> None:
-    """Raises _NotAdaptable for what RT-DETRv2, D-FINE and DEIMv2 can be configured to, but the operator cannot do."""
-    if "discrete" in (getattr(module, "method", None), getattr(module, "decoder_method", None)):
-        raise _NotAdaptable(
-            "method 'discrete' reads the nearest pixel: another operator, without a kernel here"
+class _Adapter:
+    """What takes the place of functions and classes, for one backend. Each is made once: torch.compile depends on it.
+
+    Copies of an adapted module refer to the adapter, and those within the process share it.
+    """
+
+    def __init__(self, backend: str | None) -> None:
+        self.backend = backend
+        self._functions: dict[FunctionType, FunctionType | None] = {}
+        self._classes: dict[type, type] = {}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Adapter:
+        return self
+
+    def __reduce__(self) -> tuple:
+        return _Adapter, (self.backend,)
+
+    def changes_of(self, module: nn.Module) -> dict[str, Any]:
+        """New attributes of one module, `__class__` included; none if it has no deformable attention."""
+        if isinstance(module, _Adapted):
+            raise ValueError(_ADAPTED)
+        changes = {name: self._found(value) for name, value in vars(module).items()}
+        changes = {name: new for name, new in changes.items() if new is not None}
+        cls = self.adapted_class(type(module))
+        if cls is not type(module):
+            changes["__class__"] = cls
+        for name in _hidden_methods(module, changes):
+            own = vars(module)[name]
+            raise _NotAdaptable(f"its {name} was replaced by {own!r}: call adapt before what did that")
+        if not changes and LAYER in (cls.__name__ for cls in type(module).__mro__):
+            parameters = ", ".join(_parameters(type(module).forward))
+            raise _NotAdaptable(f"{LAYER}.forward({parameters}) is not a known version")
+        method = getattr(module, "method", None), getattr(module, "decoder_method", None)
+        if changes and "discrete" in method:  # of RT-DETRv2, D-FINE and DEIMv2
+            raise _NotAdaptable(
+                "method 'discrete' reads the nearest pixel: another operator, without a kernel here"
+            )
+        return changes
+
+    def adapted_class(self, cls: type) -> type:
+        """A subclass of `cls` with other methods; `cls` itself if no method calls the operator."""
+        if cls not in self._classes:
+            changed: dict[type, dict[str, Any]] = {}
+            for owner, name, value in _resolved(cls):
+                new = self.replaced(value)
+                if new is not None:
+                    changed.setdefault(owner, {})[name] = new
+            # The new methods are in a subclass of each class that has the old ones. In the order in which methods are
+            # resolved, it comes right before that class: `super()` of the classes before it finds them.
+            bases = [_new_class(owner, (owner,), changed[owner]) for owner in cls.__mro__ if owner in changed]
+            if bases and cls not in changed:
+                bases = [cls, *bases]
+            origin = {
+                "_ats_detr_adapter": self,
+                "_ats_detr_class": cls,
+                "_ats_detr_methods": frozenset().union(*changed.values()),
+            }
+            self._classes[cls] = _new_class(cls, (_Adapted, *bases), origin) if bases else cls
+        return self._classes[cls]
+
+    def replaced(self, value: Any) -> Any | None:
+        """`value` with this operator in the place of the one that it is or calls; None if it is and calls none."""
+        if isinstance(value, _Operator):
+            raise ValueError(_ADAPTED)
+        if isinstance(value, FunctionType):
+            return self._known(value) or self._rebuilt(value)
+        if isinstance(value, type):
+            return self._known(value) if issubclass(value, Function) else None
+        if isinstance(value, MethodType):
+            new = self.replaced(value.__func__)
+            return new and MethodType(new, value.__self__)
+        if isinstance(value, staticmethod | classmethod):
+            new = self.replaced(value.__func__)
+            return new and type(value)(new)
+        if isinstance(value, partial):
+            new = self.replaced(value.func)
+            return new and partial(new, *value.args, **value.keywords)
+        for part in _functions_in(value):
+            if self.replaced(part):
+                raise _NotAdaptable(f"a {type(value).__name__} holds {part.__qualname__}")
+        return None
+
+    def _known(self, found: Any) -> Any | None:
+        """What takes the place of a function or class that is a known version of the operator."""
+        if isinstance(found, type):
+            is_known = found.__name__ in AUTOGRAD_FUNCTIONS
+            is_known = is_known and _parameters(found.forward)[-6:] == _parameters(_apply)  # type: ignore[attr-defined]
+            return _operator(_apply, self.backend) if is_known else None
+        if f".{found.__qualname__}".endswith(f".{LAYER}.forward"):
+            new = _layer_forward(self.backend)
+            return new if _parameters(found) == _parameters(new) else None
+        for known in FUNCTIONS.get(found.__name__, ()):
+            if _parameters(found) == _parameters(known):
+                return _operator(known, self.backend)
+        return None
+
+    def _found(self, value: Any) -> Any | None:
+        """`replaced` of what is found by its name. Raises _NotAdaptable if only the name suggests the operator."""
+        new = self.replaced(value)
+        while isinstance(value, partial):
+            value = value.func
+        if isinstance(value, type) and issubclass(value, Function):
+            value = value.forward if _SIMILAR.search(value.__name__) else None
+        if new is None and isinstance(value, FunctionType) and _SIMILAR.search(value.__qualname__):
+            raise _NotAdaptable(
+                f"{value.__qualname__}({', '.join(_parameters(value))}) is not a known version"
+            )
+        return new
+
+    def _rebuilt(self, function: FunctionType) -> FunctionType | None:
+        if function not in self._functions:
+            self._functions[function] = None  # for a function that calls itself
+            try:
+                self._functions[function] = self._rebuild(function)
+            except ValueError:
+                del self._functions[function]
+                raise
+        return self._functions[function]
+
+    def _rebuild(self, function: FunctionType) -> FunctionType | None:
+        """`function` with other names and another closure; None if it does not call the operator."""
+        code, scope, cells = function.__code__, function.__globals__, function.__closure__ or ()
+        if str(scope.get("__name__")).partition(".")[0] not in _LIBRARIES:
+            code = self._renamed(code, scope)
+        contents = [self.replaced(next(iter(gc.get_referents(cell)), None)) for cell in cells]
+        for held in (function.__defaults__, function.__kwdefaults__):
+            self.replaced(held)  # raises if it holds the operator
+        wrapped = vars(function).get("__wrapped__")
+        if code is function.__code__ and not any(contents):
+            if self.replaced(wrapped):
+                raise _NotAdaptable(
+                    f"the decorator of {function.__qualname__} does not hold the function it decorates"
+                )
+            return None
+        code = code.replace()  # torch.compile keeps what it compiled by the code object
+        closure = tuple(CellType(new) if new else cell for new, cell in zip(contents, cells, strict=True))
+        copy = FunctionType(code, scope, function.__name__, function.__defaults__, closure)
+        functools.update_wrapper(copy, function)
+        copy.__kwdefaults__ = function.__kwdefaults__
+        copy.__wrapped__ = self.replaced(wrapped) or wrapped  # type: ignore[attr-defined]
+        if wrapped is None:
+            del copy.__wrapped__  # type: ignore[attr-defined]
+        return copy
+
+    def _renamed(self, code: CodeType, scope: dict[str, Any]) -> CodeType:
+        """`code` with other names for what is replaced, which are added beside the names; unchanged if nothing is."""
+        names: dict[str, str] = {}
+        kept = set()
+        found: Any = None
+        for instruction, problem in _reads(code, scope):
+            operation, name, owner = instruction.opname, instruction.argval, None
+            if operation == "LOAD_GLOBAL":
+                found = scope.get(name)
+            elif operation in _ATTRIBUTE and isinstance(found, ModuleType | type):
+                owner, found = found, inspect.getattr_static(found, name, None)
+            else:
+                found = None
+            new = self._found(found)
+            if new is not None:
+                names[name] = f"_ats_detr_{self.backend or 'default'}_{name}"
+                if owner is None:
+                    scope[names[name]] = new
+                else:
+                    setattr(owner, names[name], new)
+            elif problem:
+                raise _NotAdaptable(f"{code.co_name} reads {name} {problem}")
+            elif instruction.opcode in dis.hasname:
+                kept.add(name)
+        if kept & names.keys():
+            raise _NotAdaptable(
+                f"{code.co_name} uses the name {', '.join(kept & names.keys())} for two things"
+            )
+        constants = tuple(
+            self._renamed(part, scope) if isinstance(part, CodeType) else part for part in code.co_consts
         )
+        if not names and all(new is old for new, old in zip(constants, code.co_consts, strict=True)):
+            return code
+        renamed = tuple(names.get(name, name) for name in code.co_names)
+        return code.replace(co_names=renamed, co_consts=constants)
 
 
-def _new_forward(module: nn.Module, operators: Operators) -> Callable[..., Any] | None:
-    own = vars(module).get("forward")
-    bound = isinstance(own, MethodType) and own.__self__ is module
-    current = own.__func__ if bound else type(module).forward
-    if not isinstance(current, FunctionType):
-        return None
-    owner = next(cls for cls in type(module).__mro__ if "forward" in vars(cls))
-    if owner.__name__ == LAYER and _parameters(current) == _parameters(operators.forward):
-        operators.replacement(current)  # raises if it is ours
-        new: Callable[..., Any] | None = operators.forward
-    else:
-        new = _rebuilt(current, operators)
-    if new is None and owner.__name__ == LAYER:
-        raise _NotAdaptable(f"{LAYER}.forward({', '.join(_parameters(current))}) is not a known version")
-    if new is not None and own is not None and not bound:
-        raise _NotAdaptable(f"its forward was replaced by {own!r}: call adapt before what did that")
-    return new
+class _Adapted:
+    """Base of the classes of adapted modules: copies of any kind are adapted in the same way."""
+
+    _ats_detr_adapter: _Adapter
+    _ats_detr_class: type
+    _ats_detr_methods: frozenset[str]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        reduced: Any = super().__reduce_ex__(max(2, protocol))
+        function, arguments, *rest = reduced
+        if function is copyreg.__newobj__:  # type: ignore[attr-defined]
+            function = _new_module
+            arguments = (self._ats_detr_adapter, self._ats_detr_class, *arguments[1:])
+        return function, arguments, *rest
 
 
-def _rebuilt(function: Callable[..., Any], operators: Operators) -> FunctionType | None:
-    """`_rebuild`, once for each function: the layers of a model share what torch.compile makes of it."""
-    if function not in operators.rebuilt:
-        operators.rebuilt[function] = _rebuild(function, operators)
-    return operators.rebuilt[function]
+def _new_module(adapter: _Adapter, cls: type, *arguments: Any) -> Any:
+    cls = adapter.adapted_class(cls)
+    return cls.__new__(cls, *arguments)
 
 
-def _rebuild(function: Callable[..., Any], operators: Operators) -> FunctionType | None:
-    """`function`, decorators included, with this operator in the place of those it calls; None if it calls none."""
-    if not isinstance(function, FunctionType):
-        return None
-    decorated = getattr(function, "__wrapped__", None)
-    if decorated is None:
-        found = {name: function.__globals__.get(name) for name in _names(function.__code__)}
-        changed = {name: operators.replacement(value) for name, value in found.items()}
-        changed = {name: new for name, new in changed.items() if new is not None}
-        # Without __name__, torch.compile looks globals up here; with it, in the module of that name.
-        scope = {name: value for name, value in function.__globals__.items() if name != "__name__"}
-        return _copy(function, scope | changed, function.__closure__) if changed else None
-    new = _rebuilt(decorated, operators)
-    if new is None:
-        return None
-    cells = function.__closure__ or ()
-    if all(cell.cell_contents is not decorated for cell in cells):
-        raise _NotAdaptable(
-            f"the decorator of {function.__qualname__} does not hold the function it decorates"
-        )
-    closure = tuple(CellType(new) if cell.cell_contents is decorated else cell for cell in cells)
-    copy = _copy(function, function.__globals__, closure)
-    copy.__wrapped__ = new  # type: ignore[attr-defined]
-    return copy
+def _new_class(like: type, bases: tuple[type, ...], attributes: dict[str, Any]) -> type:
+    names = {"__module__": like.__module__, "__qualname__": like.__qualname__, "__doc__": like.__doc__}
+    return new_class(like.__name__, bases, {}, lambda namespace: namespace.update(names, **attributes))
 
 
-def _names(code: CodeType) -> Iterator[str]:
-    """Names that code looks up, functions within it included."""
-    yield from code.co_names
-    for constant in code.co_consts:
-        if isinstance(constant, CodeType):
-            yield from _names(constant)
+# ------------------------------------------------------------------------------------------------ where it is found
+_ATTRIBUTE = ("LOAD_ATTR", "LOAD_METHOD")
 
 
-def _copy(
-    function: FunctionType, scope: dict[str, Any], closure: tuple[CellType, ...] | None
-) -> FunctionType:
-    code = function.__code__.replace()  # torch.compile keeps what it compiled by the code object
-    copy = FunctionType(code, scope, function.__name__, function.__defaults__, closure)
-    copy.__kwdefaults__ = function.__kwdefaults__
-    copy.__qualname__, copy.__module__, copy.__doc__ = (
-        function.__qualname__,
-        function.__module__,
-        function.__doc__,
-    )
-    copy.__dict__.update(vars(function))
-    return copy
+def _resolved(cls: type) -> Iterator[tuple[type, str, Any]]:
+    """(class, name, value) of what an instance of `cls` finds in its classes, and `super()` from there."""
+    owners = [owner for owner in cls.__mro__ if owner.__module__.partition(".")[0] not in _LIBRARIES]
+    names = {name for owner in owners for name in vars(owner) if not name.startswith("_ats_detr_")}
+    pending = [(name, 0) for name in names - {"__init__", "__new__"}]
+    seen = set()
+    while pending:
+        name, first = pending.pop()
+        found = next((item for item in enumerate(owners[first:], first) if name in vars(item[1])), None)
+        if found is None or (name, found) in seen:
+            continue
+        seen.add((name, found))
+        position, owner = found
+        value = vars(owner)[name]
+        yield owner, name, value
+        function = inspect.unwrap(getattr(value, "__func__", value))
+        if isinstance(function, FunctionType):
+            pending += [(other, position + 1) for other in _names_after_super(function.__code__)]
+
+
+def _names_after_super(code: CodeType) -> Iterator[str]:
+    is_super = False
+    for instruction in dis.get_instructions(code):
+        if instruction.opname == "LOAD_GLOBAL":
+            is_super = instruction.argval == "super"
+        elif is_super and instruction.opname in (*_ATTRIBUTE, "LOAD_SUPER_ATTR"):
+            is_super = False
+            yield instruction.argval
+    for part in code.co_consts:
+        if isinstance(part, CodeType):
+            yield from _names_after_super(part)
+
+
+def _reads(code: CodeType, scope: dict[str, Any]) -> Iterator[tuple[dis.Instruction, str]]:
+    """Instructions of `code`, each with what is wrong with it if it reads one of `_NAMES`."""
+    instructions = [x for x in dis.get_instructions(code) if x.opname != "EXTENDED_ARG"]
+    variables = [_variables(instruction) for instruction in instructions]
+    loaded = {name for names in variables for name in names}
+    for position, instruction in enumerate(instructions):
+        operation, name = instruction.opname, instruction.argval
+        problem = ""
+        if isinstance(name, str) and name in _NAMES:
+            if operation == "LOAD_GLOBAL" and scope.get(name) is not None:
+                problem = f"which is a {type(scope[name]).__name__}: not a known version"
+            elif operation in _ATTRIBUTE and variables[position - 1][-1:] != code.co_varnames[:1]:
+                problem = "of an object that is known only when it runs: read it from its module"
+            elif operation == "IMPORT_FROM" and instructions[position + 1].argval in loaded:
+                problem = "by an import within the function: import it at the top of the file"
+            elif operation == "LOAD_CONST":
+                problem = "as a string: read it from its module"
+        yield instruction, problem
+
+
+def _variables(instruction: dis.Instruction) -> tuple[str, ...]:
+    """Local variables that an instruction loads."""
+    if "LOAD" not in instruction.opname or instruction.opcode not in (*dis.haslocal, *dis.hasfree):
+        return ()
+    names = instruction.argval if isinstance(instruction.argval, tuple) else (instruction.argval,)
+    return names[1:] if instruction.opname.startswith("STORE") else names
+
+
+def _functions_in(value: Any) -> Iterator[Any]:
+    """Functions that a container, a property or another object holds."""
+    if isinstance(value, nn.Module | ModuleType | Tensor):
+        return
+    for part in (*gc.get_referents(value), *getattr(value, "__dict__", {}).values()):
+        if isinstance(part, FunctionType | MethodType) or (
+            isinstance(part, type) and issubclass(part, Function)
+        ):
+            yield part

@@ -5,15 +5,18 @@ from __future__ import annotations
 import copy
 import functools
 import importlib
+import io
 import pickle
 import sys
 from collections.abc import Callable
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.autograd import Function
+from torch.nn.utils import parametrize
 
 from ats_detr.kernels import adapt, install_shims, reference
 from tests.kernels.cases import DEVICE, TOLERANCE, relative_error
@@ -29,15 +32,13 @@ def ms_deform_attn_core_pytorch(value, value_spatial_shapes, sampling_locations,
     shapes = value_spatial_shapes_hw or value_spatial_shapes.tolist()
     samples = (len(shapes), -1)
     locations = sampling_locations.flatten(3, -2).unflatten(3, samples)
-    return reference.multi_scale_deformable_attention(
+    return Attention.original(
         value.permute(0, 3, 1, 2), shapes, locations, attention_weights.unflatten(3, samples)
     )
 
 
 def multi_scale_deformable_attn_pytorch(value, value_spatial_shapes, sampling_locations, attention_weights):
-    return reference.multi_scale_deformable_attention(
-        value, value_spatial_shapes.tolist(), sampling_locations, attention_weights
-    )
+    return Attention.original(value, value_spatial_shapes.tolist(), sampling_locations, attention_weights)
 
 
 class MultiScaleDeformableAttnFunction(Function):
@@ -50,9 +51,32 @@ class MultiScaleDeformableAttnFunction(Function):
 def multi_scale_deformable_attention_v2(value, value_spatial_shapes, sampling_locations, attention_weights,
                                         num_points_list, method="default"):  # fmt: skip
     samples = (len(num_points_list), -1)
-    return reference.multi_scale_deformable_attention(
+    return Attention.original(
         value, value_spatial_shapes, sampling_locations.unflatten(3, samples), attention_weights.unflatten(3, samples)
     )  # fmt: skip
+
+
+class MultiScaleDeformableAttnFunction_fp32(Function):
+    """BEVFormer's; `forward` and `backward` of it are decorated."""
+
+    @staticmethod
+    @torch.amp.custom_fwd(device_type="cpu", cast_inputs=torch.float32)
+    def forward(ctx, value, value_spatial_shapes, value_level_start_index, sampling_locations, attention_weights,
+                im2col_step):  # fmt: skip
+        return Attention.original(value, value_spatial_shapes.tolist(), sampling_locations, attention_weights)
+
+
+class MultiScaleDeformableAttnFunction_fp16(MultiScaleDeformableAttnFunction_fp32):
+    pass
+
+
+operators = ModuleType("operators")  # other files
+operators.multi_scale_deformable_attn_pytorch = multi_scale_deformable_attn_pytorch
+operators.MultiScaleDeformableAttnFunction_fp32 = MultiScaleDeformableAttnFunction_fp32
+package = ModuleType("package")
+package.operators = operators
+extension = SimpleNamespace(ms_deform_attn_forward=None)
+SCALE = 1.0
 
 
 def deformable_attention_core_func(value, shapes, locations, weights):
@@ -64,6 +88,7 @@ class Attention(nn.Module):
     """Values and samples as parameters, so that gradients are compared; subclasses call an operator."""
 
     compiled = False
+    original = staticmethod(reference.multi_scale_deformable_attention)
 
     def __init__(self) -> None:
         super().__init__()
@@ -128,6 +153,13 @@ class PointsPerLevel(Attention):
         return self.core(self.value, SHAPES, *samples, self.num_points_list, self.method)
 
 
+class Scaled(Attention):
+    def forward(self) -> Tensor:
+        return SCALE * multi_scale_deformable_attn_pytorch(
+            self.value, self.shapes, self.locations, self.weights
+        )
+
+
 class Unknown(Attention):
     def forward(self) -> Tensor:
         return deformable_attention_core_func(self.value, self.shapes, self.locations, self.weights)
@@ -166,7 +198,7 @@ def test_adapted_module_computes_the_same(
                     assert relative_error(result, correct) < TOLERANCE[torch.float32]
             assert all(map(torch.equal, results(other.layer, **keywords), expected))
         assert all(map(torch.equal, results(model.layer, **keywords), expected))
-        assert "forward" not in vars(model.layer)
+        assert type(model.layer) is build
 
 
 def test_the_autograd_function_is_replaced_too() -> None:
@@ -245,13 +277,329 @@ def test_torch_compile_keeps_adapted_and_other_modules_of_a_class_apart() -> Non
         assert not any("ats_detr.msda" in code for code in graphs)
 
 
-def test_a_pickled_model_is_loaded_unadapted() -> None:
-    model = MultiScaleDeformableAttention()
+# --------------------------------------------------------------------------------------------------------------- copies
+def pickled(model: nn.Module) -> nn.Module:
+    """In another process, nothing has been adapted before."""
+    data = pickle.dumps(model)
+    for name in [name for name in globals() if name.startswith("_ats_detr_")]:
+        del globals()[name]
+    return pickle.loads(data)
+
+
+def saved(model: nn.Module) -> nn.Module:
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+def replica(model: nn.Module) -> nn.Module:
+    """As nn.DataParallel makes one; it sets the parameters as attributes afterwards."""
+    new = model._replicate_for_data_parallel()
+    new._parameters = dict(model._parameters)
+    return new
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, pickled, saved, replica])
+@pytest.mark.parametrize("build", [ChannelsFirst, PointsPerLevel, MultiScaleDeformableAttention])
+def test_copies_are_adapted_and_use_their_own_parameters(
+    build: type[Attention], copied: Callable[[nn.Module], nn.Module], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = build()
     expected = model()
     with adapt(model):
-        loaded = pickle.loads(pickle.dumps(model))
-    assert torch.equal(loaded(), expected)
-    adapt(loaded)
+        other = copied(model)
+    monkeypatch.setattr(Attention, "original", None)
+    torch.testing.assert_close(other(), expected)
+    other._parameters = {**model._parameters, "value": nn.Parameter(2 * model.value.detach())}
+    torch.testing.assert_close(other(), 2 * expected)
+    assert isinstance(other, build)
+    with pytest.raises(ValueError, match="a copy of an adapted model has none: copy the model before adapt"):
+        adapt(other)
+    monkeypatch.undo()
+    assert torch.equal(model(), expected)
+
+
+def test_copies_within_a_process_share_the_code_that_is_compiled() -> None:
+    model = nn.Sequential(ChannelsFirst(), ChannelsFirst())
+    adapt(model)
+    classes = {type(layer) for layer in (*model, *copy.deepcopy(model))}
+    assert len(classes) == 1
+    assert len({type(layer) for layer in pickle.loads(pickle.dumps(model))}) == 1
+    assert classes.pop().__qualname__ == "ChannelsFirst"
+
+
+def test_globals_are_those_of_the_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is patched or set in the file after `adapt` is seen."""
+    model = Scaled()
+    expected = model()
+    adapt(model)
+    monkeypatch.setitem(globals(), "SCALE", 3.0)
+    torch.testing.assert_close(model(), 3 * expected)
+    assert type(model).forward.__globals__ is globals()
+
+
+# ------------------------------------------------------------------------------------------- how the operator is called
+class Called(Attention):
+    """Subclasses reach the operator in another way than by a global name in `forward`."""
+
+    def arguments(self) -> tuple[Tensor, ...]:
+        return self.value, self.shapes, self.locations, self.weights
+
+
+def attend(module: Called) -> Tensor:
+    return multi_scale_deformable_attn_pytorch(*module.arguments())
+
+
+def make_forward(function: Callable) -> Callable:
+    def forward(self: Called) -> Tensor:
+        return function(*self.arguments())
+
+    return forward
+
+
+class Helper(Called):
+    def forward(self) -> Tensor:
+        return self.helper() + 0
+
+    def helper(self) -> Tensor:
+        return multi_scale_deformable_attn_pytorch(*self.arguments())
+
+
+class Inherited(Helper):
+    def forward(self) -> Tensor:
+        return super().forward() + 0
+
+
+class InheritedTwice(Inherited):
+    def helper(self) -> Tensor:
+        return 2 * super().helper() / 2
+
+
+class ExplicitBase(Helper):
+    def forward(self) -> Tensor:
+        return Helper.helper(self)
+
+
+class ModuleAlias(Called):
+    def forward(self) -> Tensor:
+        return operators.multi_scale_deformable_attn_pytorch(*self.arguments())
+
+
+class NestedAlias(Called):
+    def forward(self) -> Tensor:
+        return package.operators.MultiScaleDeformableAttnFunction_fp32.apply(
+            self.value, self.shapes, self.start, self.locations, self.weights, 64
+        )
+
+
+class GlobalHelper(Called):
+    def forward(self) -> Tensor:
+        return (lambda: attend(self))()
+
+
+class PartialAttribute(Called):
+    def __init__(self) -> None:
+        super().__init__()
+        self.core = functools.partial(multi_scale_deformable_attn_pytorch, attention_weights=self.weights)
+
+    def forward(self) -> Tensor:
+        return self.core(*self.arguments()[:3])
+
+
+class StaticMethod(Called):
+    core = staticmethod(multi_scale_deformable_attn_pytorch)
+
+    def forward(self) -> Tensor:
+        return self.core(*self.arguments())
+
+
+class Closure(Called):
+    forward = make_forward(multi_scale_deformable_attn_pytorch)
+
+
+class BoundMethod(Helper):
+    def __init__(self) -> None:
+        super().__init__()
+        self.call = self.helper
+
+    def forward(self) -> Tensor:
+        return self.call()
+
+
+class Decorated(Called):
+    @torch.no_grad()
+    @renamed_arguments({})
+    def forward(self) -> Tensor:
+        return attend(self)
+
+
+class ClassMethod(Called):
+    @classmethod
+    def attend(cls, module: Called) -> Tensor:
+        return attend(module)
+
+    def forward(self) -> Tensor:
+        return self.attend(self)
+
+
+class Half(Called):
+    """BEVFormer."""
+
+    def forward(self) -> Tensor:
+        function = (
+            MultiScaleDeformableAttnFunction_fp16 if self.compiled else MultiScaleDeformableAttnFunction_fp32
+        )
+        return function.apply(self.value, self.shapes, self.start, self.locations, self.weights, 64)
+
+
+FOUND = [Helper, Inherited, InheritedTwice, ExplicitBase, ModuleAlias, NestedAlias, GlobalHelper, PartialAttribute,
+         StaticMethod, Closure, BoundMethod, Decorated, ClassMethod, Half]  # fmt: skip
+
+
+@pytest.mark.parametrize("build", FOUND)
+def test_the_operator_is_found_however_it_is_called(
+    build: type[Called], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, other = build(), build()
+    expected = attend(model)
+    with adapt(model) as adaptation:
+        assert adaptation.names == ("",)
+        monkeypatch.setattr(Attention, "original", None)
+        torch.testing.assert_close(model(), expected)
+        with pytest.raises(TypeError, match="NoneType"):
+            other()
+    with pytest.raises(TypeError, match="NoneType"):
+        model()
+
+
+class CallableObject:
+    def __init__(self, function: Callable) -> None:
+        self.function = function
+
+    def __get__(self, instance: Any, owner: Any = None) -> Callable:
+        return functools.partial(self.function, instance)
+
+
+class SlottedObject(CallableObject):
+    __slots__ = ("function",)
+
+
+class ClassDecorator(Called):
+    @CallableObject
+    def forward(self) -> Tensor:
+        return attend(self)
+
+
+class SlottedDecorator(Called):
+    @SlottedObject
+    def forward(self) -> Tensor:
+        return attend(self)
+
+
+class Property(Called):
+    @property
+    def attended(self) -> Tensor:
+        return attend(self)
+
+    def forward(self) -> Tensor:
+        return self.attended
+
+
+class Table(Called):
+    def __init__(self) -> None:
+        super().__init__()
+        self.cores = {"torch": multi_scale_deformable_attn_pytorch}
+
+    def forward(self) -> Tensor:
+        return self.cores["torch"](*self.arguments())
+
+
+class Default(Called):
+    def forward(self, core: Callable = multi_scale_deformable_attn_pytorch) -> Tensor:
+        return core(*self.arguments())
+
+
+class LocalImport(Called):
+    def forward(self) -> Tensor:
+        from tests.kernels.test_adapt import multi_scale_deformable_attn_pytorch as core
+
+        return core(*self.arguments())
+
+
+class LocalModule(Called):
+    def forward(self) -> Tensor:
+        from tests.kernels import test_adapt
+
+        return test_adapt.multi_scale_deformable_attn_pytorch(*self.arguments())
+
+
+class ByString(Called):
+    def forward(self) -> Tensor:
+        return getattr(operators, "multi_scale_deformable_attn_pytorch")(*self.arguments())  # noqa: B009
+
+
+class Extension(Called):
+    def forward(self) -> Tensor:
+        return extension.ms_deform_attn_forward(*self.arguments())
+
+
+class TwoThings(Called):
+    def forward(self) -> Tensor:
+        self.multi_scale_deformable_attn_pytorch = 1
+        return multi_scale_deformable_attn_pytorch(*self.arguments())
+
+
+@pytest.mark.parametrize(
+    ("build", "reason"),
+    [
+        (ClassDecorator, "a CallableObject holds ClassDecorator.forward"),
+        (SlottedDecorator, "a SlottedObject holds SlottedDecorator.forward"),
+        (Property, "a property holds Property.attended"),
+        (Table, "a dict holds multi_scale_deformable_attn_pytorch"),
+        (Default, "a tuple holds multi_scale_deformable_attn_pytorch"),
+        (LocalImport, "forward reads multi_scale_deformable_attn_pytorch by an import within the function"),
+        (LocalModule, "forward reads multi_scale_deformable_attn_pytorch of an object that is known only"),
+        (ByString, "forward reads multi_scale_deformable_attn_pytorch as a string"),
+        (Extension, "forward reads ms_deform_attn_forward of an object that is known only when it runs"),
+        (TwoThings, "forward uses the name multi_scale_deformable_attn_pytorch for two things"),
+    ],
+)
+def test_what_cannot_be_replaced_is_reported(build: type[Called], reason: str) -> None:
+    model = build()
+    for _ in range(2):
+        with pytest.raises(
+            ValueError, match=f"1 deformable attentions cannot .*\n  {build.__name__}: {reason}"
+        ):
+            adapt(model)
+    adaptation = adapt(nn.ModuleList([model, build()]), strict=False)
+    assert adaptation.names == ()
+    assert list(adaptation.skipped) == ["0", "1"]
+
+
+class Unused(Called):
+    def forward(self) -> Tensor:
+        from tests.kernels.test_adapt import multi_scale_deformable_attn_pytorch  # noqa: F401
+
+        return self.value
+
+
+class Overridden(Helper):
+    def __init__(self) -> None:
+        super().__init__()
+        self.function_name = multi_scale_deformable_attn_pytorch.__name__
+
+    def forward(self) -> Tensor:
+        return self.value
+
+    def helper(self) -> Tensor:
+        return self.value
+
+
+@pytest.mark.parametrize("build", [Unused, Overridden])
+def test_what_does_not_run_is_not_reported(build: type[Called]) -> None:
+    with pytest.raises(ValueError, match=f"no deformable attention in {build.__name__}"):
+        adapt(build())
 
 
 # ------------------------------------------------------------------------------------------------------ what is refused
@@ -290,7 +638,7 @@ def test_an_unknown_version_is_not_passed_over(build: Callable[[], Attention], r
     model = nn.ModuleDict({"known": ChannelsFirst(), "other": build()})
     with pytest.raises(ValueError, match=rf"1 deformable attentions cannot be replaced.*\n  other: {reason}"):
         adapt(model)
-    assert "forward" not in vars(model.known)
+    assert type(model.known) is ChannelsFirst
     adaptation = adapt(model, strict=False)
     assert adaptation.names == ("known",)
     assert list(adaptation.skipped) == ["other"]
@@ -320,10 +668,31 @@ def test_what_replaced_a_forward_is_neither_lost_nor_overwritten() -> None:
     adaptation = adapt(model)
     adapted = model.forward
     model.forward = functools.partial(adapted)
-    with pytest.raises(RuntimeError, match=r"cannot undo: \.forward was replaced after adapt"):
+    with pytest.raises(RuntimeError, match="cannot undo: forward of the model was replaced after adapt"):
         adaptation.undo()
-    model.forward = adapted
+    del model.forward
+    parametrize.register_parametrization(model, "value", nn.Identity())  # also changes the class
+    with pytest.raises(RuntimeError, match="cannot undo: __class__ of the model was replaced after adapt"):
+        adaptation.undo()
+    parametrize.remove_parametrizations(model, "value")
     adaptation.undo()
-    model.forward = functools.partial(model.forward)
-    with pytest.raises(ValueError, match=r"its forward was replaced by functools\.partial"):
+    model.forward = print
+    with pytest.raises(
+        ValueError, match="its forward was replaced by <built-in function print>: call adapt before"
+    ):
         adapt(model)
+
+
+@pytest.mark.parametrize("wrap", [functools.partial, lambda old: lambda: old(), lambda old: old])
+def test_a_forward_that_was_wrapped_before_is_adapted(
+    wrap: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = Inherited()
+    expected = model()
+    wrapped = model.forward = wrap(model.forward)
+    with adapt(model):
+        monkeypatch.setattr(Attention, "original", None)
+        torch.testing.assert_close(model(), expected)
+    assert model.forward is wrapped
+    with pytest.raises(TypeError, match="NoneType"):
+        model()
