@@ -144,7 +144,7 @@ def multi_scale_deformable_attention(
     _check_options(padding_mode, align_corners, method)
     points: tuple[int, ...] = ()
     if num_points is not None:
-        points = _check_num_points(num_points, locations_BQHLP2, weights_BQHLP)
+        points = _check_num_points(num_points, level_shapes, locations_BQHLP2, weights_BQHLP)
         if len(set(points)) == 1:
             locations_BQHLP2 = locations_BQHLP2.unflatten(3, (len(points), -1))
             weights_BQHLP, points = weights_BQHLP.unflatten(3, (len(points), -1)), ()
@@ -191,9 +191,12 @@ def _check_classical(
     check_tensors(value_BSHD=value_BSHD, locations_BQHLP2=locations_BQHLP2, weights_BQHLP=weights_BQHLP)
     shapes = as_level_shapes(level_shapes)
     if not num_points:
+        if weights_BQHLP.ndim == 4:
+            requirement = (
+                f"[B, Q, H, {len(shapes)}, P]; for the points of all levels in one dimension pass num_points"
+            )
+            raise invalid("weights_BQHLP", weights_BQHLP, requirement)
         check_samples(shapes, locations_BQHLP2, weights_BQHLP, ("locations_BQHLP2", "weights_BQHLP"))
-    elif len(num_points) != len(shapes):
-        raise ValueError(f"num_points {num_points}: must be {len(shapes)} numbers, one for each level")
     _check_value(value_BSHD, shapes, weights_BQHLP.shape[2], weights_BQHLP.device)
     if locations_BQHLP2.shape[0] != value_BSHD.shape[0]:
         raise ValueError(
@@ -225,7 +228,9 @@ def check_samples(
         )
 
 
-def _check_num_points(num_points: Sequence[int], locations: Tensor, weights: Tensor) -> tuple[int, ...]:
+def _check_num_points(
+    num_points: Sequence[int], level_shapes: LevelShapes | Tensor, locations: Tensor, weights: Tensor
+) -> tuple[int, ...]:
     """The points of each level. Raises ValueError unless the tensors hold as many."""
     check_tensors(locations=locations, weights=weights)
     try:
@@ -234,6 +239,9 @@ def _check_num_points(num_points: Sequence[int], locations: Tensor, weights: Ten
         points = ()
     if min(points, default=0) < 1:
         raise ValueError(f"num_points {num_points}: must be integers >= 1, one for each level")
+    num_levels = len(as_level_shapes(level_shapes))
+    if len(points) != num_levels:
+        raise ValueError(f"num_points {points}: must be {num_levels} numbers, one for each level")
     if weights.ndim != 4 or weights.shape[3] != sum(points) or weights.dtype not in FLOATS:
         raise invalid("weights", weights, f"[B, Q, H, {sum(points)}] for num_points {points}, floating point")
     if locations.shape != (*weights.shape, 2) or locations.dtype not in FLOATS:

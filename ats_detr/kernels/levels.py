@@ -60,7 +60,7 @@ def _as_pairs(level_shapes: Sequence[Sequence[int]]) -> LevelShapes:
 
 
 def read_level_shapes(
-    level_shapes: LevelShapes | Tensor, level_start: Tensor | None = None
+    level_shapes: LevelShapes | Tensor, level_start: Sequence[int] | Tensor | None = None
 ) -> LevelShapes | Tensor:
     """Level shapes of callers that have them as a tensor on any device, as the operators take them.
 
@@ -71,10 +71,16 @@ def read_level_shapes(
     Args:
         level_start: [L] index of each level's first token. The operators have no such argument: levels are adjacent.
 
-    Raises ValueError for another `level_start`, which is not read while a compiler traces.
+    Raises ValueError for another `level_start`, whose numbers are not read while a compiler traces.
     """
     if not isinstance(level_shapes, Tensor):
-        return level_shapes
+        if level_start is None:
+            return level_shapes
+        level_shapes = torch.as_tensor(level_shapes)
+    if level_start is not None:
+        level_start = torch.as_tensor(level_start)
+        if level_start.shape != level_shapes.shape[:1] or level_start.dtype not in INTEGERS:
+            raise invalid("level_start", level_start, f"{list(level_shapes.shape[:1])}, integers")
     if runs_inside_graph():
         return level_shapes.cpu()
     tensors = [level_shapes] if level_start is None else [level_shapes, level_start]

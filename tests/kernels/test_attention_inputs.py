@@ -372,10 +372,10 @@ def placed(*, num_samples: int = 12) -> dict:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (dict(num_points=(3, 6)), "must be"),
+        (dict(num_points=(3, 6)), r"num_points \(3, 6\): must be 3 numbers, one for each level"),
         (dict(num_points=(3, 6, 4)), r"\[B, Q, H, 13\]"),
         (dict(num_points=(3, 9, 0)), "integers >= 1"),
-        (dict(num_points=(3, 3, 3, 3)), "(?i)one for each level|levels?"),
+        (dict(num_points=(3, 3, 3, 3)), "must be 3 numbers, one for each level"),
         (dict(num_points=(3.0, 6.0, 3.0)), "integers >= 1"),
         (dict(num_points=12), "integers >= 1"),
         (dict(num_points=POINTS, weights_BQHLP=torch.zeros(2, 3, 2, 3, 4)), r"weights \[2, 3, 2, 3, 4\]"),
@@ -383,7 +383,7 @@ def placed(*, num_samples: int = 12) -> dict:
             dict(num_points=POINTS, locations_BQHLP2=torch.zeros(2, 3, 2, 11, 2)),
             r"locations \[2, 3, 2, 11, 2\]",
         ),
-        (dict(), r"\[B, Q, H, 3, P\]"),
+        (dict(), r"\[B, Q, H, 3, P\]; for the points of all levels in one dimension pass num_points"),
         (dict(num_points=POINTS, method="discrete"), "nearest pixel"),
         (dict(num_points=POINTS, padding_mode="border"), "must be 'zeros'"),
         (dict(num_points=POINTS, align_corners=True), "grid_sample"),

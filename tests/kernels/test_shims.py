@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -64,6 +65,15 @@ def test_mmcv_form_writes_the_gradients_into_tensors() -> None:
     )
     out = multi_scale_deformable_attention(value, [(6, 8), (3, 4)], locations, weights)
     torch.testing.assert_close(extension.ms_deform_attn_forward(*fixed, im2col_step=64), out)
+    names = (
+        "value",
+        "value_spatial_shapes",
+        "value_level_start_index",
+        "sampling_locations",
+        "attention_weights",
+    )
+    named = dict(zip(names, fixed, strict=True))
+    torch.testing.assert_close(extension.ms_deform_attn_forward(**named, im2col_step=64), out)
     expected = torch.autograd.grad(out.sum(), (value, locations, weights))
     gradients = [torch.zeros_like(tensor) for tensor in expected]
     assert extension.ms_deform_attn_backward(*fixed, torch.ones_like(out), *gradients, im2col_step=64) is None
@@ -74,6 +84,7 @@ def test_other_operators_of_mmcv_are_there_and_raise_when_called() -> None:
     install_shims()
     extension = importlib.import_module("mmcv._ext")
     assert hasattr(extension, "nms")
+    assert extension.get_compiler_version() == extension.get_compiling_cuda_version() == "n/a"
     with pytest.raises(NotImplementedError, match=r"mmcv\._ext\.nms: .* needs a compiled mmcv"):
         extension.nms(torch.zeros(1))
     with pytest.raises(AttributeError, match="has no 'dcn_v3_forward'"):
@@ -98,6 +109,18 @@ def test_level_start_index_must_be_that_of_adjacent_levels() -> None:
         ValueError, match=r"level_start \[4, 0\]: must be \[0, 4\] for levels \[\(2, 2\), \(2, 2\)\]"
     ):
         shims.ms_deform_attn_forward(value, shapes, torch.tensor([4, 0]), *arguments)
+
+
+@pytest.mark.parametrize(
+    "start", [torch.tensor([0.0, 4.5]), torch.tensor([0]), torch.tensor([[0, 4]]), [0.0, 4.5]]
+)
+@pytest.mark.parametrize("shapes", [torch.tensor([[2, 2], [2, 2]]), [(2, 2), (2, 2)]])
+def test_level_start_index_must_be_integers(shapes: object, start: object) -> None:
+    with pytest.raises(ValueError, match=r"level_start \[.*\] of torch\..*: must be \[2\], integers"):
+        shims.read_level_shapes(shapes, start)
+    assert shims.read_level_shapes(shapes, [0, 4]) == ((2, 2), (2, 2))
+    with pytest.raises(ValueError, match=r"level_start \[0, 5\]: must be \[0, 4\]"):
+        shims.read_level_shapes(shapes, [0, 5])
 
 
 @pytest.mark.parametrize("is_cpu", [True, False])
@@ -155,7 +178,9 @@ def test_an_installed_extension_is_not_shadowed(tmp_path: Path, monkeypatch: pyt
     with pytest.raises(ImportError, match="is installed"):
         install_shims(EXTENSION)
     assert install_shims("groundingdino._C") == ("groundingdino._C",)
-    install_shims(EXTENSION, replace=True)
+    for _ in range(2):
+        install_shims(EXTENSION, replace=True)
+    assert EXTENSION in install_shims()  # what is there is this operator
     assert (
         extension.ms_deform_attn_forward is shims.ms_deform_attn_forward
     )  # also where it was imported before
@@ -186,11 +211,24 @@ def test_a_package_without_its_extension_finds_the_shim(
 ) -> None:
     install(tmp_path, "groundingdino.__init__", "", monkeypatch)
     install(tmp_path, "groundingdino.attention", "from groundingdino import _C", monkeypatch)
-    install_shims()
-    install_shims()  # no error: what is there is the shim
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        install_shims()
+        install_shims()  # no error: what is there is the shim
     attention = importlib.import_module("groundingdino.attention")
     sys.modules.pop("groundingdino.attention")
     assert attention._C.ms_deform_attn_backward is shims.ms_deform_attn_backward
+
+
+def test_a_project_that_was_imported_before_is_reported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install(tmp_path, "groundingdino.__init__", "", monkeypatch)
+    importlib.import_module("groundingdino")
+    with pytest.warns(
+        UserWarning, match=r"groundingdino was imported before install_shims: .* groundingdino\._C"
+    ):
+        install_shims()
 
 
 def test_an_unknown_name_is_refused() -> None:
