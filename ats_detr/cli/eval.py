@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import os
 from argparse import ArgumentParser, Namespace
@@ -159,27 +160,37 @@ def evaluate_checkpoint(
 def compare_stages(stages: Mapping[str, Stage], folder: Path, device: torch.device) -> None:
     """Compare the finished stages on the student's validation images: a table, pictures, and finally summary.json.
 
-    summary.json contains, for each stage, AP and AP50 (0..1), the mean keep ratio, and the encoder's multiply-adds per
-    image in units of 1e9; also the rank correlation of the student's budgets with the number of objects, the number of
-    images, and the training time in minutes (without that of published teachers, which is unknown).
+    summary.json contains, for each of `weak`, `strong`, `student` and `static`, AP and AP50 (0..1), the mean keep
+    ratio, and the encoder's multiply-adds per image in units of 1e9; also the rank correlation of the student's budgets
+    with the number of objects, the number of images, and the training time in minutes (without that of published
+    teachers, which is unknown). `static` is a control: the weights of the student with its mean keep ratio for every
+    image. Of a model without teachers, `weak` and `strong` are its weights with the smallest and the largest budget.
 
     Called by every process of a distributed run; the first one writes.
     """
-    summary: dict[str, Any] = {}
-    student = stages["student"]
+    config = list(stages.values())[-1].config  # of the student
+    detectors: dict[str, Detector] = {}
     seconds = 0.0
     for name, stage in stages.items():
         detector, checkpoint = _load(stage.config, stage.checkpoint, device)
-        metrics = evaluate(
-            detector.model,
-            build_evaluation_loader(student.config, detector.classes),
-            device,
-            max_detections=student.config.evaluation.max_detections,
-        )
+        detectors[name] = detector
         seconds += checkpoint.get("train_seconds", 0.0)
+    if config.teachers == "self":
+        assert detector.model.selector is not None
+        ratios = {"weak": detector.model.selector.min_ratio, "strong": detector.model.selector.max_ratio}
+        detectors = {name: _at_ratio(detector, ratio) for name, ratio in ratios.items()}
+        detectors["student"] = detector
+    summary: dict[str, Any] = {}
+    while detectors:
+        name = next(iter(detectors))
+        detector = detectors.pop(name)
+        loader = build_evaluation_loader(config, detector.classes)
+        metrics = evaluate(detector.model, loader, device, max_detections=config.evaluation.max_detections)
+        if name == "student":
+            detectors["static"] = _at_ratio(detector, metrics.mean_keep_ratio)
         if not distributed.is_main():
             continue
-        everything = build_evaluation_loader(student.config, detector.classes, shared=False)
+        everything = build_evaluation_loader(config, detector.classes, shared=False)
         summary[name] = {key: metrics.to_dict()[key] for key in ("AP", "AP50", "mean_keep_ratio")}
         summary[name]["encoder_gflops"] = mean_encoder_gflops(detector.model, everything)
         if name == "student":
@@ -193,6 +204,14 @@ def compare_stages(stages: Mapping[str, Stage], folder: Path, device: torch.devi
         write_json(summary, folder / "summary.json")
         say(f"written to {folder}: budgets.png, pictures and summary.json")
     distributed.barrier()
+
+
+def _at_ratio(detector: Detector, ratio: float) -> Detector:
+    """A copy that keeps this share of the tokens of every image."""
+    model = copy.deepcopy(detector.model)
+    assert model.selector is not None
+    model.selector.fix_ratio(ratio)
+    return Detector(model, detector.config, detector.classes)
 
 
 def _load(config: Config, path: Path, device: torch.device) -> tuple[Detector, dict[str, Any]]:
@@ -265,13 +284,14 @@ def print_comparison(summary: Mapping[str, Any]) -> None:
     table = Table(title=f"{summary['num_val_images']} validation images")
     for column in ("", "AP", "AP50", "mean keep ratio", "encoder GFLOPs"):
         table.add_column(column, justify="right" if column else "left")
-    for name in ("weak", "strong", "student"):
+    for name in ("weak", "strong", "student", "static"):
         row = summary[name]
         ratio, gflops = f"{row['mean_keep_ratio']:.1%}", f"{row['encoder_gflops']:.4f}"
         table.add_row(name, _number(row["AP"]), _number(row["AP50"]), ratio, gflops)
     console.print(table)
     correlation = summary["budget_object_spearman"]
     found = "the budget is the same for all images" if correlation is None else f"Spearman {correlation:.2f}"
+    say("static: the weights of the student, with the same share of tokens for every image")
     say(f"budget against number of objects: {found}; trained in {summary['train_minutes']:.1f} minutes")
 
 

@@ -77,13 +77,15 @@ def chain(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_one_command_trains_teachers_and_student_and_compares_them(chain: Path) -> None:
     summary = json.loads((chain / "run" / "summary.json").read_text())
     stages = ("weak", "strong", "student")
-    assert summary.keys() == {*stages, "budget_object_spearman", "num_val_images", "train_minutes"}
+    assert summary.keys() == {*stages, "static", "budget_object_spearman", "num_val_images", "train_minutes"}
     assert summary["num_val_images"] == 7
     for stage in stages:
         assert summary[stage].keys() == {"AP", "AP50", "mean_keep_ratio", "encoder_gflops"}
         files = {path.name for path in (chain / "run" / stage).iterdir()} - {"best.pt"}
         assert files == {"config.yaml", "final.pt", "metrics.json", "log.jsonl", "tensorboard"}
     weak, strong, student = (summary[stage] for stage in stages)
+    assert summary["static"].keys() == student.keys()
+    assert summary["static"]["mean_keep_ratio"] == pytest.approx(student["mean_keep_ratio"], abs=1 / 20)
     assert 0 < weak["encoder_gflops"] <= student["encoder_gflops"] <= strong["encoder_gflops"]
     assert (chain / "run" / "budgets.png").exists()
     assert len(list((chain / "run" / "pictures").glob("*.png"))) == 2

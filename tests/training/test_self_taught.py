@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 import torch
 import yaml
 
+from ats_detr.cli.eval import compare_stages
 from ats_detr.config import config_from_dict, load_config
 from ats_detr.errors import UserError
 from ats_detr.model import top_detections
@@ -172,11 +174,19 @@ def train(path: Path) -> dict[str, Any]:
     return torch.load(path.parent / "run" / "final.pt", weights_only=True)
 
 
-def test_a_resumed_run_ends_with_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The config file of a finished run."""
+    path = write(tmp_path_factory.mktemp("self") / "finished")
+    train(path)
+    return path
+
+
+def test_a_resumed_run_ends_with_the_same_bits(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also the calibrated budgets of its moving average."""
-    undisturbed = train(write(tmp_path / "a"))
-    assert undisturbed["metrics"]["budget_histogram"] and len(undisturbed["metrics"]["budget_histogram"]) == 5
-    again = write(tmp_path / "b")
+    undisturbed = torch.load(finished.parent / "run" / "final.pt", weights_only=True)
+    assert len(undisturbed["metrics"]["budget_histogram"]) == 5
+    again = write(finished.parents[1] / "again")
     save = resume.save_checkpoint
 
     def save_and_die(*arguments: Any, **keywords: Any) -> None:
@@ -192,6 +202,18 @@ def test_a_resumed_run_ends_with_the_same_bits(tmp_path: Path, monkeypatch: pyte
     assert resumed["metrics"] == undisturbed["metrics"]
     for name, tensor in undisturbed["model"].items():
         assert torch.equal(resumed["model"][name], tensor), name
+
+
+def test_the_summary_compares_budgets_of_one_model(finished: Path, tmp_path: Path) -> None:
+    stages = plan_stages(load_config(finished))
+    compare_stages(stages, tmp_path, torch.device("cpu"))
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    num_tokens = 8**2 + 4**2 + 2**2 + 1
+    for name, ratio in (("weak", 0.1), ("strong", 0.9)):
+        assert summary[name]["mean_keep_ratio"] == pytest.approx((int(num_tokens * ratio) + 1) / num_tokens)
+    mean = summary["student"]["mean_keep_ratio"]
+    assert mean <= summary["static"]["mean_keep_ratio"] < mean + 1.5 / num_tokens
+    assert summary["student"]["AP"] == torch.load(finished.parent / "run" / "final.pt")["metrics"]["AP"]
 
 
 # ------------------------------------------------------------------------------------------------------------- errors
