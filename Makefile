@@ -3,9 +3,13 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test check lint format typecheck docs hub clean
+# The detector `shapes` of the package, from a finished quickstart.
+SHAPES = Detector.from_checkpoint('quickstart').save('ats_detr/shipped/shapes', dtype=torch.bfloat16)
 
-demo: $(VENV)/.installed  ## train and evaluate the quickstart: about eleven minutes on two CPU cores, after the install
+.PHONY: demo shapes test check lint format typecheck docs hub clean
+
+demo: $(VENV)/.installed  ## a gallery, then the training of the quickstart: eleven minutes on two CPU cores
+	$(BIN)/ats-detr predict --checkpoint shapes --sample --out predictions
 	$(BIN)/python train.py --config configs/quickstart.yaml
 
 test: $(VENV)/.installed-dev  ## the default tests: no GPU, no network
@@ -26,6 +30,9 @@ typecheck: $(VENV)/.installed-dev
 
 docs: $(VENV)/.installed-docs  ## the documentation with the API reference, in site/; a warning is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+shapes: $(VENV)/.installed  ## the detector that the package contains, from runs/quickstart
+	$(BIN)/python -c "import torch; from ats_detr import Detector; $(SHAPES)"
 
 hub:  ## the operator as a repository of the `kernels` library, in build/hub
 	$(PYTHON) hub/build.py

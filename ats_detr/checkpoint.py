@@ -367,8 +367,13 @@ def config_of(checkpoint: Mapping[str, Any], path: str | Path, overrides: Sequen
         raise UserError(f"{path}: the configuration stored in this checkpoint: {error}") from error
 
 
+SHIPPED = Path(__file__).with_name("shipped")
+"""Model folders that are part of this package, by name."""
+
+
 def resolve_checkpoint(source: str | Path) -> Path:
-    """The checkpoint of a file, of a model folder, or of a finished run given by its folder or its name under runs/.
+    """The checkpoint of a file, of a model folder, or of a finished run given by its folder or its name under runs/; or
+    a model folder of SHIPPED, by name.
 
     One of the Hugging Face Hub, or with a short name, is fetched unless it is cached (see `remote`).
 
@@ -379,7 +384,7 @@ def resolve_checkpoint(source: str | Path) -> Path:
         return fetch(source)
     if path.is_file():
         return path
-    for folder in (path, Path("runs") / path):
+    for folder in (path, Path("runs") / path, SHIPPED / path):
         if (folder / MODEL_CONFIG).is_file():
             return folder
         for candidate in (folder / "student" / FINISHED, folder / FINISHED):

@@ -257,17 +257,24 @@ class Detector:
         self.compiled = CompiledDetr(self.model, dtype=dtype, fuse=fuse, max_graphs=max_graphs)
         return self
 
-    def save(self, path: str | Path) -> None:
+    def save(self, path: str | Path, *, dtype: torch.dtype | None = None) -> None:
         """Write weights, configuration and classes, without the training state.
 
         Args:
             path: a folder, in which `model.safetensors`, `config.json` and a model card (README.md) are written; or a
                 file, .safetensors or .pt.
+            dtype: of the weights in the file, such as bfloat16 for half of the size; they are loaded as float32 again.
+                None: as they are.
 
         Raises:
             UserError: if it cannot be written.
         """
         state = {name: tensor.detach().cpu() for name, tensor in self.model.state_dict().items()}
+        if dtype is not None:
+            state = {
+                name: tensor.to(dtype) if tensor.is_floating_point() else tensor
+                for name, tensor in state.items()
+            }
         path, checkpoint = Path(path), {**self.facts, "model": state}
         if path.suffix in CHECKPOINT_SUFFIXES:
             save_checkpoint(checkpoint, path)

@@ -16,6 +16,7 @@ from rich.table import Table
 from ats_detr import distributed
 from ats_detr.budgets import Budget, parse_budget
 from ats_detr.checkpoint import (
+    SHIPPED,
     config_of,
     load_checkpoint,
     load_detector,
@@ -65,7 +66,8 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--output",
         type=Path,
-        help="folder for metrics.json and the pictures; default: evaluation/ beside the checkpoint",
+        help="folder for metrics.json and the pictures; default: evaluation/ beside the checkpoint, in the working"
+        " directory where the checkpoint was fetched or is part of this package",
     )
     parser.add_argument(
         "--compile",
@@ -88,7 +90,8 @@ def run(arguments: Namespace) -> None:
     else:
         config = config_of(load_checkpoint(path), path, arguments.overrides)
     folder = "evaluation" if arguments.split == "val" else f"evaluation_{arguments.split}"
-    output = arguments.output or (Path() if is_remote(arguments.checkpoint) else path.parent) / folder
+    is_own = not is_remote(arguments.checkpoint) and SHIPPED not in path.parents
+    output = arguments.output or (path.parent if is_own else Path()) / folder
     with distributed.process_group(config.device, config.train.timeout_minutes) as device:
         run_log.configure()
         compiled = getattr(torch, arguments.compile) if arguments.compile else None

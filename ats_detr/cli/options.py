@@ -12,7 +12,7 @@ FAILURES = 1
 """Exit code of a command that finished although some of its inputs failed."""
 CHECKPOINT = (
     "a checkpoint file, the folder of a model or a run, the name of a run under runs/, hf://owner/repo[/file], or a"
-    " name that `ats-detr models` lists"
+    " name that `ats-detr models` lists, such as shapes"
 )
 CONFIG = "a YAML file, or the name of a shipped configuration such as quickstart"
 

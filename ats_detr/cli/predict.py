@@ -1,5 +1,7 @@
 """Detect objects in images, folders and videos. Of the folder of a dataset, the test or validation images are used.
 
+With --sample, the images are drawn first: `ats-detr predict --checkpoint shapes --sample` needs no data.
+
 Writes predictions.json, pictures/, videos/ and gallery.html. A file that cannot be read is reported and skipped; the
 exit code is then 1.
 """
@@ -10,7 +12,7 @@ import os
 import sys
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any, Literal
@@ -26,6 +28,7 @@ from ats_detr.data.coco import CocoDetection
 from ats_detr.data.images import ImageFileError, images_in, is_url, visible_files
 from ats_detr.data.layout import choose_split
 from ats_detr.data.sources import find_layout
+from ats_detr.data.synthetic import synthetic_dataset
 from ats_detr.data.video import VIDEO_SUFFIXES, VideoWriter, read_video
 from ats_detr.detector import THRESHOLD, Detector, Result
 from ats_detr.errors import UserError
@@ -34,12 +37,18 @@ from ats_detr.visualize import add_caption, draw_kept_tokens
 
 Shown = Literal["boxes", "tokens", "budget"]
 SHOWN: tuple[Shown, ...] = ("boxes", "tokens", "budget")
+NUM_SAMPLES = 12
 
 
 def add_arguments(parser: ArgumentParser) -> None:
     """Declare the options."""
-    parser.add_argument("paths", nargs="+", metavar="PATH", help="an image, a video, or a folder of them")
+    parser.add_argument("paths", nargs="*", metavar="PATH", help="an image, a video, or a folder of them")
     parser.add_argument("--checkpoint", required=True, help=CHECKPOINT)
+    parser.add_argument(
+        "--sample",
+        action="store_true",
+        help=f"draw {NUM_SAMPLES} images of shapes into OUT/sample, for a detector that was trained on such images",
+    )
     parser.add_argument("--out", type=Path, default=Path("predictions"), help="default: %(default)s")
     parser.add_argument(
         "--show",
@@ -73,9 +82,14 @@ def _shown(text: str) -> tuple[Shown, ...]:
 
 def run(arguments: Namespace) -> None:
     """Predict, and report what was written and what failed."""
-    inputs = find_inputs(arguments.paths)
+    paths = arguments.paths
+    if arguments.sample == bool(paths):
+        raise UserError("predict needs either paths or --sample")
     budget = parse_budget(arguments.budget)
     detector = Detector.from_checkpoint(arguments.checkpoint, device=arguments.device, budget=budget)
+    if arguments.sample:
+        paths = [str(draw_samples(detector, arguments.out / "sample"))]
+    inputs = find_inputs(paths)
     if inputs.ignored:
         listed = ", ".join(path.name for path in inputs.ignored[:5])
         more = ", ..." if len(inputs.ignored) > 5 else ""
@@ -85,7 +99,7 @@ def run(arguments: Namespace) -> None:
         inputs,
         arguments.out,
         show=arguments.show,
-        title=f"{detector.config.name}: {', '.join(arguments.paths)}",
+        title=f"{detector.config.name}: {', '.join(paths)}",
         threshold=arguments.threshold,
         max_detections=arguments.max_detections,
         batch_size=arguments.batch_size,
@@ -101,6 +115,20 @@ def run(arguments: Namespace) -> None:
     say(f"written to {arguments.out}: predictions.json, pictures{gallery}")
     if done.failures:
         sys.exit(FAILURES)
+
+
+def draw_samples(detector: Detector, folder: Path) -> Path:
+    """The folder of NUM_SAMPLES images like those that the detector was trained on, drawn with another seed.
+
+    Raises UserError where it was not trained on drawn images, or where the folder cannot be written.
+    """
+    data = detector.config.data
+    if data.kind != "synthetic":
+        raise UserError(
+            f"--sample: {detector.config.name} was not trained on drawn images; give the paths of images instead"
+        )
+    settings = {"num_train": 1, "num_val": NUM_SAMPLES, "seed": data.synthetic.seed + 1}
+    return synthetic_dataset(folder, **asdict(data.synthetic) | settings) / "val2017"
 
 
 @dataclass(kw_only=True)

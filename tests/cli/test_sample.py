@@ -1,0 +1,75 @@
+"""The detector that the package contains: it works without data, network or training, and as well as its card says."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from ats_detr.checkpoint import SHIPPED
+from ats_detr.cli import main
+from ats_detr.cli.predict import NUM_SAMPLES
+from ats_detr.detector import Detector
+from ats_detr.errors import UserError
+from tests.small_detector import save_small_detector
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_sample_images_are_drawn_and_their_objects_found(place: Path) -> None:
+    main(["predict", "--checkpoint", "shapes", "--sample", "--out", "predictions", "--device", "cpu"])
+    content = json.loads((place / "predictions" / "predictions.json").read_text())
+    assert len(content["images"]) == NUM_SAMPLES
+    assert (place / "predictions" / "gallery.html").stat().st_size > 10_000
+    (file,) = place.glob("predictions/sample/*/annotations/instances_val2017.json")
+    annotations = json.loads(file.read_text())["annotations"]
+    num_found = sum(len(image["objects"]) for image in content["images"])
+    assert 0.7 * len(annotations) < num_found < 1.2 * len(annotations)
+    assert len({image["budget"] for image in content["images"]}) == 2, "both budgets"
+
+
+def test_the_shipped_detector_has_the_accuracy_of_its_card(place: Path) -> None:
+    """On 60 images that it has never seen; its card states AP 0.639 and AP50 0.957 on 300 images."""
+    data = {"root": "drawn", "synthetic.num_train": 1, "synthetic.num_val": 60, "synthetic.seed": 1}
+    overrides = [f"data.{key}={value}" for key, value in data.items()]
+    main(["eval", "--checkpoint", "shapes", *overrides, "num_pictures=0", "device=cpu"])
+    metrics = json.loads((place / "evaluation" / "metrics.json").read_text())  # not in the package
+    facts = Detector.from_checkpoint("shapes").facts["metrics"]
+    assert metrics["num_images"] == 60
+    assert metrics["AP"] == pytest.approx(facts["AP"], abs=0.04)
+    assert metrics["AP50"] == pytest.approx(facts["AP50"], abs=0.03)
+    assert metrics["budget_object_spearman"] > 0.75
+    assert not (SHIPPED / "evaluation").exists()
+
+
+def test_a_saved_detector_in_bfloat16_has_half_the_size_and_the_same_files(tmp_path: Path) -> None:
+    import torch
+
+    detector = Detector.from_checkpoint("shapes", device="cpu")
+    detector.save(tmp_path / "whole")
+    detector.save(tmp_path / "half", dtype=torch.bfloat16)
+    sizes = [(tmp_path / name / "model.safetensors").stat().st_size for name in ("whole", "half")]
+    assert sizes[1] < 0.52 * sizes[0]
+    assert sizes[1] == (SHIPPED / "shapes" / "model.safetensors").stat().st_size
+    again = Detector.from_checkpoint(tmp_path / "half", device="cpu").model.state_dict()
+    for name, tensor in detector.model.state_dict().items():  # which come from bfloat16
+        assert torch.equal(again[name], tensor) and again[name].dtype == tensor.dtype, name
+
+
+def test_sample_needs_a_detector_of_drawn_images_and_no_paths(place: Path) -> None:
+    save_small_detector(place / "own.pt")
+    with pytest.raises(UserError, match="--sample: small was not trained on drawn images"):
+        main(["predict", "--checkpoint", "own.pt", "--sample"])
+    for paths in ([], ["--sample", "own.pt"]):
+        with pytest.raises(UserError, match="needs either paths or --sample"):
+            main(["predict", "--checkpoint", "shapes", *paths])
+
+
+def test_a_run_of_the_same_name_is_used_instead(place: Path) -> None:
+    save_small_detector(place / "runs" / "shapes" / "final.pt")
+    assert Detector.from_checkpoint("shapes").config.name == "small"
