@@ -21,6 +21,7 @@ from typing import Any, Literal, TypeVar
 import yaml
 
 from ats_detr.errors import UserError
+from ats_detr.text import shortened
 
 ConfigT = TypeVar("ConfigT")
 
@@ -29,17 +30,8 @@ class ConfigError(UserError):
     """A setting with an invalid value; the message names key, value and fix."""
 
     def __init__(self, key: str, value: object, fix: str):
-        super().__init__(f"{key} = {_shown(value)}: {fix}")
+        super().__init__(f"{key} = {shortened(value, _SHOWN)}: {fix}")
         self.key, self.value, self.fix = key, value, fix
-
-
-def _shown(value: object) -> str:
-    """`repr` of a value, shortened if it is long."""
-    try:
-        text = repr(value)
-    except (ValueError, RecursionError):  # thousands of digits, or deeply nested
-        return f"a {type(value).__name__} that is too large to be shown"
-    return text if len(text) <= 200 else f"{text[:200]}..."
 
 
 _MAX_INTEGER = 2**31 - 1
@@ -49,6 +41,8 @@ _MAX_SIDE = 16_384
 """Of images, in pixels."""
 _MAX_LENGTH, _MAX_DEPTH = 1000, 8
 """Of lists and nested values."""
+_SHOWN = 200
+"""Characters of a value in an error message."""
 
 
 def _check(holds: bool, key: str, value: object, fix: str) -> None:
@@ -687,7 +681,7 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
     try:
         value = yaml.safe_load(text)
     except _NOT_YAML as error:
-        raise UserError(f"override {_shown(override)}: the value is not YAML") from error
+        raise UserError(f"override {shortened(override, _SHOWN)}: the value is not YAML") from error
     *parents, leaf = key.split(".")
     for parent in parents:
         child = tree.get(parent)

@@ -44,6 +44,16 @@ Evaluator = Literal["auto", "pycocotools", "hotcoco"]
 
 MAX_DETECTIONS = 100
 """Default number of detections per image, the best over all classes."""
+METRICS = {
+    "AP": "IoU 0.50:0.95",
+    "AP50": "IoU 0.50",
+    "AP75": "IoU 0.75",
+    "APs": "small, area below 32² pixels",
+    "APm": "medium",
+    "APl": "large, area above 96² pixels",
+    "AR": "average recall, IoU 0.50:0.95",
+}
+"""COCO's metrics by their keys in metrics.json, and what they mean."""
 HISTOGRAM_BINS = 20
 """Bins of the keep ratio over 0..1."""
 

@@ -12,19 +12,11 @@ from ats_detr.config import Config, ModelConfig
 from ats_detr.console import printable
 from ats_detr.data.classes import ClassMap
 from ats_detr.errors import UserError
+from ats_detr.evaluation import METRICS
 from ats_detr.files import replaced_file
 
 CARD = "README.md"
 _MARK = "<!-- written by ats_detr; remove this line to keep your changes -->"
-_METRICS = {
-    "AP": "AP (IoU 0.50:0.95)",
-    "AP50": "AP50",
-    "AP75": "AP75",
-    "APs": "AP, small objects",
-    "APm": "AP, medium objects",
-    "APl": "AP, large objects",
-    "AR": "average recall",
-}
 
 
 def name_of_model(config: ModelConfig) -> str:
@@ -63,12 +55,8 @@ def write_card(folder: Path, config: Config, classes: ClassMap, facts: Mapping[s
 def _lines(config: Config, classes: ClassMap, facts: Mapping[str, Any]) -> Iterator[str]:
     yield from ("---", "library_name: ats_detr", "pipeline_tag: object-detection")
     yield from ("tags:", "- object-detection", "- ats-detr", "---", _MARK)
-    yield from (
-        f"# {_text(config.name)}",
-        "",
-        f"{name_of_model(config.model)}; {len(classes.names)} classes.",
-        "",
-    )
+    summary = f"{name_of_model(config.model)}; {len(classes.names)} classes."
+    yield from (f"# {_text(config.name)}", "", summary, "")
     yield from ("## Use", "", "```sh", "pip install ats_detr", "```", "", "```python")
     yield "from ats_detr import Detector"
     yield ""
@@ -103,7 +91,7 @@ def _budget(model: ModelConfig) -> Iterator[str]:
 
 
 def _metrics(metrics: Any) -> Iterator[str]:
-    values = {key: metrics.get(key) for key in _METRICS} if isinstance(metrics, Mapping) else {}
+    values = {key: metrics.get(key) for key in METRICS} if isinstance(metrics, Mapping) else {}
     known = {
         key: value
         for key, value in values.items()
@@ -111,16 +99,10 @@ def _metrics(metrics: Any) -> Iterator[str]:
     }
     if not known:
         return
-    yield from (
-        "## Metrics",
-        "",
-        "On the validation images, when the training was finished:",
-        "",
-        "| | |",
-        "|---|---|",
-    )
+    yield from ("## Metrics", "", "On the validation images, when the training was finished:", "")
+    yield from ("| | |", "|---|---|")
     for key, value in known.items():
-        yield f"| {_METRICS[key]} | {value:.3f} |"
+        yield f"| {key} ({METRICS[key]}) | {value:.3f} |"
     ratio = metrics.get("mean_keep_ratio")
     if isinstance(ratio, (int, float)) and math.isfinite(ratio):
         yield f"| mean share of tokens updated | {ratio:.1%} |"

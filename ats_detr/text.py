@@ -29,6 +29,15 @@ def first_line(error: BaseException) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
+def shortened(value: object, length: int = 80) -> str:
+    """`repr` of a value, with at most `length` characters."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # thousands of digits, or deeply nested
+        return f"a {type(value).__name__} that is too large to be shown"
+    return text if len(text) <= length else f"{text[: length - 3]}..."
+
+
 def run_name(source: str) -> str:
     """A name of a run from that of a file."""
     return re.sub(r"[^\w.-]+", "_", Path(source).stem).strip(".")[:50] or "published"

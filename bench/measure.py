@@ -28,7 +28,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import Progress
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "configs"
@@ -185,14 +185,7 @@ def percentile(milliseconds: list[float], share: float) -> float:
 @contextmanager
 def progress_bar(console: Console, total: int) -> Iterator[Callable[[str], None]]:
     """Yields a function that advances the bar by one pass and shows the pass's name."""
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("passes"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console, transient=True) as progress:
+    with Progress(console=console, transient=True) as progress:
         task = progress.add_task("", total=total)
         yield lambda name: progress.update(task, advance=1, description=name)
 

@@ -97,7 +97,7 @@ def convert(
             converted = to_official(checkpoint)
             from_official(
                 converted, source=str(source)
-            )  # reads it back: the published code has few backbones
+            )  # fails where the published code has no such backbone
             save_checkpoint(converted, destination)
             say(f"{destination}: in the format of the published code")
         return

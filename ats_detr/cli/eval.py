@@ -32,7 +32,7 @@ from ats_detr.data.layout import Role
 from ats_detr.data.loader import EvaluationLoader
 from ats_detr.detector import Detector
 from ats_detr.errors import UserError
-from ats_detr.evaluation import Metrics, evaluate, warn_of_limits, warn_of_minimum
+from ats_detr.evaluation import METRICS, Metrics, evaluate, warn_of_limits, warn_of_minimum
 from ats_detr.files import make_folder
 from ats_detr.flops import count_flops
 from ats_detr.model import CompiledDetr, Detr
@@ -41,16 +41,6 @@ from ats_detr.training import run_log
 from ats_detr.training.datasets import build_evaluation_loader
 from ats_detr.training.stages import Stage
 from ats_detr.visualize import draw_kept_tokens, plot_budgets
-
-_AP_NAMES = {
-    "AP": "IoU 0.50:0.95",
-    "AP50": "IoU 0.50",
-    "AP75": "IoU 0.75",
-    "APs": "small, area below 32² pixels",
-    "APm": "medium",
-    "APl": "large, area above 96² pixels",
-    "AR": "average recall, IoU 0.50:0.95",
-}
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -270,7 +260,7 @@ def print_metrics(metrics: Metrics) -> None:
     table = Table(title=f"{len(metrics.images)} images")
     for column in ("", "", "value"):
         table.add_column(column, justify="right" if column else "left")
-    for key, meaning in _AP_NAMES.items():
+    for key, meaning in METRICS.items():
         table.add_row(key, meaning, _number(values[key]))
     table.add_row(
         "keep ratio", "mean share of tokens that the encoder updates", f"{metrics.mean_keep_ratio:.1%}"

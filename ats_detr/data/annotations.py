@@ -14,6 +14,7 @@ import numpy as np
 from pycocotools import mask as coco_mask
 
 from ats_detr.data.findings import AnnotationError, Findings
+from ats_detr.text import shortened
 
 CONVERTED = "ats_detr"
 """Key under `info` of a file that this package has made: `notes` lists what is probably not intended; `upright` is true
@@ -267,15 +268,6 @@ def _is_listed_crowd(record: Any) -> bool:
     return isinstance(record, dict) and bool(_crowd(record.get("iscrowd")))
 
 
-def _shown(value: Any) -> str:
-    """A value for a message, shortened."""
-    try:
-        text = repr(value)
-    except ValueError:  # an integer of more digits than Python prints
-        text = "a number of thousands of digits"
-    return text if len(text) <= 80 else f"{text[:77]}..."
-
-
 # --------------------------------------------------------------------------------------------------------- categories
 def _read_categories(records: Sequence[Any], findings: Findings) -> dict[int, str]:
     """Names by id, ascending."""
@@ -288,15 +280,15 @@ def _read_categories(records: Sequence[Any], findings: Findings) -> dict[int, st
             continue
         category_id, name = _integer(record.get("id")), record.get("name")
         if category_id is None or category_id not in _INT64:
-            fault = f"{where} has id {_shown(record.get('id'))}; it must be an integer of at most 64 bits"
+            fault = f"{where} has id {shortened(record.get('id'))}; it must be an integer of at most 64 bits"
             findings.bad("entries of 'categories' that cannot be used", fault)
             continue
         if not isinstance(record["id"], int):
             findings.warn("category ids that are not integers (converted)", f"{where}: {record['id']!r}")
         if not isinstance(name, str) or not name:
             has_name = isinstance(name, (int, float)) and not isinstance(name, bool)
-            findings.warn("category names that are no text (replaced)", f"{where}: {_shown(name)}")
-            name = _shown(name) if has_name else f"category {category_id}"
+            findings.warn("category names that are no text (replaced)", f"{where}: {shortened(name)}")
+            name = shortened(name) if has_name else f"category {category_id}"
         name = name.encode("utf-16", "surrogatepass").decode(
             "utf-16", "replace"
         )  # lone surrogates are no text
@@ -370,18 +362,18 @@ def _read_image(
         return "is not an object"
     key = image_key(record.get("id"))
     if key is None:
-        return f"has id {_shown(record.get('id'))}; it must be an integer"
+        return f"has id {shortened(record.get('id'))}; it must be an integer"
     if isinstance(key, int) and key not in _INT64:
-        return f"has id {_shown(key)}, which does not fit into 64 bits; renumber the ids"
+        return f"has id {shortened(key)}, which does not fit into 64 bits; renumber the ids"
     if isinstance(key, int) and not isinstance(record["id"], int):
         findings.warn("image ids that are not integers (converted)", f"images[{i}]: {record['id']!r}")
     name = _file_name(record)
     if name is None:
-        return f"has file_name {_shown(record.get('file_name'))}; it must be the name of a file"
+        return f"has file_name {shortened(record.get('file_name'))}; it must be the name of a file"
     if record.get("file_name") != name:
         findings.warn("file names that are taken from the URL", f"images[{i}]: {name}")
     height, width = (_side(record.get(side)) for side in ("height", "width"))
-    where = f"images[{i}]: width {_shown(record.get('width'))}, height {_shown(record.get('height'))}"
+    where = f"images[{i}]: width {shortened(record.get('width'))}, height {shortened(record.get('height'))}"
     if height == 0 or width == 0:
         height = width = 0
         findings.warn("images without a size (read from the file)", where)
@@ -433,7 +425,7 @@ def _read_annotations(
         areas.append(area)
         crowd.append(is_crowd)
         given = record.get("id")
-        ids.append(-1 if given is None else codes.setdefault(_shown(given), len(codes)))
+        ids.append(-1 if given is None else codes.setdefault(shortened(given), len(codes)))
     table = {
         "boxes_xywh": np.array(boxes, np.float64).reshape(-1, 4),
         "areas": np.array(areas, np.float64),
@@ -499,7 +491,7 @@ def _read_annotation(
     if index is None:
         findings.bad(
             "annotations of unknown images",
-            f"{where} has image_id {_shown(image_id)}, which is not under 'images'",
+            f"{where} has image_id {shortened(image_id)}, which is not under 'images'",
         )
         return None
     category = category_id if type(category_id) is int else _integer(category_id)
@@ -507,7 +499,7 @@ def _read_annotation(
         known = f"{min(categories)}..{max(categories)}" if categories else "none"
         findings.bad(
             "annotations of unknown categories",
-            f"{where} has category_id {_shown(category_id)}, which is not under 'categories' (ids {known})",
+            f"{where} has category_id {shortened(category_id)}, which is not under 'categories' (ids {known})",
         )
         return None
     if type(image_id) is not int and isinstance(key, int):
@@ -528,10 +520,10 @@ def _read_crowd(where: str, record: Mapping[str, Any], findings: Findings) -> bo
     is_crowd = _crowd(value)
     if is_crowd is None:
         findings.bad(
-            "annotations that cannot be used", f"{where} has iscrowd {_shown(value)}; it must be 0 or 1"
+            "annotations that cannot be used", f"{where} has iscrowd {shortened(value)}; it must be 0 or 1"
         )
     elif type(value) is not int:
-        text = f"{where}: {_shown(value)} is read as {int(is_crowd)}"
+        text = f"{where}: {shortened(value)} is read as {int(is_crowd)}"
         findings.warn("values of iscrowd that are not integers (converted)", text)
     return is_crowd
 
@@ -552,16 +544,16 @@ def _read_box(
             hint = "; a rotated box is not supported" if isinstance(given, list) and len(given) == 5 else ""
             findings.bad(
                 "annotations that cannot be used",
-                f"{where} of {name} needs bbox [x, y, width, height] in pixels, found {_shown(given)}{hint}",
+                f"{where} of {name} needs bbox [x, y, width, height] in pixels, found {shortened(given)}{hint}",
             )
             return None
-        findings.warn("boxes that are taken from the segmentation", f"{where}: bbox {_shown(given)}")
+        findings.warn("boxes that are taken from the segmentation", f"{where}: bbox {shortened(given)}")
         box = list(segment)
     elif not all(type(value) is float or type(value) is int for value in given):
-        findings.warn("boxes whose values are text (converted)", f"{where}: {_shown(given)}")
+        findings.warn("boxes whose values are text (converted)", f"{where}: {shortened(given)}")
     if box[2] < 0 or box[3] < 0:  # type: ignore[operator]
         findings.bad(
-            "boxes of negative width or height", f"{where} of {name}: bbox {_shown(given)} is negative"
+            "boxes of negative width or height", f"{where} of {name}: bbox {shortened(given)} is negative"
         )
         return None
     return box  # type: ignore[return-value]
@@ -597,7 +589,7 @@ def _read_area(where: str, record: Mapping[str, Any], box: Sequence[float], find
         if type(given) is str:
             findings.warn("areas that are text (converted)", f"{where}: {given!r}")
         return area
-    findings.warn("annotations without an area (that of the box is used)", f"{where}: {_shown(given)}")
+    findings.warn("annotations without an area (that of the box is used)", f"{where}: {shortened(given)}")
     return box[2] * box[3]
 
 

@@ -90,7 +90,7 @@ def fused_convolution(
         # Exact float32 products have no tensor cores to use.
         pays = weight_FCHW.element_size() == 2
         arguments = (x_BCHW, weight_FCHW, *epilogue, list(stride))
-        tensors = [tensor for tensor in arguments if isinstance(tensor, Tensor)]
+        tensors = tensors_of(arguments)
         if choose_backend(tensors, backend, kernel_pays=pays, limitation=limitation) == "triton":
             return _pointwise_convolution(*arguments, backend="triton")
     layout = (stride, padding, dilation, groups)

@@ -186,10 +186,8 @@ def _cells(sizes: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor, 
 def _valid(image_side_B: Tensor, padded: int, cells: int) -> Tensor:
     """int32 [B]: how many of `cells` cells have a nearest pixel inside the image."""
     nearest = torch.arange(cells, device=image_side_B.device, dtype=torch.float32)
-    if cells != padded:
-        nearest = (
-            nearest * (nearest.new_full((), padded) / cells)
-        ).floor()  # the quotient rounded to float32
+    if cells != padded:  # the quotient is rounded to float32
+        nearest = (nearest * (nearest.new_full((), padded) / cells)).floor()
     return (nearest < image_side_B[:, None]).sum(1, dtype=torch.int32)
 
 
@@ -213,9 +211,8 @@ def _geometry(
     level_S, cell_S2, _ = _cells(levels, sizes.device)
     counts_BS2 = counts_BL2[:, level_S]
     padding_BS = (cell_S2 >= counts_BS2).any(-1)
-    centre_BS2 = (
-        cell_S2 + 0.5
-    ) / counts_BS2  # divided in float32, as published: border cells lie on the bounds
+    # Divided in float32, as published: border cells lie on the bounds.
+    centre_BS2 = (cell_S2 + 0.5) / counts_BS2
     side_S2 = torch.full_like(cell_S2, 0.05, dtype=torch.float32) * 2.0 ** level_S[:, None]
     boxes_BS4 = torch.cat([centre_BS2, side_S2.expand_as(centre_BS2)], -1)
     allowed_BS = ((boxes_BS4 > 0.01) & (boxes_BS4 < 0.99)).all(-1) & ~padding_BS

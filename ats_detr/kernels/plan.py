@@ -92,9 +92,8 @@ class TokenPlan:
         # Tokens that are not kept share one more row, which is cut off.
         rows = torch.where(keep_BS, slot_BS, capacity).flatten()
         position = torch.arange(batch * num_tokens, device=keep_BS.device)
-        flat_K = rows.new_full((capacity + 1,), (batch - 1) * num_tokens).scatter(0, rows, position)[
-            :capacity
-        ]
+        flat_K = rows.new_full((capacity + 1,), (batch - 1) * num_tokens).scatter(0, rows, position)
+        flat_K = flat_K[:capacity]
         offsets_B1 = torch.cat([rows.new_zeros(1), keep_BS.sum(1).cumsum(0)])
         image_index_K = flat_K // max(1, num_tokens)
         token_index_K = flat_K - image_index_K * num_tokens

@@ -188,7 +188,7 @@ class Backbone(nn.Module):
         ]
 
     def _maps(self, images_B3HW: Tensor) -> list[Tensor]:
-        # Compilers have their own fusion, and operation counters need the modules.
+        # Compilers have their own fusion.
         if runs_inside_graph() or torch.jit.is_tracing():
             return self.body(images_B3HW)
         if torch.is_grad_enabled() and (

@@ -76,10 +76,8 @@ class Detr(nn.Module):
         each other. Set by the training; needs `two_stage`."""
         self.num_classes, self.num_queries = num_classes, num_queries
         self.select_by_proposals = select_by_proposals
-        self.queries_from_memory, self.class_specific_proposals = (
-            queries_from_memory,
-            class_specific_proposals,
-        )
+        self.queries_from_memory = queries_from_memory
+        self.class_specific_proposals = class_specific_proposals
         self.backbone = backbone
         self.input_proj = _input_projections(backbone.num_channels, width, num_levels, num_norm_groups)
         self.level_embed = nn.Parameter(torch.empty(num_levels, width))
@@ -117,13 +115,8 @@ class Detr(nn.Module):
             nn.init.zeros_(self.adaption.bias)
 
     def _reset_parameters(self) -> None:
-        for module in (
-            self.selector,
-            self.encoder,
-            self.decoder,
-            self.proposal_proj,
-            getattr(self, "query_proj", None),
-        ):
+        projections = (self.proposal_proj, getattr(self, "query_proj", None))
+        for module in (self.selector, self.encoder, self.decoder, *projections):
             for parameter in module.parameters() if module is not None else ():
                 if parameter.dim() > 1:
                     nn.init.xavier_uniform_(parameter)
@@ -283,9 +276,8 @@ class Detr(nn.Module):
         if self.proposal_proj is None:
             learned_BQF = self.query_embed.weight.expand(memory_BSC.shape[0], -1, -1)
             query_pos_BQC, content_BQC = learned_BQF.chunk(2, dim=-1)
-            content_BQC = (
-                content_BQC.contiguous()
-            )  # its strides would fix the batch size of an exported graph
+            # Its strides would fix the batch size of an exported graph.
+            content_BQC = content_BQC.contiguous()
             references = self.reference_points(query_pos_BQC).float().sigmoid()
             reference_logits = references.logit(REFERENCE_EPS)
         else:
@@ -313,6 +305,7 @@ class Detr(nn.Module):
             predictions, one_to_many = [own for own, _ in groups], [further for _, further in groups]
             assert query_index_BQ is not None  # learned queries have no second group
             query_index_BQ = query_index_BQ[:, : self.num_queries]
+        adaption = self.adaption if supervision else None
         return DetectorOutput(
             last=predictions[-1],
             level_shapes=tokens.geometry.level_shapes,
@@ -323,9 +316,7 @@ class Detr(nn.Module):
             encoder=proposals,
             selection=selection,
             attention_map_BS=attention_map_BS,
-            adapted_memory_BSC=self.adaption(memory_BSC)
-            if self.adaption is not None and supervision
-            else None,
+            adapted_memory_BSC=None if adaption is None else adaption(memory_BSC),
             query_index_BQ=query_index_BQ,
         )
 

@@ -28,6 +28,7 @@ from ats_detr.config import Config, config_to_dict
 from ats_detr.errors import UserError
 from ats_detr.files import delete_temporary_files, exclusive_use
 from ats_detr.model import Detr
+from ats_detr.text import shortened
 from ats_detr.training.distillation import DifficultyCache
 from ats_detr.training.optim import MovingAverage
 
@@ -298,7 +299,7 @@ def check_same_origin(
         may_change = (*may_change, *DATA_PATHS)
     stored = config_to_dict(config_of(checkpoint, path)) | {key: checkpoint[key] for key in known}
     changes = {
-        key: f"{key} = {_shortened(old)}, now {_shortened(new)}"
+        key: f"{key} = {shortened(old)}, now {shortened(new)}"
         for key, old, new in differences(stored, config_to_dict(config) | known)
         if not any(key == free or key.startswith(f"{free}.") for free in may_change)
     }
@@ -325,11 +326,6 @@ def differences(old: Any, new: Any, prefix: str = "") -> Iterator[tuple[str, Any
             yield from differences(old.get(key), new.get(key), f"{prefix}.{key}" if prefix else str(key))
     elif old != new:
         yield prefix, old, new
-
-
-def _shortened(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:76]} ..."
 
 
 def digest(state: Mapping[str, Tensor]) -> str:

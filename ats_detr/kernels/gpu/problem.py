@@ -15,9 +15,8 @@ from ats_detr.kernels.gpu import tuning
 from ats_detr.kernels.gpu.common import SIZES, next_power_of_2
 from ats_detr.kernels.levels import LevelShapes
 
-MAX_VALUE_PITCH = (
-    2 * MAX_SIDE + 1
-)  # elements from token to token: those of a line of a level have 32-bit offsets
+MAX_VALUE_PITCH = 2 * MAX_SIDE + 1
+"""Elements from token to token: those of a line of a level have 32-bit offsets."""
 
 
 class Problem(NamedTuple):
@@ -145,9 +144,8 @@ def aligned(tensor: Tensor) -> Tensor:
 @functools.lru_cache(maxsize=256)
 def _pack_levels(shapes: tuple[tuple[int, int], ...]) -> tuple[tuple[int, ...], bool, bool]:
     """`levels`, `thin` and `large` of a problem."""
-    if any(
-        max(shape) > MAX_SIDE for shape in shapes
-    ):  # only the numbers in a tensor have not been checked before
+    # Only the numbers in a tensor have not been checked before.
+    if any(max(shape) > MAX_SIDE for shape in shapes):
         raise ValueError(
             f"level_shapes {list(shapes)}: the kernels support sides of at most {MAX_SIDE} pixels"
         )
