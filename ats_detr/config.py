@@ -61,7 +61,7 @@ def _bounded(default: Any, must_be: str = "", *, most: int = _MAX_INTEGER) -> An
 
 
 class _Bounded:
-    """A dataclass whose instances keep the bounds of their fields."""
+    """A dataclass that checks the bounds of its fields."""
 
     def __post_init__(self) -> None:
         for entry in dataclasses.fields(self):  # type: ignore[arg-type]

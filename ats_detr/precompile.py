@@ -100,7 +100,7 @@ def find_variants(
 
 
 def remove_contents(model: nn.Module, device: str = "cpu") -> None:
-    """Replace all tensors of a model by such without contents."""
+    """Replace all tensors of a model by tensors without contents."""
     for module in model.modules():
         for tensors in (module._parameters, module._buffers):
             for name, old in tensors.items():
@@ -140,7 +140,7 @@ def compile_kernels(
     dtype: torch.dtype = torch.float32,
     num_classes: int,
 ) -> None:
-    """Compile the kernels of these passes on a CUDA device in other processes, unless that was done.
+    """Compile the kernels of these passes on a CUDA device in other processes, unless they are compiled already.
 
     Raises no error: kernels that are not compiled now are compiled at their first launch.
     """

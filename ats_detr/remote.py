@@ -218,7 +218,7 @@ def _errors(name: str, file: str | None) -> Iterator[None]:
     except Exception as error:  # network errors of several libraries, and full disks
         if constants.HF_HUB_OFFLINE:
             raise UserError(
-                f"{wanted}: not in the cache ({constants.HF_HUB_CACHE}), and HF_HUB_OFFLINE forbids to fetch it"
+                f"{wanted}: not in the cache ({constants.HF_HUB_CACHE}), and HF_HUB_OFFLINE is set"
             ) from None
         cause = error.__cause__ or error
         raise UserError(
@@ -233,7 +233,7 @@ def _fetch_url(url: str) -> Path:
     if path.is_file():
         return path
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
-        raise UserError(f"{url}: not in the cache ({path.parent}), and HF_HUB_OFFLINE forbids to fetch it")
+        raise UserError(f"{url}: not in the cache ({path.parent}), and HF_HUB_OFFLINE is set")
     say(f"fetching {url}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -62,7 +62,9 @@ def require_replaceable(option: str, file: Path, beginning: bytes) -> None:
     with file.open("rb") as existing:
         found = existing.read(len(beginning))
     if found and found != beginning:
-        raise UserError(f"{option} {file}: this file exists and is not one of {option}; choose another one")
+        raise UserError(
+            f"{option} {file}: this file exists and was not written by {option}; choose another one"
+        )
 
 
 def add_overrides(parser: ArgumentParser, example: str) -> None:
