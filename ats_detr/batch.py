@@ -81,12 +81,7 @@ class ImageBatch:
     @property
     def padding_mask_BHW(self) -> Tensor:
         """Bool, True on padding."""
-        height, width = self.images_B3HW.shape[-2:]
-        device = self.images_B3HW.device
-        size_B2 = self.sizes_B2
-        is_below = torch.arange(height, device=device) >= size_B2[:, :1]  # [B, height]
-        is_right = torch.arange(width, device=device) >= size_B2[:, 1:]  # [B, width]
-        return is_below[:, :, None] | is_right[:, None, :]
+        return padding_mask(self.images_B3HW, self.sizes_B2)
 
     def to(self, device: torch.device | str) -> ImageBatch:
         """A copy on the device."""
@@ -98,6 +93,14 @@ class ImageBatch:
 
     def __len__(self) -> int:
         return len(self.sizes)
+
+
+def padding_mask(images_B3HW: Tensor, sizes_B2: Tensor) -> Tensor:
+    """Bool [B, H, W], True on the padding of images of these sizes (height, width)."""
+    height, width = images_B3HW.shape[-2:]
+    is_below = torch.arange(height, device=images_B3HW.device) >= sizes_B2[:, :1]  # [B, height]
+    is_right = torch.arange(width, device=images_B3HW.device) >= sizes_B2[:, 1:]  # [B, width]
+    return is_below[:, :, None] | is_right[:, None, :]
 
 
 def bucket_size(size: tuple[int, int], multiple: int) -> tuple[int, int]:

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
-from ats_detr.batch import bucket_size
+from ats_detr.batch import bucket_size, padding_mask
 from ats_detr.budgets import Budget, BudgetOptions
 from ats_detr.data.transforms import IMAGE_MEAN, IMAGE_STD
 from ats_detr.detector import Detector
@@ -50,12 +50,8 @@ class _ExportModule(nn.Module):
         self.register_buffer("std", torch.tensor(IMAGE_STD)[:, None, None])
 
     def forward(self, images: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        height, width = images.shape[-2:]
-        is_below = torch.arange(height, device=images.device) >= sizes[:, :1]  # [B, height]
-        is_right = torch.arange(width, device=images.device) >= sizes[:, 1:]  # [B, width]
-        padding_BHW = is_below[:, :, None] | is_right[:, None, :]
         pixels = (images.float() / 255 - self.mean) / self.std
-        pixels = pixels.masked_fill(padding_BHW[:, None], 0.0)
+        pixels = pixels.masked_fill(padding_mask(images, sizes)[:, None], 0.0)
         output = self.model.detect(pixels, sizes, supervision=False, **self.options)
         scores, labels, boxes = top_pairs(output.last, self.max_detections)
         if output.selection is None:
@@ -82,10 +78,9 @@ def export_program(
 
     Args:
         detector: the detector; it is not modified.
-        size: (H, W) of the padded images, multiples of data.size_multiple. None: the padded size of a landscape
-        image of
-            short_side x long_side. Detections equal those of `predict` for images that evaluation pads to exactly this
-            size; images that are padded further have slightly different features.
+        size: (H, W) of the padded images, multiples of data.size_multiple. None: the padded size of a landscape image
+            of short_side x long_side. Detections equal those of `predict` for images that evaluation pads to exactly
+            this size; images that are padded further have slightly different features.
         max_detections: number of detections per image.
         budget: see `Detector.predict`; it is part of the graph.
 

@@ -115,7 +115,8 @@ class _Reader:
     ) -> None:
         self.batches: list[list[Any]] = []
         """Keys of the samples of each batch; its content is replaced for each epoch while the workers stay alive."""
-        self.bad_images = _BadImages(on_bad_image)
+        self._on_bad_image = on_bad_image
+        self._skipped: set[str] = set()
         self._timeout_minutes = timeout_minutes
         self._loader = DataLoader(
             samples,
@@ -134,7 +135,12 @@ class _Reader:
     def __iter__(self) -> Iterator[_LoadedBatch]:
         iterator = self._wait_for(lambda: _start(self._loader))
         while (loaded := self._wait_for(lambda: next(iterator, None))) is not None:
-            self.bad_images.report(loaded.problems)
+            for problem in loaded.problems:
+                if self._on_bad_image == "error":
+                    raise ImageFileError(f"{problem} (data.on_bad_image=skip omits such images)")
+                if problem not in self._skipped:
+                    self._skipped.add(problem)
+                    log.warning("skipped: %s (%d so far)", problem, len(self._skipped))
             yield loaded
 
     def _wait_for(self, result: Callable[[], Any]) -> Any:
@@ -224,9 +230,8 @@ def _end_workers(loader: DataLoader) -> None:
     loader._iterator = None
     if iterator is None:
         return
-    shutdown = threading.Thread(
-        target=iterator._shutdown_workers, daemon=True
-    )  # it may wait for stalled workers
+    # It may wait for stalled workers.
+    shutdown = threading.Thread(target=iterator._shutdown_workers, daemon=True)
     with contextlib.suppress(RuntimeError):  # no threads start at the end of the interpreter
         shutdown.start()
         shutdown.join(_POLL_SECONDS)
@@ -250,22 +255,6 @@ def _sample(dataset: CocoDetection, transform: Transform, index: int) -> _Sample
         return _Sample(None, None, [str(error)])
     tensor, boxes, labels = transform(image, *dataset.objects(index))
     return _Sample(tensor, Target(dataset.image_id(index), dataset.size(index), labels, boxes), [])
-
-
-class _BadImages:
-    """Raises at an unreadable image, or warns and counts, depending on `on_bad_image`."""
-
-    def __init__(self, on_bad_image: str) -> None:
-        self.on_bad_image = on_bad_image
-        self.seen: set[str] = set()
-
-    def report(self, problems: Sequence[str]) -> None:
-        for problem in problems:
-            if self.on_bad_image == "error":
-                raise ImageFileError(f"{problem} (data.on_bad_image=skip omits such images)")
-            if problem not in self.seen:
-                self.seen.add(problem)
-                log.warning("skipped: %s (%d so far)", problem, len(self.seen))
 
 
 class _TrainingSamples(Dataset):

@@ -48,11 +48,6 @@ class TokenPlan:
             )
 
     @property
-    def counts_B(self) -> Tensor:
-        """[B] kept tokens of each image."""
-        return self.offsets_B1.diff()
-
-    @property
     def num_rows(self) -> Tensor | None:
         """int32 [1] number of rows in use, on the device; None if all are."""
         return None if self.exact else self.offsets_B1[-1:]

@@ -164,7 +164,9 @@ def test_evaluation_gives_the_metrics_of_training(chain: Path, tmp_path: Path) -
     checkpoint = chain / "run" / "student" / "final.pt"
     before = checkpoint.read_bytes()
     done = run("eval.py", *evaluation_of(chain, tmp_path), "--detections", checkpoint)
-    assert_one_line(done, "final.pt: this file exists and was not written by --detections; choose another one")
+    assert_one_line(
+        done, "final.pt: this file exists and was not written by --detections; choose another one"
+    )
     assert checkpoint.read_bytes() == before
 
 
