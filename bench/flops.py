@@ -31,6 +31,7 @@ from ats_detr.data.transforms import evaluation_transform
 from ats_detr.errors import UserError
 from ats_detr.flops import count_flops, num_parameters
 from ats_detr.model import Detr, build_without_fetching
+from ats_detr.precompile import COCO_CLASSES
 from bench.measure import CONFIGS, new_parser, write_rows
 from bench.tables import numbers, print_table
 
@@ -42,7 +43,6 @@ TABLE_WIDTH = 215
 TOLERANCE = 0.005
 """Accepted relative difference from the published counter. Ours is 0.2 % lower where boxes are refined: the published
 code runs each box head of the decoder twice, for the refinement and for the prediction."""
-NUM_COCO_CLASSES = 91
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ def published_models() -> dict[str, tuple[str, list[str], int | None]]:
 def published_subject(key: str) -> Subject:
     """A model that the published counter has counted, with random weights."""
     name, overrides, budget = published_models()[key]
-    model = build_without_fetching(load_config(CONFIGS / f"{name}.yaml", overrides), NUM_COCO_CLASSES)
+    model = build_without_fetching(load_config(CONFIGS / f"{name}.yaml", overrides), COCO_CLASSES)
     if budget is not None:
         force_budget(model, budget)
     changes = [*overrides, *([f"budget {budget}"] if budget is not None else [])]
@@ -133,7 +133,7 @@ def published_subject(key: str) -> Subject:
 def given_subject(config: Config, checkpoint: str | None) -> Subject:
     """The model of a config, with the weights of a checkpoint (as `--checkpoint` of predict) or random ones."""
     if checkpoint is None:
-        num_classes = config.model.num_classes or NUM_COCO_CLASSES
+        num_classes = config.model.num_classes or COCO_CLASSES
         return Subject(config.name, build_without_fetching(config, num_classes), {})
     path = resolve_checkpoint(checkpoint)
     return Subject(config.name, load_detector(config, load_checkpoint(path), path), {})

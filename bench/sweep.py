@@ -159,38 +159,34 @@ def flops_rows(
     setting: Setting, batch: ImageBatch, choices: Sequence[Budgets], console: Console
 ) -> list[Row]:
     """Giga multiply-adds of inference (`needed` of bench.flops), of each choice and of the dense encoder."""
-    rows = []
+    counted: list[tuple[Budgets, str, float, dict[str, float]]] = []
     with progress_bar(console, len(choices)) as advance:
         for choice in choices:
             with forced_budgets(setting.model, choice):
                 flops = count_flops(setting.model, batch)
-            rows.append(_flops_row(setting, choice, "packed", flops.keep_ratio, parts_of(flops)))
+            counted.append((choice, "packed", flops.keep_ratio, parts_of(flops)))
             advance("counting")
     dense = parts_of(flops)
     for name in ("encoder attention", "encoder feed-forward"):  # proportional to the tokens that are updated
         dense[name] *= flops.num_tokens / flops.num_kept
     dense["encoder values"] = flops.dense_encoder - dense["encoder attention"] - dense["encoder feed-forward"]
     del dense["selection"]
-    rows.append(_flops_row(setting, None, "dense", 1.0, dense))
+    counted.append((None, "dense", 1.0, dense))
     return [
-        {**row, "image_size": list(batch.images_B3HW.shape[-2:]), **environment(setting.device)}
-        for row in rows
+        {
+            "kind": "flops",
+            "config": setting.config,
+            "mode": mode,
+            "budgets": None if choice is None else list(choice),
+            "keep_ratio": round(keep_ratio, 4),
+            "gflops": round(sum(parts.values()), 4),
+            "encoder_gflops": round(sum(n for name, n in parts.items() if name.startswith("encoder")), 4),
+            "parts": {name: round(count, 4) for name, count in parts.items()},
+            "image_size": list(batch.images_B3HW.shape[-2:]),
+            **environment(setting.device),
+        }
+        for choice, mode, keep_ratio, parts in counted
     ]
-
-
-def _flops_row(
-    setting: Setting, choice: Budgets, mode: str, keep_ratio: float, parts: dict[str, float]
-) -> Row:
-    return {
-        "kind": "flops",
-        "config": setting.config,
-        "mode": mode,
-        "budgets": None if choice is None else list(choice),
-        "keep_ratio": round(keep_ratio, 4),
-        "gflops": round(sum(parts.values()), 4),
-        "encoder_gflops": round(sum(n for name, n in parts.items() if name.startswith("encoder")), 4),
-        "parts": {name: round(count, 4) for name, count in parts.items()},
-    }
 
 
 def parts_of(flops: Flops) -> dict[str, float]:

@@ -10,11 +10,11 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
 from ats_detr.budgets import parse_budget
-from ats_detr.cli.info import name_of_model
 from ats_detr.cli.options import CHECKPOINT, add_budget, add_max_detections, image_size
 from ats_detr.console import say
 from ats_detr.detector import Detector
 from ats_detr.export import export_file
+from ats_detr.model_card import name_of_model
 
 
 def add_arguments(parser: ArgumentParser) -> None:

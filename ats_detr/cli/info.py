@@ -18,7 +18,7 @@ from ats_detr.checkpoint import (
     resolve_checkpoint,
 )
 from ats_detr.cli.options import CHECKPOINT, CONFIG, add_overrides
-from ats_detr.config import Config, ModelConfig, load_config, shipped_configs
+from ats_detr.config import Config, load_config, shipped_configs
 from ats_detr.console import say
 from ats_detr.data.coco import ClassMap
 from ats_detr.data.transforms import resized_size
@@ -26,11 +26,8 @@ from ats_detr.errors import UserError
 from ats_detr.flops import count_flops, num_parameters
 from ats_detr.model import Detr, build_without_fetching
 from ats_detr.model_card import name_of_model
+from ats_detr.precompile import COCO_CLASSES, COMMON_SIZE
 
-_COCO_CLASSES = 91
-"""Class indices of COCO, assumed for a configuration, whose data set is not read."""
-_LANDSCAPE = (480, 640)
-"""(height, width) of the most common COCO images, for which multiply-adds are counted."""
 _MOST_PIXELS = 2**22
 """For a padded image of this size, counting takes half a minute (R50, one core)."""
 
@@ -63,7 +60,7 @@ def describe(source: str, overrides: Sequence[str] = ()) -> list[tuple[str, str]
     """
     if _is_config(source):
         config = load_config(source, overrides)
-        model = build_without_fetching(config, _COCO_CLASSES).eval()
+        model = build_without_fetching(config, COCO_CLASSES).eval()
         return [
             ("configuration", source),
             *_about_model(config, model),
@@ -110,7 +107,7 @@ def _about_model(config: Config, model: Detr) -> list[tuple[str, str]]:
 
 
 def _multiply_adds(config: Config, model: Detr) -> str:
-    height, width = resized_size(_LANDSCAPE, config.data.short_side, config.data.long_side)
+    height, width = resized_size(COMMON_SIZE, config.data.short_side, config.data.long_side)
     padded = bucket_size((height, width), config.data.size_multiple)
     if math.prod(padded) > _MOST_PIXELS:
         return f"not counted: an image of {width} x {height}, padded to {padded[1]} x {padded[0]}, takes too long"
@@ -118,21 +115,14 @@ def _multiply_adds(config: Config, model: Detr) -> str:
     images[..., :height, :width] = torch.randn(3, height, width, generator=torch.Generator().manual_seed(0))
     batch = ImageBatch(images, [(height, width)])
     parts = []
-    for ratio in _ratios(config.model):
-        if model.selector is not None:
-            model.selector.fix_ratio(ratio)  # only this count uses the model
+    selector = model.selector
+    for ratio in sorted({selector.min_ratio, selector.max_ratio}) if selector is not None else [1.0]:
+        if selector is not None:
+            selector.fix_ratio(ratio)  # only this count uses the model
         flops = count_flops(model, batch)
-        kept = "" if model.selector is None else f" keeping {ratio:.0%}"
+        kept = "" if selector is None else f" keeping {ratio:.0%}"
         parts.append(f"{flops.total:.4g} G{kept} (encoder {flops.encoder:.3g})")
     return f"{', '.join(parts)}, for an image of {width} x {height}"
-
-
-def _ratios(config: ModelConfig) -> list[float]:
-    selector = config.selector
-    if selector is None:
-        return [1.0]
-    ratios = (selector.keep_ratio,) if not selector.adaptive else (selector.min_ratio, selector.max_ratio)
-    return [ratio for ratio in ratios if ratio is not None]
 
 
 def _classes(classes: ClassMap, checkpoint: Mapping[str, Any]) -> str:

@@ -149,7 +149,10 @@ def is_finished(stage: Stage, stages: Mapping[str, Stage]) -> bool:
 def load_teachers(config: Config, stages: Mapping[str, Stage], device: torch.device) -> Teachers:
     """The two teachers of a student, frozen and on the device."""
     assert isinstance(config.teachers, TeachersConfig) and config.model.selector is not None
-    checkpoints = {name: finished_checkpoint(stages[name]) for name in ("weak", "strong")}
+    for name in ("weak", "strong"):
+        if not (path := stages[name].checkpoint).exists():
+            raise UserError(f"{path}: the {name} teacher is not trained yet; run --stage {name}")
+    checkpoints = {name: load_checkpoint(stages[name].checkpoint) for name in ("weak", "strong")}
     weak, strong = (load_teacher(stages[name], config, checkpoints[name]) for name in ("weak", "strong"))
     return Teachers(
         DualTeacher(
@@ -168,15 +171,6 @@ def load_teachers(config: Config, stages: Mapping[str, Stage], device: torch.dev
             if not checkpoint.get("published")  # published checkpoints do not store their classes
         },
     )
-
-
-def finished_checkpoint(stage: Stage) -> dict[str, Any]:
-    """The finished checkpoint of a teacher. Raises UserError where there is none."""
-    if not stage.checkpoint.exists():
-        raise UserError(
-            f"{stage.checkpoint}: the {stage.name} teacher is not trained yet; run --stage {stage.name}"
-        )
-    return load_checkpoint(stage.checkpoint)
 
 
 def load_teacher(stage: Stage, student: Config, checkpoint: Mapping[str, Any]) -> Detr:

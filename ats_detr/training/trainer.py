@@ -208,7 +208,7 @@ def accumulate_gradients(
             distributed.gradient_averaging(run.parallel_model, enabled=is_last),
             explain_out_of_memory(batch, targets),
         ):
-            output, losses, found = compute_losses(
+            output, losses, own_problem = compute_losses(
                 run.parallel_model,
                 run.criterion,
                 run.teachers,
@@ -221,7 +221,7 @@ def accumulate_gradients(
                 keep_ratio=None if keep_ratio is None else keep_ratio.to(run.device, non_blocking=True),
             )
             losses["loss"].backward()
-        problem = problem or found
+        problem = problem or own_problem
         if output.selection is not None:
             losses["keep_ratio"] = output.selection.keep_ratio_B.mean() * share
             if run.budgets is not None and output.selection.budget_logits is not None:
