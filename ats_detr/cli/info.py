@@ -29,7 +29,7 @@ from ats_detr.model_card import name_of_model
 from ats_detr.precompile import COCO_CLASSES, COMMON_SIZE
 
 _MOST_PIXELS = 2**22
-"""For a padded image of this size, counting takes half a minute (R50, one core)."""
+"""Of a padded image. Multiply-adds of larger ones are not counted: the pass takes too much time and memory."""
 
 
 def add_arguments(parser: ArgumentParser) -> None:
