@@ -10,13 +10,14 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ats_detr.errors import UserError
+from ats_detr.model.output import BudgetOptions
 from ats_detr.model.selector import TokenSelector
 
 _MAX_COSTS = 500
@@ -41,13 +42,6 @@ class MeanBudget:
 
 Budget = Literal["auto"] | float | MeanBudget
 """`auto`: as trained. A number: this keep ratio for every image. A `MeanBudget`: a mean over images."""
-
-
-class BudgetOptions(TypedDict, total=False):
-    """Arguments of `Detr.detect` that choose the budgets; none of them: as trained."""
-
-    keep_ratio: float
-    cost: float
 
 
 def parse_budget(text: str) -> Budget:

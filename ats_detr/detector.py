@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from ats_detr.batch import ImageBatch, bucket_size
-from ats_detr.budgets import CALIBRATION, Budget, BudgetOptions, Calibration, MeanBudget, budget_options
+from ats_detr.budgets import CALIBRATION, Budget, Calibration, MeanBudget, budget_options
 from ats_detr.checkpoint import (
     CHECKPOINT_SUFFIXES,
     config_of,
@@ -36,7 +36,7 @@ from ats_detr.errors import UserError
 from ats_detr.evaluation import MAX_DETECTIONS
 from ats_detr.model import CompiledDetr, Detr
 from ats_detr.model.compiled import MAX_GRAPHS, GraphCache, can_capture, model_state, scalars
-from ats_detr.model.output import DetectedBatch, TokenBudget, token_budgets
+from ats_detr.model.output import BudgetOptions, DetectedBatch, TokenBudget, token_budgets
 from ats_detr.model.self_check import self_check
 from ats_detr.model_card import write_card
 from ats_detr.precompile import compile_kernels

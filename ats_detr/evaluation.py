@@ -22,7 +22,6 @@ from scipy.stats import spearmanr
 
 from ats_detr import distributed
 from ats_detr.batch import ImageBatch, Target
-from ats_detr.budgets import BudgetOptions
 from ats_detr.config import SelectorConfig
 from ats_detr.data.coco import ClassMap, CocoAnnotations, CocoDetection
 from ats_detr.data.loader import EvaluationLoader
@@ -30,6 +29,7 @@ from ats_detr.errors import Stopped, UserError
 from ats_detr.files import replaced_file
 from ats_detr.model import CompiledDetr, Detr
 from ats_detr.model.output import (
+    BudgetOptions,
     Detections,
     DetectorOutput,
     TokenBudget,

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from ats_detr.batch import bucket_size, padding_mask
-from ats_detr.budgets import Budget, BudgetOptions
+from ats_detr.budgets import Budget
 from ats_detr.data.transforms import IMAGE_MEAN, IMAGE_STD
 from ats_detr.detector import Detector
 from ats_detr.errors import UserError
@@ -29,7 +29,7 @@ from ats_detr.evaluation import MAX_DETECTIONS
 from ats_detr.kernels import TokenPlan, geometry, linear, packing, reference
 from ats_detr.kernels.levels import pairs
 from ats_detr.model import Detr
-from ats_detr.model.output import top_pairs
+from ats_detr.model.output import BudgetOptions, top_pairs
 
 INPUTS = ("images", "sizes")
 OUTPUTS = ("boxes", "scores", "labels", "kept")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import TypedDict
 
 import torch
 from torch import Tensor
@@ -78,6 +79,13 @@ class DetectorOutput:
     """The memory after the adaption layer, for distillation (supervision only)."""
     query_index_BQ: Tensor | None = None
     """Index of the token that initialised each two-stage query."""
+
+
+class BudgetOptions(TypedDict, total=False):
+    """Arguments of `Detr.detect` that choose the budgets; none of them: as trained."""
+
+    keep_ratio: float
+    cost: float
 
 
 @dataclass(frozen=True, kw_only=True)
