@@ -361,15 +361,15 @@ class Detector:
         if upright is None:
             upright = self.config.data.exif != "stored"
         options = self.budget_options(self.budget if budget is None else budget)
-        detect = functools.partial(
-            self._detect,
+        predict_batch = functools.partial(
+            self._predict_batch,
             threshold=threshold,
             max_detections=max_detections,
             options=options,
             keep_tokens=keep_tokens,
             upright=upright,
         )
-        yield from self._map(detect, images, batch_size, upright, allow_urls, on_bad_image)
+        yield from self._map(predict_batch, images, batch_size, upright, allow_urls, on_bad_image)
 
     def budget_options(self, budget: Budget) -> BudgetOptions:
         """The arguments of `Detr.detect` for a budget. Raises UserError if the model cannot have it."""
@@ -481,7 +481,7 @@ class Detector:
             batch = places[start : start + batch_size]
             yield from [[place] for place in batch] if has_graphs and len(batch) < batch_size else [batch]
 
-    def _detect(
+    def _predict_batch(
         self,
         images: list[_Prepared],
         *,
@@ -491,10 +491,11 @@ class Detector:
         keep_tokens: bool,
         upright: bool,
     ) -> list[Result]:
+        """The results of images of equal padded size, by one pass."""
         batch = ImageBatch.collate([image.pixels for image in images], self.config.data.size_multiple)
         scale_B4 = torch.tensor([image.size[::-1] * 2 for image in images])
         with torch.inference_mode():
-            found = self._run(
+            found = self._pass(
                 batch.to(self.device), scale_B4.to(self.device, non_blocking=True), max_detections, **options
             )
         detections_BN6, budgets = found.detections_BN6.cpu().numpy(), token_budgets(found.budgets_B3)
@@ -514,7 +515,7 @@ class Detector:
             )
         ]
 
-    def _run(
+    def _pass(
         self,
         batch: ImageBatch,
         scale_B4: Tensor,
@@ -523,6 +524,7 @@ class Detector:
         keep_ratio: float | None = None,
         cost: float | None = None,
     ) -> DetectedBatch:
+        """One pass over a batch: by the compiled model, by a CUDA graph of the model, or by the model itself."""
         if self.compiled is not None:
             return self.compiled.detect(batch, scale_B4, max_detections, keep_ratio=keep_ratio, cost=cost)
         model = self.model
@@ -533,7 +535,7 @@ class Detector:
             output = model.detect(images_B3HW, sizes_B2, supervision=False, keep_ratio=keep_ratio, cost=cost)
             return DetectedBatch.from_output(output, scale_B4, max_detections)
 
-        def detect_eagerly() -> DetectedBatch:
+        def detect_eagerly() -> DetectedBatch:  # calls the model, for its hooks
             output = model(batch, supervision=False, keep_ratio=keep_ratio, cost=cost)
             return DetectedBatch.from_output(output, scale_B4, max_detections)
 
@@ -575,6 +577,7 @@ def _check_number(setting: str, value: int) -> None:
 
 
 def _kept_tokens(found: DetectedBatch, batch: ImageBatch) -> list[KeptTokens | None]:
+    """The kept tokens of each image; None for a dense encoder."""
     if found.kept_BS is None:
         return [None] * len(batch)
     padded_size = (batch.images_B3HW.shape[2], batch.images_B3HW.shape[3])
