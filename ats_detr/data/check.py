@@ -84,7 +84,7 @@ def find_splits(path: Path, images: Path | None = None) -> list[Split]:
             file.name,
             file.annotations,
             images or file.images,
-            is_training=len(files) == 1 or file.role == "train" or (not has_training and file.role is None),
+            is_training=file.role == "train" or (not has_training and file.role is None),
             role=file.role,
         )
         for file in files

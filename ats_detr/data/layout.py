@@ -147,7 +147,7 @@ def find_annotation_files(path: Path, *, any_json: bool = False) -> list[SplitFi
         (folder, name)
         for folder, names in walk(path, MAX_DEPTH)
         for name in names
-        if name.lower().endswith(".json")
+        if name.lower().endswith(".json") and name != "notes.json"  # of Label Studio, beside YOLO labels
     ]
     if any_json:
         found = found if len(found) == 1 else []

@@ -33,7 +33,7 @@ _OTHER_FILES = {
     ".jsonl": "{} is JSON in lines, export as COCO instead",
     ".ndjson": "{} is JSON in lines, export as COCO instead",
     ".xml": "{} is XML of another format than Pascal VOC, export as COCO instead",
-    ".txt": "YOLO labels ({}) need data.yaml or classes.txt with the class names",
+    ".txt": "YOLO labels ({}) need their images, and data.yaml or classes.txt with the class names",
 }
 """What a file in a folder without a dataset may be, by suffix."""
 
@@ -61,7 +61,7 @@ def find_dataset(path: Path) -> Layout | Foreign:
     """The same; a dataset of another format is not converted."""
     if not path.exists():
         raise UserError(f"{path}: there is no such file or folder{_nearby(path)}")
-    if path.is_file() and not yolo.is_definition(path):
+    if path.is_file() and not yolo.is_definition(path.name):
         return Layout("one COCO annotation file", find_annotation_files(path))
     coco = find_annotation_files(path) if path.is_dir() else []
     others = [(module, definition) for module in (yolo, voc) for definition in module.find(_real(path))]

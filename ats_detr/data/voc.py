@@ -97,7 +97,7 @@ def _parts_of_lists(root: Path, label_of: dict[Path, Path | None]) -> list[Part]
     lists = {
         file.stem.lower(): file
         for file in sorted(folder.glob("*.txt"))
-        if role_of(file.stem) and file.stat().st_size
+        if role_of(file.stem) and file.is_file() and file.stat().st_size
     }
     if any(role_of(name) == "train" for name in lists if name != "trainval"):
         lists.pop("trainval", None)
@@ -109,7 +109,8 @@ def _parts_of_lists(root: Path, label_of: dict[Path, Path | None]) -> list[Part]
     images_of: dict[Role | None, dict[Path, None]] = {}
     for name, file in lists.items():
         images = images_of.setdefault(role_of(name), {})
-        for line in filter(None, map(str.strip, file.read_text(encoding="utf-8-sig").splitlines())):
+        lines = read_label(file).decode("utf-8-sig", "surrogateescape").splitlines()
+        for line in filter(None, map(str.strip, lines)):
             entry = line if _meant(line, by_stem) else _FLAG.sub("", line)
             images.update(dict.fromkeys(_meant(entry, by_stem) or [root / "JPEGImages" / entry]))
     parts = [Part(str(role), role) for role in images_of]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -52,33 +53,34 @@ _INDEX = re.compile(r"[0-9]{1,9}", re.ASCII)
 _MAX_CLASSES = 100_000
 _POSE_TOLERANCE = 0.05
 """Distance by which keypoints may be outside of their box, and boxes outside of the image, relative to its size."""
+_POSE_SHARE = 0.95
+"""Share of the polygons of a dataset that must look like poses."""
 _ROLES: tuple[Role, ...] = ("train", "val", "test")
 
 
 # ----------------------------------------------------------------------------------------------------------- search
-def is_definition(file: Path) -> bool:
+def is_definition(name: str) -> bool:
     """Whether a file is named like one with class names."""
-    return file.suffix.lower() in (".yaml", ".yml", ".data", ".names") or file.name in _NAME_FILES
+    return name.lower().endswith((*_SPLIT_SUFFIXES, ".names")) or name in _NAME_FILES
 
 
 def find(path: Path) -> list[Definition]:
     """The YOLO datasets in a folder and its subfolders, or that of a file with class names."""
     if not path.is_dir():
-        return [_definition(path, path.parent)] if is_definition(path) else []
-    files = [folder / name for folder, names in walk(path, MAX_DEPTH) for name in names]
-    files = [file for file in files if is_definition(file)]
-    with_splits = [file for file in files if _has_splits(file)]
-    found = [_definition(file, path) for file in with_splits]
-    known = [definition.root for definition in found]
-    # Lists of class names are often repeated among the labels.
-    names: dict[tuple[Path, tuple[str, ...]], Definition] = {}
+        return [_definition(path, path.parent)] if is_definition(path.name) else []
+    visited = walk(path, MAX_DEPTH)
+    files = [folder / name for folder, names in visited for name in names if is_definition(name)]
+    found = [_definition(file, path) for file in files if _has_splits(file)]
+    roots = [definition.root for definition in found]
+    lists: dict[tuple[Path, tuple[str, ...]], Definition] = {}
     for file in files:
         definition = _definition(file, path)
         root = definition.root
-        is_part = any(root in (other, *other.parents) or other in root.parents for other in known)
+        # Lists of class names are often repeated among the labels.
+        is_part = any(root in (other, *other.parents) or other in root.parents for other in roots)
         if file.suffix.lower() not in _SPLIT_SUFFIXES and not is_part and _has_labels(root):
-            names.setdefault((root, tuple(_names_in(file))), definition)
-    return [*found, *names.values()]
+            lists.setdefault((root, tuple(_names_in(file))), definition)
+    return [*found, *lists.values()]
 
 
 def _definition(file: Path, path: Path) -> Definition:
@@ -219,7 +221,7 @@ def _parts(content: dict[str, Any], bases: Sequence[Path], definition: Definitio
         for image in dict.fromkeys(images[part.role]):
             part.add(image, labels.of(image))
     _add_labels_without_image(parts)
-    if absent:
+    if absent and parts:
         parts[0].notes["splits of the data file without images"] = [text for _, text in absent]
     return parts
 
@@ -278,13 +280,13 @@ def _listed(lists: Iterable[tuple[Role, Path]], bases: Sequence[Path]) -> list[t
 
 
 def _by_folder(root: Path, labels: _Labels) -> dict[Role | None, list[Path]]:
-    """The images below a folder by the split that a folder is named after. Of others, those with labels count."""
+    """The images below a folder by the split that a folder is named after. Of the others, folders with labels count."""
     found: dict[Role | None, list[Path]] = {role: [] for role in (*_ROLES, None)}
     for image in images_below(root):
         folders = image.relative_to(root).parts[:-1]
         found[next(filter(None, map(role_of, folders)), None)].append(image)
-    if any(found[role] for role in _ROLES):
-        found[None] = [image for image in found[None] if labels.of(image) is not None]
+    labelled = {image.parent for image in found[None] if labels.of(image) is not None}
+    found[None] = [image for image in found[None] if image.parent in labelled]
     return found
 
 
@@ -302,7 +304,8 @@ class _Labels:
         return None
 
     def _candidates(self, image: Path) -> Iterator[Path]:
-        for stem in dict.fromkeys((image.stem, quote(image.stem))):  # Label Studio quotes some
+        quoted = quote(image.stem, errors="surrogateescape")  # as Label Studio writes some
+        for stem in dict.fromkeys((image.stem, quoted)):
             yield from self._places(image.parent, f"{stem}.txt")
 
     def _places(self, folder: Path, name: str) -> Iterator[Path]:
@@ -329,9 +332,8 @@ def _add_labels_without_image(parts: Sequence[Part]) -> None:
     folders: dict[Path, tuple[Path, Part]] = {}
     for part in parts:
         for image, label in zip(part.images, part.labels, strict=True):
-            if (
-                label is not None and label.parent != image.parent
-            ):  # beside images are text files of other kinds
+            # Beside images are text files of other kinds.
+            if label is not None and label.parent != image.parent:
                 folders.setdefault(label.parent, (image.parent, part))
     for labels, (folder, part) in folders.items():
         present = stems[folder] | {os.path.splitext(name)[0].casefold() for name in visible_names(folder)}
@@ -358,9 +360,10 @@ class YoloReader(Reader):
         self.classes = classes
         self.state = self._num_keypoint_values = num_keypoint_values
         self._file = file
-        self._lengths: set[int] = set()
-        self._may_be_pose = {2: True, 3: True}
-        """Whether all polygons may be poses of keypoints with as many values."""
+        self._num_polygons: Counter[int] = Counter()
+        """By number of values in a line."""
+        self._num_poses: Counter[int] = Counter()
+        """Polygons that may be poses of keypoints with 2 or 3 values."""
 
     @cached_property
     def _parse(self) -> Any:
@@ -409,34 +412,34 @@ class YoloReader(Reader):
             if len(values) != 5 + self._num_keypoint_values:
                 raise ValueError(f"{len(values)} values do not agree with kpt_shape")
             return values[:5]
-        self._lengths.add(len(values))
         numbers = np.array(values[1:], np.float64)
-        for dims in (2, 3):
-            self._may_be_pose[dims] = self._may_be_pose[dims] and _may_be_pose(numbers, dims)
+        self._num_polygons[len(values)] += 1
+        self._num_poses.update(dims for dims in (2, 3) if _may_be_pose(numbers, dims))
         return values
 
     def finish(self, parts: Sequence[Part], contents: Sequence[dict[str, Any]]) -> None:
         """Poses that were read as polygons are errors where the visibility shows them, otherwise noted."""
-        if len(self._lengths) != 1:
+        if len(self._num_polygons) != 1:
             return
-        (length,) = self._lengths
-        if self._may_be_pose[3]:
+        ((length, number),) = self._num_polygons.items()
+        if self._num_poses[3] >= _POSE_SHARE * number:
             raise UserError(
                 f"{self._file}: the labels of {length} values look like boxes with keypoints; set kpt_shape:"
                 f" [{(length - 5) // 3}, 3] in data.yaml"
             )
-        if self._may_be_pose[2]:
+        if self._num_poses[2] >= _POSE_SHARE * number:
             what = "labels that are read as polygons, but may be boxes with keypoints (then set kpt_shape)"
             parts[0].note(what, f"all of {length} values, such as kpt_shape: [{(length - 5) // 2}, 2]")
 
 
 def _may_be_pose(values: np.ndarray, dims: int) -> bool:
-    """Whether values may be a box in the image, and keypoints (x, y) or (x, y, visibility) in the box."""
+    """Whether values may be a box in the image, and keypoints (x, y) in the box or (x, y, visibility)."""
     if (len(values) - 4) % dims:
         return False
     centre, size, points = values[:2], values[2:4], values[4:].reshape(-1, dims)
-    if dims == 3 and not np.isin(points[:, 2], (0, 1, 2)).all():
+    if not (size > 0).all() or (np.abs(centre - 0.5) + size / 2 > 0.5 + _POSE_TOLERANCE).any():
         return False
-    points = points[points[:, :2].any(1), :2]  # keypoints that are not labelled are (0, 0)
-    is_box = (np.abs(centre - 0.5) + size / 2 <= 0.5 + _POSE_TOLERANCE).all()
-    return bool(is_box and (np.abs(points - centre) <= size / 2 + _POSE_TOLERANCE).all())
+    if dims == 3:
+        return bool(np.isin(points[:, 2], (0, 1, 2)).all())
+    points = points[points.any(1)]  # keypoints that are not labelled are (0, 0)
+    return bool((np.abs(points - centre) <= size / 2 + _POSE_TOLERANCE).all())

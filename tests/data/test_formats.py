@@ -206,7 +206,7 @@ def test_nested_folders_and_lists_of_images_are_read(tmp_path: Path) -> None:
 def test_classes_txt_of_label_studio(tmp_path: Path) -> None:
     root = yolo(tmp_path / "d", {"p": "1 0.5 0.5 0.5 0.5"})
     (root / "data.yaml").unlink()
-    with pytest.raises(UserError, match=r"need data\.yaml or classes\.txt"):
+    with pytest.raises(UserError, match=r"need their images, and data\.yaml or classes\.txt"):
         find_layout(root)
     (root / "classes.txt").write_text("a\nb\n")
     (root / "notes.json").write_text('{"categories": [], "info": {}}')

@@ -332,6 +332,27 @@ def test_polygons_that_may_be_poses_are_reported(line: str, warns: bool, tmp_pat
     assert any("may be boxes with keypoints" in str(f) for f in opened(tmp_path / "d").findings) == warns
 
 
+def test_names_that_are_not_utf_8_and_quoted_names_are_found(tmp_path: Path) -> None:
+    root = tmp_path / "d"
+    yolo(root / "images", root / "labels", "p 1", "q")
+    (root / "labels/p 1.txt").rename(root / "labels/p%201.txt")
+    for folder, suffix in (("images", ".jpg"), ("labels", ".txt")):
+        try:
+            os.rename(root / folder / f"q{suffix}", os.fsencode(root / folder) + b"/q\xff" + suffix.encode())
+        except OSError:
+            pytest.skip("the file system has names in UTF-8 only")
+    write(root / "classes.txt", "a\n")
+    write(root / "notes.json", '{"categories": [], "info": {}}')
+    assert len(names(root)) == 2
+
+
+def test_images_in_folders_without_labels_are_no_background(tmp_path: Path) -> None:
+    yolo(tmp_path / "d/images", tmp_path / "d/labels", "p", "q")
+    save_picture(tmp_path / "d/predictions/pictures/p.jpg")
+    write(tmp_path / "d/classes.txt", "a\n")
+    assert names(tmp_path / "d") == ["p", "q"]
+
+
 def test_images_that_share_labels_are_reported(tmp_path: Path) -> None:
     yolo(tmp_path / "d/images", tmp_path / "d/labels", "p", "q")
     save_picture(tmp_path / "d/images/p.png")
@@ -362,6 +383,12 @@ def damaged_data_file(root: Path) -> None:
     write(root / "data.yaml", "train: images\nnames: [a\n")
 
 
+def missing_images(root: Path) -> None:
+    write(root / "valid.txt", "obj_valid_data/p.jpg\n")
+    write(root / "obj.names", "a\n")
+    write(root / "obj.data", "names = obj.names\nvalid = missing.txt\n")
+
+
 def list_of_missing_images(root: Path) -> None:
     write(root / "labels/train/p.txt", BOX)
     write(root / "train.txt", "data/images/train/p.jpg\n")
@@ -390,6 +417,7 @@ def coco_file_per_image(root: Path) -> None:
         (split_without_images, r"training images do not exist \(train: train/images, without images\)"),
         (damaged_data_file, r"data.yaml, line 3: not YAML"),
         (list_of_missing_images, r"none of the 1 images of the split 'train' exists, first data/images"),
+        (missing_images, "obj.data: no images of this YOLO dataset were found"),
         (xml_of_cvat, "annotations.xml is XML of another format than Pascal VOC"),
         (json_of_labelme, "annotations/0.json is JSON without the lists of a COCO file"),
         (coco_file_per_image, r"60 COCO annotation files \(labels/0.json, .* and 55 more\); must be at most 50"),
