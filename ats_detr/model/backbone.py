@@ -197,6 +197,9 @@ class Backbone(nn.Module):
             if not self.training:  # threads may share the model
                 return self.body(images_B3HW)
             constants = training_constants(self.body, autocast(images_B3HW).dtype)
+            if images_B3HW.device.type == "cpu":
+                # Narrow ResNet-10, 16 images of 128 pixels, one thread: 119 instead of 160 ms (2026-11-27).
+                images_B3HW = images_B3HW.contiguous(memory_format=torch.channels_last)
             return functional_call(self.body, constants, (images_B3HW,))
         fused = self._fused_body()
         if fused is None:
