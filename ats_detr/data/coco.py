@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ats_detr.data.annotations import CocoAnnotations, check_boxes
+from ats_detr.data.annotations import CocoAnnotations
 from ats_detr.data.classes import COCO_2017_IDS, ClassMap
 from ats_detr.data.findings import AnnotationError, Findings
 from ats_detr.data.images import (
@@ -28,6 +28,7 @@ from ats_detr.data.images import (
     read_header,
 )
 from ats_detr.data.locate import locate_images
+from ats_detr.data.plausibility import check_boxes
 from ats_detr.errors import UserError
 
 __all__ = [

@@ -12,9 +12,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ats_detr.data.annotations import CONVERTED, image_key, parse_annotations
+from ats_detr.data.annotations import CONVERTED, parse_annotations
 from ats_detr.data.conversion import is_current, relative_name, write_coco
 from ats_detr.data.locate import locate_images
+from ats_detr.data.records import image_key
 from ats_detr.errors import UserError
 
 VERSION = 2

@@ -13,7 +13,6 @@ from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from ats_detr.data.annotations import PLACE
 from ats_detr.data.conversion import (
     Definition,
     Foreign,
@@ -36,6 +35,7 @@ from ats_detr.data.layout import (
     walk,
 )
 from ats_detr.data.locate import any_case
+from ats_detr.data.records import PLACE
 from ats_detr.errors import UserError
 
 _ROOT_ELEMENT = re.compile(rb"<annotation[\s>]")

@@ -19,7 +19,6 @@ from urllib.parse import quote
 import numpy as np
 import yaml
 
-from ats_detr.data.annotations import PLACE
 from ats_detr.data.conversion import (
     Definition,
     Foreign,
@@ -42,6 +41,7 @@ from ats_detr.data.layout import (
     walk,
 )
 from ats_detr.data.locate import Finder, any_case, locate
+from ats_detr.data.records import PLACE
 from ats_detr.errors import UserError
 from ats_detr.text import first_line
 
