@@ -35,7 +35,7 @@ from ats_detr.distributed import choose_device
 from ats_detr.errors import UserError
 from ats_detr.evaluation import MAX_DETECTIONS
 from ats_detr.model import CompiledDetr, Detr
-from ats_detr.model.compiled import MAX_GRAPHS, GraphCache, can_capture, model_state, scalars
+from ats_detr.model.compiled import MAX_GRAPHS, GraphCache, can_capture, model_state, order_weights, scalars
 from ats_detr.model.output import BudgetOptions, DetectedBatch, TokenBudget, token_budgets
 from ats_detr.model.self_check import self_check
 from ats_detr.model_card import write_card
@@ -168,7 +168,8 @@ class Detector:
     """A trained model with its preprocessing and classes. Threads may share it.
 
     Args:
-        model: the model, on the device on which it runs. It is put into evaluation mode.
+        model: the model, on the device on which it runs. It is put into evaluation mode, on CUDA with weights of
+            convolutions in channels-last memory.
         config: the configuration of the model; its evaluation sizes are used for preprocessing.
         classes: category ids and names of the class indices.
         facts: further plain values of the checkpoint (epochs, metrics, ...), which `save` writes.
@@ -195,6 +196,8 @@ class Detector:
         if capture not in (True, False, "auto"):
             raise ValueError(f"capture = {capture!r}: must be 'auto', True or False")
         self.model, self.config, self.classes = model.eval(), config, classes
+        if self.device.type == "cuda":
+            order_weights(model)
         self.facts = facts or {}
         self.capture = capture
         self._graphs = GraphCache(MAX_GRAPHS if capture else 0, capture_at=2 if capture == "auto" else 1)

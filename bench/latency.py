@@ -8,7 +8,8 @@
 
 Modes: `packed` is this package's model by stages; `padded` has the encoder as published (bench/padded.py); `dense` has
 no token selection; `captured` is `Detector.compile`, on a GPU as CUDA graphs, and `fused` is
-`Detector.compile(fuse=True)`, with a compiled backbone; `peer:NAME` is another detector (bench/peers).
+`Detector.compile(fuse=True)`, with a compiled backbone; `captured-stages` is the compiled model by stages, one CUDA
+graph each, and `captured-dense` the same without token selection; `peer:NAME` is another detector (bench/peers).
 Without a checkpoint the weights are random, and so are the budgets they choose: `--ratios` sets one keep ratio for all
 images, `--budgets` one for each image of a batch. All modes run in one process and in turns.
 """
@@ -17,10 +18,11 @@ from __future__ import annotations
 
 import argparse
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -36,6 +38,7 @@ from ats_detr.data.synthetic import draw_image
 from ats_detr.data.transforms import image_to_tensor
 from ats_detr.distributed import choose_device
 from ats_detr.errors import UserError
+from ats_detr.kernels.convolution import probing
 from ats_detr.model import CompiledDetr, Detr
 from ats_detr.model.output import TokenScores
 from bench.flops import given_subject, read_folder
@@ -61,7 +64,11 @@ from bench.padded import encode_padded
 from bench.peers import PEERS, Peer, load_peer
 from bench.tables import CPU_TIME, STAGES, distinct, latency_table, print_table, source
 
-OWN_MODES = ("packed", "padded", "dense", "captured", "fused")
+Result = TypeVar("Result")
+
+OWN_MODES = ("packed", "padded", "dense", "captured", "fused", "captured-stages", "captured-dense")
+DENSE_MODES = ("dense", "captured-dense")
+"""Modes without token selection."""
 IMAGE_SIZE = (800, 1066)
 """(height, width): a 640x480 photograph as evaluation resizes it."""
 QUICK_SIZE = (128, 160)
@@ -180,7 +187,8 @@ def chosen_modes(asked: Sequence[str], model: Detr) -> list[str]:
             raise UserError(f"--modes {mode}: must be of {', '.join(known)}, or peers for all peers")
         modes += known[len(OWN_MODES) :] if mode == "peers" else [mode]
     if model.selector is None:
-        modes = ["dense" if mode in ("packed", "padded") else mode for mode in modes]
+        dense = {"packed": "dense", "padded": "dense", "captured-stages": "captured-dense"}
+        modes = [dense.get(mode, mode) for mode in modes]
     return list(dict.fromkeys(modes))
 
 
@@ -267,11 +275,13 @@ def measure(
     for mode in modes:
         if mode.startswith("peer:") and mode not in setting.peers:
             continue  # not installed
-        for choice in [None] if mode == "dense" or mode in setting.peers else budgets:
+        for choice in [None] if mode in DENSE_MODES or mode in setting.peers else budgets:
             if mode in setting.peers:
                 passes[mode, choice] = peer_pass(setting.peers[mode], batch)
             elif mode in ("captured", "fused"):
                 passes[mode, choice] = captured_pass(setting, batch, choice, fuse=mode == "fused")
+            elif mode.startswith("captured-"):
+                passes[mode, choice] = staged_pass(setting, batch, choice, dense=mode in DENSE_MODES)
             else:
                 passes[mode, choice] = own_pass(setting.model, mode, batch, choice)
 
@@ -288,7 +298,7 @@ def measure(
     rows = []
     for (mode, choice), stages in samples.items():
         selection, peak = untimed[mode, choice]
-        if device.type == "cuda" and mode in ("captured", "fused"):
+        if device.type == "cuda" and mode.startswith(("captured", "fused")):
             peak = None  # the memory of a CUDA graph is allocated at capture, not at replay
         keep_ratio = 1.0 if selection is None else round(selection.keep_ratio_B.mean().item(), 4)
         for stage in STAGES:
@@ -353,6 +363,52 @@ def captured_pass(setting: Setting, batch: ImageBatch, budgets: Budgets, *, fuse
         return output.selection
 
     return run
+
+
+def staged_pass(setting: Setting, batch: ImageBatch, budgets: Budgets, *, dense: bool) -> Pass:
+    """The model of `Detector.compile` by stages; returns its selection."""
+    dtype = getattr(torch, setting.dtype)
+    with forced_budgets(setting.model, budgets):
+        model = CompiledDetr(setting.model, dtype=dtype).model
+    if dense:
+        model.selector = None
+    images_B3HW = batch.images_B3HW.to(dtype, memory_format=torch.channels_last)
+    sizes_B2, stages = batch.sizes_B2, {}
+
+    def add(stage: str, function: Callable[[], Result]) -> Result:
+        result, stages[stage] = replayed(function, setting.device)
+        return result
+
+    with torch.inference_mode():
+        tokens = add("backbone", lambda: model.tokenize(images_B3HW, sizes_B2))
+        selection = None if dense else add("select", lambda: model.select(tokens))
+        plan = selection.plan if selection else None
+        memory_BSC, _ = add("encoder", lambda: model.encoder(tokens, plan))
+        add("decoder", lambda: model.decode(tokens, selection, memory_BSC, supervision=False))
+
+    def run(watch: Stopwatch) -> TokenScores | None:
+        with torch.autocast(setting.device.type, enabled=False):
+            for stage, replay in stages.items():
+                replay()
+                watch.mark(stage)
+        return selection
+
+    return run
+
+
+def replayed(function: Callable[[], Result], device: torch.device) -> tuple[Result, Callable[[], object]]:
+    """The result of a function, and a function that computes it again: on a GPU at the same place, as a CUDA graph."""
+    if device.type != "cuda":
+        return function(), function
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.device(device), torch.cuda.stream(stream), probing():
+        for _ in range(3):
+            function()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.device(device), torch.cuda.graph(graph, stream=stream):
+        result = function()
+    return result, graph.replay
 
 
 def peer_pass(peer: Peer, batch: ImageBatch) -> Pass:

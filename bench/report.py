@@ -36,6 +36,8 @@ HEAD = """# Performance
 
 Written by `python -m bench.report` from the rows and texts in `bench/results/`; edit those, not this file.
 Times are medians in milliseconds unless a column names another unit; multiply-adds are giga multiply-adds per image.
+Rows of a GPU are older than the fused convolutions and the captured postprocessing: no present pass and no training
+step has been timed on a GPU. `bench/gpu.sh` runs these measurements.
 """
 
 

@@ -98,7 +98,8 @@ def main() -> None:
 
     rows = flops_rows(setting, batch_of(1, "same"), choices, console)
     for count in arguments.batch:
-        modes = ["packed", "dense", *(["captured"] if device.type == "cuda" else []), *peers]
+        captured = ["captured", "captured-stages", "captured-dense"] if device.type == "cuda" else []
+        modes = ["packed", "dense", *captured, *peers]
         batch = batch_of(count, "mixed")
         rows += measure(setting, batch, "same" if count == 1 else "mixed", modes, choices, console)
     rows += measure(setting, batch_of(len(UNEVEN), "mixed"), "mixed", ["packed", "padded"], [UNEVEN], console)

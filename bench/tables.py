@@ -49,8 +49,8 @@ def label(row: Row) -> str:
     mode = row["mode"]
     if mode.startswith("peer:"):
         return mode.removeprefix("peer:")
-    if mode == "dense":
-        return "dense"
+    if mode in ("dense", "captured-dense"):
+        return mode
     before = "" if mode == "packed" else f"{mode}, "
     if row["budgets"] is None:
         return f"{before}adaptive"

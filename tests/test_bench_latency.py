@@ -107,19 +107,21 @@ def test_mixed_images_differ_in_size_and_are_evaluated_together() -> None:
 def test_rows_have_every_stage_of_every_mode(tmp_path: Path) -> None:
     result = run_latency(
         "--config", "configs/quickstart.yaml", "--quick", "--device", "cpu", "--batch", "1,2",
-        "--budgets", "0.5,0.1", "--modes", "packed,padded,dense,captured", "--json", str(tmp_path / "rows.jsonl"),
+        "--budgets", "0.5,0.1", "--modes", "packed,padded,dense,captured,captured-stages,captured-dense",
+        "--json", str(tmp_path / "rows.jsonl"),
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
     stages = {"backbone", "select", "encoder", "decoder", "total"}
     for batch, kind in ((1, "same"), (2, "same"), (2, "mixed")):
-        for mode in ("packed", "padded", "dense"):
+        for mode in ("packed", "padded", "dense", "captured-stages", "captured-dense"):
             mine = [row for row in rows if (row["batch"], row["images"], row["mode"]) == (batch, kind, mode)]
-            assert {row["stage"] for row in mine} == (stages - {"select"} if mode == "dense" else stages)
+            assert {row["stage"] for row in mine} == (stages - {"select"} if "dense" in mode else stages)
             assert all(0 < row["p50_ms"] <= row["p95_ms"] for row in mine)
         whole = [row for row in rows if (row["batch"], row["images"], row["stage"]) == (batch, kind, "total")]
         kept = {row["mode"]: row["kept"] for row in whole}
-        assert kept["packed"] == kept["padded"] == kept["captured"] and kept["dense"] is None
+        assert kept["packed"] == kept["padded"] == kept["captured"] == kept["captured-stages"]
+        assert kept["dense"] is kept["captured-dense"] is None
     facts = {"config", "device", "dtype", "keep_ratio", "machine", "torch", "date", "commit", "rounds"}
     assert all(facts <= set(row) for row in rows)
     assert {row["keep_ratio"] == 1 for row in rows if row["mode"] == "dense"} == {True}

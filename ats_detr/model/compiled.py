@@ -179,9 +179,14 @@ def freeze_weights(model: Detr, dtype: torch.dtype) -> Detr:
     for part in model.modules():
         if isinstance(part, (DeformableAttention, LayerStack)):
             part.fuse_weights()
+    order_weights(model)
+    return model
+
+
+def order_weights(model: Detr) -> None:
+    """Store the weights of convolutions in channels-last memory, in place; cuDNN would copy them in each pass."""
     for part in (model.backbone, model.input_proj):
         part.to(memory_format=torch.channels_last)
-    return model
 
 
 def can_capture(device: torch.device, dtype: torch.dtype, *, warn: bool = True) -> bool:
