@@ -454,18 +454,10 @@ def average_precision(
     Without any detection every AP is 0.
     """
     category_ids = sorted(annotations.categories)
-    results = np.column_stack(
-        [
-            detections.image_indices,
-            detections.boxes_xywh,
-            detections.scores,
-            np.searchsorted(category_ids, detections.category_ids),
-        ]
-    )[np.isin(detections.category_ids, category_ids)]
     chosen = range(len(annotations)) if indices is None else indices
     truth = annotations.by_position(chosen)
     with contextlib.redirect_stdout(io.StringIO()):  # both print progress
-        run = _evaluator(truth, results, evaluator)
+        run = _evaluator(truth, _results(annotations, detections), evaluator)
         params = run.params
         params.maxDets = [max_detections]
         run.params = params
@@ -494,6 +486,49 @@ def average_precision(
             for place, category_id in enumerate(category_ids)
         ),
     )
+
+
+def average_precision_without(
+    groups: np.ndarray,
+    annotations: CocoAnnotations,
+    detections: DetectionTable,
+    indices: Sequence[int],
+    max_detections: int = MAX_DETECTIONS,
+) -> list[float]:
+    """COCO AP on all images but those of a group, for each group: replicates of a jackknife.
+
+    Detections are matched once for all groups, by pycocotools.
+
+    Args:
+        groups: int [n] group of each image, 0..number of groups - 1.
+        indices: ascending positions of the n images.
+    """
+    aps = []
+    with contextlib.redirect_stdout(io.StringIO()):
+        run = _evaluator(annotations.by_position(indices), _results(annotations, detections), "pycocotools")
+        run.params.maxDets = [max_detections]
+        run.params.areaRng, run.params.areaRngLbl = run.params.areaRng[:1], run.params.areaRngLbl[:1]
+        run.evaluate()
+        matched = run.evalImgs  # for each category, each image
+        for group in range(groups.max() + 1):
+            is_used = np.tile(groups != group, len(matched) // len(groups))
+            run.evalImgs = [found if used else None for found, used in zip(matched, is_used, strict=True)]
+            run.accumulate()
+            aps.append(_mean(run.eval["precision"]))
+    return aps
+
+
+def _results(annotations: CocoAnnotations, detections: DetectionTable) -> np.ndarray:
+    """The table of detections of known categories that both evaluators load."""
+    category_ids = sorted(annotations.categories)
+    return np.column_stack(
+        [
+            detections.image_indices,
+            detections.boxes_xywh,
+            detections.scores,
+            np.searchsorted(category_ids, detections.category_ids),
+        ]
+    )[np.isin(detections.category_ids, category_ids)]
 
 
 def _mean(values: np.ndarray) -> float:

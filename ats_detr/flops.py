@@ -48,7 +48,9 @@ class Flops:
     """Kept tokens, mean over images."""
 
 
-def count_flops(model: Detr, batch: ImageBatch, *, as_published: bool = False) -> Flops:
+def count_flops(
+    model: Detr, batch: ImageBatch, *, as_published: bool = False, keep_ratio: float | None = None
+) -> Flops:
     """Multiply-adds of one forward pass, counted by `torch.utils.flop_counter`.
 
     Counts the reference operators, on a copy of the model on the CPU: kernels are opaque to the counter.
@@ -57,11 +59,12 @@ def count_flops(model: Detr, batch: ImageBatch, *, as_published: bool = False) -
         model: the model; it is not modified.
         batch: the images, on any device.
         as_published: use the convention of published figures (see above) instead of the inference count.
+        keep_ratio: of all images. None: the budgets of the model.
     """
     model = copy.deepcopy(model).cpu().eval().requires_grad_(False)
     counter = FlopCounterMode(display=False, custom_mapping=_FORMULAS)
     with patch.dict(os.environ, ATS_DETR_BACKEND="reference"), torch.no_grad(), counter:
-        output = model(batch.to("cpu"), supervision=as_published)
+        output = model(batch.to("cpu"), supervision=as_published, keep_ratio=keep_ratio)
     scale = 2e9 * len(batch)  # the counter counts a multiply-add as two operations
     prefix = f"{type(model).__name__}."
     modules = {

@@ -4,57 +4,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 
 import pandas
-from matplotlib import cycler, rc_context
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
+from ats_detr.charts import COLOURS, Chart
+from ats_detr.curve import Point, curve_charts, curve_findings
 from bench.measure import Row
 from bench.tables import STAGES, label
-
-COLOURS = ("#3366aa", "#dd7722", "#449955", "#aa4477", "#777777", "#66bbcc", "#ccaa33", "#884422")
-"""Distinguishable with most kinds of colour blindness, in this order."""
-_STYLE = {
-    "font.size": 10,
-    "axes.edgecolor": "#22262b",
-    "axes.labelcolor": "#22262b",
-    "text.color": "#22262b",
-    "grid.color": "#e3e6ea",
-    "axes.prop_cycle": cycler(color=COLOURS),
-}
-
-
-@dataclass(frozen=True)
-class Chart:
-    """A chart with a caption of one or two sentences."""
-
-    key: str
-    """Name of its file."""
-    title: str
-    caption: str
-    x_title: str
-    y_title: str
-    draw: Callable[[Axes], object]
-    height: float = 4.6
-    """Inches; the width is 9."""
-
-    def save(self, file: Path) -> None:
-        """As a PNG 1800 pixels wide."""
-        with rc_context(_STYLE):
-            figure = Figure(figsize=(9, self.height), layout="constrained")
-            axes = figure.subplots()
-            axes.spines[["top", "right"]].set_visible(False)
-            axes.set_axisbelow(True)
-            self.draw(axes)
-            axes.grid(axis="both" if self.y_title else "x")
-            axes.set_title(self.title, loc="left", fontsize=12, fontweight="bold")
-            axes.set(xlabel=self.x_title, ylabel=self.y_title)
-            if len(axes.get_legend_handles_labels()[1]) > 1:
-                axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1.01, 1), borderaxespad=0)
-            figure.savefig(file, dpi=200, metadata={"Software": None})
 
 
 def bar_chart(
@@ -145,7 +102,11 @@ class Sweep:
                 f"Images of {self._uneven_budgets} in one batch: the packed encoder takes "
                 f"{encoder['packed'] / encoder['padded']:.0%} of the time of the padded one."
             )
-        return lines
+        return lines + curve_findings(self.curve())
+
+    def curve(self) -> list[Point]:
+        """The evaluated budgets; none without `--ap`."""
+        return [Point.from_dict(row["point"]) for row in self.rows if row["kind"] == "precision"]
 
     @property
     def _uneven_budgets(self) -> str:
@@ -229,19 +190,7 @@ class Sweep:
                     counts.rename(lambda percent: f"{percent:.0f}%").to_frame("images"),
                 )
             )
-        precision = [row for row in self.rows if row["kind"] == "precision" and row["AP"] is not None]
-        if precision:
-            charts.append(
-                Chart(
-                    "precision",
-                    "AP against latency",
-                    f"COCO AP on {precision[0]['num_images']} validation images. Labels: share of tokens kept.",
-                    "milliseconds of one pass",
-                    "AP (%)",
-                    lambda axes: self._draw_precision(axes, precision),
-                )
-            )
-        return charts
+        return charts + curve_charts(self.curve())
 
     def _draw_against_keep_ratio(self, axes: Axes, values_of: Callable[[Row], dict[str, float]]) -> None:
         """Lines of the model and of its encoder over the fixed ratios, with those of the dense and adaptive model."""
@@ -286,15 +235,3 @@ class Sweep:
         if whole.notna().any():
             stages["not divided"] = whole
         return stages.fillna(0.0)
-
-    def _draw_precision(self, axes: Axes, rows: Sequence[Row]) -> None:
-        for name, adaptive, style, size in (("fixed ratio", False, "o-", 5), ("adaptive", True, "o", 9)):
-            mine = [row for row in rows if (row["budgets"] is None) == adaptive]
-            times = [self.time("total", {"mode": "packed", **row}) for row in mine]
-            values = [100 * row["AP"] for row in mine]
-            if mine:
-                axes.plot(times, values, style, markersize=size, label=name)
-            for row, time, value in zip(mine, times, values, strict=True):
-                text = f"{row['mean_keep_ratio']:.0%}"
-                axes.annotate(text, (time, value), textcoords="offset points", xytext=(7, 5), fontsize=9)
-        axes.margins(0.15)

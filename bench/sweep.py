@@ -11,10 +11,12 @@ Without `--checkpoint` weights are random and budgets meaningless; times and mul
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import re
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from rich.console import Console
 
@@ -23,12 +25,14 @@ from ats_detr.checkpoint import load_checkpoint, resolve_checkpoint
 from ats_detr.cli.options import image_size
 from ats_detr.config import Config, load_config
 from ats_detr.console import run_cli
+from ats_detr.curve import budget_curve, with_gflops
 from ats_detr.data.coco import ClassMap
 from ats_detr.distributed import choose_device
 from ats_detr.errors import UserError
-from ats_detr.evaluation import evaluate
+from ats_detr.evaluation import evaluate_budgets
 from ats_detr.files import make_folder
 from ats_detr.flops import Flops, count_flops
+from ats_detr.model.output import BudgetOptions
 from ats_detr.training.datasets import build_evaluation_loader
 from bench.charts import Sweep
 from bench.flops import given_subject, read_folder
@@ -111,7 +115,7 @@ def main() -> None:
         )
         rows += budget_rows(setting, judged, console)
     if arguments.ap:
-        rows += precision_rows(setting, config, arguments.checkpoint, choices, console)
+        rows += precision_rows(setting, config, arguments.checkpoint, choices, batch_of(1, "same"), rows)
 
     (out / "rows.jsonl").unlink(missing_ok=True)
     append_rows(rows, out / "rows.jsonl")
@@ -225,22 +229,46 @@ def budget_rows(setting: Setting, images: Sequence[ImageBatch], console: Console
 
 
 def precision_rows(
-    setting: Setting, config: Config, checkpoint: str, choices: Sequence[Budgets], console: Console
+    setting: Setting,
+    config: Config,
+    checkpoint: str,
+    choices: Sequence[Budgets],
+    batch: ImageBatch,
+    measured: Sequence[Row],
 ) -> list[Row]:
-    """COCO AP of each choice on the config's validation images."""
+    """COCO AP of each choice on the config's validation images, with the cost of an image like that of `batch`.
+
+    The latency of a validation image is interpolated between the `measured` ones of fixed ratios.
+    """
     class_map = ClassMap.from_dict(load_checkpoint(resolve_checkpoint(checkpoint))["classes"])
+    loader = build_evaluation_loader(config, class_map)
+    options: list[BudgetOptions] = [{} if choice is None else {"keep_ratio": choice[0]} for choice in choices]
+    evaluated = evaluate_budgets(setting.model, loader, setting.device, options, show_progress=True)
+    found = [
+        ("auto" if choice is None else choice[0], metrics, detections)
+        for choice, (metrics, detections) in zip(choices, evaluated, strict=True)
+        if detections is not None
+    ]
+    points = budget_curve(found, loader.dataset.annotations)
+    points = with_gflops(points, setting.model, (batch.images_B3HW.shape[2], batch.images_B3HW.shape[3]))
+    times = sorted(
+        (row["keep_ratio"], row["p50_ms"])
+        for row in measured
+        if row["kind"] == "latency"
+        and (row["mode"], row["stage"], row["batch"]) == ("packed", "total", 1)
+        and row["budgets"]
+    )
     rows = []
-    for choice in choices:
-        loader = build_evaluation_loader(config, class_map)
-        console.print(
-            f"evaluating {'the adaptive model' if choice is None else f'{choice[0]:.0%} of the tokens'}"
-        )
-        with forced_budgets(setting.model, choice):
-            metrics = evaluate(setting.model, loader, setting.device, show_progress=True)
+    for choice, point, (_, metrics, _) in zip(choices, points, found, strict=True):
+        kept = [record.keep_ratio for record in metrics.images]
+        if times and times[0][0] - 0.01 <= min(kept) and max(kept) <= times[-1][0] + 0.01:
+            latency = np.interp(kept, *zip(*times, strict=True)).mean()
+            point = dataclasses.replace(point, latency_ms=round(float(latency), 3))
         row = {
             "kind": "precision",
             "config": setting.config,
             "budgets": None if choice is None else list(choice),
+            "point": point.to_dict(),
         }
         rows.append({**row, **metrics.to_dict(), **environment(setting.device)})
     return rows

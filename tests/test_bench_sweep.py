@@ -21,7 +21,18 @@ from bench.measure import Row, read_rows
 from tests.training.small import SMALL_DATA, write_small_chain
 
 ROOT = Path(__file__).parents[1]
-CHARTS = {"gflops", "latency", "savings", "parts", "stages", "packing", "budgets", "precision"}
+CHARTS = {
+    "gflops",
+    "latency",
+    "savings",
+    "parts",
+    "stages",
+    "packing",
+    "budgets",
+    "ap_mean_keep_ratio",
+    "ap_gflops",
+    "ap_latency_ms",
+}
 
 pytestmark = pytest.mark.xdist_group("sweep")  # one sweep for all of them
 

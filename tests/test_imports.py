@@ -22,6 +22,8 @@ LAYERS = (
         "evaluation",
         "visualize",
         "flops",
+        "charts",
+        "curve",
         "model_card",
         "precompile",
     ),

@@ -6,7 +6,8 @@ import copy
 import math
 import os
 from argparse import ArgumentParser, Namespace
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from rich.table import Table
 
 from ats_detr import distributed
+from ats_detr.batch import bucket_size
 from ats_detr.budgets import Budget, parse_budget
 from ats_detr.checkpoint import (
     SHIPPED,
@@ -26,14 +28,30 @@ from ats_detr.checkpoint import (
 from ats_detr.cli.options import CHECKPOINT, add_budget, add_config, add_overrides, require_replaceable
 from ats_detr.config import Config, load_config
 from ats_detr.console import console, say
+from ats_detr.curve import (
+    budget_curve,
+    curve_charts,
+    curve_findings,
+    curve_report,
+    curve_table,
+    with_gflops,
+)
 from ats_detr.data.coco import ClassMap
 from ats_detr.data.images import ImageFileError
 from ats_detr.data.layout import Role
 from ats_detr.data.loader import EvaluationLoader
+from ats_detr.data.transforms import resized_size
 from ats_detr.detector import Detector
 from ats_detr.errors import UserError
-from ats_detr.evaluation import METRICS, Metrics, evaluate, warn_of_limits, warn_of_minimum
-from ats_detr.files import make_folder
+from ats_detr.evaluation import (
+    METRICS,
+    Metrics,
+    evaluate,
+    evaluate_budgets,
+    warn_of_limits,
+    warn_of_minimum,
+)
+from ats_detr.files import make_folder, replaced_file
 from ats_detr.flops import count_flops
 from ats_detr.model import CompiledDetr, Detr
 from ats_detr.remote import is_remote
@@ -68,12 +86,20 @@ def add_arguments(parser: ArgumentParser) -> None:
         "--detections", type=Path, metavar="FILE", help="write all detections as COCO results (JSON)"
     )
     add_budget(parser)
+    parser.add_argument(
+        "--budgets",
+        metavar="A,B,...",
+        help="evaluate several budgets in one run, such as 0.05,0.1,0.2,0.4,auto,mean:0.15, and write charts of AP"
+        " against cost with errors, instead of metrics.json and pictures",
+    )
     add_overrides(parser, "data.eval_batch_size=8")
 
 
 def run(arguments: Namespace) -> None:
     """Evaluate one checkpoint."""
-    budget = parse_budget(arguments.budget)
+    budgets = [parse_budget(text) for text in (arguments.budgets or arguments.budget).split(",")]
+    if arguments.budgets and (arguments.budget != "auto" or arguments.detections):
+        raise UserError("--budgets excludes --budget and --detections: omit them")
     path = resolve_checkpoint(arguments.checkpoint)
     if arguments.config:
         config = load_config(arguments.config, arguments.overrides)
@@ -85,6 +111,9 @@ def run(arguments: Namespace) -> None:
     with distributed.process_group(config.device, config.train.timeout_minutes) as device:
         run_log.configure()
         compiled = getattr(torch, arguments.compile) if arguments.compile else None
+        if arguments.budgets:
+            compare_budgets(config, path, output, device, budgets, split=arguments.split, compiled=compiled)
+            return
         evaluate_checkpoint(
             config,
             path,
@@ -92,7 +121,7 @@ def run(arguments: Namespace) -> None:
             device,
             split=arguments.split,
             compiled=compiled,
-            budget=budget,
+            budget=budgets[0],
             detections_file=arguments.detections,
         )
 
@@ -148,6 +177,72 @@ def evaluate_checkpoint(
         write_pictures(detector, metrics, folder, split)
         say(f"written to {folder}: metrics.json and pictures")
     distributed.barrier()
+
+
+def compare_budgets(
+    config: Config,
+    path: Path,
+    folder: Path,
+    device: torch.device,
+    budgets: Sequence[Budget],
+    *,
+    split: Role = "val",
+    compiled: torch.dtype | None = None,
+) -> None:
+    """Print AP and cost of a checkpoint at several budgets, and write budget_curve.json, budget_curve.md and charts.
+
+    Called by every process of a distributed run; the first one writes.
+
+    Args:
+        budgets: see `Detector.predict`.
+        compiled: see `evaluate_checkpoint`.
+    """
+    detector, _ = _load(config, path, device)
+    options = list(map(detector.budget_options, budgets))
+    loader = build_evaluation_loader(config, detector.classes, split=split)
+    make_folder(folder)
+    max_detections = config.evaluation.max_detections
+    evaluated = evaluate_budgets(
+        detector.model if compiled is None else CompiledDetr(detector.model, dtype=compiled),
+        loader,
+        device,
+        options,
+        max_detections=max_detections,
+        show_progress=console.is_terminal,
+    )
+    if distributed.is_main():
+        found = [(b, metrics, table) for b, (metrics, table) in zip(budgets, evaluated, strict=True) if table]
+        points = budget_curve(found, loader.dataset.annotations, max_detections=max_detections)
+        size = _most_common_size(config, loader)
+        points = with_gflops(points, detector.model, size)
+        number = f"{points[0].num_images} images"
+        header, *rows = curve_table(points)
+        table = Table(*header, title=number)
+        for row in rows:
+            table.add_row(*row)
+        console.print(table)
+        for line in curve_findings(points):
+            say(line)
+        charts = curve_charts(points)
+        for chart in charts:
+            chart.save(folder / f"{chart.key}.png")
+        title = f"# {config.name}: AP against cost\n\n{number}; multiply-adds of an image of {size[1]} x {size[0]}."
+        with replaced_file(folder / "budget_curve.md") as file:
+            file.write(curve_report(points, charts, title).encode())
+        metrics = [{**p.to_dict(), **m.to_dict()} for p, (_, m, _) in zip(points, found, strict=True)]
+        write_json({"points": metrics}, folder / "budget_curve.json")
+        say(f"written to {folder}: budget_curve.md, budget_curve.json and charts")
+    distributed.barrier()
+
+
+def _most_common_size(config: Config, loader: EvaluationLoader) -> tuple[int, int]:
+    """(height, width) of the most common padded size of the images of all processes."""
+    data = config.data
+    sizes: Counter[tuple[int, int]] = Counter()
+    for indices in loader.global_batches:
+        resized = resized_size(loader.dataset.size(indices[0]), data.short_side, data.long_side)
+        sizes[bucket_size(resized, data.size_multiple)] += len(indices)
+    return sizes.most_common(1)[0][0]
 
 
 def compare_stages(stages: Mapping[str, Stage], folder: Path, device: torch.device) -> None:

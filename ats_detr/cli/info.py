@@ -117,9 +117,7 @@ def _multiply_adds(config: Config, model: Detr) -> str:
     parts = []
     selector = model.selector
     for ratio in sorted({selector.min_ratio, selector.max_ratio}) if selector is not None else [1.0]:
-        if selector is not None:
-            selector.fix_ratio(ratio)  # only this count uses the model
-        flops = count_flops(model, batch)
+        flops = count_flops(model, batch, keep_ratio=ratio)
         kept = "" if selector is None else f" keeping {ratio:.0%}"
         parts.append(f"{flops.total:.4g} G{kept} (encoder {flops.encoder:.3g})")
     return f"{', '.join(parts)}, for an image of {width} x {height}"
