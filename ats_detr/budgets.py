@@ -125,15 +125,20 @@ class Calibration:
 
     def cost_of(self, budget: MeanBudget) -> float:
         """The cost at which the mean is closest to `budget`. Raises UserError where it is not close."""
-        wanted, means = budget.keep_ratio, np.array(self.mean_keep_ratios)
-        closest = int(np.abs(means - wanted).argmin())
-        if abs(means[closest] - wanted) > _TOLERANCE * wanted:
+        means = self.mean_keep_ratios
+        cost, closest = self.closest(budget.keep_ratio)
+        if abs(closest - budget.keep_ratio) > _TOLERANCE * budget.keep_ratio:
             raise UserError(
-                f"budget = {budget}: the budgets of this model reach means of {means.min():.3g} to {means.max():.3g} on"
-                f" the {self.num_images} calibrated images, the closest is {means[closest]:.3g}; choose another mean,"
+                f"budget = {budget}: the budgets of this model reach means of {min(means):.3g} to {max(means):.3g} on"
+                f" the {self.num_images} calibrated images, the closest is {closest:.3g}; choose another mean,"
                 " or calibrate with more images"
             )
-        return self.costs[closest]
+        return cost
+
+    def closest(self, mean: float) -> tuple[float, float]:
+        """The cost whose mean keep ratio is closest to `mean`, and that mean keep ratio."""
+        row = int(np.abs(np.array(self.mean_keep_ratios) - mean).argmin())
+        return self.costs[row], self.mean_keep_ratios[row]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for a checkpoint."""

@@ -8,6 +8,7 @@ budget; the student's memory is trained to match its memory.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from ats_detr import distributed
 from ats_detr.batch import NO_IMAGE, ImageBatch, Target
+from ats_detr.budgets import Calibration
 from ats_detr.config import ModelConfig
 from ats_detr.data.loader import EvaluationLoader
 from ats_detr.distributed import sum_over_processes
@@ -26,6 +28,8 @@ from ats_detr.model.compiled import freeze_weights
 from ats_detr.model.output import DetectorOutput, top_detections
 from ats_detr.training.average_precision import image_average_precision
 from ats_detr.training.frozen_stages import share_frozen_stages
+
+logger = logging.getLogger(__name__)
 
 # Shapes: B images; S tokens of the pyramid; L levels; C channels.
 
@@ -201,16 +205,20 @@ def calibrated(
             batch = host_batch.to(device)
             selection = model.select(model.tokenize(batch.images_B3HW, batch.sizes_B2))
             assert selection is not None and selection.budget_logits is not None
-            logits.append(selection.budget_logits.float())
-            num_valid.append(selection.num_valid_B)
+            logits.append(selection.budget_logits.cpu())
+            num_valid.append(selection.num_valid_B.cpu())
     model.train(was_training)
-    shares = distributed.gather([(torch.cat(logits).cpu(), torch.cat(num_valid).cpu())] if logits else [])
-    parts = [part for share in shares for part in share]
+    shares = distributed.gather((logits, num_valid))
+    everything = [torch.cat([part for share in shares for part in share[i]]) for i in (0, 1)]
+    cost, mean = Calibration.measure(selector, *everything).closest(mean_ratio)
+    if abs(mean - mean_ratio) > 0.1 * mean_ratio:
+        logger.warning(
+            "the budgets keep %.3g of the tokens on average, not model.selector.mean_ratio = %.3g: the budget head does"
+            " not tell the images apart",
+            mean,
+            mean_ratio,
+        )
     ratios_R = selector.ratio_of_budget(torch.arange(selector.num_budgets))
-    kept_NR = torch.cat(
-        [torch.stack([selector.num_tokens(n, ratio) for ratio in ratios_R], 1) / n[:, None] for _, n in parts]
-    )
-    cost = cost_of_mean(torch.cat([logits for logits, _ in parts]), ratios_R, kept_NR, mean_ratio)
     bias: Any = selector.budget[-1].bias
     before = bias.detach().clone()
     with torch.no_grad():
@@ -220,25 +228,6 @@ def calibrated(
     finally:
         with torch.no_grad():
             bias.copy_(before)
-
-
-def cost_of_mean(logits_NR: Tensor, ratios_R: Tensor, kept_NR: Tensor, mean_ratio: float) -> float:
-    """The cost at which the choices argmax(logits - cost * ratios) keep `mean_ratio` of the tokens on average.
-
-    Args:
-        logits_NR: float32, of N images.
-        ratios_R: float32, ascending.
-        kept_NR: float32 share of the tokens of each image that each budget keeps.
-    """
-    low, high = -1e4, 1e4  # the mean falls as the cost rises
-    for _ in range(60):
-        cost = (low + high) / 2
-        chosen_N1 = (logits_NR - cost * ratios_R).argmax(1, keepdim=True)
-        if kept_NR.gather(1, chosen_N1).mean() > mean_ratio:
-            low = cost
-        else:
-            high = cost
-    return high
 
 
 def interpolate(values_BR: Tensor, place_B: Tensor) -> Tensor:

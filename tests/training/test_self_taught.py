@@ -21,7 +21,6 @@ from ats_detr.training.average_precision import image_average_precision
 from ats_detr.training.distillation import (
     SelfTaught,
     calibrated,
-    cost_of_mean,
     draw_ratios,
     interpolate,
 )
@@ -132,16 +131,6 @@ def test_expected_precision_learns_which_images_gain_from_tokens() -> None:
 
 
 # -------------------------------------------------------------------------------------------------------- calibration
-def test_the_cost_gives_the_mean() -> None:
-    torch.manual_seed(0)
-    ratios = torch.linspace(0.1, 0.9, 5)
-    logits = torch.rand(400, 5).sort(1).values
-    kept = ratios.expand(400, 5)
-    for mean in (0.15, 0.4, 0.8):
-        chosen = (logits - cost_of_mean(logits, ratios, kept, mean) * ratios).argmax(1)
-        assert float(ratios[chosen].mean()) == pytest.approx(mean, abs=0.005)
-
-
 def test_calibrated_budgets_have_the_mean_and_the_weights_are_restored(tmp_path: Path) -> None:
     tree = merged(SELF_TAUGHT, {"data": {"synthetic": {"num_train": 60}}})
     run = small_run(tmp_path, **tree)
@@ -158,6 +147,18 @@ def test_calibrated_budgets_have_the_mean_and_the_weights_are_restored(tmp_path:
     assert len(ratios) == 60 and len(ratios.unique()) > 1
     assert float(ratios.mean()) == pytest.approx(0.4, rel=0.1)
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_budgets_that_cannot_have_the_mean_are_reported(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A head that finds all images equal gives all of them the same budget."""
+    run = small_run(tmp_path, **SELF_TAUGHT)
+    model = run.state.model
+    torch.nn.init.zeros_(model.selector.budget[-1].weight)
+    with calibrated(model, run.loaders.calibration, 0.4, torch.device("cpu")):
+        pass
+    assert "of the tokens on average, not model.selector.mean_ratio = 0.4" in caplog.text
 
 
 def write(folder: Path, **changes: Any) -> Path:
