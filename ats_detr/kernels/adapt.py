@@ -100,8 +100,8 @@ def adapt(model: nn.Module, *, backend: str | None = None, strict: bool = True) 
     dict and other models of the same classes are unchanged.
 
     The operator is found where any method of a module reads it from a global, a module, a closure, a default or an
-    attribute, directly or in a function that it calls. Code that builds its name while it runs is not found:
-    `explain` shows what ran.
+    attribute, directly or in a function that it calls. Code that builds its name while it runs, or creates an object
+    that calls it, is not found: `explain` shows what ran.
 
     Call it before `torch.compile`. Two results may differ from the original: under autocast the operator returns the
     autocast dtype (PyTorch's grid_sample float32), and samples at NaN coordinates are NaN.
@@ -288,6 +288,9 @@ class _Adapter:
         """New attributes of one module, `__class__` included; none if it has no deformable attention."""
         if isinstance(module, _Adapted):
             raise ValueError(_ADAPTED)
+        for name, value in vars(module).items():
+            if not isinstance(value, nn.Module) and self.adapted_class(type(value)) is not type(value):
+                raise _NotAdaptable(f"its {name}, a {type(value).__name__}, calls it, and is no module")
         changes = {name: self._found(value) for name, value in vars(module).items()}
         changes = {name: new for name, new in changes.items() if new is not None}
         cls = self.adapted_class(type(module))
@@ -309,23 +312,33 @@ class _Adapter:
     def adapted_class(self, cls: type) -> type:
         """A subclass of `cls` with other methods; `cls` itself if no method calls the operator."""
         if cls not in self._classes:
-            changed: dict[type, dict[str, Any]] = {}
-            for owner, name, value in _resolved(cls):
-                new = self.replaced(value)
-                if new is not None:
-                    changed.setdefault(owner, {})[name] = new
-            # The new methods are in a subclass of each class that has the old ones. In the order in which methods are
-            # resolved, it comes right before that class: `super()` of the classes before it finds them.
-            bases = [_new_class(owner, (owner,), changed[owner]) for owner in cls.__mro__ if owner in changed]
-            if bases and cls not in changed:
-                bases = [cls, *bases]
-            origin = {
-                "_ats_detr_adapter": self,
-                "_ats_detr_class": cls,
-                "_ats_detr_methods": frozenset().union(*changed.values()),
-            }
-            self._classes[cls] = _new_class(cls, (_Adapted, *bases), origin) if bases else cls
+            self._classes[cls] = cls  # for a class that holds one of its instances
+            try:
+                self._classes[cls] = self._adapt_class(cls)
+            except ValueError:
+                del self._classes[cls]
+                raise
         return self._classes[cls]
+
+    def _adapt_class(self, cls: type) -> type:
+        changed: dict[type, dict[str, Any]] = {}
+        for owner, name, value in _resolved(cls):
+            new = self.replaced(value)
+            if new is not None:
+                changed.setdefault(owner, {})[name] = new
+        if not changed:
+            return cls
+        # The new methods are in a subclass of each class that has the old ones. In the order in which methods are
+        # resolved, it comes right before that class: `super()` of the classes before it finds them.
+        bases = [_new_class(owner, (owner,), changed[owner]) for owner in cls.__mro__ if owner in changed]
+        if cls not in changed:
+            bases = [cls, *bases]
+        origin = {
+            "_ats_detr_adapter": self,
+            "_ats_detr_class": cls,
+            "_ats_detr_methods": frozenset().union(*changed.values()),
+        }
+        return _new_class(cls, (_Adapted, *bases), origin)
 
     def replaced(self, value: Any) -> Any | None:
         """`value` with this operator in the place of the one that it is or calls; None if it is and calls none."""
@@ -344,6 +357,8 @@ class _Adapter:
         if isinstance(value, partial):
             new = self.replaced(value.func)
             return new and partial(new, *value.args, **value.keywords)
+        if isinstance(value, nn.Module | ModuleType | Tensor):
+            return None
         for part in _functions_in(value):
             if self.replaced(part):
                 raise _NotAdaptable(f"a {type(value).__name__} holds {part.__qualname__}")
@@ -368,12 +383,15 @@ class _Adapter:
         new = self.replaced(value)
         while isinstance(value, partial):
             value = value.func
-        if isinstance(value, type) and issubclass(value, Function):
-            value = value.forward if _SIMILAR.search(value.__name__) else None
-        if new is None and isinstance(value, FunctionType) and _SIMILAR.search(value.__qualname__):
-            raise _NotAdaptable(
-                f"{value.__qualname__}({', '.join(_parameters(value))}) is not a known version"
-            )
+        is_autograd = isinstance(value, type) and issubclass(value, Function)
+        if (
+            new is None
+            and (is_autograd or isinstance(value, FunctionType))
+            and _SIMILAR.search(value.__name__)
+        ):
+            function = value.forward if is_autograd else value
+            parameters = ", ".join(_parameters(function))
+            raise _NotAdaptable(f"{function.__qualname__}({parameters}) is not a known version")
         return new
 
     def _rebuilt(self, function: FunctionType) -> FunctionType | None:
@@ -471,7 +489,11 @@ def _new_module(adapter: _Adapter, cls: type, *arguments: Any) -> Any:
 
 def _new_class(like: type, bases: tuple[type, ...], attributes: dict[str, Any]) -> type:
     names = {"__module__": like.__module__, "__qualname__": like.__qualname__, "__doc__": like.__doc__}
-    return new_class(like.__name__, bases, {}, lambda namespace: namespace.update(names, **attributes))
+    # Classes that register their subclasses, or ask for arguments, are not to know of this one.
+    silent = type("_Silent", (), {"__init_subclass__": classmethod(lambda cls: None)})
+    return new_class(
+        like.__name__, (silent, *bases), {}, lambda namespace: namespace.update(names, **attributes)
+    )
 
 
 # ------------------------------------------------------------------------------------------------ where it is found
@@ -493,9 +515,16 @@ def _resolved(cls: type) -> Iterator[tuple[type, str, Any]]:
         position, owner = found
         value = vars(owner)[name]
         yield owner, name, value
-        function = inspect.unwrap(getattr(value, "__func__", value))
-        if isinstance(function, FunctionType):
+        for function in _layers(getattr(value, "__func__", value)):
             pending += [(other, position + 1) for other in _names_after_super(function.__code__)]
+
+
+def _layers(function: Any, *outer: Any) -> Iterator[FunctionType]:
+    """A function, and those that it decorates."""
+    if isinstance(function, FunctionType) and function not in outer:
+        yield function
+        for part in gc.get_referents(*function.__closure__ or ()):
+            yield from _layers(part, function, *outer)
 
 
 def _names_after_super(code: CodeType) -> Iterator[str]:
@@ -541,8 +570,6 @@ def _variables(instruction: dis.Instruction) -> tuple[str, ...]:
 
 def _functions_in(value: Any) -> Iterator[Any]:
     """Functions that a container, a property or another object holds."""
-    if isinstance(value, nn.Module | ModuleType | Tensor):
-        return
     for part in (*gc.get_referents(value), *getattr(value, "__dict__", {}).values()):
         if isinstance(part, FunctionType | MethodType) or (
             isinstance(part, type) and issubclass(part, Function)

@@ -10,7 +10,7 @@ import pickle
 import sys
 from collections.abc import Callable
 from types import ModuleType, SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -351,6 +351,10 @@ def attend(module: Called) -> Tensor:
     return multi_scale_deformable_attn_pytorch(*module.arguments())
 
 
+def make_decorated(function: Callable) -> Callable:
+    return lambda self: function(self)
+
+
 def make_forward(function: Callable) -> Callable:
     def forward(self: Called) -> Tensor:
         return function(*self.arguments())
@@ -443,6 +447,27 @@ class ClassMethod(Called):
         return self.attend(self)
 
 
+class DecoratedSuper(Helper):
+    @make_decorated
+    def forward(self) -> Tensor:
+        return super().forward()
+
+
+class Registered(Called):
+    """What knows its subclasses does not learn of an adapted module's class."""
+
+    registry: ClassVar[list[type]] = []
+
+    def __init_subclass__(cls, *, name: str) -> None:
+        super().__init_subclass__()
+        cls.registry.append(cls)
+
+
+class RegisteredSubclass(Registered, name="subclass"):
+    def forward(self) -> Tensor:
+        return attend(self) * len(self.registry)
+
+
 class Half(Called):
     """BEVFormer."""
 
@@ -453,8 +478,10 @@ class Half(Called):
         return function.apply(self.value, self.shapes, self.start, self.locations, self.weights, 64)
 
 
-FOUND = [Helper, Inherited, InheritedTwice, ExplicitBase, ModuleAlias, NestedAlias, GlobalHelper, PartialAttribute,
-         StaticMethod, Closure, BoundMethod, Decorated, ClassMethod, Half]  # fmt: skip
+FOUND = [
+    Helper, Inherited, InheritedTwice, ExplicitBase, ModuleAlias, NestedAlias, GlobalHelper, PartialAttribute,
+    StaticMethod, Closure, BoundMethod, Decorated, DecoratedSuper, ClassMethod, RegisteredSubclass, Half,
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("build", FOUND)
@@ -504,6 +531,23 @@ class Property(Called):
 
     def forward(self) -> Tensor:
         return self.attended
+
+
+class Sampler:
+    def run(self, *arguments: Tensor) -> Tensor:
+        return multi_scale_deformable_attn_pytorch(*arguments)
+
+
+class HeldObject(Called):
+    def __init__(self) -> None:
+        super().__init__()
+        self.sampler = Sampler()
+
+    def forward(self) -> Tensor:
+        return self.sampler.run(*self.arguments())
+
+
+Sampler.default = Sampler()  # a class that holds one of its instances
 
 
 class Table(Called):
@@ -556,6 +600,7 @@ class TwoThings(Called):
         (ClassDecorator, "a CallableObject holds ClassDecorator.forward"),
         (SlottedDecorator, "a SlottedObject holds SlottedDecorator.forward"),
         (Property, "a property holds Property.attended"),
+        (HeldObject, "its sampler, a Sampler, calls it, and is no module"),
         (Table, "a dict holds multi_scale_deformable_attn_pytorch"),
         (Default, "a tuple holds multi_scale_deformable_attn_pytorch"),
         (LocalImport, "forward reads multi_scale_deformable_attn_pytorch by an import within the function"),
