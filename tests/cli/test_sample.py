@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+import torch
+from PIL import Image
 
 from ats_detr.checkpoint import SHIPPED
 from ats_detr.cli import main
 from ats_detr.cli.predict import NUM_SAMPLES
+from ats_detr.data.coco import CocoDetection
+from ats_detr.data.synthetic import synthetic_dataset
 from ats_detr.detector import Detector
 from ats_detr.errors import UserError
 from tests.small_detector import save_small_detector
@@ -48,8 +54,6 @@ def test_the_shipped_detector_has_the_accuracy_of_its_card(place: Path) -> None:
 
 
 def test_a_saved_detector_in_bfloat16_has_half_the_size_and_the_same_files(tmp_path: Path) -> None:
-    import torch
-
     detector = Detector.from_checkpoint("shapes", device="cpu")
     detector.save(tmp_path / "whole")
     detector.save(tmp_path / "half", dtype=torch.bfloat16)
@@ -73,3 +77,30 @@ def test_sample_needs_a_detector_of_drawn_images_and_no_paths(place: Path) -> No
 def test_a_run_of_the_same_name_is_used_instead(place: Path) -> None:
     save_small_detector(place / "runs" / "shapes" / "final.pt")
     assert Detector.from_checkpoint("shapes").config.name == "small"
+
+
+def test_slices_of_a_large_image_have_the_objects_that_the_whole_image_loses(place: Path) -> None:
+    """As docs/detector.md shows, on a picture of 12 drawn images."""
+    supervision = pytest.importorskip("supervision")
+    folder = synthetic_dataset("drawn", num_train=1, num_val=12, seed=1)
+    drawn = CocoDetection(folder / "val2017", folder / "annotations" / "instances_val2017.json")
+    mosaic, corners = Image.new("RGB", (4 * 128, 3 * 128)), []
+    for index in range(len(drawn)):
+        left, top = 128 * (index % 4), 128 * (index // 4)
+        image, boxes, _ = drawn[index]
+        mosaic.paste(image, (left, top))
+        corners.append(boxes + torch.tensor([left, top, left, top]))
+    objects = torch.cat(corners).numpy()
+    detector = Detector.from_checkpoint("shapes", device="cpu")
+
+    def detect(tile: np.ndarray) -> Any:
+        found = detector.predict(tile)[0].to_supervision()
+        found.xyxy = supervision.clip_boxes(found.xyxy, tile.shape[1::-1])
+        return found
+
+    def recall(found: Any) -> float:
+        return (supervision.box_iou_batch(objects, found.xyxy) > 0.5).any(1).mean()
+
+    slicer = supervision.InferenceSlicer(detect, slice_wh=128, overlap_wh=64)
+    recalls = [recall(find(np.asarray(mosaic))) for find in (detect, slicer)]
+    assert recalls[0] < 0.3 and recalls[1] > 0.75, recalls
