@@ -31,7 +31,6 @@ from rich.console import Console
 from torch import Tensor
 
 from ats_detr.batch import ImageBatch
-from ats_detr.cli.options import image_size
 from ats_detr.config import Config, load_config
 from ats_detr.console import run_cli
 from ats_detr.data.synthetic import draw_image
@@ -47,9 +46,8 @@ from bench.measure import (
     Pass,
     Row,
     Stopwatch,
-    add_timing_options,
+    add_model_options,
     append_rows,
-    batch_sizes,
     environment,
     new_parser,
     peak_memory,
@@ -146,8 +144,6 @@ def main() -> None:
 
 def parse_arguments() -> argparse.Namespace:
     parser = new_parser("latency", __doc__)
-    parser.add_argument("--config", default=str(CONFIGS / "ats_r50_0.1_0.2.yaml"), help="one YAML file")
-    parser.add_argument("--checkpoint", help="trained weights, as for predict")
     parser.add_argument(
         "--cpu-targets", action="store_true", help="only the three ratios with targets on a CPU"
     )
@@ -158,14 +154,11 @@ def parse_arguments() -> argparse.Namespace:
                         help="keep ratios, each for all images")  # fmt: skip
     parser.add_argument("--budgets", type=lambda text: [shares(text)], metavar="A,B",
                         help="keep ratio of each image of a batch, repeated")  # fmt: skip
-    parser.add_argument("--batch", type=batch_sizes, default=[1], metavar="1,4,8")
     parser.add_argument("--images", type=words, default=["same", "mixed"], metavar="same,mixed",
                         help="one image repeated, or images of different sizes and contents")  # fmt: skip
     parser.add_argument("--folder", type=Path, metavar="DIR", help="images to use instead of generated ones")
-    parser.add_argument("--image-size", type=image_size, default=IMAGE_SIZE, metavar="HxW")
-    add_timing_options(parser, "30 on a GPU, 5 on a CPU")
+    add_model_options(parser, IMAGE_SIZE, "30 on a GPU, 5 on a CPU")
     parser.add_argument("--json", type=row_file, help="append rows to this file, one JSON object a line")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as model.num_queries=100")
     arguments = parser.parse_args()
     if arguments.ratios and arguments.budgets:
         raise UserError(

@@ -30,6 +30,8 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 
+from ats_detr.cli.options import image_size
+
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "configs"
 RESULTS = Path(__file__).parent / "results"
@@ -263,8 +265,19 @@ def new_parser(module: str, description: str | None) -> argparse.ArgumentParser:
     )
 
 
-def add_timing_options(parser: argparse.ArgumentParser, rounds: str) -> None:
-    """Device, dtype, rounds and clock of a benchmark of whole models. `rounds`: the default, in words."""
+def add_model_options(parser: argparse.ArgumentParser, size: tuple[int, int], rounds: str) -> None:
+    """Model, batches, device, dtype, rounds and clock of a benchmark of whole models.
+
+    size: default (height, width) of generated images.
+    rounds: default number, in words.
+    """
+    parser.add_argument("--config", default=str(CONFIGS / "ats_r50_0.1_0.2.yaml"), help="one YAML file")
+    parser.add_argument("--checkpoint", help="trained weights, as for predict")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as model.num_queries=100")
+    parser.add_argument("--batch", type=batch_sizes, default=[1], metavar="1,4,8")
+    parser.add_argument(
+        "--image-size", type=image_size, default=size, metavar="HxW", help="of generated images"
+    )
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--rounds", type=positive, help=f"timed passes of each mode; default {rounds}")

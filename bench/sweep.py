@@ -22,7 +22,6 @@ from rich.console import Console
 
 from ats_detr.batch import ImageBatch
 from ats_detr.checkpoint import load_checkpoint, resolve_checkpoint
-from ats_detr.cli.options import image_size
 from ats_detr.config import Config, load_config
 from ats_detr.console import run_cli
 from ats_detr.curve import budget_curve, with_gflops
@@ -50,11 +49,9 @@ from bench.latency import (
     show,
 )
 from bench.measure import (
-    CONFIGS,
     Row,
-    add_timing_options,
+    add_model_options,
     append_rows,
-    batch_sizes,
     environment,
     new_parser,
     progress_bar,
@@ -131,22 +128,15 @@ def main() -> None:
 
 def parse_arguments() -> argparse.Namespace:
     parser = new_parser("sweep", __doc__)
-    parser.add_argument("--config", default=str(CONFIGS / "ats_r50_0.1_0.2.yaml"), help="one YAML file")
-    parser.add_argument("--checkpoint", help="trained weights, as for predict")
     parser.add_argument("--ap", action="store_true", help="evaluate too, on the config's validation images")
     parser.add_argument("--images", type=Path, metavar="DIR", help="images to use instead of generated ones")
     parser.add_argument(
-        "--image-size", type=image_size, default=IMAGE_SIZE, metavar="HxW", help="of generated images"
-    )
-    parser.add_argument(
         "--ratios", type=shares, default=RATIOS, metavar="A,B", help="keep ratios, default %(default)s"
     )
-    parser.add_argument("--batch", type=batch_sizes, default=[1], metavar="1,4,8")
     parser.add_argument("--peers", type=words, default=["all"], metavar="A,B",
                         help=f"of {', '.join(PEERS)}; default all; \"\" for none")  # fmt: skip
-    add_timing_options(parser, "30 on a GPU, 3 on a CPU")
+    add_model_options(parser, IMAGE_SIZE, "30 on a GPU, 3 on a CPU")
     parser.add_argument("--out", type=Path, metavar="DIR", help="default runs/sweep/<config>-<device>")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as model.num_queries=100")
     arguments = parser.parse_args()
     if arguments.ap and not arguments.checkpoint:
         raise UserError("--ap needs trained weights: give --checkpoint")

@@ -95,9 +95,8 @@ def convert(
             say(f"{destination}: model.safetensors and config.json")
         else:
             converted = to_official(checkpoint)
-            from_official(
-                converted, source=str(source)
-            )  # fails where the published code has no such backbone
+            # Fails where the published code has no such backbone.
+            from_official(converted, source=str(source))
             save_checkpoint(converted, destination)
             say(f"{destination}: in the format of the published code")
         return

@@ -157,10 +157,8 @@ def _try_to_draw(
             window = (slice(top, top + extent), slice(left, left + extent))
             alpha, texture = _shape(rng, extent, side, int(class_index))
             below = object_map[window]
-            alpha, texture = (
-                alpha[: below.shape[0], : below.shape[1]],
-                texture[: below.shape[0], : below.shape[1]],
-            )
+            inner = (slice(below.shape[0]), slice(below.shape[1]))
+            alpha, texture = alpha[inner], texture[inner]
             inside = alpha >= 0.5
             covered = np.bincount(below[inside], minlength=num_objects + 1)
             covered[0] = 0
@@ -199,9 +197,8 @@ def _shape(rng: np.random.Generator, extent: int, side: float, class_index: int)
     x = cos * axis + sin * axis[:, None]
     y = cos * axis[:, None] - sin * axis
     alpha = np.clip(0.5 - distance(x, y) * (side / 2), 0, 1)
-    periods = np.float32(
-        side / 2 / max(4.0, side / 5)
-    )  # a period is a fifth of the object, at least 4 pixels
+    # A period is a fifth of the object, at least 4 pixels.
+    periods = np.float32(side / 2 / max(4.0, side / 5))
     return alpha, pattern(x * periods, y * periods)
 
 
