@@ -156,9 +156,12 @@ def find_annotation_files(path: Path, *, any_json: bool = False) -> list[SplitFi
     files = [folder / name for folder, name in found]
     split_names = [_split_name(file) for file in files]
     counts = Counter(split_names)
+    common = Path(os.path.commonpath([file.parent for file in files])) if files else path
     return [
         SplitFiles(
-            name if counts[name] == 1 else file.relative_to(path).as_posix(), file, _role_below(file, path)
+            name if counts[name] == 1 else file.relative_to(path).as_posix(),
+            file,
+            _role_below(file, path, common),
         )
         for name, file in zip(split_names, files, strict=True)
     ]
@@ -204,10 +207,15 @@ def _split_name(file: Path) -> str:
     return folder.name if stem.lower() in generic and role_in(folder.name) else stem
 
 
-def _role_below(file: Path, root: Path) -> Role | None:
-    """The role that the file or the nearest of its folders below the root says."""
-    names = [file.stem, *(folder.name for folder in file.parents if root in folder.parents)]
-    return next(filter(None, map(role_in, names)), None)
+def _role_below(file: Path, root: Path, common: Path) -> Role | None:
+    """The role that the file or the nearest of its folders below the root says.
+
+    A folder that contains all files (`common` or above) is a split only if that is its whole name: it may be that of
+    the dataset (`my test project`).
+    """
+    folders = [folder for folder in file.parents if root in folder.parents]
+    says = [role_in(folder.name) if common in folder.parents else role_of(folder.name) for folder in folders]
+    return next(filter(None, [role_in(file.stem), *says]), None)
 
 
 def dataset_folder(file: Path) -> Path:

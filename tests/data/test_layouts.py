@@ -161,6 +161,11 @@ def deeper_coco(root: Path) -> None:
         coco(root / "Set/export" / split / "_annotations.coco.json", root / "Set/export" / split, name)
 
 
+def folders_with_longer_names(root: Path) -> None:
+    coco(root / "export/my_train/labels.json", root / "export/my_train/data", "p")
+    coco(root / "export/my_val/labels.json", root / "export/my_val/data", "q")
+
+
 def labelme_beside(root: Path) -> None:
     coco(root / "annotations/train.json", root / "images", "p")
     coco(root / "annotations/val.json", root / "images", "q")
@@ -191,7 +196,8 @@ def voc_split_folders(root: Path) -> None:
     "layout",
     [
         upper_case, years, darknet, darknet_lists, darknet_of_roboflow, labelimg, paths_of_kaggle,
-        unnamed_folder_of_images, shared_folder_of_labels, notebook, upper_case_coco, deeper_coco, labelme_beside,
+        unnamed_folder_of_images, shared_folder_of_labels, notebook, upper_case_coco, deeper_coco,
+        folders_with_longer_names, labelme_beside,
         voc_subsets_of_cvat, voc_names_with_spaces, voc_split_folders,
     ],
 )  # fmt: skip
@@ -231,7 +237,9 @@ def test_the_name_of_the_dataset_is_no_split(root_name: str, tmp_path: Path) -> 
     coco(tmp_path / "coco" / root_name / "labels.json", tmp_path / "coco" / root_name / "data", "p", "q")
     yolo(tmp_path / root_name / "images", tmp_path / root_name / "labels", "p", "q")
     write(tmp_path / root_name / "classes.txt", "a\n")
-    for root in (tmp_path / "coco" / root_name, tmp_path / root_name):
+    (tmp_path / "above").mkdir()
+    shutil.copytree(tmp_path / "coco" / root_name, tmp_path / "above/my test project")
+    for root in (tmp_path / "coco" / root_name, tmp_path / root_name, tmp_path / "above"):
         assert [split.role for split in find_layout(root).splits] == [None] and names(root) == ["p", "q"]
 
 
