@@ -46,6 +46,7 @@ Budget = Literal["auto"] | float | MeanBudget
 
 def parse_budget(text: str) -> Budget:
     """The budget of a command line: `auto`, `0.15` or `mean:0.15`. Raises UserError."""
+    text = text.strip()
     if text == "auto":
         return "auto"
     try:

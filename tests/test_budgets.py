@@ -96,7 +96,7 @@ def test_models_that_cannot_have_a_budget_say_so(changes: dict, budget: Any, mes
 
 def test_budgets_of_a_command_line() -> None:
     assert parse_budget("auto") == "auto"
-    assert parse_budget("0.15") == 0.15
+    assert parse_budget(" 0.15") == 0.15
     assert parse_budget("mean:0.15") == MeanBudget(0.15)
     assert parse_budget(str(MeanBudget(0.15))) == MeanBudget(0.15)
     for text in ("mean", "mean:", "15%", "mean:2", "0", "nan", ""):

@@ -32,7 +32,7 @@ from ats_detr.evaluation import (
     evaluate_budgets,
 )
 from ats_detr.flops import count_flops
-from ats_detr.model import build_without_fetching
+from ats_detr.model import CompiledDetr, build_without_fetching
 from ats_detr.model.output import BudgetOptions
 from tests.model.test_detr import small_model
 from tests.training.small import write_small_chain
@@ -133,6 +133,8 @@ def test_budgets_that_share_a_backbone_pass_equal_single_evaluations(dataset: Co
         alone = evaluate(model, EvaluationLoader(dataset, **SIZES), "cpu", budget=budget)
         assert metrics.images == alone.images and metrics.precision == alone.precision
         assert detections is not None and metrics.num_budgets == (0 if "keep_ratio" in budget else 2)
+    compiled = evaluate_budgets(CompiledDetr(model), EvaluationLoader(dataset, **SIZES), "cpu", budgets[1:3])
+    assert [metrics.images for metrics, _ in compiled] == [metrics.images for metrics, _ in together[1:3]]
     assert together[2][0].budget_histogram == [NUM_IMAGES, 0]
     assert together[3][0].budget_histogram == [0, NUM_IMAGES]
 

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch.export import ExportedProgram
 
-from ats_detr.budgets import Budget
+from ats_detr.budgets import Budget, MeanBudget
 from ats_detr.cli import main
 from ats_detr.data.transforms import resized_size
 from ats_detr.detector import Detector
@@ -150,6 +150,18 @@ def test_a_fixed_ratio_applies_to_all_images(detector: Detector, images: list[Im
     assert_as_predicted(outputs, images, detector, budget=0.2)
     valid = [result.budget.num_valid_tokens for result in detector.predict(images)]
     assert outputs[3].tolist() == [int(number * 0.2) + 1 for number in valid]
+
+
+@pytest.mark.slow
+def test_the_cost_of_a_mean_is_part_of_the_graph(images: list[Image.Image]) -> None:
+    """The images have another mix of budgets than as trained."""
+    detector = small_detector()
+    means = detector.calibrate(images).mean_keep_ratios
+    as_trained = detector.calibration.mean_of(0.0)
+    budget = MeanBudget(next(mean for mean in means[1:-1] if abs(mean - as_trained) > 0.01))
+    outputs = run(export_program(detector, SIZE, budget=budget), images, detector)
+    assert_as_predicted(outputs, images, detector, budget=budget)
+    assert len(set(outputs[3].tolist())) > 1
 
 
 def test_invalid_arguments_raise_user_errors(detector: Detector, tmp_path: Path) -> None:

@@ -11,10 +11,10 @@ import sys
 from argparse import ArgumentParser, Namespace
 
 from ats_detr.budgets import CALIBRATION
-from ats_detr.checkpoint import add_to_checkpoint, read_own_file, resolve_checkpoint
+from ats_detr.checkpoint import SHIPPED, add_to_checkpoint, read_own_file, resolve_checkpoint
 from ats_detr.cli.options import CHECKPOINT, FAILURES
 from ats_detr.cli.predict import find_inputs
-from ats_detr.console import complain, say
+from ats_detr.console import complain, say, track
 from ats_detr.detector import Detector
 from ats_detr.errors import UserError
 from ats_detr.remote import is_remote
@@ -32,17 +32,21 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def run(arguments: Namespace) -> None:
     """Calibrate, store the result, and report the means that it reaches."""
-    if is_remote(arguments.checkpoint):
+    path = None if is_remote(arguments.checkpoint) else resolve_checkpoint(arguments.checkpoint)
+    if path is None or path.resolve().parent == SHIPPED:
         raise UserError(
-            f"{arguments.checkpoint}: a fetched checkpoint is not changed; make a copy first: ats-detr convert"
-            f" {arguments.checkpoint} FOLDER"
+            f"{arguments.checkpoint}: a fetched or shipped checkpoint is not changed; make a copy first: ats-detr"
+            f" convert {arguments.checkpoint} FOLDER"
         )
-    path = resolve_checkpoint(arguments.checkpoint)
     read_own_file(path)  # before the work
     images = find_inputs(arguments.paths).images
     detector = Detector.from_checkpoint(path, device=arguments.device)
     failures: list[Exception] = []
-    calibration = detector.calibrate(images, batch_size=arguments.batch_size, on_bad_image=failures.append)
+    calibration = detector.calibrate(
+        track(images, "calibrating", len(images)),
+        batch_size=arguments.batch_size,
+        on_bad_image=failures.append,
+    )
     add_to_checkpoint({CALIBRATION: calibration.to_dict()}, path)
     for failure in failures:
         complain(str(failure))

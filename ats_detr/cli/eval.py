@@ -97,8 +97,11 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def run(arguments: Namespace) -> None:
     """Evaluate one checkpoint."""
-    budgets = [parse_budget(text) for text in (arguments.budgets or arguments.budget).split(",")]
-    if arguments.budgets and (arguments.budget != "auto" or arguments.detections):
+    is_curve = arguments.budgets is not None
+    budgets = [
+        parse_budget(text) for text in (arguments.budgets if is_curve else arguments.budget).split(",")
+    ]
+    if is_curve and (arguments.budget != "auto" or arguments.detections):
         raise UserError("--budgets excludes --budget and --detections: omit them")
     path = resolve_checkpoint(arguments.checkpoint)
     if arguments.config:
@@ -111,7 +114,7 @@ def run(arguments: Namespace) -> None:
     with distributed.process_group(config.device, config.train.timeout_minutes) as device:
         run_log.configure()
         compiled = getattr(torch, arguments.compile) if arguments.compile else None
-        if arguments.budgets:
+        if is_curve:
             compare_budgets(config, path, output, device, budgets, split=arguments.split, compiled=compiled)
             return
         evaluate_checkpoint(
@@ -211,7 +214,11 @@ def compare_budgets(
         show_progress=console.is_terminal,
     )
     if distributed.is_main():
-        found = [(b, metrics, table) for b, (metrics, table) in zip(budgets, evaluated, strict=True) if table]
+        found = [
+            (b, metrics, table)
+            for b, (metrics, table) in zip(budgets, evaluated, strict=True)
+            if table is not None
+        ]
         points = budget_curve(found, loader.dataset.annotations, max_detections=max_detections)
         size = _most_common_size(config, loader)
         points = with_gflops(points, detector.model, size)

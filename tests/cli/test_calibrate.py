@@ -10,10 +10,11 @@ import torch
 from PIL import Image
 
 from ats_detr import Detector, MeanBudget, UserError
-from ats_detr.checkpoint import add_to_checkpoint, load_checkpoint
+from ats_detr.budgets import Calibration
+from ats_detr.checkpoint import SHIPPED, add_to_checkpoint, load_checkpoint
 from ats_detr.cli import main
 from ats_detr.data.images import images_in
-from tests.small_detector import save_small_detector, small_detector
+from tests.small_detector import SMALL, save_small_detector, small_detector
 from tests.test_budgets import pictures
 from tests.test_convert import ADAPTIVE, official_state, small_config
 
@@ -96,10 +97,9 @@ def test_published_and_fetched_checkpoints_are_not_changed(images: Path, tmp_pat
     with pytest.raises(UserError, match=f"convert it first: ats-detr convert {path}"):
         main(["calibrate", str(path), str(images)])
     assert path.read_bytes() == before
-    with pytest.raises(
-        UserError, match="is not changed; make a copy first: ats-detr convert hf://owner/repo"
-    ):
-        main(["calibrate", "hf://owner/repo", str(images)])
+    for name in ("hf://owner/repo", *(folder.name for folder in SHIPPED.iterdir())):
+        with pytest.raises(UserError, match=f"is not changed; make a copy first: ats-detr convert {name}"):
+            main(["calibrate", name, str(images)])
 
 
 def test_unreadable_images_are_skipped_with_exit_code_1(
@@ -129,3 +129,15 @@ def test_a_malformed_calibration_is_a_user_error(content: object, tmp_path: Path
     add_to_checkpoint({"budget_calibration": content}, path)
     with pytest.raises(UserError, match=r"model\.pt: .*invalid content under 'budget_calibration'"):
         load_checkpoint(path)
+
+
+@pytest.mark.slow
+def test_a_model_that_is_trained_from_a_calibrated_one_is_not_calibrated(tmp_path: Path) -> None:
+    path = save_small_detector(tmp_path / "model.pt")
+    add_to_checkpoint({"budget_calibration": Calibration((0.3, 0.6), (0.0,), (0.4,), 1).to_dict()}, path)
+    settings = [setting for setting in SMALL if "min_tokens" not in setting]
+    places = [f"output_dir={tmp_path / 'run'}", f"data.root={tmp_path / 'data'}"]
+    main(["train", "--config", "quickstart_weak", *settings, *places, f"train.init_from={path}"])
+    (trained,) = (tmp_path / "run").rglob("final.pt")
+    assert "budget_calibration" in load_checkpoint(path)
+    assert "budget_calibration" not in load_checkpoint(trained)
