@@ -267,7 +267,7 @@ class Detector:
             path: a folder, in which `model.safetensors`, `config.json` and a model card (README.md) are written; or a
                 file, .safetensors or .pt.
             dtype: of the weights in the file, such as bfloat16 for half of the size; they are loaded as float32 again.
-                None: as they are.
+                None: unchanged.
 
         Raises:
             UserError: if it cannot be written.

@@ -1,4 +1,4 @@
-"""Names of classes, files and folders are printed as they are by every command: markup in them has no effect."""
+"""Names of classes, files and folders are printed unchanged by every command: markup in them has no effect."""
 
 from __future__ import annotations
 

@@ -647,7 +647,7 @@ def test_what_does_not_run_is_not_reported(build: type[Called]) -> None:
         adapt(build())
 
 
-# ------------------------------------------------------------------------------------------------------ what is refused
+# ---------------------------------------------------------------------------------------------------------- what raises
 def test_what_was_looked_for_is_named_where_nothing_was_found() -> None:
     message = "no deformable attention in Linear: looked for modules of class MultiScaleDeformableAttention and for "
     with pytest.raises(

@@ -149,7 +149,7 @@ def test_shapes_on_the_cpu_follow_an_array_that_shares_their_memory() -> None:
 
 
 def test_shapes_are_read_once_for_all_layers_of_a_pass(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each reading waits for the GPU."""
+    """Each reading synchronizes with the GPU."""
     monkeypatch.setattr(torch.Tensor, "is_cpu", False)
     reads, tolist = [], torch.Tensor.tolist
     monkeypatch.setattr(torch.Tensor, "tolist", lambda self: reads.append(1) or tolist(self))
