@@ -392,21 +392,26 @@ class _CudaGraphs:
                 self._stream, self._pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
             self._wait()
             own_inputs = tuple(tensor.clone() for tensor in inputs)
-            caller, graph = torch.cuda.current_stream(), torch.cuda.CUDAGraph()
-            self._stream.wait_stream(caller)
+            # Another stream than that of the capture, which would use the cuBLAS workspace of the warm-up: it is not in
+            # the memory pool of the graph and may be freed.
+            caller, warm_up = torch.cuda.current_stream(), torch.cuda.Stream()
+            warm_up.wait_stream(caller)
+            try:
+                with torch.cuda.stream(warm_up), probing():
+                    for _ in range(_WARM_UP_PASSES):
+                        function(*own_inputs)
+            finally:  # the memory of the inputs may be used again
+                caller.wait_stream(warm_up)
+            graph = torch.cuda.CUDAGraph()
             # Restores the caller's stream after a capture that failed, which `torch.cuda.graph` does not.
-            with torch.cuda.stream(self._stream):
-                try:
-                    with probing():
-                        for _ in range(_WARM_UP_PASSES):
-                            function(*own_inputs)
-                finally:  # the memory of the inputs may be used again
-                    caller.wait_stream(self._stream)
+            with (
+                torch.cuda.stream(self._stream),
                 # Other threads may allocate during the capture (pinned memory, for example); this is not captured.
-                with torch.cuda.graph(
+                torch.cuda.graph(
                     graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
-                ):
-                    output = function(*own_inputs)
+                ),
+            ):
+                output = function(*own_inputs)
         return functools.partial(self._replay, graph, own_inputs, output)
 
     def _replay(
@@ -417,9 +422,7 @@ class _CudaGraphs:
             self._wait()
             for own, new in zip(own_inputs, inputs, strict=True):
                 own.copy_(new, non_blocking=True)
-                own.record_stream(
-                    torch.cuda.current_stream()
-                )  # the graph may be dropped while it is replayed
+                own.record_stream(torch.cuda.current_stream())  # outlives a graph dropped meanwhile
             graph.replay()
             copy = _copied(output)
             self._done = torch.cuda.Event()
