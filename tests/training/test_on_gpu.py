@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from ats_detr.config import Config, load_config
+from ats_detr.config import Config, TeachersConfig, load_config
 from ats_detr.model.detr import build_model
 from ats_detr.training.criterion import build_criterion, compute_losses
-from ats_detr.training.distillation import DualTeacher
+from ats_detr.training.distillation import DualTeacher, SelfTaught
 from ats_detr.training.optim import build_optimizer
-from ats_detr.training.setup import determinism
+from ats_detr.training.setup import determinism, self_taught
 from tests.training.small import random_batch
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
@@ -39,8 +39,8 @@ def test_training_steps_through_the_kernels(
 def take_steps(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     model = build_model(config.model, 7).to(DEVICE).train()
-    teachers = None
-    if config.teachers is not None:
+    teachers: DualTeacher | SelfTaught | None = self_taught(config)
+    if isinstance(config.teachers, TeachersConfig):
         teachers = DualTeacher(copy.deepcopy(model), copy.deepcopy(model))
     batch, targets = random_batch(1, [3, 5], size=256, num_classes=7)
     batch = batch.to(DEVICE)
