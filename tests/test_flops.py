@@ -6,6 +6,7 @@ import os
 
 import pytest
 import torch
+from torch import nn
 
 from ats_detr.batch import ImageBatch
 from ats_detr.config import BackboneConfig, ModelConfig, SelectorConfig
@@ -95,6 +96,33 @@ def test_the_published_convention_includes_training_outputs() -> None:
     )  # of the adaption layer, less those repeated in inference
     saved = published.total - needed.total
     assert saved * 2e9 == pytest.approx(unused + boxes + rows * head + projections)
+
+
+def test_the_count_equals_that_of_fvcore(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Except for self-attention of the decoder, whose fused operator fvcore does not count."""
+    fvcore = pytest.importorskip("fvcore.nn", reason="fvcore is not installed")
+    model = small_model(SelectorConfig(keep_ratio=0.3)).eval()
+
+    class Predictions(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, images_B3HW: torch.Tensor, sizes_B2: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            last = self.model.detect(images_B3HW, sizes_B2).last
+            return last.logits, last.boxes
+
+    images = batch()
+    monkeypatch.setenv("ATS_DETR_BACKEND", "reference")
+    analysis = fvcore.FlopCountAnalysis(Predictions(), (images.images_B3HW, images.sizes_B2))
+    analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
+    counted = count_flops(model, images)
+    for name in ("backbone", "selector", "encoder", "encoder.layers.0.feedforward"):
+        expected = analysis.by_module()[f"model.{name}"] / len(images)
+        assert counted.by_module[name] * 1e9 == pytest.approx(expected, rel=1e-9), name
+    self_attention = 2 * LAYERS * QUERIES * QUERIES * WIDTH
+    expected = analysis.total() / len(images) + self_attention
+    assert counted.total * 1e9 == pytest.approx(expected, rel=1e-9)
 
 
 def test_counting_does_not_modify_the_model() -> None:
