@@ -17,8 +17,10 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import difflib
 import json
 import logging
+import os
 import pickle
 import re
 import struct
@@ -40,13 +42,14 @@ from ats_detr.data.classes import ClassMap
 from ats_detr.errors import UserError
 from ats_detr.files import make_folder, replaced_file
 from ats_detr.model import Detr, build_without_fetching
-from ats_detr.remote import fetch, is_remote
+from ats_detr.remote import PUBLISHED, fetch, is_remote
 from ats_detr.text import first_line, mismatches
 from ats_detr.transformers_format import (
     PREPROCESSOR,
     from_transformers,
     is_transformers,
     read_json,
+    tensors_of,
     to_transformers,
 )
 
@@ -55,6 +58,15 @@ logger = logging.getLogger(__name__)
 _ZIP = b"PK\x03\x04"
 _OLD_TORCH_SAVE = pickle.dumps(torch.serialization.MAGIC_NUMBER, protocol=2)
 """First bytes of torch.save files, since and before torch 1.6."""
+_NOT_WEIGHTS = {
+    b"version https://git-lfs": "a pointer of Git LFS; fetch the file itself with `git lfs pull`",
+    b"<": "a web page; download the file itself",
+    b"{": "a JSON file; give the folder that holds it",
+    b"": "neither written by torch.save nor a .safetensors file",
+}
+"""What files with other first bytes are."""
+_TORCHSCRIPT = "/constants.pkl"
+"""Suffix of a name in the archive of a TorchScript program, which holds code."""
 _DAMAGE = (
     *(RuntimeError, EOFError, ValueError, LookupError, AttributeError, TypeError, MemoryError, OverflowError),
     *(struct.error, SafetensorError, zipfile.BadZipFile),
@@ -284,19 +296,28 @@ def read_file(path: str | Path) -> Any:
         if path.is_dir():
             return _from_folder(path)
         _require_regular(path)
-        if path.suffix == ".safetensors":
-            return _from_safetensors(path)
         with path.open("rb") as file:
-            beginning = file.read(len(_OLD_TORCH_SAVE))
-        if not beginning.startswith(_ZIP) and beginning != _OLD_TORCH_SAVE:
-            raise UserError(f"{path}: not a checkpoint (not written by torch.save)")
+            beginning = file.read(32)
+        if beginning[8:9] == b"{":  # after the length of the header
+            content = _from_safetensors(path)
+            if path.name == _MODEL_WEIGHTS and len(content) == 1:  # of a model folder
+                content |= read_json(path.with_name(MODEL_CONFIG))
+            return content
         if beginning.startswith(_ZIP):
             with zipfile.ZipFile(path) as archive:
                 size = sum(entry.file_size for entry in archive.infolist())
+                is_program = any(name.endswith(_TORCHSCRIPT) for name in archive.namelist())
             if size > path.stat().st_size:  # torch.save does not compress
                 raise UserError(f"{path}: rejected (compressed data, {size} bytes when unpacked)")
-        with torch.serialization.safe_globals(ALLOWED_TYPES):
-            return torch.load(path, map_location="cpu", weights_only=True)
+            if is_program:
+                raise UserError(f"{path}: rejected (a TorchScript program, not weights)")
+        elif not beginning.startswith(_OLD_TORCH_SAVE):
+            kind = next(text for start, text in _NOT_WEIGHTS.items() if beginning.startswith(start))
+            raise UserError(f"{path}: not a checkpoint ({kind})")
+        with path.open("rb") as file, torch.serialization.safe_globals(ALLOWED_TYPES):
+            return torch.load(
+                file, map_location="cpu", weights_only=True
+            )  # of a path it would read the suffix
     except OSError as error:
         raise UserError(f"{path}: cannot read this checkpoint ({error.strerror or error})") from error
     except pickle.UnpicklingError as error:
@@ -320,30 +341,35 @@ def _require_regular(path: Path) -> None:
 def _from_folder(folder: Path) -> dict[str, Any]:
     if not (folder / MODEL_CONFIG).is_file():
         raise UserError(f"{folder}: not a model folder, it has no {MODEL_CONFIG}")
-    others = json.loads((folder / MODEL_CONFIG).read_bytes())
-    if not isinstance(others, dict):
-        raise UserError(f"{folder / MODEL_CONFIG}: not the configuration of a model")
-    if "model_type" in others and not (folder / _MODEL_WEIGHTS).exists():
-        return {"model": _from_hub_files(folder), **others}
-    _require_regular(folder / _MODEL_WEIGHTS)
-    return {**_from_safetensors(folder / _MODEL_WEIGHTS), **others}
+    others = read_json(folder / MODEL_CONFIG)
+    if "model_type" in others:
+        return {**others, "model": _from_hub_files(folder)}
+    return {**read_file(folder / _MODEL_WEIGHTS), **others}
 
 
 def _from_hub_files(folder: Path) -> dict[str, Tensor]:
-    """The tensors of a folder of transformers whose weights are in several files, or in a pickle."""
-    tensors: dict[str, Tensor] = {}
+    """The tensors of a folder of transformers: one file or several, of safetensors or of torch.save."""
     for name in (_MODEL_WEIGHTS, "pytorch_model.bin"):
-        parts = [name]
-        if (folder / f"{name}.index.json").is_file():
-            parts = sorted(
-                set(json.loads((folder / f"{name}.index.json").read_bytes())["weight_map"].values())
-            )
-        for part in parts if all((folder / part).is_file() for part in parts) else ():
-            content = read_file(folder / Path(part).name)
-            tensors |= content["model"] if name == _MODEL_WEIGHTS else content
-        if tensors:
-            return tensors
-    raise UserError(f"{folder}: has a {MODEL_CONFIG} but no {_MODEL_WEIGHTS}")
+        parts, index = [name], folder / f"{name}.index.json"
+        if index.is_file() and not (folder / name).is_file():
+            listed = read_json(index).get("weight_map")
+            if not isinstance(listed, dict) or not all(isinstance(part, str) for part in listed.values()):
+                raise UserError(f"{index}: must have a weight_map, which names the file of each tensor")
+            parts = sorted({Path(part).name for part in listed.values()})
+            if missing := [part for part in parts if not (folder / part).is_file()]:
+                raise UserError(
+                    f"{folder}: {len(missing)} of the {len(parts)} files of its weights are missing, such as"
+                    f" {missing[0]}"
+                )
+        elif not (folder / name).exists():
+            continue
+        tensors: dict[str, Tensor] = {}
+        for part in parts:
+            tensors |= tensors_of(read_file(folder / part))
+        if not tensors:
+            raise UserError(f"{folder / parts[0]}: holds no tensors" if parts else f"{index}: names no files")
+        return tensors
+    raise UserError(f"{folder}: has a {MODEL_CONFIG} but no weights ({_MODEL_WEIGHTS} or pytorch_model.bin)")
 
 
 def _from_safetensors(path: Path) -> dict[str, Any]:
@@ -382,17 +408,18 @@ def resolve_checkpoint(source: str | Path) -> Path:
     path = Path(source)
     if is_remote(source):
         return fetch(source)
-    if path.is_file():
+    if os.path.isfile(path):  # the functions of pathlib raise where a name is too long
         return path
     for folder in (path, Path("runs") / path, SHIPPED / path):
-        if (folder / MODEL_CONFIG).is_file():
+        if os.path.isfile(folder / MODEL_CONFIG):
             return folder
         for candidate in (folder / "student" / FINISHED, folder / FINISHED):
-            if candidate.is_file():
+            if os.path.isfile(candidate):
                 return candidate
     raise UserError(
         f"{source}: no checkpoint; must be a file, a folder with {MODEL_CONFIG} and {_MODEL_WEIGHTS}, a finished run"
         " (its folder, or its name under runs/), hf://owner/repo, or a name that `ats-detr models` lists"
+        + (f", such as {near[0]}" if (near := difflib.get_close_matches(str(source), PUBLISHED, n=1)) else "")
     )
 
 
@@ -430,7 +457,8 @@ def _check_interpretation(config: Config, checkpoint: Mapping[str, Any], path: s
     """Raise UserError where settings that do not change names or shapes of the weights differ."""
     own, stored = config.model, config_of(checkpoint, path).model
     pairs: list[tuple[str, Any, Any]] = [
-        (key, getattr(own, key), getattr(stored, key)) for key in ("num_heads", "num_norm_groups")
+        ("num_heads", own.num_heads, stored.num_heads),
+        ("num_norm_groups", own.norm_groups, stored.norm_groups),
     ]
     if own.selector is not None and stored.selector is not None:
         pairs.append(("selector.scores", own.selector.scores, stored.selector.scores))

@@ -175,7 +175,8 @@ class ModelConfig(_Bounded):
     num_encoder_layers: int = _bounded(6, "> 0", most=100)
     num_decoder_layers: int = _bounded(6, "> 0", most=100)
     num_norm_groups: int | None = None
-    """Groups of the norm after each input projection. None: width / 8, which is the published 32 at 256 channels."""
+    """Groups of the norm after each input projection. None: width / 8, which is 32 at 256 channels. The published code
+    and transformers have 32 at every width; converted checkpoints keep that."""
     feedforward_width: int = _bounded(1024, "> 0", most=65_536)
     dropout: float = _bounded(0.1, "in [0, 1)")
     num_queries: int = _bounded(300, "> 0", most=100_000)
@@ -212,6 +213,11 @@ class ModelConfig(_Bounded):
     def adaptive(self) -> bool:
         """Whether the budget is chosen per image, which needs two teachers in training."""
         return self.selector is not None and self.selector.adaptive
+
+    @property
+    def norm_groups(self) -> int:
+        """`num_norm_groups`, or its default at this width."""
+        return self.num_norm_groups or (self.width // 8 if self.width % 8 == 0 else math.gcd(32, self.width))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -433,7 +439,7 @@ class TeacherConfig:
     config: str
     """YAML file of the teacher's training."""
     checkpoint: str | None = None
-    """Checkpoint of a finished teacher. None: the teacher is trained first, in the same run."""
+    """A finished teacher: anything that `--checkpoint` takes. None: the teacher is trained first, in the same run."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -72,6 +72,10 @@ _SWINS = {
     (192, 18): "swin_large_patch4_window7_224.ms_in22k_ft_in1k",
 }
 """(channels of the first stage, blocks of the third) -> name in timm."""
+_OPTIONS_OF_SHAPES = ("channels", "layers", "stem_width")
+"""Options of a backbone that differ only where the shapes of its tensors do."""
+PUBLISHED_NORM_GROUPS = 32
+"""Groups of the norms after the input projections in the published code and in transformers, at every width."""
 
 
 def is_official(content: Any) -> bool:
@@ -185,6 +189,7 @@ def detect_model(
         backbone=BackboneConfig(name=_detect_backbone(state), pretrained=False),
         selector=_detect_selector(state, arguments, notes),
         width=width,
+        num_norm_groups=None if width == 256 else PUBLISHED_NORM_GROUPS,
         num_heads=num_heads,
         num_levels=num_levels,
         num_points=num_points,
@@ -274,7 +279,11 @@ def _classes(num_rows: int) -> ClassMap:
 
 # ------------------------------------------------------------------------------------------ this package -> published
 def to_official(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
-    """A checkpoint of this package in the published format: {"model": every tensor under all of its names}."""
+    """A checkpoint of this package in the published format: every tensor under all of its names, and the settings that
+    names and shapes do not determine in the form of the command line.
+
+    Raises UserError where the published code has no such model.
+    """
     config = config_from_dict(checkpoint["config"]).model
     backbone = dataclasses.replace(config.backbone, pretrained=False)
     model = build_model(dataclasses.replace(config, backbone=backbone), checkpoint["num_classes"])
@@ -282,7 +291,43 @@ def to_official(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     for name, buffer in model.backbone.body.named_buffers():
         if name.endswith(_DERIVED):
             state[_BODY + name.replace("layers_", "layers.")] = buffer
-    return {"model": state}
+    content = {"model": state, "args": _arguments(config)}
+    wanted = _settings(config)
+    back = from_official(content, source="in the published format", keep_adaption=True)
+    found = _settings(config_from_dict(back["config"]).model)
+    if lost := [f"model.{key} = {value!r}" for key, value in wanted.items() if found[key] != value]:
+        raise UserError(f"the published code has no counterpart of {', '.join(lost)}")
+    return content
+
+
+def _arguments(config: ModelConfig) -> argparse.Namespace:
+    """The command line of the published code, as far as `from_official` reads it."""
+    selector = config.selector
+    budgets: dict[str, Any] = {}
+    if selector is not None:
+        budgets = {"min_ratio": selector.min_ratio, "max_ratio": selector.max_ratio}
+        budgets = budgets if selector.adaptive else {"rho": [selector.keep_ratio]}
+    return argparse.Namespace(
+        nheads=config.num_heads,
+        num_queries=config.num_queries,
+        dropout=config.dropout,
+        eff_specific_head=config.class_specific_proposals,
+        **budgets,
+    )
+
+
+def _settings(config: ModelConfig) -> dict[str, Any]:
+    """What outputs depend on, beside the weights. Averages over padding (`masked_mean`) are not compared."""
+    tree = config_to_dict(config)
+    options = {k: v for k, v in config.backbone.options.items() if k not in _OPTIONS_OF_SHAPES}
+    changes: dict[str, Any] = {
+        "backbone": (config.backbone.name.split(".")[0], options),
+        "num_norm_groups": config.norm_groups,
+        "num_decoder_points": config.num_decoder_points or config.num_points,
+    }
+    if config.selector is not None:
+        changes["selector"] = {**tree["selector"], "masked_mean": None}
+    return {**tree, **changes, "num_classes": None}
 
 
 # --------------------------------------------------------------------------------------------------- names of tensors

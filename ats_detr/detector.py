@@ -325,7 +325,7 @@ class Detector:
         Raises:
             ImageFileError: if an image cannot be read and `on_bad_image` is None.
             UserError: if a folder has no images, an array has an unsupported shape or dtype, an argument is out of
-                range, or the model cannot have the budget.
+                range, the model cannot have the budget, or its outputs are not finite.
         """
         return list(
             self.stream(
@@ -502,6 +502,12 @@ class Detector:
                 batch.to(self.device), scale_B4.to(self.device, non_blocking=True), max_detections, **options
             )
         detections_BN6, budgets = found.detections_BN6.cpu().numpy(), token_budgets(found.budgets_B3)
+        finite_B = np.isfinite(detections_BN6).all((1, 2))
+        if not finite_B.all():
+            raise UserError(
+                f"{images[int(finite_B.argmin())].name}: the scores or boxes of the model are not finite: its numbers"
+                " overflow; use another checkpoint"
+            )
         kept = _kept_tokens(found, batch) if keep_tokens else [None] * len(images)
         return [
             Result(

@@ -46,7 +46,8 @@ def make_folder(folder: Path) -> None:
 def replaced_file(path: Path, *, previous: Path | None = None) -> Iterator[BinaryIO]:
     """A new file that replaces `path` atomically, flushed to disk, where the context ends without an error.
 
-    Its temporary name, in the same folder, is unpredictable and never that of an existing file or link.
+    Its temporary name, in the same folder, is unpredictable and never that of an existing file or link. An OSError has
+    the name of `path`.
 
     Args:
         previous: new name of the file that is replaced. A crash between the two renames leaves only `previous`.
@@ -60,9 +61,11 @@ def replaced_file(path: Path, *, previous: Path | None = None) -> Iterator[Binar
         if previous is not None and path.exists():
             os.replace(path, previous)
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         with contextlib.suppress(OSError):
             temporary.unlink()
+        if isinstance(error, OSError) and error.filename == str(temporary):
+            raise OSError(error.errno, error.strerror, str(path)) from error
         raise
     descriptor = os.open(path.parent, os.O_RDONLY)
     try:

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
 from typing import Any, BinaryIO
+from urllib.parse import unquote
 
 from ats_detr.console import say, track
 from ats_detr.errors import UserError
@@ -25,8 +26,11 @@ from ats_detr.files import cache_folder, replaced_file
 from ats_detr.text import first_line
 
 _HUB = "hf://"
-_SOURCE = re.compile(r"hf://?(?P<repo>[\w.-]+/[\w.-]+?)(?:@(?P<revision>[^/@]+))?(?:/(?P<file>[^@]+))?")
-"""With one slash too: `Path` removes the second one."""
+_SOURCE = re.compile(
+    r"hf://?(?P<repo>[\w.-]+/[\w.-]+?)(?:@(?P<revision>refs/(?:pr|convert)/[^/@]+|[^/@]+))?(?:/(?P<file>[^@]+))?"
+)
+"""With one slash too: `Path` removes the second one. As in huggingface_hub, only the names of references have slashes;
+other revisions with slashes are written with %2F."""
 _WEIGHTS = (".safetensors", ".pth", ".pt", ".bin")
 _CONFIGS = ("config.json", "preprocessor_config.json")
 _CHUNK = 2**20
@@ -107,10 +111,14 @@ def fetch(source: object) -> Path:
         return _fetch_file(match, name) if match["file"] else _fetch_repository(match, name)
 
 
+def _revision(match: re.Match[str]) -> str | None:
+    return unquote(match["revision"]) if match["revision"] else None
+
+
 def _options(match: re.Match[str]) -> dict[str, Any]:
     return {
         "repo_id": match["repo"],
-        "revision": match["revision"],
+        "revision": _revision(match),
         "endpoint": os.environ.get("HF_ENDPOINT"),
     }
 
@@ -174,7 +182,7 @@ def _cached_folder(match: re.Match[str]) -> Path | None:
     from huggingface_hub.file_download import repo_folder_name
 
     root = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=match["repo"], repo_type="model")
-    revision = match["revision"] or constants.DEFAULT_REVISION
+    revision = _revision(match) or constants.DEFAULT_REVISION
     reference = root / "refs" / revision
     folder = root / "snapshots" / (reference.read_text().strip() if reference.is_file() else revision)
     return folder if folder.is_dir() else None
@@ -216,11 +224,16 @@ def _errors(name: str, file: str | None) -> Iterator[None]:
     except errors.HFValidationError as error:
         raise UserError(f"{wanted}: {first_line(error)}") from None
     except Exception as error:  # network errors of several libraries, and full disks
+        cause = error.__cause__ or error
+        status = getattr(getattr(cause, "response", None), "status_code", None)
+        if status in (401, 403):
+            raise UserError(
+                f"{wanted}: access denied (HTTP status {status}); set HF_TOKEN to a token that may read it"
+            ) from None
         if constants.HF_HUB_OFFLINE:
             raise UserError(
                 f"{wanted}: not in the cache ({constants.HF_HUB_CACHE}), and HF_HUB_OFFLINE is set"
             ) from None
-        cause = error.__cause__ or error
         raise UserError(
             f"{wanted}: cannot be fetched ({first_line(cause)}), and it is not in the cache; try again, or download"
             " it and give its path"

@@ -8,16 +8,16 @@ written.
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ats_detr.config import (
-    BackboneConfig,
     Config,
     ConfigError,
     DataConfig,
@@ -25,16 +25,40 @@ from ats_detr.config import (
     config_from_dict,
     config_to_dict,
 )
-from ats_detr.data.classes import ClassMap
+from ats_detr.convert import PUBLISHED_NORM_GROUPS
+from ats_detr.data.classes import MAX_ROWS, ClassMap
+from ats_detr.data.transforms import IMAGE_MEAN, IMAGE_STD
 from ats_detr.errors import UserError
-from ats_detr.model import build_model
-from ats_detr.text import mismatches, run_name
+from ats_detr.model import Detr, build_model, build_without_fetching
+from ats_detr.model.fusion import activation_of, is_norm
+from ats_detr.text import first_line, mismatches, run_name
 
 MODEL_TYPE = "deformable_detr"
-_NUM_GROUPS = 32
-"""Groups of the norms after the input projections, at every width."""
 PREPROCESSOR = "preprocessor_config.json"
-_MEAN, _STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+_DEFAULTS: dict[str, Any] = {
+    **{"d_model": 256, "encoder_layers": 6, "decoder_layers": 6, "num_queries": 300, "dropout": 0.1},
+    **{"encoder_attention_heads": 8, "encoder_ffn_dim": 1024, "encoder_n_points": 4},
+    **{"decoder_attention_heads": 8, "decoder_ffn_dim": 1024, "decoder_n_points": 4},
+    **{"num_feature_levels": 4, "two_stage_num_proposals": 300, "two_stage": False, "with_box_refine": False},
+    **{"num_labels": 2, "backbone": "resnet50"},
+}
+"""Of settings that config.json omits."""
+_PREPROCESSING: dict[str, Any] = {
+    **{"do_resize": True, "do_rescale": True, "do_normalize": True, "resample": 2, "rescale_factor": 1 / 255},
+    **{"image_mean": list(IMAGE_MEAN), "image_std": list(IMAGE_STD)},
+}
+"""The preprocessing of this package, and transformers' default. `resample` 2 is bilinear."""
+_WITHOUT_EFFECT = ("do_pad", "do_convert_rgb", "do_convert_annotations")
+"""Steps that do not change a single image."""
+_NORM_EPS = 1e-5
+_PROCESSORS = re.compile(r"(Deformable|Conditional)?Detr(ImageProcessor|FeatureExtractor)(Fast|Pil)?")
+_SIZE = {"shortest_edge": 800, "longest_edge": 1333}
+_OUT_INDICES = [2, 3, 4]
+_OUTPUTS: dict[str, tuple[Any, ...]] = {
+    **{"out_indices": (_OUT_INDICES, [-3, -2, -1]), "output_stride": (32,)},
+    **{"in_chans": (3,), "features_only": (True,)},
+}
+"""Allowed values of settings of a backbone: its feature maps have the strides 8, 16 and 32."""
 _BACKBONE = "model.backbone.conv_encoder.model."
 # (own name, name on the Hub); {} matches the same part of both names. The first match applies.
 _NAMES = (
@@ -93,13 +117,17 @@ _WIDTHS = [64, 128, 256, 512]
 
 def is_transformers(content: Any) -> bool:
     """Whether the content of a file or a folder is a model of transformers, of any type."""
+    has_type = isinstance(content, Mapping) and isinstance(content.get("model_type"), str)
+    return has_type or any(map(_LAYER.fullmatch, tensors_of(content)))
+
+
+def tensors_of(content: Any) -> dict[str, Tensor]:
+    """The tensors of a state dict, alone or under the key of a training code, without the prefixes of wrappers.
+
+    Empty for content of another kind.
+    """
     if not isinstance(content, Mapping):
-        return False
-    return isinstance(content.get("model_type"), str) or any(map(_LAYER.fullmatch, _tensors(content)))
-
-
-def _tensors(content: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The tensors of a state dict, alone or under the key of a training code, without the prefixes of wrappers."""
+        return {}
     for key in ("model", "state_dict", "model_state_dict"):
         if isinstance(content.get(key), Mapping):
             content = content[key]
@@ -114,7 +142,7 @@ def from_transformers(content: Mapping[str, Any], *, source: str) -> dict[str, A
     """A model of transformers in the format of this package, as `load_checkpoint` returns it.
 
     Args:
-        content: tensors (see `_tensors`) and the entries of config.json; `preprocessor` those of
+        content: tensors (see `tensors_of`) and the entries of config.json; `preprocessor` those of
             preprocessor_config.json, where there is such a file.
         source: name of the file in error messages.
 
@@ -124,30 +152,35 @@ def from_transformers(content: Mapping[str, Any], *, source: str) -> dict[str, A
     kind = content.get("model_type")
     if kind is None:
         raise UserError(
-            f"{source}: a Deformable DETR of transformers, whose settings are in config.json; put that file beside it,"
-            " or give the folder"
+            f"{source}: a model of transformers, whose settings are in config.json; put that file beside it, or give"
+            " the folder"
         )
     if kind != MODEL_TYPE:
         raise UserError(
             f"{source}: model_type = {kind!r} in config.json: of transformers only {MODEL_TYPE} is read"
         )
     try:
-        classes = _classes(content)
-        model_config = _model_config(content)
-        data = _data_config(content.get("preprocessor"))
-        tree = {"name": run_name(source), "model": config_to_dict(model_config), "data": data}
-        config = config_from_dict(tree)  # checks the bounds of all sizes
+        data = _data_config(content.get("preprocessor") or {})
     except ConfigError as error:
+        raise UserError(f"{source}: {PREPROCESSOR}: {error}") from error
+    about = {**_DEFAULTS, **{key: value for key, value in content.items() if value is not None}}
+    try:
+        classes = _classes(about)
+        config = config_from_dict({"name": run_name(source), "model": _model_config(about), "data": data})
+        with torch.device("meta"):
+            model = build_model(config.model, classes.num_rows).eval()
+    except (UserError, TypeError, ValueError) as error:
         raise UserError(f"{source}: config.json: {error}") from error
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        if isinstance(error, UserError):
-            raise UserError(f"{source}: {error}") from error
-        reason = f"no setting {error}" if isinstance(error, KeyError) else str(error)
-        raise UserError(f"{source}: config.json: {reason}") from error
-    with torch.device("meta"):
-        own = build_model(config.model, classes.num_rows).state_dict()
+    if reason := _difference_of_backbone(model):
+        raise UserError(f"{source}: backbone {config.model.backbone.name}: {reason}")
     return {
-        "model": _rename(_tensors(content), own, config.model, source),
+        "model": _rename(
+            tensors_of(content),
+            model.state_dict(),
+            config.model,
+            source,
+            tied=content.get("tie_word_embeddings") is not False,
+        ),
         "config": config_to_dict(config),
         "num_classes": classes.num_rows,
         "classes": classes.to_dict(),
@@ -160,7 +193,8 @@ def from_transformers(content: Mapping[str, Any], *, source: str) -> dict[str, A
     }
 
 
-def _model_config(about: Mapping[str, Any]) -> ModelConfig:
+def _model_config(about: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of the model in the form of a configuration file, whose types and bounds are not checked yet."""
     required = {
         "activation_function": "relu",
         "position_embedding_type": "sine",
@@ -173,36 +207,43 @@ def _model_config(about: Mapping[str, Any]) -> ModelConfig:
             raise ConfigError(key, about[key], f"must be {value!r}: this package has no other")
     two_stage, refine = (_flag(about, key) for key in ("two_stage", "with_box_refine"))
     encoder_points, decoder_points = about["encoder_n_points"], about["decoder_n_points"]
-    return ModelConfig(
-        backbone=_backbone_config(about),
-        width=about["d_model"],
-        num_heads=about["encoder_attention_heads"],
-        num_levels=about["num_feature_levels"],
-        num_norm_groups=None if about["d_model"] == 256 else _NUM_GROUPS,
-        num_points=encoder_points,
-        num_decoder_points=None if decoder_points == encoder_points else decoder_points,
-        num_encoder_layers=about["encoder_layers"],
-        num_decoder_layers=about["decoder_layers"],
-        feedforward_width=about["encoder_ffn_dim"],
-        dropout=float(about.get("dropout", 0.1)),
-        num_queries=about["two_stage_num_proposals"] if two_stage else about["num_queries"],
-        two_stage=two_stage,
-        box_refine=refine,
-    )
+    return {
+        "backbone": {"pretrained": False, **_backbone_config(about)},
+        "width": about["d_model"],
+        "num_heads": about["encoder_attention_heads"],
+        "num_levels": about["num_feature_levels"],
+        "num_norm_groups": None if about["d_model"] == 256 else PUBLISHED_NORM_GROUPS,
+        "num_points": encoder_points,
+        "num_decoder_points": None if decoder_points == encoder_points else decoder_points,
+        "num_encoder_layers": about["encoder_layers"],
+        "num_decoder_layers": about["decoder_layers"],
+        "feedforward_width": about["encoder_ffn_dim"],
+        "dropout": about["dropout"],
+        "num_queries": about["two_stage_num_proposals"] if two_stage else about["num_queries"],
+        "two_stage": two_stage,
+        "box_refine": refine,
+    }
 
 
 def _flag(about: Mapping[str, Any], key: str) -> bool:
-    if type(about.get(key, False)) is not bool:
+    if type(about[key]) is not bool:
         raise ConfigError(key, about[key], "must be true or false")
-    return about.get(key, False)
+    return about[key]
 
 
-def _backbone_config(about: Mapping[str, Any]) -> BackboneConfig:
-    nested = about.get("backbone_config")
-    nested = nested if isinstance(nested, Mapping) else {}
+def _backbone_config(about: Mapping[str, Any]) -> dict[str, Any]:
+    nested, options = about.get("backbone_config", {}), about.get("backbone_kwargs", {})
+    for section, settings in (("backbone_config", nested), ("backbone_kwargs", options)):
+        if not isinstance(settings, Mapping):
+            raise ConfigError(section, settings, "must be an object")
+        for key, value in settings.items():
+            allowed = _OUTPUTS.get(key, (value,) if settings is nested else ())
+            if value is not None and value not in allowed:
+                fix = f"must be {allowed[0]}" if allowed else "this package has no such option"
+                raise ConfigError(f"{section}.{key}", value, fix)
     kind = nested.get("model_type")
     if kind == "resnet":
-        return _resnet_config(nested)
+        return _resnet_config({key: value for key, value in nested.items() if value is not None})
     name = nested.get("backbone") if kind == "timm_backbone" else about.get("backbone")
     if (
         kind not in (None, "timm_backbone")
@@ -211,63 +252,107 @@ def _backbone_config(about: Mapping[str, Any]) -> BackboneConfig:
     ):
         found = kind or name
         raise ConfigError("backbone", found, "must be a model of timm or a ResNet of transformers")
-    return BackboneConfig(name=name, pretrained=False)
+    return {"name": name}
 
 
-def _resnet_config(about: Mapping[str, Any]) -> BackboneConfig:
+def _resnet_config(about: Mapping[str, Any]) -> dict[str, Any]:
     """The timm model of transformers' ResNet."""
     kind = about.get("layer_type", "bottleneck")
     required: dict[str, Any] = {
         **{"layer_type": kind if kind in _RESNETS else "basic or bottleneck", "hidden_act": "relu"},
         **{"downsample_in_first_stage": False, "downsample_in_bottleneck": False, "embedding_size": 64},
+        "out_features": ["stage2", "stage3", "stage4"],
     }
     for key, value in required.items():
         if about.get(key, value) != value:
-            raise ConfigError(f"backbone_config.{key}", about[key], f"must be {value!r}: timm has no other")
+            raise ConfigError(
+                f"backbone_config.{key}", about[key], f"must be {value!r}: this package has no other"
+            )
     expansion = 4 if kind == "bottleneck" else 1
-    depths = list(about.get("depths", [3, 4, 6, 3]))
-    widths = [width // expansion for width in about.get("hidden_sizes", [256, 512, 1024, 2048])]
+    depths, sizes = about.get("depths", [3, 4, 6, 3]), about.get("hidden_sizes", [256, 512, 1024, 2048])
+    for key, value in (("depths", depths), ("hidden_sizes", sizes)):
+        if not (isinstance(value, list) and all(type(entry) is int for entry in value)):
+            raise ConfigError(f"backbone_config.{key}", value, "must be a list of integers")
+    widths = [size // expansion for size in sizes]
     name = next((name for name in _RESNETS[kind] if _DEPTHS[name] == depths), _RESNETS[kind][0])
     options = {} if depths == _DEPTHS[name] else {"layers": depths}
     if widths != _WIDTHS:
         options["channels"] = widths
-    return BackboneConfig(name=name, pretrained=False, options=options)
+    return {"name": name, "options": options}
 
 
 def _classes(about: Mapping[str, Any]) -> ClassMap:
     """Rows and names by `id2label`; `N/A`, of COCO's unused ids, is no class."""
-    labels = about.get("id2label")
-    if labels is None:
-        labels = {
-            i: f"LABEL_{i}" for i in range(about.get("num_labels", 2))
-        }  # transformers omits its default
-    by_row = {int(key): str(name) for key, name in labels.items()}
-    if sorted(by_row) != list(range(len(by_row))) or not by_row:
-        raise ConfigError("id2label", sorted(by_row)[:5], "must have the keys 0, 1, 2, ...")
+    number = about["num_labels"]
+    if type(number) is not int or not 0 < number <= MAX_ROWS:
+        raise ConfigError("num_labels", number, f"must be an integer in 1..{MAX_ROWS}")
+    labels = about.get("id2label", {i: f"LABEL_{i}" for i in range(number)})  # transformers omits its default
+    fix = "must be an object with the keys 0, 1, 2, ... without gaps and the names of the classes"
+    try:
+        by_row = {int(key): name for key, name in labels.items()}
+    except (AttributeError, ValueError):
+        raise ConfigError("id2label", labels, fix) from None
+    if not by_row or sorted(by_row) != list(range(len(labels))):
+        raise ConfigError("id2label", sorted(by_row)[:5], fix)
+    if wrong := [name for name in by_row.values() if type(name) not in (str, int)]:
+        raise ConfigError("id2label", wrong[0], fix)
     rows = tuple(row for row in sorted(by_row) if by_row[row] != "N/A")
-    names = tuple(by_row[row] for row in rows)
+    names = tuple(str(by_row[row]) for row in rows)
     return ClassMap(num_rows=len(by_row), rows=rows, category_ids=rows, names=names)
 
 
-def _data_config(about: Any) -> dict[str, Any]:
-    """The size of images by preprocessor_config.json."""
-    if not isinstance(about, Mapping):
-        return {}
-    for key, value in (("image_mean", _MEAN), ("image_std", _STD)):
-        if about.get(key, value) != value:
-            raise ConfigError(f"{PREPROCESSOR}: {key}", about[key], f"must be {value}")
-    size = about.get("size")
-    size = (
-        size if isinstance(size, Mapping) else {"shortest_edge": size, "longest_edge": about.get("max_size")}
-    )
-    sides = {"short_side": size.get("shortest_edge"), "long_side": size.get("longest_edge")}
-    return {key: side for key, side in sides.items() if type(side) is int}
+def _data_config(about: Mapping[str, Any]) -> dict[str, Any]:
+    """The size of images by preprocessor_config.json. Raises ConfigError for a step that this package has not."""
+    kind = about.get("image_processor_type") or about.get("feature_extractor_type")
+    if kind is not None and not (isinstance(kind, str) and _PROCESSORS.fullmatch(kind)):
+        raise ConfigError("image_processor_type", kind, "must be DeformableDetrImageProcessor")
+    for key, value in about.items():
+        own = _PREPROCESSING.get(key)
+        if value is None or (own is not None and _is_close(value, own)):
+            continue
+        has_step = key.startswith("do_") and value is not False and key not in _WITHOUT_EFFECT
+        if own is not None or has_step or key in ("pad_size", "crop_size"):
+            raise ConfigError(key, value, f"must be {'omitted' if own is None else own}")
+    size = _SIZE if about.get("size") is None else about["size"]
+    if not isinstance(size, Mapping):  # of old files
+        size = {"shortest_edge": size, "longest_edge": about.get("max_size") or _SIZE["longest_edge"]}
+    size = {key: side for key, side in size.items() if side is not None}
+    if set(size) != set(_SIZE) or not all(type(side) is int and side > 0 for side in size.values()):
+        fix = "must have shortest_edge and longest_edge, integers > 0: images keep their aspect ratio"
+        raise ConfigError("size", size, fix)
+    return {"short_side": size["shortest_edge"], "long_side": size["longest_edge"]}
+
+
+def _is_close(value: Any, own: Any) -> bool:
+    """Whether two numbers, or lists of numbers, agree to six digits."""
+    if isinstance(own, list):
+        return isinstance(value, list) and len(value) == len(own) and all(map(_is_close, value, own))
+    return type(value) in (bool, int, float) and math.isclose(value, own, rel_tol=1e-6)
+
+
+def _difference_of_backbone(model: Detr) -> str:
+    """Why transformers computes other feature maps from the same weights; empty if it does not.
+
+    It replaces each batch norm of timm by an affine map with a fixed epsilon and without the activation that some of
+    them include, and reads the maps 2, 3 and 4.
+    """
+    body: Any = model.backbone.body
+    if list(body.feature_info.out_indices) != _OUT_INDICES:
+        return "its maps 2, 3 and 4, which transformers reads, do not have the strides 8, 16 and 32"
+    for norm in filter(is_norm, body.modules()):
+        if not isinstance(activation_of(norm), nn.Identity) or norm.eps != _NORM_EPS:
+            return "transformers omits the activations of its norms, or changes their epsilon"
+    return ""
 
 
 def _rename(
-    state: Mapping[str, Tensor], own: Mapping[str, Tensor], config: ModelConfig, source: str
+    state: Mapping[str, Tensor], own: Mapping[str, Tensor], config: ModelConfig, source: str, *, tied: bool
 ) -> dict[str, Tensor]:
-    """The tensors under the names of this package. Names and shapes must match exactly."""
+    """The tensors under the names of this package. Names and shapes must match exactly.
+
+    Args:
+        tied: heads that are missing are that of the first layer, stored once.
+    """
     found: dict[str, Tensor] = {}
     for name, tensor in state.items():
         if name.endswith("num_batches_tracked"):
@@ -297,8 +382,8 @@ def _rename(
             del found[name]  # one head for all layers
     for name in expected:
         head = _HEAD.fullmatch(name)
-        if head and name not in found and f"{head[1]}_embed.0.{head[3]}" in found:
-            found[name] = found[f"{head[1]}_embed.0.{head[3]}"].clone()  # tied, stored once
+        if tied and head and name not in found and f"{head[1]}_embed.0.{head[3]}" in found:
+            found[name] = found[f"{head[1]}_embed.0.{head[3]}"].clone()
     if problem := mismatches(expected, found):
         raise UserError(f"{source}: tensors and config.json disagree ({problem})")
     return {
@@ -344,7 +429,7 @@ def to_transformers(
     """
     config = config_from_dict(checkpoint["config"])
     model = config.model
-    _check_expressible(model)
+    _check_expressible(config)
     state = {
         hub: part.contiguous().clone()
         for name, tensor in checkpoint["model"].items()
@@ -364,19 +449,23 @@ def to_transformers(
     )
 
 
-def _check_expressible(model: ModelConfig) -> None:
-    groups = model.num_norm_groups or model.width // 8
+def _check_expressible(config: Config) -> None:
+    model = config.model
+    groups, theirs = model.norm_groups, PUBLISHED_NORM_GROUPS
     reasons = {
-        f"model.num_norm_groups = {groups}, which is {_NUM_GROUPS} there": groups != _NUM_GROUPS,
+        f"model.num_norm_groups = {groups}, which is {theirs} there": groups != theirs,
         "model.selector": model.selector is not None,
         "model.queries_from_memory": model.queries_from_memory,
         "model.class_specific_proposals": model.class_specific_proposals,
         "model.backbone.options": bool(model.backbone.options),
         "model.two_stage without model.box_refine": model.two_stage and not model.box_refine,
-        f"model.backbone.name = {model.backbone.name}": model.backbone.name.startswith("swin"),
     }
     if found := [key for key, holds in reasons.items() if holds]:
         raise UserError(f"transformers' Deformable DETR has no counterpart of {', '.join(found)}")
+    with torch.device("meta"):
+        whole = build_without_fetching(config, 1).eval()
+    if reason := _difference_of_backbone(whole):
+        raise UserError(f"model.backbone.name = {model.backbone.name}: {reason}")
 
 
 def _hub_config(config: Config, classes: ClassMap) -> dict[str, Any]:
@@ -417,14 +506,9 @@ def _hub_config(config: Config, classes: ClassMap) -> dict[str, Any]:
 def _hub_preprocessor(data: DataConfig) -> dict[str, Any]:
     return {
         "image_processor_type": "DeformableDetrImageProcessor",
-        "do_resize": True,
         "size": {"shortest_edge": data.short_side, "longest_edge": data.long_side},
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "do_normalize": True,
-        "image_mean": _MEAN,
-        "image_std": _STD,
         "do_pad": True,
+        **_PREPROCESSING,
     }
 
 
@@ -435,7 +519,7 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: cannot be read ({error})") from None
+        raise UserError(f"{path}: not a readable JSON file ({first_line(error)})") from None
     if not isinstance(content, dict):
         raise UserError(f"{path}: must be a JSON object")
     return content

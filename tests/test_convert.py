@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import os
 import pickle
 import subprocess
@@ -25,7 +26,14 @@ from ats_detr.checkpoint import (
     save_checkpoint,
 )
 from ats_detr.cli import main
-from ats_detr.config import BackboneConfig, ModelConfig, SelectorConfig, config_from_dict
+from ats_detr.config import (
+    BackboneConfig,
+    Config,
+    ModelConfig,
+    SelectorConfig,
+    config_from_dict,
+    config_to_dict,
+)
 from ats_detr.convert import COCO_CLASSES, from_official, is_official, official_names, to_official
 from ats_detr.data.coco import COCO_2017_IDS, ClassMap
 from ats_detr.errors import UserError
@@ -40,6 +48,7 @@ def small_config(**changes: Any) -> ModelConfig:
         "backbone": BackboneConfig(name="resnet18.tv_in1k", pretrained=False),
         "selector": SelectorConfig(keep_ratio=0.1, masked_mean=False),
         "width": 64,
+        "num_norm_groups": 32,
         "num_levels": 4,
         "num_points": 2,
         "num_encoder_layers": 3,
@@ -169,6 +178,47 @@ def test_a_file_that_does_not_match_a_model_exactly_is_rejected(damage: Any, mes
     damage(state)
     with pytest.raises(UserError, match=message):
         from_official(state, source="x.pth")
+
+
+@pytest.mark.parametrize(
+    ("changes", "lost"),
+    [
+        ({"num_norm_groups": None}, r"model\.num_norm_groups = 8"),
+        ({"num_norm_groups": 16}, r"model\.num_norm_groups = 16"),
+        ({"selector": dataclasses.replace(ADAPTIVE, num_budgets=3)}, r"rate\.2\.weight"),
+        ({"selector": dataclasses.replace(ADAPTIVE, min_tokens=100)}, "'min_tokens': 100"),
+        (
+            {"backbone": BackboneConfig(name="resnet18", options={"act_layer": "silu"})},
+            r"model\.backbone = \('resnet18', \{'act_layer': 'silu'\}\)",
+        ),
+        (
+            {"backbone": BackboneConfig(name="resnet18d")},
+            "in the published format: not a model of this family",
+        ),
+        ({"backbone": BackboneConfig(name="resnet26")}, "in the published format: .*backbone"),
+    ],
+)
+def test_a_model_that_the_published_code_lacks_is_not_written_in_its_format(
+    changes: dict[str, Any], lost: str
+) -> None:
+    config = small_config(**changes)
+    config = dataclasses.replace(config, backbone=dataclasses.replace(config.backbone, pretrained=False))
+    checkpoint = {"model": build_model(config, 7).state_dict(), "num_classes": 7}
+    with pytest.raises(UserError, match=lost):
+        to_official({**checkpoint, "config": config_to_dict(Config(model=config))})
+
+
+def test_settings_that_tensors_do_not_determine_survive_both_directions() -> None:
+    """Heads, queries, budgets and the kind of head were those of the defaults before."""
+    for changes in (
+        {"num_heads": 4, "num_points": 4, "num_queries": 25, "dropout": 0.0},
+        {"selector": SelectorConfig(keep_ratio=0.35, masked_mean=False), "class_specific_proposals": False},
+        {"selector": SelectorConfig(min_ratio=0.3, max_ratio=0.6, masked_mean=False)},
+    ):
+        config = small_config(**changes)
+        checkpoint = {"model": build_model(config, 7).state_dict(), "num_classes": 7}
+        back = from_official(to_official({**checkpoint, "config": config_to_dict(Config(model=config))}))
+        assert config_from_dict(back["config"]).model == config and back["notes"] == []
 
 
 # -------------------------------------------------------------------------------------------------------- safe loading

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import copy
 import os
+import re
 import signal
 import socket
 import zipfile
@@ -16,7 +17,13 @@ import pytest
 import torch
 from PIL import Image
 
-from ats_detr.checkpoint import load_checkpoint, load_model, save_checkpoint, save_folder
+from ats_detr.checkpoint import (
+    load_checkpoint,
+    load_model,
+    resolve_checkpoint,
+    save_checkpoint,
+    save_folder,
+)
 from ats_detr.cli import main
 from ats_detr.config import BackboneConfig, ModelConfig, SelectorConfig, load_config
 from ats_detr.convert import from_official, is_official, official_names
@@ -298,6 +305,70 @@ def test_an_unknown_file_is_described(content: Any, tmp_path: Path) -> None:
     message = rejected(tmp_path / "unknown.pt")
     assert "not a checkpoint of this package, of the published code or of" in message
     assert "is a checkpoint of this package" not in message
+
+
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a21461\nsize 12345\n"
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors", ".bin"])
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (LFS, "a pointer of Git LFS; fetch the file itself with `git lfs pull`"),
+        (b"<!DOCTYPE html><html>", "a web page; download the file itself"),
+        (b'{"model_type": "detr"}', "a JSON file; give the folder that holds it"),
+        (b"hello", "neither written by torch.save nor a .safetensors file"),
+        (b"", "neither written by torch.save nor a .safetensors file"),
+    ],
+)
+def test_a_file_of_another_kind_is_named(content: bytes, message: str, suffix: str, tmp_path: Path) -> None:
+    path = tmp_path / f"file{suffix}"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=re.escape(f"file{suffix}: not a checkpoint ({message})")):
+        load_checkpoint(path)
+
+
+def test_the_content_of_a_file_decides_not_its_suffix(honest: dict[str, Any], tmp_path: Path) -> None:
+    for suffix, other in ((".pt", ".safetensors"), (".safetensors", ".pt"), (".safetensors", ".bin")):
+        path = write(honest, tmp_path, suffix).rename(tmp_path / f"renamed{other}")
+        assert load_checkpoint(path)["classes"] == honest["classes"]
+    torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), tmp_path / "program.pt")
+    with pytest.raises(UserError, match="a TorchScript program, not weights"):
+        load_checkpoint(tmp_path / "program.pt")
+
+
+def test_a_file_of_a_model_folder_stands_for_the_folder(honest: dict[str, Any], tmp_path: Path) -> None:
+    save_folder(honest, tmp_path)
+    found, expected = (load_checkpoint(path) for path in (tmp_path / "model.safetensors", tmp_path))
+    assert found["config"] == expected["config"]
+
+
+def test_parts_of_weights_that_are_missing_are_named(tmp_path: Path) -> None:
+    index = tmp_path / "model.safetensors.index.json"
+    (tmp_path / "config.json").write_text('{"model_type": "deformable_detr"}')
+    for listed, message in (
+        (None, r"has a config\.json but no weights \(model\.safetensors or pytorch_model\.bin\)"),
+        ("{", r"index\.json: not a readable JSON file"),
+        ("{}", r"index\.json: must have a weight_map"),
+        ('{"weight_map": {"a": 1}}', r"index\.json: must have a weight_map"),
+        ('{"weight_map": {}}', r"index\.json: names no files"),
+        (
+            '{"weight_map": {"a": "../1.safetensors", "b": "2.safetensors"}}',
+            "2 of the 2 files .* missing, such as 1",
+        ),
+    ):
+        if listed is not None:
+            index.write_text(listed)
+        with pytest.raises(UserError, match=message):
+            load_checkpoint(tmp_path)
+
+
+def test_names_that_are_no_checkpoint(tmp_path: Path) -> None:
+    for name in ("x" * 300, "a\0b", "https://huggingface.co/a/b", "", str(tmp_path)):
+        with pytest.raises(UserError, match="no checkpoint; must be a file"):
+            resolve_checkpoint(name)
+    with pytest.raises(UserError, match="such as deformable-detr$"):
+        resolve_checkpoint("deformable-der")
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs FIFOs")

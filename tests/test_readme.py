@@ -150,7 +150,8 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         Image.fromarray(random.integers(0, 256, (*size, 3), dtype=np.uint8)).save(tmp_path / "holiday" / name)
     save_small_detector(tmp_path / "runs" / "quickstart" / "student" / "final.pt")
     backbone = {"name": "resnet18", "options": {"channels": [64, 128, 256, 512], "stem_width": 64}}
-    ours = save_small_detector(tmp_path / "drawn" / "ours.pt", backbone=backbone, num_heads=8)
+    published = {"num_norm_groups": 32, "selector": {"min_tokens": 300}}
+    ours = save_small_detector(tmp_path / "drawn" / "ours.pt", backbone=backbone, **published)
     torch.save(to_official(load_checkpoint(ours)), tmp_path / "official.pth")
     return tmp_path
 

@@ -13,10 +13,12 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import pytest
+import safetensors.torch
+import torch
 from huggingface_hub import constants
 
 from ats_detr import remote
-from ats_detr.checkpoint import load_checkpoint, resolve_checkpoint
+from ats_detr.checkpoint import load_checkpoint, read_file, resolve_checkpoint
 from ats_detr.cli import main
 from ats_detr.config import shipped_configs
 from ats_detr.detector import Detector
@@ -24,6 +26,7 @@ from ats_detr.errors import UserError
 from tests.small_detector import small_detector
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
+REVISIONS = (None, "main", "v1", "refs/pr/1", "feature/x", COMMIT)
 
 
 class Hub:
@@ -32,6 +35,8 @@ class Hub:
     def __init__(self) -> None:
         self.repositories: dict[str, dict[str, bytes]] = {}
         self.requests: Counter[str] = Counter()
+        self.refused: dict[str, tuple[int, str, str]] = {}
+        """(status, error code, message) by repository."""
         self.cut: list[int] = []
         hub = self
 
@@ -52,12 +57,15 @@ class Hub:
         self.url = f"http://127.0.0.1:{self.server.server_port}"
 
     def answer(self, handler: BaseHTTPRequestHandler, *, body: bool) -> None:
-        path = unquote(urlsplit(handler.path).path)
-        self.requests[f"{handler.command} {path}"] += 1
+        path = urlsplit(handler.path).path
+        self.requests[f"{handler.command} {unquote(path)}"] += 1
         if match := re.fullmatch(r"/api/models/([\w.-]+/[\w.-]+)(?:/(revision|tree)/([^/]+))?", path):
-            self.answer_api(handler, match)
+            if not self.refuse(handler, match[1]):
+                self.answer_api(handler, match)
         elif match := re.fullmatch(r"/([\w.-]+/[\w.-]+)/resolve/([^/]+)/(.+)", path):
-            repository, revision, name = match.groups()
+            repository, revision, name = map(unquote, match.groups())
+            if self.refuse(handler, repository):
+                return
             error = self.error_of(repository, revision)
             if error is None and name not in self.repositories[repository]:
                 error = "EntryNotFound"
@@ -70,13 +78,20 @@ class Hub:
         else:
             self.send(handler, 404, b"", {})
 
+    def refuse(self, handler: BaseHTTPRequestHandler, repository: str) -> bool:
+        """Whether the repository needs permission, which was answered."""
+        status, error, text = self.refused.get(repository, (0, "", ""))
+        if status:
+            self.send(handler, status, b"{}", {"X-Error-Code": error, "X-Error-Message": text})
+        return status > 0
+
     def error_of(self, repository: str, revision: str | None) -> str | None:
         if repository not in self.repositories:
             return "RepoNotFound"
-        return None if revision in (None, "main", "v1", COMMIT) else "RevisionNotFound"
+        return None if revision in REVISIONS else "RevisionNotFound"
 
     def answer_api(self, handler: BaseHTTPRequestHandler, match: re.Match[str]) -> None:
-        repository, kind, revision = match.groups()
+        repository, kind, revision = match[1], match[2], unquote(match[3]) if match[3] else None
         if error := self.error_of(repository, revision):
             self.send(handler, 404, b'{"error": "none"}', {"X-Error-Code": error})
             return
@@ -155,6 +170,8 @@ def test_a_repository_with_a_model_folder(
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert resolve_checkpoint("hf://someone/folder") == fetched
     assert fetched.is_dir() and not (fetched / "small.pt").exists(), "only what the model needs is fetched"
+    weights = resolve_checkpoint("hf://someone/folder/model.safetensors")
+    assert load_checkpoint(weights)["classes"] == load_checkpoint(fetched)["classes"]
 
 
 def test_a_file_is_fetched_once_and_found_offline(
@@ -201,6 +218,58 @@ def test_wrong_names_are_answered_in_one_line(name: str, message: str, hub: Hub)
     with pytest.raises(UserError, match=re.escape(message)) as raised:
         resolve_checkpoint(name)
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("revision", ["@refs/pr/1", "@feature%2Fx", "@v1", f"@{COMMIT}", ""])
+def test_revisions_with_slashes(
+    revision: str, hub: Hub, files: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.repositories["someone/file"] = {"sub/small.pt": files["small.pt"]}
+    for name in (f"hf://someone/file{revision}/sub/small.pt", f"hf://someone/file{revision}"):
+        assert resolve_checkpoint(name).read_bytes() == files["small.pt"]
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert resolve_checkpoint(f"hf://someone/file{revision}").read_bytes() == files["small.pt"]
+
+
+@pytest.mark.parametrize(
+    ("status", "error", "message"),
+    [
+        (403, "GatedRepo", "access must be granted by its owner first; then set HF_TOKEN"),
+        (401, "GatedRepo", "access must be granted by its owner first; then set HF_TOKEN"),
+        (401, "RepoNotFound", "there is no such repository on the Hub; if it is private, set HF_TOKEN"),
+        (401, "", "if it is private, set HF_TOKEN|HTTP status 401.*; set HF_TOKEN"),
+        (403, "", r"access denied \(HTTP status 403\); set HF_TOKEN"),
+    ],
+)
+def test_repositories_that_need_permission(status: int, error: str, message: str, hub: Hub) -> None:
+    hub.repositories["someone/private"] = {"a.pth": b"1"}
+    hub.refused["someone/private"] = (status, error, "")
+    for name in ("hf://someone/private", "hf://someone/private/a.pth"):
+        with pytest.raises(UserError, match=message) as raised:
+            resolve_checkpoint(name)
+        assert "\n" not in str(raised.value) and str(raised.value).startswith(name)
+
+
+def test_an_interrupted_transfer_of_a_model_in_several_files_is_completed(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parts = {
+        f"model-0000{i}-of-00002.safetensors": safetensors.torch.save({f"t{i}": torch.ones(1000)})
+        for i in (1, 2)
+    }
+    index = {"weight_map": {f"t{i + 1}": name for i, name in enumerate(parts)}}
+    config = b'{"model_type": "deformable_detr"}'
+    hub.repositories["someone/parts"] = {
+        **parts, "config.json": config, "model.safetensors.index.json": json.dumps(index).encode()
+    }  # fmt: skip
+    folder = resolve_checkpoint("hf://someone/parts")
+    assert set(read_file(folder)["model"]) == {"t1", "t2"}
+    (folder / "model-00002-of-00002.safetensors").unlink()
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match=r"1 of the 2 files of its weights are missing, such as model-00002"):
+        load_checkpoint(resolve_checkpoint("hf://someone/parts"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    assert set(read_file(resolve_checkpoint("hf://someone/parts"))["model"]) == {"t1", "t2"}
 
 
 def test_an_interrupted_transfer_is_resumed_or_fails_and_leaves_nothing_broken(

@@ -94,11 +94,14 @@ def convert(
             save_folder(checkpoint, destination)
             say(f"{destination}: model.safetensors and config.json")
         else:
-            converted = to_official(checkpoint)
-            # Fails where the published code has no such backbone.
-            from_official(converted, source=str(source))
-            save_checkpoint(converted, destination)
+            save_checkpoint(to_official(checkpoint), destination)
             say(f"{destination}: in the format of the published code")
+            selector = config_of(checkpoint, source).model.selector
+            if selector is not None and selector.masked_mean:
+                say(
+                    "the published code scores the tokens of padded images by averages that include the padding"
+                    " (model.selector.masked_mean=false)"
+                )
         return
     if is_foreign:
         checkpoint = load_checkpoint(source)

@@ -15,7 +15,7 @@ COCO_2017_IDS = frozenset(range(1, 91)) - {12, 26, 29, 30, 45, 66, 68, 69, 71, 8
 """The 80 category ids of COCO 2017. Published models have 91 rows, row = category id; row 0 and ten more are unused."""
 
 
-_MAX_ROWS = 100_000
+MAX_ROWS = 100_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,8 +105,8 @@ class ClassMap:
         except (KeyError, TypeError):
             raise UserError("must have num_rows and categories, each with row, id and name") from None
         rows, ids, names = zip(*entries, strict=True) if entries else ((), (), ())
-        if type(num_rows) is not int or not 0 < num_rows <= _MAX_ROWS:
-            raise UserError(f"num_rows: must be an integer in 1..{_MAX_ROWS}")
+        if type(num_rows) is not int or not 0 < num_rows <= MAX_ROWS:
+            raise UserError(f"num_rows: must be an integer in 1..{MAX_ROWS}")
         for key, values, allowed in (("row", rows, range(num_rows)), ("id", ids, range(-(2**63), 2**63))):
             if not all(type(value) is int and value in allowed for value in values):
                 raise UserError(f"{key}: must be integers in {allowed.start}..{allowed.stop - 1}")

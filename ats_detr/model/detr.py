@@ -6,7 +6,6 @@ One class for the whole family: Deformable DETR, Efficient DETR, Sparse DETR, AT
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -39,7 +38,7 @@ class Detr(nn.Module):
         num_classes: number of class logits T.
         width: channels C of tokens and queries.
         num_levels: feature levels L, at least 3.
-        num_norm_groups: groups of the norm after each input projection. None: one for 8 channels.
+        num_norm_groups: groups of the norm after each input projection.
         num_queries: queries Q per image. Two-stage models have at most S.
         selector: selects the tokens that the encoder updates. None: all tokens.
         select_by_proposals: score the embedded proposals (Sparse DETR) instead of the raw features (ATS-DETR).
@@ -59,7 +58,7 @@ class Detr(nn.Module):
         num_classes: int,
         width: int = 256,
         num_levels: int = 4,
-        num_norm_groups: int | None = None,
+        num_norm_groups: int = 32,
         num_queries: int = 300,
         selector: TokenSelector | None = None,
         select_by_proposals: bool = False,
@@ -389,7 +388,7 @@ def _take(tensor_BSF: Tensor, index_BQ: Tensor) -> Tensor:
 
 
 def _input_projections(
-    num_channels: list[int], width: int, num_levels: int, num_groups: int | None
+    num_channels: list[int], width: int, num_levels: int, num_groups: int
 ) -> nn.ModuleList:
     """Projections to `width` channels, one per level: convolution and GroupNorm.
 
@@ -408,8 +407,6 @@ def _input_projections(
         nn.init.xavier_uniform_(convolution.weight)
         assert convolution.bias is not None
         nn.init.zeros_(convolution.bias)
-    if num_groups is None:
-        num_groups = width // 8 if width % 8 == 0 else math.gcd(32, width)  # 32 at the published width of 256
     return nn.ModuleList(
         nn.Sequential(convolution, nn.GroupNorm(num_groups, width)) for convolution in convolutions
     )
@@ -449,7 +446,7 @@ def build_model(config: ModelConfig, num_classes: int) -> Detr:
         num_classes=num_classes,
         width=config.width,
         num_levels=config.num_levels,
-        num_norm_groups=config.num_norm_groups,
+        num_norm_groups=config.norm_groups,
         num_queries=config.num_queries,
         selector=token_selector,
         select_by_proposals=selector is not None and selector.scores == "proposals",

@@ -250,7 +250,7 @@ class _Chain:
         """Of the norm, if it is not a ReLU."""
         self.residual: fx.Node | None = None
         self.relu = self.pool = False
-        if (module := self._next_module()) is not None and _is_norm(module) and self._extend():
+        if (module := self._next_module()) is not None and is_norm(module) and self._extend():
             self.norm = module
             activation = activation_of(module)
             self.relu = type(activation) is nn.ReLU
@@ -304,7 +304,7 @@ def fold_batch_norms(network: nn.Module) -> int:
     num_folded = 0
     for node in graph.nodes if graph is not None else ():
         norm = modules.get(node.target) if node.op == "call_module" else None
-        if norm is None or not _is_norm(norm) or node.args[0].op != "call_module":
+        if norm is None or not is_norm(norm) or node.args[0].op != "call_module":
             continue
         convolution: Any = modules[node.args[0].target]
         # Subclasses may use their weights differently, and a module may be called more than once.
@@ -335,7 +335,7 @@ class _Tracer(fx.Tracer):
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         is_leaf = super().is_leaf_module(m, module_qualified_name)
-        return is_leaf or _is_norm(m) or next(m.children(), None) is None
+        return is_leaf or is_norm(m) or next(m.children(), None) is None
 
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         if threading.get_ident() != self._thread:
@@ -357,7 +357,7 @@ def _trace(network: nn.Module) -> fx.Graph | None:
             return None
 
 
-def _is_norm(module: nn.Module) -> bool:
+def is_norm(module: nn.Module) -> bool:
     """Whether a module is a batch norm with fixed statistics."""
     is_batch_norm = isinstance(module, nn.modules.batchnorm._BatchNorm) and not module.training
     return isinstance(module, FrozenNorm) or (is_batch_norm and module.running_mean is not None)

@@ -223,7 +223,7 @@ class StepGuard:
         return torch.stack([step.is_bad for step in self._since_report]).sum().float()
 
     def report(self, any_skipped: bool) -> list[dict[str, Any]]:
-        """A record of each step skipped since the last report. Collective.
+        """A record of each step skipped since the last report, with the `reason` as a clause. Collective.
 
         Args:
             any_skipped: whether `num_skipped` was > 0; if False, nothing is transferred.
@@ -250,11 +250,12 @@ class StepGuard:
             if not records:  # the evidence belongs to the first one
                 record |= self._statistics(numbers)
             record["tensor"] = problems[0] if problems else record.get("tensor", "a gradient")
+            record["reason"] = problems[0] if problems else f"{record['tensor']} is not finite"
             records.append(record)
             self.in_a_row += 1
             images = ", ".join(map(str, record["images"]))
             if self.in_a_row == 1:
-                self.first_of_row = f"step {entry.step}, images {images}: {record['tensor']}"
+                self.first_of_row = f"step {entry.step}, images {images}: {record['reason']}"
         return records
 
     def stop_if_diverged(self) -> None:

@@ -55,7 +55,7 @@ class Stage:
     init_from: str | Path | None = None
     """Checkpoint of the initial weights, with `weak` and `strong` in `train.init_from` resolved to a file."""
     given: Path | None = None
-    """Finished checkpoint named in the config; the stage is then not trained here."""
+    """Finished checkpoint, a file or a model folder, named in the config; the stage is then not trained here."""
 
     @property
     def checkpoint(self) -> Path:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ats_detr.checkpoint import config_of, load_checkpoint, load_detector
+from ats_detr.checkpoint import config_of, load_checkpoint, load_detector, resolve_checkpoint
 from ats_detr.config import Config, TeacherConfig, TeachersConfig, load_config
 from ats_detr.data.coco import ClassMap
 from ats_detr.errors import UserError
@@ -49,13 +49,13 @@ def plan_stages(config: Config, overrides: Sequence[str] = ()) -> dict[str, Stag
     for name, teacher in (("weak", config.teachers.weak), ("strong", config.teachers.strong)):
         own = load_config(teacher.config, [text for text in overrides if _reaches_teachers(text)])
         _check_budget(name, own, teacher, config)
-        stages[name] = _plan(name, own, folder / name, stages, given=teacher.checkpoint)
+        stages[name] = _plan(name, own, folder / name, stages, given=_given(name, teacher))
     stages["student"] = _plan("student", config, folder / "student", stages)
     return stages
 
 
 def _plan(
-    name: str, config: Config, folder: Path, earlier: Mapping[str, Stage], *, given: str | None = None
+    name: str, config: Config, folder: Path, earlier: Mapping[str, Stage], *, given: Path | None = None
 ) -> Stage:
     """One stage; `weak` and `strong` in `train.init_from` become the finished checkpoint of that stage."""
     source = config.train.init_from
@@ -63,13 +63,17 @@ def _plan(
         if source not in earlier:
             raise UserError(f"train.init_from = {source!r}: {name} is trained before there is such a teacher")
         source = str(earlier[source].checkpoint)
-    return Stage(
-        name,
-        config,
-        folder,
-        init_from=source or None,
-        given=Path(given) if given else None,
-    )
+    return Stage(name, config, folder, init_from=source or None, given=given)
+
+
+def _given(name: str, teacher: TeacherConfig) -> Path | None:
+    """The checkpoint that the config names for a teacher, fetched if it is not on this machine. Raises UserError."""
+    if not teacher.checkpoint:
+        return None
+    try:
+        return resolve_checkpoint(teacher.checkpoint)
+    except UserError as error:
+        raise UserError(f"teachers.{name}.checkpoint = {error}") from None
 
 
 def _check_budget(name: str, config: Config, teacher: TeacherConfig, student: Config) -> None:
@@ -97,9 +101,6 @@ def train_stages(stages: dict[str, Stage], wanted: str, device: torch.device) ->
     """Train one stage, or `all` in order. A stage with a finished checkpoint is skipped. Collective."""
     if wanted != "all" and wanted not in stages:
         raise UserError(f"--stage {wanted}: this config has no such stage, only {', '.join(stages)}")
-    for stage in stages.values():
-        if stage.given is not None and not stage.given.exists():
-            raise UserError(f"teachers.{stage.name}.checkpoint = {str(stage.given)!r}: no such file")
     chosen = [stage for stage in stages.values() if wanted in ("all", stage.name)]
     afresh = [
         stage.folder
@@ -181,7 +182,6 @@ def load_teacher(stage: Stage, student: Config, checkpoint: Mapping[str, Any]) -
             raise UserError(
                 f"the {stage.name} teacher has model.{key} = {own}, its student {wanted}: they must be equal"
             )
-    model = load_detector(stage.config, checkpoint, stage.checkpoint)
     stored, wanted = (
         config.model.selector.keep_ratio if config.model.selector is not None else None
         for config in (config_of(checkpoint, stage.checkpoint), stage.config)
@@ -196,4 +196,4 @@ def load_teacher(stage: Stage, student: Config, checkpoint: Mapping[str, Any]) -
             f"{stage.checkpoint}: has model.selector.keep_ratio {stored}, but the {stage.name} teacher needs"
             f" {wanted}: {fix}"
         )
-    return model
+    return load_detector(stage.config, checkpoint, stage.checkpoint)

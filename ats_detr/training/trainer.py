@@ -255,14 +255,14 @@ def report_skipped(run: Run, any_skipped: bool) -> None:
     """Log the steps skipped since the last report. Raises UserError after too many in a row."""
     for record in run.guard.report(any_skipped):
         run.state.progress.skipped_steps += 1
+        step, epoch, reason = (record.pop(key) for key in ("step", "epoch", "reason"))
         logger.warning(
-            "step %d skipped, %s is not finite (images %s); %d skipped so far",
-            record["step"],
-            record["tensor"],
+            "step %d was skipped because %s (images %s); %d skipped so far",
+            step,
+            reason,
             ", ".join(map(str, record["images"])),
             run.state.progress.skipped_steps,
         )
-        step, epoch = record.pop("step"), record.pop("epoch")
         run.log.write(step, epoch, record, kind="skipped")
     run.guard.stop_if_diverged()
 

@@ -54,7 +54,7 @@ TRAIN = ["train", "--config", "quickstart", *SMALL]
         ([*TRAIN, "train.epochs=" + "[" * 5000 + "]" * 5000], "not YAML"),
         ([*TRAIN, "model.backbone.weights=file"], "not a checkpoint"),
         (["train", "--config", LONG], "no such file"),
-        (["info", LONG], "File name too long"),
+        (["info", LONG], "no checkpoint; must be a file"),
         (["info", "m.pt", f"model.num_queries={DIGITS}"], "must be <="),
         (["datasets", "check", LONG], "File name too long"),
         (["datasets", "check", ".", "--most", "-1"], "must be >= 0"),

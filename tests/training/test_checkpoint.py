@@ -14,6 +14,7 @@ from ats_detr.checkpoint import (
     load_model,
     load_weights,
     save_checkpoint,
+    save_config,
 )
 from ats_detr.config import config_to_dict
 from ats_detr.errors import UserError
@@ -84,3 +85,11 @@ def test_a_checkpoint_of_another_architecture_is_rejected_with_the_difference(tm
     with pytest.raises(UserError, match=r"another architecture .*unknown.*of another shape") as raised:
         load_weights(model, state, "a.pt")
     assert "\n" not in str(raised.value)
+
+
+def test_an_error_in_writing_has_the_name_of_the_file(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").mkdir()
+    with pytest.raises(OSError, match=r"Is a directory: .*/config\.yaml'$") as raised:
+        save_config(small_config(tmp_path), tmp_path / "config.yaml")
+    assert raised.value.filename == str(tmp_path / "config.yaml")
+    assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]

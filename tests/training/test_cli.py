@@ -261,7 +261,7 @@ def test_a_teacher_with_a_budget_unlike_the_students_is_rejected(chain: Path) ->
 
 def test_a_missing_teacher_is_reported(chain: Path) -> None:
     done = run("train.py", "--config", chain / "student.yaml", "teachers.weak.checkpoint=/nowhere.pt")
-    assert_one_line(done, "teachers.weak.checkpoint = '/nowhere.pt': no such file")
+    assert_one_line(done, "teachers.weak.checkpoint = /nowhere.pt: no checkpoint; must be a file, a folder")
 
 
 def test_an_unknown_backbone_is_reported(tmp_path: Path) -> None:

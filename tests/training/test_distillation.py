@@ -10,11 +10,13 @@ import torch
 import yaml
 from torch import Tensor
 
+from ats_detr import checkpoint
 from ats_detr.batch import Target, most_of_a_class
 from ats_detr.boxes import cxcywh_to_xyxy, xyxy_to_cxcywh
-from ats_detr.checkpoint import save_checkpoint
+from ats_detr.checkpoint import load_checkpoint, save_checkpoint, save_folder
 from ats_detr.config import LossConfig, config_to_dict, load_config
 from ats_detr.data.coco import ClassMap
+from ats_detr.errors import UserError
 from ats_detr.model import Detections, build_model, top_detections
 from ats_detr.training.average_precision import greedy_match, image_average_precision
 from ats_detr.training.criterion import build_criterion
@@ -305,3 +307,34 @@ def save_random_detector(stage: Stage) -> None:
         "finished": True,
     }
     save_checkpoint(checkpoint, stage.checkpoint)
+
+
+def test_a_given_teacher_is_anything_that_is_a_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run, a model folder, and a file by name, here in place of one that is fetched."""
+    path = write_small_chain(tmp_path)
+    stages = plan_stages(load_config(path))
+    for name in ("weak", "strong"):
+        save_random_detector(stages[name])
+    weak, strong = (stages[name].checkpoint for name in ("weak", "strong"))
+    save_folder(load_checkpoint(strong), tmp_path / "folder")
+    monkeypatch.setattr(checkpoint, "fetch", {"hf://someone/teacher/strong.pt": strong}.get)
+    monkeypatch.setattr(checkpoint, "is_remote", lambda source: str(source).startswith("hf:"))
+    for given in (tmp_path / "folder", strong.parent, "hf://someone/teacher/strong.pt"):
+        settings = [f"teachers.weak.checkpoint={weak}", f"teachers.strong.checkpoint={given}"]
+        planned = plan_stages(load_config(path, settings), settings)
+        found = load_teachers(planned["student"].config, planned, torch.device("cpu"))
+        assert found.weights == load_teachers(stages["student"].config, stages, torch.device("cpu")).weights
+    for given, message in (
+        ("hf://nothing", "must be hf://owner/repo"),
+        (tmp_path / "no.pt", "no checkpoint; must be a file"),
+    ):
+        monkeypatch.undo()
+        settings = [f"teachers.strong.checkpoint={given}"]
+        with pytest.raises(UserError, match=rf"teachers\.strong\.checkpoint = {given}: {message}"):
+            plan_stages(load_config(path, settings), settings)
+    settings = [f"teachers.strong.checkpoint={weak}"]
+    planned = plan_stages(load_config(path, settings), settings)
+    with pytest.raises(UserError, match=r"keep_ratio 0\.3, but the strong teacher needs 0\.6"):
+        load_teachers(planned["student"].config, planned, torch.device("cpu"))

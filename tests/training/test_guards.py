@@ -73,6 +73,7 @@ def test_a_nan_in_a_gradient_alone_is_detected(tmp_path: Path) -> None:
     trainer.train_step(run, 0, [random_batch(0, [1, 1, 1, 1], size=64)], metrics=False)
     (record,) = run.guard.report(True)
     assert record["tensor"] == "the gradient of encoder.layers.0.attention.value_proj.weight"
+    assert record["reason"] == f"{record['tensor']} is not finite"
     assert record["gradient_norms"]["encoder.layers.0.attention.value_proj.weight"] in ("inf", "nan")
     assert isinstance(record["gradient_norms"]["level_embed"], float)
 
@@ -102,7 +103,8 @@ def test_skipped_steps_are_counted_and_logged_with_images_and_statistics(
         assert entry["tensor"].startswith("logits of the last decoder layer hold")
         assert {"loss", "loss_ce"} <= entry["losses"].keys()
         assert "level_embed" in entry["gradient_norms"]
-    assert "step 2 skipped, logits of the last decoder layer hold" in caplog.text
+    assert "step 2 was skipped because logits of the last decoder layer hold" in caplog.text
+    assert "values for image" in caplog.text and " is not finite" not in caplog.text
     final = torch.load(tmp_path / "run" / "final.pt")
     assert final["skipped_steps"] == 2
     assert all(tensor.isfinite().all() for tensor in final["model"].values())
