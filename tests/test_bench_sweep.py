@@ -34,8 +34,6 @@ CHARTS = {
     "ap_latency_ms",
 }
 
-pytestmark = pytest.mark.xdist_group("sweep")  # one sweep for all of them
-
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -19,7 +19,6 @@ from ats_detr.errors import UserError
 from ats_detr.export import export_file, export_program
 from tests.small_detector import save_small_detector, small_detector
 
-pytestmark = pytest.mark.xdist_group("export")  # one worker: the exported graphs are shared
 SIZE = (64, 96)
 TOLERANCE = 1e-3
 """Absolute, of boxes in pixels and of scores. The difference is float32 rounding: 3e-7 for values in 0..1."""

@@ -17,7 +17,6 @@ from packaging.requirements import Requirement
 from tests.small_detector import SMALL
 
 ROOT = Path(__file__).parents[1]
-pytestmark = pytest.mark.xdist_group("wheel")
 
 
 def run(command: list[str | Path], folder: Path, variables: dict[str, str] | None = None) -> str:

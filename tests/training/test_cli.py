@@ -22,7 +22,6 @@ import yaml
 from tests.training.small import files_of_at_most, small_tree, write_small_chain
 
 ROOT = Path(__file__).parents[2]
-pytestmark = pytest.mark.xdist_group("cli")  # one worker: the trained stages are shared
 
 
 @dataclass

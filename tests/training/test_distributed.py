@@ -25,7 +25,6 @@ from ats_detr.training.stages import plan_stages, train_stages
 from tests.training.small import ADAPTIVE, merged, random_batch, small_tree
 from tests.training.test_exact import FORKS
 
-pytestmark = pytest.mark.xdist_group("exact")  # they share a fork server
 ROOT = Path(__file__).parents[2]
 OBJECTS_OF_STEPS = ([2, 1, 3, 4], [3, 2, 0, 0], [1, 0, 2, 1])
 """Objects of the four images of each step. Each process has two images; the second has no objects in step two."""

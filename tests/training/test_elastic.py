@@ -19,7 +19,6 @@ import yaml
 from ats_detr.config import load_config
 from tests.training.small import merged, small_tree
 
-pytestmark = pytest.mark.xdist_group("elastic")
 ROOT = Path(__file__).parents[2]
 EPOCHS, IMAGES = 3, 16
 

@@ -22,8 +22,6 @@ from ats_detr.training.resume import PREVIOUS, RESUMABLE
 from ats_detr.training.stages import plan_stages, train_stages
 from tests.training.small import small_tree
 
-pytestmark = pytest.mark.xdist_group("exact")  # the uninterrupted run is shared
-
 EPOCHS, STEPS = 4, 4
 SETTINGS: dict[str, Any] = {
     "model": {"dropout": 0.1},

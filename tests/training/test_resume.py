@@ -23,8 +23,6 @@ from ats_detr.training.resume import digest
 from ats_detr.training.stages import plan_stages, train_stages
 from tests.training.small import small_config, small_tree, write_small_chain
 
-pytestmark = pytest.mark.xdist_group("resume")  # one worker: the killed run is shared
-
 
 def train(folder: Path, *overrides: str) -> None:
     config = load_config(folder / "config.yaml", overrides)

@@ -29,7 +29,6 @@ from ats_detr.training.stages import plan_stages, train_stages
 from tests.training.small import small_config, small_tree
 from tests.training.test_exact import FORKS
 
-pytestmark = pytest.mark.xdist_group("exact")  # they share a fork server
 ROOT = Path(__file__).parents[2]
 
 
