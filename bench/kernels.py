@@ -21,8 +21,9 @@ import functools
 import importlib
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -78,6 +79,17 @@ class Bench:
         figures = row.get("failed") or f"device {row['device_ms']:9.4f} ms   wall {row['wall_ms']:9.4f} ms"
         notes = "  ".join(f"{name}={value}" for name, value in facts.items())
         print(f"{operator:22} {case:10} {who:26} {figures}  {notes}", flush=True)
+
+    def add_passes(
+        self, case: str, who: str, function: Callable[..., Tensor], inputs: Sequence[Tensor],
+        gradient: Tensor | None = None, forward_facts: Row | None = None, both_facts: Row | None = None,
+    ) -> None:  # fmt: skip
+        """Times attention: the forward pass, and both passes."""
+        dtype = str(inputs[0].dtype).removeprefix("torch.")
+        with torch.no_grad():
+            self.add("msda forward", case, who, lambda: function(*inputs), dtype=dtype, **forward_facts or {})
+        run = functools.partial(_both, function, inputs, gradient)
+        self.add("msda both", case, who, run, dtype=dtype, **both_facts or {})
 
     # ---------------------------------------------------------------------------------------------------- attention
     def problem(self, images: int, share: float | None, dtype: torch.dtype) -> dict[str, Tensor | None]:
@@ -158,21 +170,13 @@ class Bench:
 
             return run
 
-        def both(function, inputs) -> tuple[Tensor, Tensor]:
-            """Output and the value's gradient."""
-            out = function(*inputs)
-            gradient = tensors["gradient"].to(out.dtype).reshape(out.shape)
-            return out, torch.autograd.grad(out, inputs, gradient)[0]
-
         raw, placed = (value, offsets, logits), (value, locations, weights)
-        tiles_from, tuning.TILES_FROM = tuning.TILES_FROM, 10**9
-        try:
+        gradient = tensors["gradient"]
+        with patch.object(tuning, "TILES_FROM", 10**9):
             expected = {
-                inputs: both(function, [tensor.detach().float().requires_grad_() for tensor in inputs])
+                inputs: _both(function, [x.detach().float().requires_grad_() for x in inputs], gradient)
                 for function, inputs in ((fused, raw), (classical, placed))
             }
-        finally:
-            tuning.TILES_FROM = tiles_from
         candidates = [
             ("ours, fused", fused, raw),
             ("ours, classical", classical, placed),
@@ -186,18 +190,14 @@ class Bench:
                 (f"{name} + torch", with_torch(baseline), raw),
             ]
         for name, function, inputs in candidates:
-            facts = {"dtype": str(dtype).removeprefix("torch.")}
-            errors = []
+            errors: list[float | None] = [None, None]
             with contextlib.suppress(Exception):  # `add` reports it
                 errors = [
                     float(f"{_relative_error(result.reshape(want.shape), want):.1e}")
-                    for result, want in zip(both(function, inputs), expected[inputs], strict=True)
+                    for result, want in zip(_both(function, inputs, gradient), expected[inputs], strict=True)
                 ]
-            error, gradient_error = errors or (None, None)
-            with torch.no_grad():
-                self.add("msda forward", case, name, lambda f=function, i=inputs: f(*i), **facts, error=error)
-            facts["error_of_value_gradient"] = gradient_error
-            self.add("msda both", case, name, lambda f=function, i=inputs: both(f, i), **facts)
+            facts = {"error": errors[0]}, {"error_of_value_gradient": errors[1]}
+            self.add_passes(case, name, function, inputs, gradient, *facts)
 
     def detectors(self, small: bool) -> None:
         """The classical operator at the shapes of DETECTORS, four images, against the grid_sample of its definition."""
@@ -213,22 +213,13 @@ class Bench:
                 weights = torch.rand(shape, generator=generator).softmax(-1)
                 inputs = [x.to(self.device, dtype).requires_grad_() for x in (value, locations, weights)]
                 for who, backend in (("ours, classical", None), ("grid_sample", "reference")):
-                    attend = functools.partial(
-                        kernels.multi_scale_deformable_attention, num_points=points, backend=backend
-                    )
 
-                    def forward(attend=attend, levels=levels, inputs=inputs) -> Tensor:
-                        value, locations, weights = inputs
-                        return attend(value, levels, locations, weights)
+                    def attend(value, locations, weights, points=points, levels=levels, backend=backend):
+                        return kernels.multi_scale_deformable_attention(
+                            value, levels, locations, weights, num_points=points, backend=backend
+                        )
 
-                    def both(forward=forward, inputs=inputs) -> object:
-                        out = forward()
-                        return torch.autograd.grad(out, inputs, out.detach())
-
-                    facts = {"dtype": str(dtype).removeprefix("torch.")}
-                    with torch.no_grad():
-                        self.add("msda forward", case, who, forward, **facts)
-                    self.add("msda both", case, who, both, **facts)
+                    self.add_passes(case, who, attend, inputs)
 
     # ------------------------------------------------------------------------------------------------------- tokens
     def tokens(self) -> None:
@@ -329,6 +320,15 @@ class Bench:
                 self.add(operator, f"{share:.0%}", "ours", ours, error=float(f"{error:.1e}"), **facts)
                 for who, rows in (("torch, the capacity", capacity), ("torch, the rows in use", used)):
                     self.add(operator, f"{share:.0%}", who, lambda f=library, n=rows: f(n), **facts)
+
+
+def _both(
+    function: Callable[..., Tensor], inputs: Sequence[Tensor], gradient: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Output, and the gradient by the first input. `gradient` is that by the output; None: the output itself."""
+    out = function(*inputs)
+    by_out = out.detach() if gradient is None else gradient.to(out.dtype).reshape(out.shape)
+    return out, torch.autograd.grad(out, inputs, by_out)[0]
 
 
 def _relative_error(result: Tensor, expected: Tensor) -> float:

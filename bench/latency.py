@@ -23,6 +23,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -125,15 +126,12 @@ def main() -> None:
     peers = load_peers([mode for mode in modes if mode.startswith("peer:")], console)
     trained = arguments.checkpoint is not None
     setting = Setting(config.name, model, peers, device, arguments.dtype, rounds, trained, arguments.clock)
+    size = QUICK_SIZE if arguments.quick else arguments.image_size
     rows = []
     for batch_size, kind in itertools.product(arguments.batch, arguments.images):
         if kind == "mixed" and batch_size == 1 and "same" in arguments.images:
             continue  # equal to `same`
-        if arguments.folder:
-            batch = photographs(arguments.folder, batch_size, kind, config)
-        else:
-            size = QUICK_SIZE if arguments.quick else arguments.image_size
-            batch = generated_images(batch_size, kind, size)
+        batch = images_of(arguments.folder, config, size, batch_size, kind)
         rows += measure(setting, batch, kind, modes, arguments.budgets or arguments.ratios or [None], console)
     if not rows:
         raise UserError("--modes: none of these modes can run on this machine")
@@ -213,14 +211,9 @@ def forced_budgets(model: Detr, budgets: Sequence[float] | None) -> Iterator[Non
         share_B = shares_given.to(num_valid_B.device).repeat(-(-num_images // len(budgets)))[:num_images]
         return ((num_valid_B * share_B).long() + 1).minimum(num_valid_B)
 
-    largest = selector.max_ratio
-    selector.num_tokens = num_tokens  # type: ignore[method-assign]  # shadows the method
-    selector.max_ratio = max(budgets)  # from which the capacity of plans on a GPU follows
-    try:
+    capacity = patch.object(selector, "max_ratio", max(budgets))  # of plans on a GPU
+    with patch.object(selector, "num_tokens", num_tokens), capacity:
         yield
-    finally:
-        del selector.num_tokens
-        selector.max_ratio = largest
 
 
 def generated_images(
@@ -244,8 +237,13 @@ def generated_images(
     return ImageBatch.collate(images if kind == "mixed" else images * count)
 
 
-def photographs(folder: Path, count: int, kind: str, config: Config) -> ImageBatch:
-    """The first images of a folder, resized as in evaluation; repeated if there are fewer than `count`."""
+def images_of(
+    folder: Path | None, config: Config, size: tuple[int, int], count: int, kind: str
+) -> ImageBatch:
+    """The first images of a folder, resized as in evaluation, repeated if there are fewer than `count`. Without a
+    folder, `generated_images` of `size`."""
+    if folder is None:
+        return generated_images(count, kind, size)
     images = read_folder(folder, count if kind == "mixed" else 1, config)
     return ImageBatch.collate(list(itertools.islice(itertools.cycle(images), count)))
 

@@ -15,6 +15,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 import triton
@@ -80,11 +81,8 @@ def caught(call: Callable[[], object]) -> list[Launch]:
         options = {name: value for name, value in keywords.items() if name not in kernel.arg_names}
         launches.append(Launch(kernel, values, options))
 
-    run, JITFunction.run = JITFunction.run, catch
-    try:
+    with patch.object(JITFunction, "run", catch):
         call()
-    finally:
-        JITFunction.run = run
     return launches
 
 
@@ -192,14 +190,9 @@ def attention_launches(
 @contextlib.contextmanager
 def configured(config: dict) -> Iterator[None]:
     """Context in which launchers use this configuration."""
-    choose, tiles_from = tuning._choose, tuning.TILES_FROM
-    tuning._chosen.clear()
-    tuning._choose, tuning.TILES_FROM = lambda *_: (config, "compiled offline"), 10**9
-    try:
+    choose = patch.object(tuning, "_choose", lambda *_: (config, "compiled offline"))
+    with patch.dict(tuning._chosen, clear=True), choose, patch.object(tuning, "TILES_FROM", 10**9):
         yield
-    finally:
-        tuning._choose, tuning.TILES_FROM = choose, tiles_from
-        tuning._chosen.clear()
 
 
 def linear_launches(operator: str, rows: torch.dtype, dtype: torch.dtype, config: dict) -> list[Launch]:

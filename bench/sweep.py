@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -43,9 +44,9 @@ from bench.latency import (
     Setting,
     forced_budgets,
     generated_images,
+    images_of,
     load_peers,
     measure,
-    photographs,
     show,
 )
 from bench.measure import (
@@ -91,12 +92,7 @@ def main() -> None:
         arguments.checkpoint is not None,
         arguments.clock,
     )
-
-    def batch_of(count: int, kind: str) -> ImageBatch:
-        if arguments.images:
-            return photographs(arguments.images, count, kind, config)
-        return generated_images(count, kind, size)
-
+    batch_of = functools.partial(images_of, arguments.images, config, size)
     rows = flops_rows(setting, batch_of(1, "same"), choices, console)
     for count in arguments.batch:
         captured = ["captured", "captured-stages", "captured-dense"] if device.type == "cuda" else []
