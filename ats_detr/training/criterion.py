@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ats_detr import distributed
 from ats_detr.batch import ImageBatch, Target, most_of_a_class, targets_to
 from ats_detr.boxes import cxcywh_to_xyxy, generalized_iou, iou
-from ats_detr.config import Config
+from ats_detr.config import Config, LossConfig
 from ats_detr.model.output import DetectorOutput, Prediction
 from ats_detr.training.distillation import DualTeacher, SelfTaught
 from ats_detr.training.matcher import HungarianMatcher, Match, PendingMatches, PredictionRows, concatenated
@@ -96,50 +96,35 @@ class SetCriterion(nn.Module):
     def __init__(
         self,
         num_classes: int,
+        loss: LossConfig | None = None,
         *,
         class_specific_proposals: bool = False,
         num_decoder_layers: int = 6,
         num_encoder_layers: int = 6,
-        class_weight: float = 2.0,
-        bbox_weight: float = 5.0,
-        giou_weight: float = 2.0,
-        selector_weight: float = 1.0,
-        budget_weight: float = 1.0,
-        memory_weight: float = 1.0,
-        focal_alpha: float = 0.25,
-        focal_gamma: float = 2.0,
-        matchability_aware: bool = False,
-        one_to_many: int = 0,
-        decoder_auxiliary: bool = True,
-        matcher: HungarianMatcher | None = None,
     ) -> None:
         """
         Args:
+            loss: matching costs, weights and options. None: as published.
             class_specific_proposals: the proposals predict all classes; False: class 0 stands for any object.
-            budget_weight: weight of `loss_budget`, which `DualTeacher` computes.
-            memory_weight: weight of `loss_memory`, which `DualTeacher` computes.
-            matchability_aware: `loss_ce` is the matchability-aware loss (see `matchability_loss`) instead of the focal
-                loss.
-            one_to_many: rows that each object is matched to in the predictions `DetectorOutput.one_to_many`.
-            decoder_auxiliary: losses on every decoder layer; False: on the last only.
-            matcher: None: published costs and the focal loss of this criterion.
         """
         super().__init__()
         self.num_classes = num_classes
+        self.loss = loss = loss or LossConfig()
         self.class_specific_proposals = class_specific_proposals
-        self.focal_alpha = focal_alpha
-        self.focal_gamma = focal_gamma
-        self.matchability_aware = matchability_aware
-        self.one_to_many = one_to_many
-        self.decoder_auxiliary = decoder_auxiliary
-        self.matcher = matcher or HungarianMatcher(focal_alpha=focal_alpha, focal_gamma=focal_gamma)
+        self.matcher = HungarianMatcher(loss)
         decoder_layers = ["", *(f"_{i}" for i in range(num_decoder_layers - 1))]
-        suffixes = [*decoder_layers, *(f"_many{suffix}" for suffix in decoder_layers if one_to_many), "_enc"]
+        second_group = [f"_many{suffix}" for suffix in decoder_layers if loss.one_to_many]
+        suffixes = [*decoder_layers, *second_group, "_enc"]
         suffixes += [f"_enc_{i}" for i in range(num_encoder_layers - 1)]
-        per_layer = {"loss_ce": class_weight, "loss_bbox": bbox_weight, "loss_giou": giou_weight}
+        per_layer = {
+            "loss_ce": loss.class_weight,
+            "loss_bbox": loss.bbox_weight,
+            "loss_giou": loss.giou_weight,
+        }
         self.weights = {key + suffix: weight for suffix in suffixes for key, weight in per_layer.items()}
-        self.weights["loss_mask_prediction"] = selector_weight
-        self.weights |= {"loss_budget": budget_weight, "loss_memory": memory_weight}
+        self.weights["loss_mask_prediction"] = loss.selector_weight
+        # Computed by the supervision of an adaptive model.
+        self.weights |= {"loss_budget": loss.budget_weight, "loss_memory": loss.memory_weight}
 
     def forward(
         self,
@@ -179,16 +164,16 @@ class SetCriterion(nn.Module):
             layers = prediction_layers(
                 output,
                 class_specific_proposals=self.class_specific_proposals,
-                decoder_auxiliary=self.decoder_auxiliary,
-                one_to_many=self.one_to_many,
+                decoder_auxiliary=self.loss.decoder_auxiliary,
+                one_to_many=self.loss.one_to_many,
             )
             logits_RT, boxes_R4 = concatenated(list(layers.values()))
             matches = self.matcher.start(list(layers.values()), targets, logits_RT, boxes_R4)
             counts = [len(layer.logits_RT) for layer in layers.values()]
-            if self.matchability_aware:
+            if self.loss.class_loss == "matchability_aware":
                 background = background_loss(logits_RT, counts, 0.0, MATCHABILITY_GAMMA)
             else:
-                background = background_loss(logits_RT, counts, self.focal_alpha, self.focal_gamma)
+                background = background_loss(logits_RT, counts, self.loss.focal_alpha, self.loss.focal_gamma)
             others = self._selector_losses(output, metrics) if output.selection is not None else {}
             return PendingLosses(
                 self, layers, targets, matches, logits_RT, boxes_R4, background, others, metrics
@@ -211,30 +196,12 @@ class SetCriterion(nn.Module):
 
 def build_criterion(config: Config, num_classes: int) -> SetCriterion:
     """The criterion of a config."""
-    model, loss = config.model, config.loss
     return SetCriterion(
         num_classes,
-        class_specific_proposals=model.class_specific_proposals,
-        num_decoder_layers=model.num_decoder_layers,
-        num_encoder_layers=model.num_encoder_layers,
-        class_weight=loss.class_weight,
-        bbox_weight=loss.bbox_weight,
-        giou_weight=loss.giou_weight,
-        selector_weight=loss.selector_weight,
-        budget_weight=loss.budget_weight,
-        memory_weight=loss.memory_weight,
-        focal_alpha=loss.focal_alpha,
-        focal_gamma=loss.focal_gamma,
-        matchability_aware=loss.class_loss == "matchability_aware",
-        one_to_many=loss.one_to_many,
-        decoder_auxiliary=loss.decoder_auxiliary,
-        matcher=HungarianMatcher(
-            class_cost=loss.class_cost,
-            bbox_cost=loss.bbox_cost,
-            giou_cost=loss.giou_cost,
-            focal_alpha=loss.focal_alpha,
-            focal_gamma=loss.focal_gamma,
-        ),
+        config.loss,
+        class_specific_proposals=config.model.class_specific_proposals,
+        num_decoder_layers=config.model.num_decoder_layers,
+        num_encoder_layers=config.model.num_encoder_layers,
     )
 
 
@@ -291,11 +258,12 @@ class PendingLosses:
         num_rows = [len(layer.logits_RT) for layer in self.layers.values()]
         with torch.no_grad():
             logits_M = self.logits_RT[rows_M, labels_M]
-            if self.criterion.matchability_aware:
+            if self.criterion.loss.class_loss == "matchability_aware":
                 overlap_M = iou(cxcywh_to_xyxy(own_M4), cxcywh_to_xyxy(wanted_M4))
                 of_objects = matchability_loss(logits_M, overlap_M)
             else:
-                of_objects = focal_loss(logits_M, self.criterion.focal_alpha, self.criterion.focal_gamma)
+                loss = self.criterion.loss
+                of_objects = focal_loss(logits_M, loss.focal_alpha, loss.focal_gamma)
         return ClassLoss.apply(
             self.logits_RT, *self.background, rows_M, labels_M, *of_objects, num_rows, counts
         )

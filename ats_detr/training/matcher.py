@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -13,6 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from ats_detr.batch import Target
 from ats_detr.boxes import cxcywh_to_xyxy, generalized_iou
+from ats_detr.config import LossConfig
 
 # Shapes: B images; T classes; N objects, padded to the largest number per image; M matched pairs; R prediction rows of
 # the batch, ordered by image, of one layer or of all layers concatenated.
@@ -45,7 +46,7 @@ class Match:
     """Index into the objects of the batch, ordered by image."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class HungarianMatcher:
     """Minimum-cost assignment per layer and image: focal class cost, L1 on cxcywh, negative GIoU, in float32.
 
@@ -55,11 +56,8 @@ class HungarianMatcher:
     `finish` the device can run other work while scipy solves the assignments on the host.
     """
 
-    class_cost: float = 2.0
-    bbox_cost: float = 5.0
-    giou_cost: float = 2.0
-    focal_alpha: float = 0.25
-    focal_gamma: float = 2.0
+    loss: LossConfig = field(default_factory=LossConfig)
+    """The weights of the costs, and the focal loss."""
 
     def __call__(self, layers: Sequence[PredictionRows], targets: Sequence[Target]) -> list[Match]:
         """The matches of each layer. Where an image has fewer rows than objects, some objects remain unmatched.
@@ -106,16 +104,16 @@ class HungarianMatcher:
 
         labels_RN = labels_BN[image_R] * (1 - agnostic_R)[:, None]
         p = logits_RT.gather(1, labels_RN).sigmoid()
-        found = (1 - p).pow(self.focal_gamma).mul_((p + 1e-8).log_()).mul_(-self.focal_alpha)
-        missed = p.pow(self.focal_gamma).mul_((1 - p).add_(1e-8).log_()).mul_(self.focal_alpha - 1)
-        costs_RN = found.sub_(missed).mul_(self.class_cost)
+        found = (1 - p).pow(self.loss.focal_gamma).mul_((p + 1e-8).log_()).mul_(-self.loss.focal_alpha)
+        missed = p.pow(self.loss.focal_gamma).mul_((1 - p).add_(1e-8).log_()).mul_(self.loss.focal_alpha - 1)
+        costs_RN = found.sub_(missed).mul_(self.loss.class_cost)
 
         own_R14, wanted_RN4 = _coordinates_first(boxes_R4[:, None]), _coordinates_first(boxes_BN4, image_R)
         for own_R1, wanted_RN in zip(own_R14.unbind(-1), wanted_RN4.unbind(-1), strict=True):
-            costs_RN.add_((own_R1 - wanted_RN).abs_(), alpha=self.bbox_cost)
+            costs_RN.add_((own_R1 - wanted_RN).abs_(), alpha=self.loss.bbox_cost)
         own_R14 = _coordinates_first(cxcywh_to_xyxy(boxes_R4)[:, None])
         wanted_RN4 = _coordinates_first(cxcywh_to_xyxy(boxes_BN4), image_R)
-        return costs_RN.sub_(generalized_iou(own_R14, wanted_RN4), alpha=self.giou_cost)
+        return costs_RN.sub_(generalized_iou(own_R14, wanted_RN4), alpha=self.loss.giou_cost)
 
 
 def concatenated(layers: Sequence[PredictionRows]) -> tuple[Tensor, Tensor]:

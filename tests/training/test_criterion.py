@@ -72,8 +72,8 @@ def random_output(num_kept: tuple[int, ...] = (6, 9), *, seed: int = 0) -> Detec
     )
 
 
-def criterion(**changes: object) -> SetCriterion:
-    return SetCriterion(NUM_CLASSES, class_specific_proposals=True, **changes)
+def criterion(loss: LossConfig | None = None, **changes: int) -> SetCriterion:
+    return SetCriterion(NUM_CLASSES, loss, class_specific_proposals=True, **changes)
 
 
 # ----------------------------------------------------------------------------------------------------- the formulas
@@ -117,7 +117,7 @@ def formula_losses(
 @pytest.mark.parametrize("matchability_aware", [False, True])
 def test_the_losses_of_every_layer_equal_their_formulas(matchability_aware: bool) -> None:
     output, targets = random_output(), random_targets((3, 2), torch.Generator().manual_seed(1))
-    own = criterion(matchability_aware=matchability_aware)
+    own = criterion(LossConfig(class_loss="matchability_aware" if matchability_aware else "focal"))
     losses = own(output, targets, num_boxes=2.5)
     layers = prediction_layers(output, class_specific_proposals=True)
     assert list(layers) == ["", "_0", "_enc", "_enc_0", "_enc_1"]
@@ -163,7 +163,7 @@ def test_every_loss_has_a_weight_and_logged_metrics_have_none() -> None:
 def test_the_matchability_aware_loss_has_the_gradient_of_its_formula() -> None:
     """The overlap is a constant: boxes have no gradient from the class loss."""
     output, targets = random_output(), random_targets((3, 2), torch.Generator().manual_seed(1))
-    own = criterion(matchability_aware=True)
+    own = criterion(LossConfig(class_loss="matchability_aware"))
     own(output, targets, 1)["loss_ce"].backward()
     assert output.last.boxes.grad is None or not output.last.boxes.grad.any()
 
@@ -316,9 +316,9 @@ def test_each_loss_weight_scales_its_losses_in_the_total(tmp_path: Path) -> None
 
 def test_focal_alpha_and_gamma_reach_loss_and_cost(tmp_path: Path) -> None:
     own = build_criterion(config_with(tmp_path, {"focal_alpha": 0.5, "focal_gamma": 0.0}), 3)
-    assert (own.matcher.focal_alpha, own.matcher.focal_gamma) == (0.5, 0.0)
+    assert (own.matcher.loss.focal_alpha, own.matcher.loss.focal_gamma) == (0.5, 0.0)
     output, targets = random_output(), random_targets((3, 2), torch.Generator().manual_seed(1))
-    plain = SetCriterion(NUM_CLASSES, class_specific_proposals=True, focal_alpha=0.5, focal_gamma=0.0)
+    plain = criterion(LossConfig(focal_alpha=0.5, focal_gamma=0.0))
     pending = plain.start(output, targets)
     loss = pending.finish(5)["loss_ce"]
     match = plain.matcher([pending.layers[""]], targets)[0]
@@ -331,9 +331,11 @@ def test_focal_alpha_and_gamma_reach_loss_and_cost(tmp_path: Path) -> None:
 
 
 def test_the_class_loss_of_the_settings_is_used(tmp_path: Path) -> None:
-    for name, expected in (("focal", False), ("matchability_aware", True)):
-        own = build_criterion(config_with(tmp_path, {"class_loss": name}), 3)
-        assert own.matchability_aware == expected
+    output, targets = random_output(), random_targets((3, 2), torch.Generator().manual_seed(1))
+    for name in ("focal", "matchability_aware"):
+        config = config_with(tmp_path, {"class_loss": name})
+        expected = criterion(LossConfig(class_loss=name))(output, targets, 5)["loss_ce"]
+        assert build_criterion(config, NUM_CLASSES)(output, targets, 5)["loss_ce"] == expected
 
 
 @pytest.mark.parametrize("only", ["class_cost", "bbox_cost", "giou_cost"])

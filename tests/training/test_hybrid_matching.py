@@ -12,7 +12,7 @@ import yaml
 from torch import Tensor
 
 from ats_detr.batch import ImageBatch, Target
-from ats_detr.config import load_config
+from ats_detr.config import LossConfig, load_config
 from ats_detr.errors import Stopped, UserError
 from ats_detr.model import DetectorOutput, Prediction
 from ats_detr.training import trainer
@@ -151,7 +151,8 @@ def test_the_losses_are_those_of_repeated_objects(tmp_path: Path) -> None:
     g = torch.Generator().manual_seed(1)
     output, targets = random_output(), random_targets((3, 2), g)
     output.one_to_many = [random_prediction(2, 30, g=g) for _ in range(2)]
-    own = SetCriterion(NUM_CLASSES, class_specific_proposals=True, one_to_many=REPEATS)(output, targets, 5)
+    second_group = LossConfig(one_to_many=REPEATS)
+    own = SetCriterion(NUM_CLASSES, second_group, class_specific_proposals=True)(output, targets, 5)
     repeated = [
         Target(t.image_id, t.original_size, t.labels_N.repeat(REPEATS), t.boxes_N4.repeat(REPEATS, 1))
         for t in targets
