@@ -53,10 +53,13 @@ def draw_boxes(
     draw = ImageDraw.Draw(picture)
     text_size = max(12, round(min(picture.size) / 42))
     line_width = max(2, round(min(picture.size) / 240))
-    boxes = (np.asarray(boxes_xyxy, np.float64) * factor).tolist()
-    for box, label, caption in reversed(list(zip(boxes, labels, captions, strict=True))):
+    corners_N22 = np.asarray(boxes_xyxy, np.float64).reshape(-1, 2, 2) * factor
+    inside_N22 = np.sort(corners_N22.clip(0, np.array(picture.size) - 1), axis=1)  # ordered, as PIL requires
+    boxes = inside_N22.reshape(-1, 4).tolist()
+    for (left, top, right, bottom), label, caption in reversed(
+        list(zip(boxes, labels, captions, strict=True))
+    ):
         colour = class_colour(label)
-        left, top, right, bottom = _clip(box, picture.size)
         draw.rectangle((left, top, right, bottom), outline=colour, width=line_width)
         font, caption = font_for(caption, text_size)
         _, _, text_width, text_height = draw.textbbox((0, 0), caption, font=font)
@@ -68,14 +71,6 @@ def draw_boxes(
         )
         draw.text((text_left + 3, text_top + 1), caption, fill=_readable_on(colour), font=font)
     return picture
-
-
-def _clip(box: Sequence[float], size: tuple[int, int]) -> tuple[float, float, float, float]:
-    """The box clipped to the picture, with ordered corners, as PIL requires."""
-    width, height = size
-    left, right = sorted(min(max(x, 0), width - 1) for x in (box[0], box[2]))
-    top, bottom = sorted(min(max(y, 0), height - 1) for y in (box[1], box[3]))
-    return left, top, right, bottom
 
 
 def _readable_on(colour: tuple[int, int, int]) -> str:
