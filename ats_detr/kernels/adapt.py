@@ -16,10 +16,21 @@ import gc
 import inspect
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from types import CellType, CodeType, FunctionType, MethodType, ModuleType, new_class
+from types import (
+    CellType,
+    CodeType,
+    FunctionType,
+    MappingProxyType,
+    MethodType,
+    ModuleType,
+    NoneType,
+    new_class,
+)
 from typing import Any
 
 from torch import Tensor, nn
@@ -120,7 +131,7 @@ def adapt(model: nn.Module, *, backend: str | None = None, strict: bool = True) 
         )
     if backend not in (None, *BACKENDS):
         raise ValueError(f"backend {backend!r}: must be one of {', '.join(BACKENDS)}")
-    adapter = _Adapter(backend)
+    adapter = _Adapter(backend, model.modules())
     changes, skipped = {}, {}
     for name, module in model.named_modules():
         try:
@@ -273,10 +284,13 @@ class _Adapter:
     Copies of an adapted module refer to the adapter, and those within the process share it.
     """
 
-    def __init__(self, backend: str | None) -> None:
+    def __init__(self, backend: str | None, registered: Iterable[nn.Module] = ()) -> None:
         self.backend = backend
         self._functions: dict[FunctionType, FunctionType | None] = {}
         self._classes: dict[type, type] = {}
+        self._in_progress: set[Any] = set()
+        self._recursive: set[Any] = set()
+        self._registered = frozenset(map(id, registered))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Adapter:
         return self
@@ -311,14 +325,43 @@ class _Adapter:
 
     def adapted_class(self, cls: type) -> type:
         """A subclass of `cls` with other methods; `cls` itself if no method calls the operator."""
-        if cls not in self._classes:
-            self._classes[cls] = cls  # for a class that holds one of its instances
-            try:
-                self._classes[cls] = self._adapt_class(cls)
-            except ValueError:
-                del self._classes[cls]
-                raise
-        return self._classes[cls]
+        if cls not in self._classes and not self._is_entered(cls):
+            known = self._known_so_far()
+            with self._entered(cls):
+                new = self._adapt_class(cls)
+                if new is not cls and cls in self._recursive:
+                    self._forget(known)
+                self._classes[cls] = new
+        return self._classes.get(cls, cls)
+
+    @contextmanager
+    def _entered(self, key: Any) -> Iterator[None]:
+        """What is read again while it is read calls nothing, for the time being; an error reverts what follows."""
+        known = self._known_so_far()
+        self._in_progress.add(key)
+        try:
+            yield
+        except ValueError:
+            self._forget(known)
+            raise
+        finally:
+            self._in_progress.remove(key)
+
+    def _is_entered(self, key: Any) -> bool:
+        if key in self._in_progress:
+            self._recursive.add(key)
+        return key in self._in_progress
+
+    def _known_so_far(self) -> tuple[int, int]:
+        return len(self._functions), len(self._classes)
+
+    def _forget(self, known: tuple[int, int]) -> None:
+        """Drops what was found out since then."""
+        functions, classes = known
+        while len(self._functions) > functions:
+            self._functions.popitem()
+        while len(self._classes) > classes:
+            self._classes.popitem()
 
     def _adapt_class(self, cls: type) -> type:
         changed: dict[type, dict[str, Any]] = {}
@@ -357,12 +400,25 @@ class _Adapter:
         if isinstance(value, partial):
             new = self.replaced(value.func)
             return new and partial(new, *value.args, **value.keywords)
-        if isinstance(value, nn.Module | ModuleType | Tensor):
+        if isinstance(value, _PLAIN) or id(value) in self._registered or self._is_entered(id(value)):
             return None
+        with self._entered(id(value)):
+            self._reject_held(value)
+        return None
+
+    def _reject_held(self, value: Any) -> None:
+        """Raises _NotAdaptable if an object, its class or what it holds calls the operator."""
+        if isinstance(value, nn.Module):
+            if not isinstance(value, _Adapted) and self.changes_of(value):
+                raise _NotAdaptable(
+                    f"a {type(value).__name__} calls it, and is no registered module: adapt it first"
+                )
+            return
         for part in _functions_in(value):
             if self.replaced(part):
-                raise _NotAdaptable(f"a {type(value).__name__} holds {part.__qualname__}")
-        return None
+                raise _NotAdaptable(f"a {type(value).__name__} holds {getattr(part, '__qualname__', part)}")
+        if self.adapted_class(type(value)) is not type(value):
+            raise _NotAdaptable(f"a {type(value).__name__} calls it, and is no module")
 
     def _known(self, found: Any) -> Any | None:
         """What takes the place of a function or class that is a known version of the operator."""
@@ -395,14 +451,15 @@ class _Adapter:
         return new
 
     def _rebuilt(self, function: FunctionType) -> FunctionType | None:
-        if function not in self._functions:
-            self._functions[function] = None  # for a function that calls itself
-            try:
-                self._functions[function] = self._rebuild(function)
-            except ValueError:
-                del self._functions[function]
-                raise
-        return self._functions[function]
+        if function not in self._functions and not self._is_entered(function):
+            with self._entered(function):
+                new = self._rebuild(function)
+                if new is not None and function in self._recursive:
+                    raise _NotAdaptable(
+                        f"{function.__qualname__} calls itself, directly or in a function that it calls"
+                    )
+                self._functions[function] = new
+        return self._functions.get(function)
 
     def _rebuild(self, function: FunctionType) -> FunctionType | None:
         """`function` with other names and another closure; None if it does not call the operator."""
@@ -467,7 +524,7 @@ class _Adapter:
 
 
 class _Adapted:
-    """Base of the classes of adapted modules: copies of any kind are adapted in the same way."""
+    """Base of the classes of adapted modules: copies are adapted in the same way."""
 
     _ats_detr_adapter: _Adapter
     _ats_detr_class: type
@@ -476,7 +533,8 @@ class _Adapted:
     def __reduce_ex__(self, protocol: Any) -> Any:
         reduced: Any = super().__reduce_ex__(max(2, protocol))
         function, arguments, *rest = reduced
-        if function is copyreg.__newobj__:  # type: ignore[attr-defined]
+        is_own = "_ats_detr_class" in vars(type(self))  # not a subclass that someone else made
+        if is_own and function is copyreg.__newobj__:  # type: ignore[attr-defined]
             function = _new_module
             arguments = (self._ats_detr_adapter, self._ats_detr_class, *arguments[1:])
         return function, arguments, *rest
@@ -498,6 +556,8 @@ def _new_class(like: type, bases: tuple[type, ...], attributes: dict[str, Any]) 
 
 # ------------------------------------------------------------------------------------------------ where it is found
 _ATTRIBUTE = ("LOAD_ATTR", "LOAD_METHOD")
+_PLAIN = (NoneType, str, bytes, int, float, Tensor, ModuleType)
+_CONTAINERS = (dict, list, tuple, set, frozenset, deque, MappingProxyType)
 
 
 def _resolved(cls: type) -> Iterator[tuple[type, str, Any]]:
@@ -527,17 +587,16 @@ def _layers(function: Any, *outer: Any) -> Iterator[FunctionType]:
             yield from _layers(part, function, *outer)
 
 
-def _names_after_super(code: CodeType) -> Iterator[str]:
-    is_super = False
-    for instruction in dis.get_instructions(code):
-        if instruction.opname == "LOAD_GLOBAL":
-            is_super = instruction.argval == "super"
-        elif is_super and instruction.opname in (*_ATTRIBUTE, "LOAD_SUPER_ATTR"):
-            is_super = False
-            yield instruction.argval
+def _names_after_super(code: CodeType, found: bool = False) -> Iterator[str]:
+    """Names that code with `super()` may read from it: each one that it contains."""
+    found = found or "super" in code.co_names
+    if found:
+        yield from code.co_names
     for part in code.co_consts:
         if isinstance(part, CodeType):
-            yield from _names_after_super(part)
+            yield from _names_after_super(part, found)
+        elif found and isinstance(part, str):
+            yield part
 
 
 def _reads(code: CodeType, scope: dict[str, Any]) -> Iterator[tuple[dis.Instruction, str]]:
@@ -569,9 +628,11 @@ def _variables(instruction: dis.Instruction) -> tuple[str, ...]:
 
 
 def _functions_in(value: Any) -> Iterator[Any]:
-    """Functions that a container, a property or another object holds."""
+    """Items of a container; functions that a property or another object holds."""
     for part in (*gc.get_referents(value), *getattr(value, "__dict__", {}).values()):
-        if isinstance(part, FunctionType | MethodType) or (
-            isinstance(part, type) and issubclass(part, Function)
+        if (
+            isinstance(value, _CONTAINERS)
+            or isinstance(part, FunctionType | MethodType)
+            or (isinstance(part, type) and issubclass(part, Function))
         ):
             yield part

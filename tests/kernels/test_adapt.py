@@ -329,6 +329,31 @@ def test_copies_within_a_process_share_the_code_that_is_compiled() -> None:
     assert classes.pop().__qualname__ == "ChannelsFirst"
 
 
+def test_a_copy_of_a_subclass_of_an_adapted_class_keeps_its_class() -> None:
+    model = ChannelsFirst()
+    adapt(model)
+
+    class Doubled(type(model)):  # type: ignore[misc]
+        def forward(self) -> Tensor:
+            return 2 * super().forward()
+
+    other = copy.deepcopy(Doubled())
+    assert type(other) is Doubled
+    torch.testing.assert_close(other(), 2 * model())
+
+
+def test_a_list_of_registered_modules_is_no_obstacle(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.Sequential(Helper(), Helper())
+    model[0].neighbours = [model[1], [model[0]]]
+    expected = model[1]()
+    model[0].alone = [alone := Helper()]
+    adapt(alone)
+    assert adapt(model).names == ("0", "1")
+    monkeypatch.setattr(Attention, "original", None)
+    torch.testing.assert_close(model[0].neighbours[0](), expected)
+    torch.testing.assert_close(alone(), expected)
+
+
 def test_globals_are_those_of_the_file(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is patched or set in the file after `adapt` is seen."""
     model = Scaled()
@@ -378,6 +403,16 @@ class Inherited(Helper):
 class InheritedTwice(Inherited):
     def helper(self) -> Tensor:
         return 2 * super().helper() / 2
+
+
+class SuperOfClass(Inherited):
+    def forward(self) -> Tensor:
+        return super(SuperOfClass, self).forward()  # noqa: UP008
+
+
+class SuperByString(Helper):
+    def helper(self) -> Tensor:
+        return getattr(super(), "helper")()  # noqa: B009
 
 
 class ExplicitBase(Helper):
@@ -481,6 +516,7 @@ class Half(Called):
 FOUND = [
     Helper, Inherited, InheritedTwice, ExplicitBase, ModuleAlias, NestedAlias, GlobalHelper, PartialAttribute,
     StaticMethod, Closure, BoundMethod, Decorated, DecoratedSuper, ClassMethod, RegisteredSubclass, Half,
+    SuperOfClass, SuperByString,
 ]  # fmt: skip
 
 
@@ -594,6 +630,78 @@ class TwoThings(Called):
         return multi_scale_deformable_attn_pytorch(*self.arguments())
 
 
+class Recursive(Called):
+    def forward(self) -> Tensor:
+        return attend_each(*self.arguments(), each=True)
+
+
+class RecursiveByOther(Called):
+    def forward(self) -> Tensor:
+        return attend_halves(*self.arguments())
+
+
+def attend_each(*arguments: Tensor, each: bool = False) -> Tensor:
+    if each:
+        return attend_each(*arguments)
+    return multi_scale_deformable_attn_pytorch(*arguments)
+
+
+def attend_halves(*arguments: Tensor) -> Tensor:
+    return attend_or_halve(*arguments)
+
+
+def attend_or_halve(*arguments: Tensor) -> Tensor:
+    if arguments[0].shape[0] > 2:
+        return attend_halves(*arguments)
+    return multi_scale_deformable_attn_pytorch(*arguments)
+
+
+class CallableSampler:
+    def __call__(self, *arguments: Tensor) -> Tensor:
+        return multi_scale_deformable_attn_pytorch(*arguments)
+
+
+SAMPLER = CallableSampler()
+NESTED = {"a": {"b": multi_scale_deformable_attn_pytorch}}
+
+
+class GlobalObject(Called):
+    def forward(self) -> Tensor:
+        return SAMPLER(*self.arguments())
+
+
+class GlobalTable(Called):
+    def forward(self) -> Tensor:
+        return NESTED["a"]["b"](*self.arguments())
+
+
+class ClassTable(Called):
+    cores: ClassVar[dict[str, Any]] = {"a": [multi_scale_deformable_attn_pytorch]}
+
+    def forward(self) -> Tensor:
+        return self.cores["a"][0](*self.arguments())
+
+
+class HoldsList(Called):
+    def __init__(self, item: Any) -> None:
+        super().__init__()
+        self.items = [item, {"itself": self}]
+        self.items.append(self.items)
+
+    def forward(self) -> Tensor:
+        return self.items[0]()
+
+
+class ListOfObjects(HoldsList):
+    def __init__(self) -> None:
+        super().__init__(CallableSampler())
+
+
+class ListOfModules(HoldsList):
+    def __init__(self) -> None:
+        super().__init__(nn.Sequential(Helper()))
+
+
 @pytest.mark.parametrize(
     ("build", "reason"),
     [
@@ -602,6 +710,13 @@ class TwoThings(Called):
         (Property, "a property holds Property.attended"),
         (HeldObject, "its sampler, a Sampler, calls it, and is no module"),
         (Table, "a dict holds multi_scale_deformable_attn_pytorch"),
+        (Recursive, "attend_each calls itself"),
+        (RecursiveByOther, "attend_halves calls itself"),
+        (GlobalObject, "a CallableSampler calls it, and is no module"),
+        (GlobalTable, "a dict holds multi_scale_deformable_attn_pytorch"),
+        (ClassTable, "a list holds multi_scale_deformable_attn_pytorch"),
+        (ListOfObjects, "a CallableSampler calls it, and is no module"),
+        (ListOfModules, "a Helper calls it, and is no registered module: adapt it first"),
         (Default, "a tuple holds multi_scale_deformable_attn_pytorch"),
         (LocalImport, "forward reads multi_scale_deformable_attn_pytorch by an import within the function"),
         (LocalModule, "forward reads multi_scale_deformable_attn_pytorch of an object that is known only"),
