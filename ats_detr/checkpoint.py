@@ -118,6 +118,8 @@ def add_to_checkpoint(facts: Mapping[str, Any], path: Path) -> None:
 
     Raises UserError where it is in another format, or cannot be written; it is not changed then.
     """
+    if path.name == _MODEL_WEIGHTS and (path.parent / MODEL_CONFIG).exists():
+        path = path.parent
     content = read_own_file(path)
     if not path.is_dir():
         save_checkpoint({**content, **facts}, path)

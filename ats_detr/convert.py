@@ -124,6 +124,9 @@ def from_official(
     outer = content if keys else {}
     arguments = outer.get("args") or {}
     arguments = vars(arguments) if isinstance(arguments, argparse.Namespace) else arguments
+    for key, supported in {"dilation": False, "position_embedding": "sine"}.items():
+        if arguments.get(key, supported) != supported:
+            raise UserError(f"{source}: trained with {key} = {arguments[key]}; only {supported} is supported")
     notes: list[str] = []
     if not keep_adaption and any(name.startswith(_ADAPTION) for name in state):
         state = {name: tensor for name, tensor in state.items() if not name.startswith(_ADAPTION)}
@@ -172,13 +175,13 @@ def detect_model(
     arguments, notes = arguments or {}, [] if notes is None else notes
     width = len(state["transformer.level_embed"][0])
     num_levels = len(state["transformer.level_embed"])
-    num_heads = int(arguments.get("nheads", 8))
+    num_heads = _argument(arguments, "nheads", 8, "model.num_heads", notes)
     two_stage = "transformer.enc_output.weight" in state
     queries_from_memory = two_stage and len(state["transformer.pos_trans.bias"]) == width
     num_encoder_layers = _count(state, r"transformer\.encoder\.layers\.(\d+)\.")
     num_decoder_layers = _count(state, r"transformer\.decoder\.layers\.(\d+)\.")
     if two_stage:
-        num_queries = int(arguments.get("num_queries", 300))
+        num_queries = _argument(arguments, "num_queries", 300, "model.num_queries", notes)
     else:
         num_queries = len(state["query_embed.weight"])
     num_points, num_decoder_points = (
@@ -206,6 +209,13 @@ def detect_model(
         encoder_auxiliary=_count(state, r"class_embed\.(\d+)\.") > num_decoder_layers + two_stage,
         adaption=any(name.startswith(_ADAPTION) for name in state),
     )
+
+
+def _argument(arguments: Mapping[str, Any], name: str, assumed: int, key: str, notes: list[str]) -> int:
+    """An argument that tensors do not show. `key` is the setting that overrides an assumed value."""
+    if name not in arguments:
+        notes.append(f"the file does not contain --{name}; {assumed} is assumed ({key} overrides it)")
+    return int(arguments.get(name, assumed))
 
 
 def _detect_selector(

@@ -138,6 +138,8 @@ def with_gflops(points: Sequence[Point], model: Detr, size: tuple[int, int]) -> 
 
     def at(ratio: float, part: str) -> float:
         before, after = getattr(low, part), getattr(high, part)
+        if high.num_kept == low.num_kept:  # the minimum of tokens exceeds both ratios
+            return after
         slope = (after - before) / (high.num_kept - low.num_kept)
         return before + slope * (ratio * low.num_tokens - low.num_kept)
 

@@ -141,8 +141,16 @@ def test_assumed_settings_and_omitted_content_are_noted() -> None:
     assert "omitted: the adaption layer" in notes
     assert "omitted: the state of optimizer" in notes
     assert "does not contain its budgets; 0.1 and 0.2 are assumed" in notes
+    assert "does not contain --nheads; 8 is assumed (model.num_heads overrides it)" in notes
+    assert "does not contain --num_queries; 300 is assumed" in notes
     kept = from_official({"model": state}, keep_adaption=True)
     assert torch.equal(kept["model"]["adaption.weight"], state["adaption_layer.weight"])
+
+
+@pytest.mark.parametrize(("key", "value"), [("dilation", True), ("position_embedding", "learned")])
+def test_architectures_of_other_options_are_errors(key: str, value: object) -> None:
+    with pytest.raises(UserError, match=f"file.pth: trained with {key} = {value}"):
+        from_official({"model": official_state(small_config()), "args": {key: value}}, source="file.pth")
 
 
 def test_the_91_rows_of_a_published_head_are_the_coco_categories() -> None:

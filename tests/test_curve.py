@@ -151,6 +151,16 @@ def test_multiply_adds_at_a_mean_equal_those_of_that_ratio() -> None:
     assert counted.encoder_gflops == pytest.approx(expected.encoder, rel=1e-6)
 
 
+def test_multiply_adds_are_constant_where_the_minimum_of_tokens_decides() -> None:
+    model, size = small_model(), (64, 96)
+    assert model.selector is not None
+    model.selector.min_tokens = 10_000
+    point = Point(budget="0.4", is_static=True, num_images=1, mean_keep_ratio=1.0, ap=0.0, ap_error=0.0)
+    (counted,) = with_gflops([point], model, size)
+    expected = count_flops(model, ImageBatch(torch.zeros(1, 3, *size), [size]), keep_ratio=0.4)
+    assert counted.gflops == pytest.approx(expected.total, rel=1e-6)
+
+
 def test_eval_writes_a_curve(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = load_config(write_small_chain(tmp_path))
     root = synthetic_dataset(config.data.root, **dataclasses.asdict(config.data.synthetic))
@@ -174,5 +184,7 @@ def test_eval_writes_a_curve(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert "auto keeps" in capsys.readouterr().out
     with pytest.raises(UserError, match="not calibrated; run ats-detr calibrate"):
         main(["eval", "--checkpoint", str(path), "--budgets", "0.1,mean:0.2"])
+    with pytest.raises(UserError, match="budget '0.1,0.2': must be auto"):
+        main(["eval", "--checkpoint", str(path), "--budget", "0.1,0.2"])
     with pytest.raises(UserError, match="--budgets excludes --budget"):
         main(["eval", "--checkpoint", str(path), "--budgets", "0.1", "--budget", "0.2"])

@@ -33,7 +33,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 def run(arguments: Namespace) -> None:
     """Calibrate, store the result, and report the means that it reaches."""
     path = None if is_remote(arguments.checkpoint) else resolve_checkpoint(arguments.checkpoint)
-    if path is None or path.resolve().parent == SHIPPED:
+    if path is None or SHIPPED.resolve() in path.resolve().parents:
         raise UserError(
             f"{arguments.checkpoint}: a fetched or shipped checkpoint is not changed; make a copy first: ats-detr"
             f" convert {arguments.checkpoint} FOLDER"

@@ -98,9 +98,8 @@ def add_arguments(parser: ArgumentParser) -> None:
 def run(arguments: Namespace) -> None:
     """Evaluate one checkpoint."""
     is_curve = arguments.budgets is not None
-    budgets = [
-        parse_budget(text) for text in (arguments.budgets if is_curve else arguments.budget).split(",")
-    ]
+    texts = arguments.budgets.split(",") if is_curve else [arguments.budget]
+    budgets = [parse_budget(text) for text in texts]
     if is_curve and (arguments.budget != "auto" or arguments.detections):
         raise UserError("--budgets excludes --budget and --detections: omit them")
     path = resolve_checkpoint(arguments.checkpoint)

@@ -65,6 +65,12 @@ def test_every_format_keeps_its_content_and_gets_the_calibration(
     assert Detector.from_checkpoint(tmp_path / "copy.pt").calibration == expected
 
 
+def test_the_weights_of_a_folder_stand_for_the_folder(images: Path, tmp_path: Path) -> None:
+    folder = save_small_detector(tmp_path / "folder")
+    main(["calibrate", str(folder / "model.safetensors"), str(images)])
+    assert Detector.from_checkpoint(folder).calibration is not None
+
+
 def test_conversion_to_a_folder_keeps_the_calibration(images: Path, tmp_path: Path) -> None:
     path = save_small_detector(tmp_path / "model.pt")
     main(["calibrate", str(path), str(images)])
@@ -97,7 +103,10 @@ def test_published_and_fetched_checkpoints_are_not_changed(images: Path, tmp_pat
     with pytest.raises(UserError, match=f"convert it first: ats-detr convert {path}"):
         main(["calibrate", str(path), str(images)])
     assert path.read_bytes() == before
-    for name in ("hf://owner/repo", *(folder.name for folder in SHIPPED.iterdir())):
+    shipped = [
+        name for folder in SHIPPED.iterdir() for name in (folder.name, str(folder / "model.safetensors"))
+    ]
+    for name in ("hf://owner/repo", *shipped):
         with pytest.raises(UserError, match=f"is not changed; make a copy first: ats-detr convert {name}"):
             main(["calibrate", name, str(images)])
 
