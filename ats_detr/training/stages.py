@@ -182,6 +182,7 @@ def load_teacher(stage: Stage, student: Config, checkpoint: Mapping[str, Any]) -
             raise UserError(
                 f"the {stage.name} teacher has model.{key} = {own}, its student {wanted}: they must be equal"
             )
+    model = load_detector(stage.config, checkpoint, stage.checkpoint)
     stored, wanted = (
         config.model.selector.keep_ratio if config.model.selector is not None else None
         for config in (config_of(checkpoint, stage.checkpoint), stage.config)
@@ -196,4 +197,4 @@ def load_teacher(stage: Stage, student: Config, checkpoint: Mapping[str, Any]) -
             f"{stage.checkpoint}: has model.selector.keep_ratio {stored}, but the {stage.name} teacher needs"
             f" {wanted}: {fix}"
         )
-    return load_detector(stage.config, checkpoint, stage.checkpoint)
+    return model
