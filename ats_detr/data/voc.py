@@ -79,6 +79,9 @@ def open_dataset(definition: Definition) -> Foreign:
     for image in images.beside():
         label_of.setdefault(image, None)
     parts = _parts_of_lists(root, label_of) or _parts_by_folder(root, label_of)
+    for file in images.contradictory:
+        what = "XML files whose <filename> is another image than that of their stem (the stem counts)"
+        parts[0].note(what, relative_name(file, root))
     return Foreign(definition, parts, VocReader())
 
 
@@ -142,6 +145,8 @@ class _Images:
         self._folders: dict[Path, list[Path]] = {}
         self._listings: dict[Path, dict[str, list[Path]]] = {}
         self._used: dict[Path, None] = {}
+        self.contradictory: list[Path] = []
+        """XML files whose stem and listed name are those of two images."""
 
     def of(self, label: Path) -> Path:
         """The image of an XML file; a path without suffix where it is missing."""
@@ -149,18 +154,14 @@ class _Images:
             self._folders[label.parent] = list(dict.fromkeys(map(any_case, _image_folders(label.parent))))
         folders = self._folders[label.parent]
         alike = next(filter(None, (self._listing(folder).get(label.stem) for folder in folders)), [])
-        if len(alike) != 1:
-            listed = _FILE_NAME.search(read_label(label))
-            name = (
-                PurePosixPath(listed[1].decode("utf-8", "replace").replace("\\", "/"))
-                if listed
-                else PurePosixPath()
-            )
-            named = [
-                self._listing(folder).get(stem, []) for stem in (name.stem, name.name) for folder in folders
-            ]
-            alike = alike or next(filter(None, named), [])
-            alike = [image for image in alike if image.name == name.name] or alike
+        listed = _FILE_NAME.search(read_label(label))
+        name = PurePosixPath(listed[1].decode("utf-8", "replace").replace("\\", "/") if listed else "")
+        named = [self._listing(folder).get(stem, []) for stem in (name.stem, name.name) for folder in folders]
+        if not alike:
+            alike = next(filter(None, named), [])
+        elif name.stem != label.stem and any(image.name == name.name for found in named for image in found):
+            self.contradictory.append(label)
+        alike = [image for image in alike if image.name == name.name] or alike
         if not alike:
             return label.with_suffix("")
         self._used[alike[0].parent] = None

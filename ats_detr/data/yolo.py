@@ -26,6 +26,7 @@ from ats_detr.data.conversion import (
     Part,
     Reader,
     read_label,
+    relative_name,
     supervision_formats,
 )
 from ats_detr.data.images import IMAGE_SUFFIXES, ImageFileError, read_header
@@ -45,6 +46,8 @@ from ats_detr.data.records import PLACE
 from ats_detr.errors import UserError
 from ats_detr.text import first_line
 
+_LABEL_FOLDERS = sorted(ANNOTATION_FOLDERS, key=lambda name: not name.startswith("label"))
+"""`labels/` first: XML or older files may be in the others."""
 _NAME_FILES = ("classes.txt", "_darknet.labels")
 _NO_LABELS = ("classes.txt", "labels.txt", "notes.txt")
 _NO_PLACES = ("", "null", "~", "None")
@@ -143,7 +146,10 @@ def open_dataset(definition: Definition) -> Foreign:
         return Foreign(definition, _parts(lists, [root], definition), YoloReader(_names_in(file), file))
     content = _read(file)
     base = content.get("path")
-    bases = [root / base.replace("\\", "/"), root] if isinstance(base, str) else [root]
+    bases = [root]
+    if isinstance(base, str):
+        folder = Path(os.path.normpath(root / base.replace("\\", "/")))
+        bases.insert(0 if root in folder.parents else 1, folder)  # places inside the dataset come first
     if file.suffix.lower() == ".data":
         place = _locate(str(content.get("names")), bases)
         if place is None:
@@ -213,6 +219,7 @@ def _parts(content: dict[str, Any], bases: Sequence[Path], definition: Definitio
     if not images["train"] and any(role == "train" for role, _ in absent):
         listed = ", ".join(text for _, text in absent)
         raise UserError(f"{file}: the training images do not exist ({listed}); correct the paths in it")
+    notes = _separate(images, file)
     labels = _Labels(root)
     if not any(images.values()):
         images = _by_folder(root, labels)
@@ -221,9 +228,32 @@ def _parts(content: dict[str, Any], bases: Sequence[Path], definition: Definitio
         for image in dict.fromkeys(images[part.role]):
             part.add(image, labels.of(image))
     _add_labels_without_image(parts)
+    for what, image in notes:
+        parts[0].note(what, relative_name(image, root))
     if absent and parts:
         parts[0].notes["splits of the data file without images"] = [text for _, text in absent]
     return parts
+
+
+def _separate(images: dict[Role | None, list[Path]], file: Path) -> list[tuple[str, Path]]:
+    """Take the images of the other splits out of the training split; a split that is equal to it is none.
+
+    Returns notes with the images that they are about. Raises UserError where no training image remains.
+    """
+    notes = []
+    train = set(images["train"])
+    for role in ("val", "test"):
+        if train and set(images[role]) == train:
+            what = f"images of the split {role}, which is equal to train (not used; data.val_share divides train)"
+            notes += [(what, image) for image in dict.fromkeys(images[role])]
+            images[role] = []
+    held_out = {*images["val"], *images["test"]}
+    if train and train <= held_out:
+        raise UserError(f"{file}: all training images are in other splits, too; correct the paths in it")
+    what = "images of other splits in the folders of train (not trained on)"
+    notes += [(what, image) for image in dict.fromkeys(images["train"]) if image in held_out]
+    images["train"] = [image for image in images["train"] if image not in held_out]
+    return notes
 
 
 def _names(place: str) -> list[str]:
@@ -241,12 +271,12 @@ def _locate(value: str, bases: Sequence[Path]) -> Path | None:
     literal = value.replace("\\", "/")
     names = _names(value)
     tried = [Path(literal)] if os.path.isabs(literal) else []
-    tried += [base / "/".join(names) for base in reversed(bases)]
-    tried += [Path(os.path.normpath(base / literal)) for base in reversed(bases)]
+    tried += [base / "/".join(names) for base in bases]
+    tried += [Path(os.path.normpath(base / literal)) for base in bases]
     for start, name in enumerate(names[:-1], start=1):
         if role_of(name):
             break
-        tried += [base / "/".join(names[start:]) for base in reversed(bases)]
+        tried += [base / "/".join(names[start:]) for base in bases]
     return next(filter(os.path.exists, map(any_case, tried)), None)
 
 
@@ -272,7 +302,7 @@ def _listed(lists: Iterable[tuple[Role, Path]], bases: Sequence[Path]) -> list[t
         folders.append(file.parent)
     if not entries:
         return []
-    found = locate([name for _, name in entries], [*folders, *reversed(bases)])
+    found = locate([name for _, name in entries], [*folders, *bases])
     return [
         (role, Path(os.path.normpath(found.folder / (os.fsdecode(path) or name))))
         for (role, name), path in zip(entries, found.paths, strict=True)
@@ -314,9 +344,9 @@ class _Labels:
         first = len(self._root.parts) if self._root in (folder, *folder.parents) else 0
         for i in reversed(range(first, len(parts))):
             if parts[i].lower() in IMAGE_FOLDERS:
-                yield from (Path(*parts[:i], labels, *parts[i + 1 :], name) for labels in ANNOTATION_FOLDERS)
+                yield from (Path(*parts[:i], labels, *parts[i + 1 :], name) for labels in _LABEL_FOLDERS)
         yield folder / name
-        for labels in ANNOTATION_FOLDERS:
+        for labels in _LABEL_FOLDERS:
             yield folder / labels / name
             yield folder.parent / labels / folder.name / name
             yield folder.parent / labels / name

@@ -480,3 +480,57 @@ def test_no_dataset_is_written_into_or_around_another(action: str, out: str, tmp
     with pytest.raises(UserError, match=r"would then contain two datasets, .*choose another folder"):
         main(["datasets", action, str(root), str(tmp_path / out)])
     assert sorted(root.rglob("*")) == before
+
+
+# ---------------------------------------------------------------------------------------------- contradictory folders
+def notes(root: Path) -> str:
+    """What the converted training file says about its data."""
+    info = json.loads(find_split(DataConfig(root=str(root)), "train").annotations.read_text())["info"]
+    return str(info)
+
+
+def test_the_path_of_yolo_comes_before_the_folder_of_the_data_file(tmp_path: Path) -> None:
+    root = tmp_path / "data"
+    yolo(root / "images/train", root / "labels/train", "old")
+    yolo(root / "v2/images/train", root / "v2/labels/train", "new")
+    write(root / "data.yaml", "path: v2\ntrain: images/train\nnames: [a]\n")
+    assert names(root) == ["new"]
+
+
+def test_labels_of_yolo_come_before_other_annotations(tmp_path: Path) -> None:
+    root = tmp_path / "data"
+    yolo(root / "images", root / "annotations", "p", line="1 0.5 0.5 0.1 0.1")
+    yolo(root / "images", root / "labels", "p")
+    write(root / "data.yaml", "train: images\nnames: [a, b]\n")
+    dataset = opened(root)
+    assert dataset.class_map.name_of_row(int(dataset.objects(0)[1][0])) == "a"
+
+
+def test_validation_images_of_yolo_below_train_are_not_trained_on(tmp_path: Path) -> None:
+    root = tmp_path / "data"
+    yolo(root / "images", root / "labels", "p")
+    yolo(root / "images/val", root / "labels/val", "q")
+    write(root / "data.yaml", "train: images\nval: images/val\nnames: [a]\n")
+    assert names(root) == ["p"] and names(root, "val") == ["q"]
+    assert "not trained on" in notes(root) and "images/val/q.jpg" in notes(root)
+    write(root / "data.yaml", "train: images/val\nval: images\nnames: [a]\n")
+    with pytest.raises(UserError, match="all training images are in other splits"):
+        opened(root)
+
+
+def test_a_validation_split_equal_to_train_is_none(tmp_path: Path) -> None:
+    root = tmp_path / "data"
+    yolo(root / "images", root / "labels", "p", "q", "r", "s")
+    write(root / "data.yaml", "train: images\nval: images\nnames: [a]\n")
+    assert len(opened(root)) == 4 and "data.val_share" in notes(root)
+    config = DataConfig(root=str(root), val_share=0.25)
+    assert [len(open_dataset(config, "train")), len(open_dataset(config, "val"))] == [3, 1]
+
+
+def test_xml_that_names_another_image_is_noted(tmp_path: Path) -> None:
+    root = tmp_path / "data"
+    voc(root / "images", root / "annotations", "p", "q")
+    file = root / "annotations/p.xml"
+    assert "the stem counts" not in notes(root)
+    file.write_text(file.read_text().replace("p.jpg", "q.jpg"))
+    assert "the stem counts" in notes(root) and "annotations/p.xml" in notes(root)
