@@ -240,11 +240,12 @@ def test_training_has_the_same_gradients_with_prepared_norms_and_weights(dtype: 
         assert {map_BCHW.dtype for map_BCHW in maps} == {dtype}
         sum(map_BCHW.float().square().mean() for map_BCHW in maps).backward()
         results.append([parameter.grad for parameter in own.parameters()])
+    tolerance = {"rtol": 1e-5, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 1e-4}
     for name, ours, expected in zip(dict(own.named_parameters()), *results, strict=True):
         assert (ours is None) == (expected is None) == name.startswith("body.layer1")
         if ours is not None:
             assert ours.dtype == torch.float32
-            torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(ours, expected, **tolerance)
     assert own.body.bn1.scale is None and own.body.conv1[0].weight.dtype == torch.float32
 
 
