@@ -371,7 +371,24 @@ def _read_box(
             "boxes of negative width or height", f"{where} of {name}: bbox {shortened(given)} is negative"
         )
         return None
+    attributes = record.get("attributes")
+    angle = _number(attributes.get("rotation")) if isinstance(attributes, Mapping) else None
+    if angle is not None and angle % 180:
+        findings.warn(
+            "rotated boxes (of CVAT), replaced by the boxes that enclose them",
+            f"{where} of {name}: {angle:g}°",
+        )
+        return _enclosing_box(box, angle)  # type: ignore[arg-type]
     return box  # type: ignore[return-value]
+
+
+def _enclosing_box(box: Sequence[float], angle: float) -> list[float]:
+    """The box around [x, y, width, height] that is turned about its centre by `angle` degrees."""
+    x, y, width, height = box
+    cosine, sine = abs(math.cos(math.radians(angle))), abs(math.sin(math.radians(angle)))
+    around = width * cosine + height * sine, width * sine + height * cosine
+    turned = [x + (width - around[0]) / 2, y + (height - around[1]) / 2, *around]
+    return [round(value, 6) for value in turned]
 
 
 def _segment_box(segmentation: Any) -> Sequence[float] | None:

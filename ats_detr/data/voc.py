@@ -231,6 +231,9 @@ class VocReader(Reader):
             except ValueError as error:
                 category = (found.findtext("name") or "").strip()
                 entry = {"category_id": category, "bbox": str(error), PLACE: f"{name}, object {number}"}
+            for attribute in found.iterfind("attributes/attribute"):
+                if attribute.findtext("name") == "rotation":
+                    entry["attributes"] = {"rotation": attribute.findtext("value")}
             if (found.findtext("difficult") or "0").strip() not in ("", "0", "false", "False"):
                 entry["iscrowd"] = 1
                 what = "objects marked as difficult (not trained on, not counted as misses, as in VOC's evaluation)"

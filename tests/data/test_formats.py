@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -272,6 +273,37 @@ def test_difficult_objects_of_voc_are_ignored_and_counted(coco: Path, tmp_path: 
     dataset = open_dataset(DataConfig(root=str(root)), "train")
     assert dataset.num_objects.sum() == before - 1 and dataset.annotations.crowd.sum() == 1
     assert any("1 objects marked as difficult" in text for text in messages(root))
+
+
+def test_rotated_boxes_of_cvat_are_replaced_by_the_boxes_around_them(coco: Path, tmp_path: Path) -> None:
+    """In COCO and VOC files, CVAT writes the box before its rotation, and the angle as an attribute."""
+    box = "<bndbox><xmin>11</xmin><ymin>21</ymin><xmax>50</xmax><ymax>24</ymax></bndbox>"
+    angle = "<attributes><attribute><name>rotation</name><value>90.0</value></attribute></attributes>"
+    root = as_voc(coco, tmp_path / "voc")
+    for file in (root / "Annotations").iterdir():
+        text = re.sub("(?s)<object>.*</object>", "", file.read_text())
+        rotated = f"<object><name>apple</name>{box}{angle}</object>"
+        file.write_text(text.replace("</annotation>", rotated + "</annotation>"))
+    own = shutil.copytree(coco, tmp_path / "coco")
+    annotations = own / "annotations/instances_train2017.json"
+    tree = json.loads(annotations.read_text())
+    apple = next(row["id"] for row in tree["categories"] if row["name"] == "apple")
+    tree["annotations"] = [
+        {
+            "id": image["id"],
+            "image_id": image["id"],
+            "category_id": apple,
+            "bbox": [10, 20, 40, 4],
+            "area": 160,
+        }
+        | {"iscrowd": 0, "attributes": {"occluded": False, "rotation": 90.0}}
+        for image in tree["images"]
+    ]
+    annotations.write_text(json.dumps(tree))
+    for found in (root, own):
+        entries = [entry for of_image in objects(opened(found)[0]) for entry in of_image]
+        assert entries and all(entry == ("apple", [28, 2, 32, 42]) for entry in entries)
+        assert any("rotated boxes (of CVAT)" in text for text in messages(found))
 
 
 @pytest.mark.parametrize(
