@@ -38,8 +38,8 @@ from ats_detr.data.synthetic import draw_image
 from ats_detr.data.transforms import image_to_tensor
 from ats_detr.distributed import choose_device
 from ats_detr.errors import UserError
-from ats_detr.kernels.convolution import probing
 from ats_detr.model import CompiledDetr, Detr
+from ats_detr.model.compiled import GraphPool
 from ats_detr.model.output import TokenScores
 from bench.flops import given_subject, read_folder
 from bench.measure import (
@@ -364,10 +364,14 @@ def staged_pass(setting: Setting, batch: ImageBatch, budgets: Budgets, *, dense:
     if dense:
         model.selector = None
     images_B3HW = batch.images_B3HW.to(dtype, memory_format=torch.channels_last)
-    sizes_B2, stages = batch.sizes_B2, {}
+    sizes_B2, stages, graphs = batch.sizes_B2, {}, GraphPool()
 
     def add(stage: str, function: Callable[[], Result]) -> Result:
-        result, stages[stage] = replayed(function, setting.device)
+        if images_B3HW.is_cuda:
+            graph, result = graphs.capture(function, images_B3HW.device)
+            stages[stage] = graph.replay
+        else:
+            result, stages[stage] = function(), function
         return result
 
     with torch.inference_mode():
@@ -385,21 +389,6 @@ def staged_pass(setting: Setting, batch: ImageBatch, budgets: Budgets, *, dense:
         return selection
 
     return run
-
-
-def replayed(function: Callable[[], Result], device: torch.device) -> tuple[Result, Callable[[], object]]:
-    """The result of a function, and a function that computes it again: on a GPU at the same place, as a CUDA graph."""
-    if device.type != "cuda":
-        return function(), function
-    stream = torch.cuda.Stream(device)
-    stream.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.device(device), torch.cuda.stream(stream), probing():
-        for _ in range(3):
-            function()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.device(device), torch.cuda.graph(graph, stream=stream):
-        result = function()
-    return result, graph.replay
 
 
 def peer_pass(peer: Peer, batch: ImageBatch) -> Pass:

@@ -24,6 +24,7 @@ from ats_detr.kernels.agreement import TOLERANCE, difference
 from ats_detr.kernels.dispatch import (
     FLOATS,
     autocast,
+    capture_lock,
     check_one_device,
     check_tensors,
     check_vectors,
@@ -227,7 +228,8 @@ def probing() -> Iterator[None]:
 
 def _may_use_cudnn(x: Tensor, residual: Tensor | None) -> bool:
     cudnn = torch.backends.cudnn
-    is_able = x.is_cuda and cudnn.enabled and not cudnn.deterministic and not runs_inside_graph()
+    is_deterministic = cudnn.deterministic or torch.are_deterministic_algorithms_enabled()
+    is_able = x.is_cuda and cudnn.enabled and not is_deterministic and not runs_inside_graph()
     return is_able and (residual is None or residual.dtype == x.dtype)
 
 
@@ -247,17 +249,20 @@ def _cudnn_convolution(
     kind = (bias is None, residual is None, torch.backends.cudnn.allow_tf32)
     key = (x.device, x.dtype, x.shape, weight.shape, str(layout), *kind)
     if key not in _cudnn_pays and _is_probing.get():
-        with torch.cuda.device_of(x):
-            reason = _why_not(fused, compute, x)
+        try:
+            with capture_lock, torch.cuda.device_of(x):
+                reason = _why_not(fused, compute, x)
+            _cudnn_pays[key] = reason is None
+        except torch.OutOfMemoryError:  # now, but perhaps not at the next probe
+            reason = "not probed, out of memory"
         logger.info(
             "cuDNN with its epilogue, %s by %s: %s", list(x.shape), list(weight.shape), reason or "used"
         )
-        _cudnn_pays[key] = reason is None
     return fused(x) if _cudnn_pays.get(key) else compute(x)
 
 
 def _why_not(fused: Callable[[Tensor], Tensor], compute: Callable[[Tensor], Tensor], x: Tensor) -> str | None:
-    """Why `fused` cannot replace `compute`; None if it can."""
+    """Why `fused` cannot replace `compute`; None if it can. Raises OutOfMemoryError if the probe lacks memory."""
     try:
         expected = compute(x)
         # Memory that is freed at once and used for the result: cuDNN may multiply its contents by 0.
@@ -267,6 +272,8 @@ def _why_not(fused: Callable[[Tensor], Tensor], compute: Callable[[Tensor], Tens
         if not fused(torch.full_like(x, torch.nan)).isnan().any():
             return "NaN is lost"
         times = [_milliseconds(function, x) for function in (fused, compute)]
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:  # of the library
         return repr(error)
     return None if times[0] <= times[1] else "{:.4f} instead of {:.4f} ms".format(*times)

@@ -6,6 +6,7 @@ import functools
 import importlib
 import importlib.util
 import os
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -26,6 +27,9 @@ MIN_CAPABILITY = (8, 0)
 a program."""
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 """Dtypes that the operators compute with; float64 in the reference only."""
+capture_lock = threading.RLock()
+"""Held while a CUDA graph is captured and where kernels are timed: a thread that synchronises the device breaks the
+capture of another."""
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 _KNOWS_EXPORT = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 14)
 """Whether `torch.compiler.is_exporting` is False under torch.compile: not in 2.11, and so in 2.14."""

@@ -8,6 +8,7 @@ import logging
 import os
 import threading
 import time
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass, field, fields, is_dataclass, replace
@@ -21,7 +22,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from ats_detr.batch import ImageBatch
 from ats_detr.kernels.convolution import probing
-from ats_detr.kernels.dispatch import choose_backend
+from ats_detr.kernels.dispatch import capture_lock, choose_backend
 from ats_detr.model.attention import DeformableAttention
 from ats_detr.model.detr import Detr
 from ats_detr.model.encoder import LayerStack
@@ -36,6 +37,10 @@ _WARM_UP_PASSES = 3
 """Passes before a capture, in which kernels are tuned, cuDNN is probed, and libraries choose their algorithms."""
 MAX_GRAPHS = 32
 """Default maximum number of CUDA graphs of a model."""
+_MAX_FAILURES = 3
+"""Successive captures that other threads may break before no graph is captured any more."""
+_NUM_STREAMS = 32
+"""Streams of a GPU, which `torch.cuda.Stream` returns in turns."""
 _MAX_SHAPES = 10_000
 """Shapes whose calls are counted; the least recently used one is forgotten."""
 _MAX_TRACES = 128
@@ -256,8 +261,9 @@ class GraphCache:
     """Runs functions of tensors, and captures each as a CUDA graph when its key occurs for the `capture_at`-th time.
 
     After a graph is dropped, its key has to occur twice as often as before its last capture: more keys than graphs, or
-    a model that changes again and again, do not cause a capture at every call. A failed capture is reported once, and
-    nothing is captured from then on. Threads may share it. A copy has the same settings and no graphs.
+    a model that changes again and again, do not cause a capture at every call. A failed capture is reported, and
+    nothing is captured from then on, unless another thread broke it: then its key has to occur twice as often, too, and
+    the third such failure in a row ends the captures. Threads may share it. A copy has the same settings and no graphs.
 
     Args:
         max_graphs: maximum number of graphs; the least recently used one is dropped.
@@ -272,6 +278,8 @@ class GraphCache:
         self._shapes: OrderedDict[Hashable, _Shape] = OrderedDict()
         """The last entry is the most recently used."""
         self._is_able, self._is_prepared = max_graphs > 0, False
+        self._num_failures = 0
+        """Since the last successful capture."""
         self._capture: Capture = capture or _CudaGraphs()
         self._lock = threading.Lock()
 
@@ -355,10 +363,20 @@ class GraphCache:
                     raise RuntimeError("PyTorch computes faulty operators")
             shape.replay = self._capture(function, *inputs)
         except Exception as error:  # of any library; an error of the pass itself is raised by the normal pass
-            self._is_able = False
             reason = first_line(error)
+            self._num_failures += 1
+            if _is_broken_by_another_thread(error) and self._num_failures < _MAX_FAILURES:
+                shape.num_calls, shape.num_captures = 0, shape.num_captures + 1
+                logger.warning(
+                    "the capture of a CUDA graph is tried again later; another thread seems to have synchronised the "
+                    "device meanwhile: %s",
+                    reason,
+                )
+                return False
+            self._is_able = False
             logger.warning("passes run without CUDA graphs, since one cannot be captured: %s", reason)
             return False
+        self._num_failures = 0
         shape.num_captures += 1
         self._limit()
         return True
@@ -371,10 +389,41 @@ class GraphCache:
             self._shapes.popitem(last=False)
 
 
-class _CudaGraphs:
-    """Captures functions as CUDA graphs of one memory pool, which overwrite each other's activations.
+def _is_broken_by_another_thread(error: BaseException) -> bool:
+    """Whether a capture was invalid at its end although it made no call that captures do not allow."""
+    messages = []
+    cause: BaseException | None = error
+    while cause is not None:
+        messages.append(str(cause))
+        cause = cause.__context__
+    text = "\n".join(messages)  # of the CUDA errors 901 and 900
+    return "previous error during capture" in text and "not permitted when stream is capturing" not in text
 
-    Call it, and the replays, sequentially. They may be on different streams.
+
+_streams: weakref.WeakKeyDictionary[torch.cuda.CUDAGraph, torch.cuda.Stream] = weakref.WeakKeyDictionary()
+"""The stream of the capture of each graph that exists."""
+
+
+@functools.cache
+def _warm_up_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
+
+
+def _capture_stream(device: torch.device) -> torch.cuda.Stream:
+    """A stream that is neither that of warm-ups nor that of the graphs of another pool."""
+    used = {_warm_up_stream(device), *_streams.values()}
+    for _ in range(_NUM_STREAMS):
+        if (stream := torch.cuda.Stream(device)) not in used:
+            return stream
+    raise RuntimeError(f"all {_NUM_STREAMS} streams of {device} are in use by CUDA graphs of other models")
+
+
+class GraphPool:
+    """CUDA graphs of one memory pool, which overwrite each other's activations: replay them sequentially.
+
+    cuBLAS has a workspace for each stream, in the memory that was current at its first use, and PyTorch may free it
+    when a graph that was captured on the stream is deleted. Graphs of other pools and warm-ups therefore use other
+    streams.
     """
 
     def __init__(self) -> None:
@@ -382,36 +431,51 @@ class _CudaGraphs:
         self._stream: torch.cuda.Stream | None = None
         """Of all captures. That of `torch.cuda.graph` is on the GPU of the first capture of the process: the graph of a
         model on another GPU would be empty."""
+
+    def capture(self, function: Callable[[], T], device: torch.device) -> tuple[torch.cuda.CUDAGraph, T]:
+        """A graph of `function`, and the output that its replays write. Runs the function first, see `probing`.
+
+        Waits for the captures of other threads, and for the timing of kernels there.
+        """
+        with capture_lock, torch.cuda.device(device):
+            stream, self._stream = self._stream, None  # after a failed capture, nothing of it is used again
+            # PyTorch may refuse another capture in a pool without graphs.
+            if stream is None or stream.device != device or stream not in _streams.values():
+                stream, self._pool = _capture_stream(device), torch.cuda.graph_pool_handle()
+            caller, warm_up = torch.cuda.current_stream(), _warm_up_stream(device)
+            warm_up.wait_stream(caller)
+            try:
+                with torch.cuda.stream(warm_up), probing():
+                    for _ in range(_WARM_UP_PASSES):
+                        function()
+            finally:  # the memory of the inputs may be used again
+                caller.wait_stream(warm_up)
+            graph = torch.cuda.CUDAGraph()
+            # Restores the caller's stream after a capture that failed, which `torch.cuda.graph` does not.
+            with (
+                torch.cuda.stream(stream),
+                # Other threads may allocate during the capture (pinned memory, for example); this is not captured.
+                torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"),
+            ):
+                output = function()
+            _streams[graph] = self._stream = stream
+        return graph, output
+
+
+class _CudaGraphs:
+    """Captures functions as CUDA graphs of one `GraphPool`. Replays may be on different streams."""
+
+    def __init__(self) -> None:
+        self._graphs = GraphPool()
         self._done: torch.cuda.Event | None = None
         """The end of the last replay."""
 
     def __call__(self, function: Callable[..., Any], *inputs: Tensor) -> Callable[..., Any]:
         device = inputs[0].device
         with torch.cuda.device(device):
-            if self._stream is None or self._stream.device != device:
-                self._stream, self._pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
             self._wait()
             own_inputs = tuple(tensor.clone() for tensor in inputs)
-            # Another stream than that of the capture, which would use the cuBLAS workspace of the warm-up: it is not in
-            # the memory pool of the graph and may be freed.
-            caller, warm_up = torch.cuda.current_stream(), torch.cuda.Stream()
-            warm_up.wait_stream(caller)
-            try:
-                with torch.cuda.stream(warm_up), probing():
-                    for _ in range(_WARM_UP_PASSES):
-                        function(*own_inputs)
-            finally:  # the memory of the inputs may be used again
-                caller.wait_stream(warm_up)
-            graph = torch.cuda.CUDAGraph()
-            # Restores the caller's stream after a capture that failed, which `torch.cuda.graph` does not.
-            with (
-                torch.cuda.stream(self._stream),
-                # Other threads may allocate during the capture (pinned memory, for example); this is not captured.
-                torch.cuda.graph(
-                    graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
-                ),
-            ):
-                output = function(*own_inputs)
+            graph, output = self._graphs.capture(lambda: function(*own_inputs), device)
         return functools.partial(self._replay, graph, own_inputs, output)
 
     def _replay(

@@ -211,6 +211,43 @@ def test_cudnn_is_used_where_a_probe_finds_it_right_and_fast(
     assert len(calls) == (name == "right"), "cuDNN has neither a scale nor an epilogue without a ReLU"
 
 
+def test_a_probe_without_memory_is_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
+    errors = [torch.OutOfMemoryError("CUDA out of memory")]
+
+    def called(x: Tensor, weight: Tensor, bias: Tensor | None, *layout: object) -> Tensor:
+        if errors:
+            raise errors.pop()
+        return plain(x, weight, None, bias, *layout)
+
+    monkeypatch.setattr(torch.ops.aten, "cudnn_convolution_relu", called)
+    monkeypatch.setattr(convolution, "_cudnn_pays", {})
+    monkeypatch.setattr(convolution, "_may_use_cudnn", lambda *_: True)
+    monkeypatch.setattr(convolution, "_milliseconds", lambda *_: 1.0)
+    monkeypatch.setenv("ATS_DETR_BACKEND", "triton")
+    case = Case(kernel=3, dtype=BRAIN, residual=None, scale=False)
+    for outcomes in ([], [True]):
+        with convolution.probing():
+            assert relative_error(case.run(backend=None), case.run(exact=True)) < TOLERANCE[BRAIN]
+        assert [*convolution._cudnn_pays.values()] == outcomes
+
+
+def test_cudnn_is_not_used_where_algorithms_have_to_be_deterministic() -> None:
+    class OnGpu:
+        is_cuda = True
+
+    def may_use_cudnn() -> bool:
+        return convolution._may_use_cudnn(OnGpu(), None)  # type: ignore[arg-type]
+
+    assert may_use_cudnn()
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert not may_use_cudnn()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    with torch.backends.cudnn.flags(deterministic=True):
+        assert not may_use_cudnn()
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [SINGLE, HALF, BRAIN], ids=str)
 def test_probed_convolutions_match_the_definition_on_a_gpu(dtype: torch.dtype) -> None:

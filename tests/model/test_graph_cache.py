@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
+import itertools
 import logging
 import pickle
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import pytest
@@ -19,6 +22,7 @@ from ats_detr import MeanBudget
 from ats_detr import detector as detector_module
 from ats_detr.budgets import Calibration
 from ats_detr.detector import Detector
+from ats_detr.kernels import dispatch
 from ats_detr.model import Detr
 from ats_detr.model import compiled as compiled_module
 from ats_detr.model.compiled import GraphCache, model_state
@@ -167,23 +171,33 @@ def test_copies_have_the_settings_and_no_graphs() -> None:
 
 
 class FakeCuda:
-    """Streams and captures of two GPUs. As in PyTorch, a capture that fails leaves its stream the current one."""
+    """Streams and captures of two GPUs. As in PyTorch, 32 streams are returned in turns, and a capture that fails
+    leaves its stream the current one."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.device = torch.device("cuda", 0)
-        self.streams = {0: self.Stream(self, 0), 1: self.Stream(self, 1)}
+        self.streams = {0: self.Stream(0), 1: self.Stream(1)}
+        pools = [itertools.cycle([self.Stream(index) for _ in range(32)]) for index in (0, 1)]
         self.captures: list[Any] = []
         self.fails = False
         fakes = {
             "device": self.on, "stream": self.using, "graph": self.capturing, "current_stream": lambda: self.current,
-            "Stream": lambda: self.Stream(self, self.device.index), "CUDAGraph": lambda: None,
+            "Stream": lambda device: next(pools[device.index]), "CUDAGraph": self.Graph,
             "graph_pool_handle": object,
         }  # fmt: skip
+        for name, value in {
+            "_warm_up_stream": functools.cache(compiled_module._warm_up_stream.__wrapped__),
+            "_streams": WeakKeyDictionary(),
+        }.items():
+            monkeypatch.setattr(compiled_module, name, value)
         for name, fake in fakes.items():
             monkeypatch.setattr(torch.cuda, name, fake)
 
+    class Graph:
+        pass
+
     class Stream:
-        def __init__(self, cuda: FakeCuda, index: int) -> None:
+        def __init__(self, index: int) -> None:
             self.device, self.waits_for = torch.device("cuda", index), []
 
         def wait_stream(self, other: Any) -> None:
@@ -211,7 +225,7 @@ class FakeCuda:
             self.streams[stream.device.index] = before
 
     @contextlib.contextmanager
-    def capturing(self, _: None, pool: object, stream: Any, capture_error_mode: str) -> Iterator[None]:
+    def capturing(self, _: Graph, pool: object, stream: Any, capture_error_mode: str) -> Iterator[None]:
         self.captures.append((pool, stream))
         before, self.streams[stream.device.index] = self.current, stream
         yield
@@ -233,8 +247,8 @@ class OnGpu:
 def test_graphs_are_captured_on_the_gpu_of_their_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
     cuda, graphs = FakeCuda(monkeypatch), compiled_module._CudaGraphs()
     streams: list[Any] = []
-    for index in (0, 0, 1):
-        graphs(lambda x: streams.append(cuda.current), OnGpu(index))
+    alive = [graphs(lambda x: streams.append(cuda.current), OnGpu(index)) for index in (0, 0, 1)]  # type: ignore[arg-type]
+    assert len(alive) == 3
     assert [stream.device.index for stream in streams] == [0] * 8 + [1] * 4
     assert [stream for _, stream in cuda.captures] == streams[3::4]
     assert cuda.captures[0] == cuda.captures[1], "one stream and pool"
@@ -255,7 +269,90 @@ def test_a_failed_capture_restores_the_stream(failing: str, monkeypatch: pytest.
     assert cuda.current is before
     (warm_up,) = before.waits_for
     assert warm_up.waits_for == [before], "kernels of the warm-up may still read the inputs"
-    assert warm_up is not graphs._stream
+    cuda.fails, failed = False, cuda.captures[:]
+    graphs(lambda x: None, OnGpu(0))  # type: ignore[arg-type]
+    assert not {*sum(failed, ())} & {*cuda.captures[-1]}, "memory of the failed capture may be in use"
+
+
+def test_no_graph_uses_the_stream_of_a_warm_up_or_of_another_pool(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch frees the cuBLAS workspace of a stream with any graph captured on it."""
+    cuda, streams = FakeCuda(monkeypatch), []
+    first = compiled_module._CudaGraphs()
+    alive = [first(lambda x: streams.append(cuda.current), OnGpu(0)) for _ in range(100)]  # type: ignore[arg-type]
+    assert len({*streams}) == 2 and {*streams[3::4]}.isdisjoint(streams[::4])
+    others = [compiled_module._CudaGraphs() for _ in range(31)]
+    for other in others[:30]:
+        alive.append(other(lambda x: None, OnGpu(0)))  # type: ignore[arg-type]
+    captured_on = [stream for _, stream in cuda.captures]
+    assert len({*captured_on}) == 31 and streams[0] not in captured_on
+    with pytest.raises(RuntimeError, match="all 32 streams of cuda:0 are in use"):
+        others[-1](lambda x: None, OnGpu(0))  # type: ignore[arg-type]
+    del alive[-1]
+    others[-1](lambda x: None, OnGpu(0))  # type: ignore[arg-type]
+    assert cuda.captures[-1][1] is cuda.captures[-2][1], "the stream of a deleted graph"
+
+
+def test_a_pool_without_graphs_is_not_used_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda, graphs = FakeCuda(monkeypatch), compiled_module._CudaGraphs()
+    cache = GraphCache(4, capture_at=1, capture=graphs)
+    monkeypatch.setattr(graphs, "_replay", lambda graph, *_: graph)
+    for key in "ab":
+        cache.run(key, lambda x: x, OnGpu(0))  # type: ignore[arg-type]
+    assert cache.drop() == 2
+    for key in "aab":
+        cache.run(key, lambda x: x, OnGpu(0))  # type: ignore[arg-type]
+    pools = [pool for pool, _ in cuda.captures]
+    assert len(pools) == 3 and pools[0] is pools[1] is not pools[2]
+
+
+def test_captures_and_the_timing_of_kernels_wait_for_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda, graphs, events = FakeCuda(monkeypatch), compiled_module._CudaGraphs(), []
+
+    def time_kernels() -> None:
+        with dispatch.capture_lock:
+            events.append("timed")
+
+    other = threading.Thread(target=time_kernels)
+
+    def function(x: Any) -> None:
+        if len(events) == 3:  # the capture, after three passes
+            other.start()
+            other.join(0.05)
+        with dispatch.capture_lock:  # kernels that the pass times itself
+            events.append("pass")
+
+    graphs(function, OnGpu(0))  # type: ignore[arg-type]
+    other.join()
+    assert len(cuda.captures) == 1 and events == ["pass"] * 4 + ["timed"]
+
+
+INVALID = "CUDA error: operation failed due to a previous error during capture"
+
+
+def test_a_capture_that_another_thread_broke_is_tried_again(caplog: pytest.LogCaptureFixture) -> None:
+    graphs = FakeGraphs()
+    cache = GraphCache(4, capture_at=1, capture=graphs)
+    graphs.error = RuntimeError(INVALID)
+    assert called(cache, "ab") == "ee"
+    graphs.error = None
+    assert called(cache, "aabbb") == "ececr", "after twice as many calls"
+    graphs.error = RuntimeError(INVALID)
+    assert called(cache, "cde") == "eee", "the third failure since the last capture"
+    graphs.error = None
+    assert called(cache, "ccccab") == "eeeerr"
+    messages = [record.message for record in caplog.records]
+    assert ["tried again later" in message for message in messages] == [True] * 4 + [False]
+
+
+def test_a_pass_that_cannot_be_captured_is_not_tried_again(caplog: pytest.LogCaptureFixture) -> None:
+    """The end of the capture fails in the same way."""
+    graphs = FakeGraphs()
+    cache = GraphCache(4, capture_at=1, capture=graphs)
+    graphs.error = RuntimeError(INVALID)
+    graphs.error.__context__ = RuntimeError("CUDA error: operation not permitted when stream is capturing")
+    assert called(cache, "a") == "e"
+    graphs.error = None
+    assert called(cache, "aaa") == "eee" and len(caplog.records) == 1
 
 
 def test_nothing_is_captured_where_definitions_replace_kernels(caplog: pytest.LogCaptureFixture) -> None:

@@ -211,11 +211,12 @@ def _choose(operator, key, size, device, launch, reset) -> tuple[Config, str]:
         return candidates[0], f"the default: nothing is known about {gpu}, and nothing is timed now"
     logger.info("compiling and timing %d configurations of %s on this GPU, once", len(candidates), row)
     times = {}
-    for index, config in enumerate(candidates):
-        with contextlib.suppress(*_DOES_NOT_FIT):
-            times[index] = triton.testing.do_bench(
-                functools.partial(launch, **config), warmup=5, rep=20, return_mode="median"
-            )
+    with dispatch.capture_lock:
+        for index, config in enumerate(candidates):
+            with contextlib.suppress(*_DOES_NOT_FIT):
+                times[index] = triton.testing.do_bench(
+                    functools.partial(launch, **config), warmup=5, rep=20, return_mode="median"
+                )
     if reset is not None:
         reset()
     if not times:
