@@ -269,9 +269,19 @@ def test_a_failed_capture_restores_the_stream(failing: str, monkeypatch: pytest.
     assert cuda.current is before
     (warm_up,) = before.waits_for
     assert warm_up.waits_for == [before], "kernels of the warm-up may still read the inputs"
-    cuda.fails, failed = False, cuda.captures[:]
+
+
+def test_nothing_of_a_failed_capture_is_used_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its memory may be in use."""
+    cuda, graphs = FakeCuda(monkeypatch), compiled_module._CudaGraphs()
+    alive = graphs(lambda x: None, OnGpu(0))  # type: ignore[arg-type]
+    cuda.fails = True
+    with pytest.raises(RuntimeError, match="during capture"):
+        graphs(lambda x: None, OnGpu(0))  # type: ignore[arg-type]
+    cuda.fails = False
     graphs(lambda x: None, OnGpu(0))  # type: ignore[arg-type]
-    assert not {*sum(failed, ())} & {*cuda.captures[-1]}, "memory of the failed capture may be in use"
+    first, failed, last = cuda.captures
+    assert alive and first == failed and not {*failed} & {*last}
 
 
 def test_no_graph_uses_the_stream_of_a_warm_up_or_of_another_pool(monkeypatch: pytest.MonkeyPatch) -> None:
