@@ -38,7 +38,7 @@ from ats_detr.kernels.gpu import tuning
 from ats_detr.model import CompiledDetr, Detr, build_model, compiled, detr, selector, tokens
 from ats_detr.model.output import DetectedBatch
 from ats_detr.precompile import remove_contents, select_share
-from ats_detr.training import criterion, matcher, trainer
+from ats_detr.training import criterion, trainer
 from ats_detr.training.distillation import DualTeacher
 from ats_detr.training.guards import BatchNormSnapshot, StepGuard
 from ats_detr.training.matcher import Match
@@ -250,7 +250,7 @@ def count_step(dtype: torch.dtype, images: int) -> list[Row]:
             counter.staged(stack, owner, name, stage)
         for owner, name, value in (  # the host reads the contents of tensors here
             (torch, "equal", lambda *_: False), (criterion, "most_of_a_class", lambda _: MOST_OF_A_CLASS),
-            (trainer, "check_targets", lambda *_: None), (matcher, "PendingMatches", _Matches),
+            (trainer, "check_targets", lambda *_: None), (criterion, "PendingMatches", _Matches),
             (reference, "_rows_in_use", lambda x_KC, _: len(x_KC)),
             (clip_grad, "_has_foreach_support", lambda *_: True),
         ):  # fmt: skip

@@ -167,9 +167,10 @@ class SetCriterion(nn.Module):
                 decoder_auxiliary=self.loss.decoder_auxiliary,
                 one_to_many=self.loss.one_to_many,
             )
-            logits_RT, boxes_R4 = concatenated(list(layers.values()))
-            matches = self.matcher.start(list(layers.values()), targets, logits_RT, boxes_R4)
-            counts = [len(layer.logits_RT) for layer in layers.values()]
+            rows = list(layers.values())
+            logits_RT, boxes_R4 = concatenated(rows)
+            matches = PendingMatches(rows, targets, self.matcher.costs(rows, targets, logits_RT, boxes_R4))
+            counts = [len(layer.logits_RT) for layer in rows]
             if self.loss.class_loss == "matchability_aware":
                 background = background_loss(logits_RT, counts, 0.0, MATCHABILITY_GAMMA)
             else:

@@ -52,8 +52,8 @@ class HungarianMatcher:
 
     A row belongs to one object at most, an object to `PredictionRows.repeats` rows.
 
-    The costs of all layers are computed on the device as one table and transferred at once. Between `start` and
-    `finish` the device can run other work while scipy solves the assignments on the host.
+    The costs of all layers are computed on the device as one table, which `PendingMatches` transfers at once. While it
+    is transferred, and while scipy solves the assignments on the host, the device can run other work.
     """
 
     loss: LossConfig = field(default_factory=LossConfig)
@@ -65,28 +65,13 @@ class HungarianMatcher:
         Raises:
             FloatingPointError: a cost is NaN or infinite; the message names the tensor that caused it.
         """
-        pending = self.start(layers, targets, *concatenated(layers))
+        pending = PendingMatches(layers, targets, self.costs(layers, targets, *concatenated(layers)))
         matches = pending.finish()
         if pending.problem is not None:
             raise FloatingPointError(pending.problem)
         return matches
 
     @torch.no_grad()
-    def start(
-        self,
-        layers: Sequence[PredictionRows],
-        targets: Sequence[Target],
-        logits_RT: Tensor,
-        boxes_R4: Tensor,
-    ) -> PendingMatches:
-        """Compute the costs and start their transfer, without device-to-host synchronisation.
-
-        Args:
-            logits_RT: of all layers, as `boxes_R4`; see `concatenated`.
-        """
-        costs_RN = self.costs(layers, targets, logits_RT, boxes_R4)
-        return PendingMatches(layers, targets, costs_RN)
-
     def costs(
         self,
         layers: Sequence[PredictionRows],
@@ -94,7 +79,10 @@ class HungarianMatcher:
         logits_RT: Tensor,
         boxes_R4: Tensor,
     ) -> Tensor:
-        """float32 [R, N] cost of each row of all layers for each object of its image; arbitrary for padded objects."""
+        """float32 [R, N] cost of each row of all layers for each object of its image; arbitrary for padded objects.
+
+        `logits_RT` and `boxes_R4` are those of all layers, see `concatenated`. No device-to-host synchronisation.
+        """
         labels_BN = pad_sequence([target.labels_N for target in targets], batch_first=True)
         boxes_BN4 = pad_sequence([target.boxes_N4.float() for target in targets], batch_first=True)
         images = [np.repeat(np.arange(len(targets)), np.diff(layer.starts)) for layer in layers]
