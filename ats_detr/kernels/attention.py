@@ -390,20 +390,9 @@ def _(grad_out: Tensor, out: Tensor, value: Tensor, *arguments: Any) -> tuple[Te
 
 
 def _save(ctx: Any, inputs: tuple, output: Tensor) -> None:
-    (
-        value,
-        ctx.sizes,
-        shapes_L2,
-        reference_points,
-        offsets,
-        weights,
-        image_index,
-        num_rows,
-        ctx.deterministic,
-        ctx.num_points,
-    ) = inputs
+    value, ctx.sizes, *samples, num_rows, ctx.deterministic, ctx.num_points = inputs
     ctx.has_capacity = num_rows is not None
-    ctx.save_for_backward(output, value, shapes_L2, reference_points, offsets, weights, image_index)
+    ctx.save_for_backward(output, value, *samples)
 
 
 def _differentiate(ctx: Any, grad_out: Tensor) -> tuple:

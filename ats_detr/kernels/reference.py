@@ -328,14 +328,11 @@ def merge(slot_BS: Tensor, rows: Tensor | None, memory: Tensor | None) -> Tensor
     like, leading = (rows, 1) if memory is None else (memory, 2)
     shape = (*slot_BS.shape, *like.shape[leading:])
     kept = (slot_BS >= 0).view(*slot_BS.shape, *[1] * (len(shape) - 2))
-    kept_rows = like.new_zeros(())
+    zero = like.new_zeros(())
+    kept_rows = zero
     if rows is not None and rows.shape[0]:
         kept_rows = rows.index_select(0, slot_BS.clamp(min=0).flatten().long()).view(shape)
-    return (
-        torch.where(kept, kept_rows, like.new_zeros(()) if memory is None else memory)
-        .expand(shape)
-        .contiguous()
-    )
+    return torch.where(kept, kept_rows, zero if memory is None else memory).expand(shape).contiguous()
 
 
 def _flat_index(token_index_K: Tensor, image_index_K: Tensor, slot_BS: Tensor) -> Tensor:
