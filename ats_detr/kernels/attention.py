@@ -112,8 +112,9 @@ def deformable_attention(
         offsets_NHLP2 = reference.sampling_locations(reference_points, offsets_NHLP2, shapes)
         logits_NHLP = reference.attention_weights(logits_NHLP)
         references = None
-    return _attend(
-        value_BSHD, shapes, references, offsets_NHLP2, logits_NHLP, image_index_N, num_rows, deterministic, backend
+    return _msda(
+        autocast(value_BSHD), *split_shapes(shapes), references, offsets_NHLP2, logits_NHLP, image_index_N, num_rows,
+        deterministic, [], backend=backend, limitation=limitation(shapes, logits_NHLP, value_BSHD),
     )  # fmt: skip
 
 
@@ -150,7 +151,10 @@ def multi_scale_deformable_attention(
             weights_BQHLP, points = weights_BQHLP.unflatten(3, (len(points), -1)), ()
     shapes = _check_classical(value_BSHD, level_shapes, locations_BQHLP2, weights_BQHLP, points)
     locations, weights = locations_BQHLP2.flatten(0, 1), weights_BQHLP.flatten(0, 1)
-    out = _attend(value_BSHD, shapes, None, locations, weights, None, None, deterministic, backend, points)
+    out = _msda(
+        autocast(value_BSHD), *split_shapes(shapes), None, locations, weights, None, None, deterministic, list(points),
+        backend=backend, limitation=limitation(shapes, weights, value_BSHD, points),
+    )  # fmt: skip
     return out.unflatten(0, locations_BQHLP2.shape[:2])
 
 
@@ -322,24 +326,6 @@ def limitation(
 
 
 # ------------------------------------------------------------------------------------------------ the custom operators
-def _attend(
-    value: Tensor,
-    shapes: LevelShapes | Tensor,
-    reference_points: Tensor | None,
-    offsets: Tensor,
-    weights: Tensor,
-    image_index: Tensor | None,
-    num_rows: Tensor | None,
-    deterministic: bool | None,
-    backend: str | None,
-    num_points: Sequence[int] = (),
-) -> Tensor:
-    return _msda(
-        autocast(value), *split_shapes(shapes), reference_points, offsets, weights, image_index, num_rows,
-        deterministic, list(num_points), backend=backend, limitation=limitation(shapes, weights, value, num_points),
-    )  # fmt: skip
-
-
 @operator("attention.attend", name="msda")
 def _msda(
     value: Tensor, sizes: Sequence[int], shapes_L2: Tensor | None, reference_points: Tensor | None, offsets: Tensor,
