@@ -32,7 +32,7 @@ from ats_detr.errors import UserError
 from ats_detr.flops import count_flops, num_parameters
 from ats_detr.model import Detr, build_without_fetching
 from ats_detr.precompile import COCO_CLASSES
-from bench.measure import CONFIGS, new_parser, write_rows
+from bench.measure import CONFIGS, append_rows, new_parser, row_file
 from bench.tables import numbers, print_table
 
 PUBLISHED_COUNTS = Path(__file__).with_name("published_flops.json")
@@ -63,7 +63,7 @@ def main() -> None:
     parser.add_argument("--checkpoint", help="trained weights, as for predict (with --config)")
     parser.add_argument("--images", type=Path, help="a folder of images instead of one random image")
     parser.add_argument("--max-images", type=int, default=10, help="first images of the folder, by name")
-    parser.add_argument("--json", type=Path, help="write rows to this file")
+    parser.add_argument("--json", type=row_file, help="append rows to this file, one JSON object a line")
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help="such as model.selector.keep_ratio=0.2"
     )
@@ -93,8 +93,7 @@ def main() -> None:
     height, width = images[0].sizes[0]
     shapes = f"3x{height}x{width}" if len(images) == 1 else f"mean over {len(images)} images"
     print_table(table_of(rows), console, f"giga multiply-adds per image, {shapes}", "", TABLE_WIDTH)
-    if arguments.json:
-        write_rows(rows, arguments.json)
+    append_rows(rows, arguments.json)
     off = [row["config"] for row in rows if not agrees(row)]
     if off:
         raise UserError(f"more than {TOLERANCE:.1%} from the published counter: {', '.join(off)}")

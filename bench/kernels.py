@@ -4,7 +4,7 @@
     python -m bench.kernels --part attention      one part (or detectors, tokens, linear), a few minutes each
     python -m bench.kernels --peer package.module:function      one more baseline for the classical operator
     python -m bench.kernels --baselines deformops               only the baselines whose names begin with this
-    python -m bench.kernels --offline --json out.json           no GPU: registers, spills, instructions
+    python -m bench.kernels --offline --json out.jsonl          no GPU: registers, spills, instructions
     python -m bench.kernels --small               tiny shapes on any device, to check the command
 
 Baselines of the classical operator take (value [B,S,H,D], shapes int64 [L,2], level starts [L], locations
@@ -19,7 +19,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
-import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -74,8 +73,7 @@ class Bench:
         except Exception as error:  # a baseline may not support a case
             row["failed"] = f"{type(error).__name__}: {error}"[:200]
         self.rows.append({**row, **self.environment})
-        if self.path is not None:
-            append_rows(self.rows[-1:], self.path)
+        append_rows(self.rows[-1:], self.path)
         figures = row.get("failed") or f"device {row['device_ms']:9.4f} ms   wall {row['wall_ms']:9.4f} ms"
         notes = "  ".join(f"{name}={value}" for name, value in facts.items())
         print(f"{operator:22} {case:10} {who:26} {figures}  {notes}", flush=True)
@@ -368,7 +366,7 @@ def main() -> None:
     parser = new_parser("kernels", __doc__)
     parser.add_argument("--offline", action="store_true", help="compile instead of running; needs no GPU")
     parser.add_argument("--quick", action="store_true", help="offline: default configurations only")
-    parser.add_argument("--json", type=row_file, help="append rows to this file (--offline replaces it)")
+    parser.add_argument("--json", type=row_file, help="append rows to this file, one JSON object a line")
     parser.add_argument("--part", choices=["attention", "detectors", "tokens", "linear"])
     parser.add_argument("--peer", action="append", default=[], help="module:function of one more baseline")
     parser.add_argument("--baselines", default="", metavar="PREFIX", help="only baselines with this prefix")
@@ -377,9 +375,7 @@ def main() -> None:
     if arguments.offline:
         from bench import offline
 
-        rows = offline.main(arguments)
-        if arguments.json:
-            arguments.json.write_text(json.dumps(rows, indent=1) + "\n")
+        append_rows(offline.main(arguments), arguments.json)
         return
     if not torch.cuda.is_available() and not arguments.small:
         raise UserError("no CUDA device: give --offline, or --small to check the command")

@@ -111,8 +111,7 @@ def main() -> None:
     if arguments.cpu_targets:
         rows = cpu_targets(rounds, QUICK_SIZE if arguments.quick else IMAGE_SIZE, arguments.clock, console)
         show(rows, console)
-        if arguments.json:
-            append_rows(rows, arguments.json)
+        append_rows(rows, arguments.json)
         targets = targets_of(rows)
         for target in targets:
             console.print(target.sentence, soft_wrap=True)
@@ -136,8 +135,7 @@ def main() -> None:
     if not rows:
         raise UserError("--modes: none of these modes can run on this machine")
     show(rows, console)
-    if arguments.json:
-        append_rows(rows, arguments.json)
+    append_rows(rows, arguments.json)
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -44,7 +44,7 @@ from ats_detr.training.guards import BatchNormSnapshot, StepGuard
 from ats_detr.training.matcher import Match
 from ats_detr.training.optim import build_optimizer
 from ats_detr.training.resume import Progress
-from bench.measure import CONFIGS, Row, new_parser, row_file, write_rows
+from bench.measure import CONFIGS, Row, append_rows, new_parser, row_file
 from bench.tables import print_table
 
 IMAGE_SIZE, KEEP_RATIO, NUM_CLASSES = (800, 1333), 0.1, 91
@@ -320,7 +320,7 @@ def table(calls: Sequence[Row], by: str) -> pandas.DataFrame:
 
 def main() -> None:
     parser = new_parser("launches", __doc__)
-    parser.add_argument("--json", type=row_file, help="write rows to this file")
+    parser.add_argument("--json", type=row_file, help="append rows to this file, one JSON object a line")
     parser.add_argument("--modes", nargs="+", choices=MODES, default=MODES, help="default: all")
     arguments = parser.parse_args()
     rows: list[Row] = []
@@ -331,8 +331,7 @@ def main() -> None:
             print_table(table(calls, by), Console(), f"{mode}, {name}, images: {images}", "", 0)
         facts = {"mode": mode, "dtype": name, "images": images}
         rows += [facts | row for row in table(calls, "stage").to_dict("records")]
-    if arguments.json:
-        write_rows(rows, arguments.json)
+    append_rows(rows, arguments.json)
 
 
 if __name__ == "__main__":

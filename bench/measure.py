@@ -20,7 +20,7 @@ import platform
 import subprocess
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -236,18 +236,11 @@ def commit() -> str:
     return (git("rev-parse", "--short", "HEAD") or "unknown") + changed
 
 
-def append_rows(rows: Iterable[Row], path: Path) -> None:
-    """Appends one JSON object a line."""
-    with path.open("a") as file:
-        file.writelines(json.dumps(row) + "\n" for row in rows)
-
-
-def write_rows(rows: Sequence[Row], path: Path) -> None:
-    """Replaces the file: one JSON array, or for a name that ends in .jsonl one object a line."""
-    if path.suffix == ".jsonl":
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    else:
-        path.write_text(json.dumps(rows, indent=2) + "\n")
+def append_rows(rows: Iterable[Row], path: Path | None) -> None:
+    """Appends one JSON object a line to a file, if there is one."""
+    if path is not None:
+        with path.open("a") as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
 
 
 def read_rows(path: Path) -> list[Row]:

@@ -221,8 +221,7 @@ def main() -> None:
         for part, ms, baseline, baseline_ms in figures
     ]  # fmt: skip
     print(to_markdown(plain_table(rows)))
-    if arguments.json:
-        append_rows(rows, arguments.json)
+    append_rows(rows, arguments.json)
 
 
 if __name__ == "__main__":

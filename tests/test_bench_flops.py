@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +13,7 @@ from PIL import Image
 from ats_detr.config import load_config
 from ats_detr.errors import UserError
 from bench.flops import agrees, read_folder
+from bench.measure import read_rows
 
 ROOT = Path(__file__).parents[1]
 
@@ -24,11 +24,11 @@ def test_images_of_a_folder_are_counted_with_their_own_budgets(tmp_path: Path) -
         Image.fromarray(rng.integers(0, 255, (height, width, 3), dtype=np.uint8)).save(tmp_path / f"{i}.png")
     (tmp_path / "notes.txt").write_text("not an image")
     command = [sys.executable, "-m", "bench.flops", "--config", "configs/quickstart.yaml",
-               "--images", str(tmp_path), "--json", str(tmp_path / "rows.json")]  # fmt: skip
+               "--images", str(tmp_path), "--json", str(tmp_path / "rows.jsonl")]  # fmt: skip
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     assert "mean over 2 images" in result.stdout
-    (row,) = json.loads((tmp_path / "rows.json").read_text())
+    (row,) = read_rows(tmp_path / "rows.jsonl")
     assert row["golden_gflops"] is None
     assert 0 < row["keep_ratio"] < 1
     assert 0 < row["encoder_gflops"] < row["gflops"]

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
 
 import pytest
+
+from bench.measure import read_rows
 
 BUDGETS = {
     ("captured", "bfloat16", 1): {"launches": 300, "megabytes": 2300, "floor_us": 1150},
@@ -25,14 +26,12 @@ BUDGETS = {
 )
 def test_passes_need_no_more_launches_and_bytes_than_budgeted(modes, tmp_path):
     pytest.importorskip("triton")
-    file = tmp_path / "rows.json"
+    file = tmp_path / "rows.jsonl"
     environment = {name: value for name, value in os.environ.items() if not name.startswith("TRITON")}
     command = [sys.executable, "-m", "bench.launches", "--json", str(file), "--modes", *modes]
     subprocess.run(command, check=True, env=environment, capture_output=True, text=True)
     totals = {
-        (row["mode"], row["dtype"], row["images"]): row
-        for row in json.loads(file.read_text())
-        if row["stage"] == "total"
+        (row["mode"], row["dtype"], row["images"]): row for row in read_rows(file) if row["stage"] == "total"
     }
     budgets = {case: budget for case, budget in BUDGETS.items() if case[0] in modes}
     assert totals.keys() == budgets.keys()
