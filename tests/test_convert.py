@@ -35,7 +35,7 @@ from ats_detr.config import (
     config_to_dict,
 )
 from ats_detr.convert import COCO_CLASSES, from_official, is_official, official_names, to_official
-from ats_detr.data.coco import COCO_2017_IDS, ClassMap
+from ats_detr.data.classes import COCO_2017_IDS, ClassMap
 from ats_detr.errors import UserError
 from ats_detr.model import build_model
 

@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ats_detr.data.annotations import CocoAnnotations
-from ats_detr.data.classes import COCO_2017_IDS, ClassMap
-from ats_detr.data.findings import AnnotationError, Findings
+from ats_detr.data.classes import ClassMap
+from ats_detr.data.findings import Findings
 from ats_detr.data.images import (
     ImageFileError,
     ImageHeader,
@@ -30,16 +30,6 @@ from ats_detr.data.images import (
 from ats_detr.data.locate import locate_images
 from ats_detr.data.plausibility import check_boxes
 from ats_detr.errors import UserError
-
-__all__ = [
-    "COCO_2017_IDS",
-    "AnnotationError",
-    "ClassMap",
-    "CocoAnnotations",
-    "CocoDetection",
-    "ImageFileError",
-    "spread_over_difficulty",
-]
 
 log = logging.getLogger(__name__)
 

@@ -12,14 +12,11 @@ import torch
 from PIL import Image, ImageOps
 from pycocotools.coco import COCO
 
-from ats_detr.data.coco import (
-    COCO_2017_IDS,
-    AnnotationError,
-    ClassMap,
-    CocoAnnotations,
-    CocoDetection,
-    ImageFileError,
-)
+from ats_detr.data.annotations import CocoAnnotations
+from ats_detr.data.classes import COCO_2017_IDS, ClassMap
+from ats_detr.data.coco import CocoDetection
+from ats_detr.data.findings import AnnotationError
+from ats_detr.data.images import ImageFileError
 from ats_detr.errors import UserError
 from tests.data.conftest import annotation_content
 
