@@ -105,17 +105,16 @@ class _Reader:
 
     def __init__(
         self,
-        samples: Dataset,
+        samples: _TrainingSamples | _EvaluationSamples,
         *,
         size_multiple: int,
-        num_workers: int,
-        pin_memory: bool,
-        on_bad_image: str,
-        timeout_minutes: float,
+        num_workers: int = 0,
+        pin_memory: bool = False,
+        timeout_minutes: float = 30,
     ) -> None:
         self.batches: list[list[Any]] = []
         """Keys of the samples of each batch; its content is replaced for each epoch while the workers stay alive."""
-        self._on_bad_image = on_bad_image
+        self._on_bad_image = samples.dataset.on_bad_image
         self._skipped: set[str] = set()
         self._timeout_minutes = timeout_minutes
         self._loader = DataLoader(
@@ -294,6 +293,9 @@ class TrainingLoader:
     `on_bad_image="skip"` the next readable image replaces an unreadable one, so the batch size is constant. `indices`
     selects or repeats images (default: all, once per epoch).
 
+    Args:
+        reading: `num_workers`, `pin_memory` and `timeout_minutes`.
+
     Raises UserError if the dataset is smaller than one global batch; ImageFileError during iteration.
     """
 
@@ -304,25 +306,17 @@ class TrainingLoader:
         *,
         batch_size: int,
         seed: int = 42,
-        num_workers: int = 0,
         rank: int = 0,
         world_size: int = 1,
         size_multiple: int = 1,
         indices: Sequence[int] | None = None,
-        pin_memory: bool = False,
-        timeout_minutes: float = 30,
+        **reading: Any,
     ) -> None:
         self.dataset, self.batch_size, self.seed = dataset, batch_size, seed
         self.indices = np.arange(len(dataset)) if indices is None else np.array(indices)
         self.rank, self.world_size = rank, world_size
-        self.reader = _Reader(
-            _TrainingSamples(dataset, transform, seed),
-            size_multiple=size_multiple,
-            num_workers=num_workers,
-            pin_memory=pin_memory,
-            on_bad_image=dataset.on_bad_image,
-            timeout_minutes=timeout_minutes,
-        )
+        samples = _TrainingSamples(dataset, transform, seed)
+        self.reader = _Reader(samples, size_multiple=size_multiple, **reading)
         if len(self) == 0:
             raise UserError(
                 f"{len(dataset)} training images do not fill one batch of {batch_size} x {world_size} processes;"
@@ -383,6 +377,9 @@ class EvaluationLoader:
     all processes equally many batches, so a step must not wait for other processes. `indices` selects or reorders the
     images (default: all). With `on_bad_image="skip"` unreadable images are omitted, also from the ground truth of
     `evaluate`.
+
+    Args:
+        reading: `num_workers`, `pin_memory` and `timeout_minutes`.
     """
 
     def __init__(
@@ -393,12 +390,10 @@ class EvaluationLoader:
         long_side: int = 1333,
         size_multiple: int = 64,
         batch_size: int = 1,
-        num_workers: int = 0,
         rank: int = 0,
         world_size: int = 1,
         indices: Sequence[int] | None = None,
-        pin_memory: bool = False,
-        timeout_minutes: float = 30,
+        **reading: Any,
     ) -> None:
         self.dataset, self.rank, self.world_size = dataset, rank, world_size
         buckets: dict[tuple[int, int], list[int]] = defaultdict(list)
@@ -412,14 +407,8 @@ class EvaluationLoader:
             for i in range(0, len(buckets[bucket]), batch_size)
         ]
         """Dataset indices of each batch over all processes; batch i belongs to rank i % world_size."""
-        self.reader = _Reader(
-            _EvaluationSamples(dataset, evaluation_transform(short_side, long_side)),
-            size_multiple=size_multiple,
-            num_workers=num_workers,
-            pin_memory=pin_memory,
-            on_bad_image=dataset.on_bad_image,
-            timeout_minutes=timeout_minutes,
-        )
+        samples = _EvaluationSamples(dataset, evaluation_transform(short_side, long_side))
+        self.reader = _Reader(samples, size_multiple=size_multiple, **reading)
         self.reader.batches[:] = self.global_batches[rank::world_size]
 
     def __len__(self) -> int:

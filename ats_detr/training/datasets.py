@@ -14,7 +14,7 @@ import numpy as np
 from ats_detr import distributed
 from ats_detr.config import Config, DataConfig
 from ats_detr.data.coco import ClassMap, CocoDetection, spread_over_difficulty
-from ats_detr.data.layout import Role, SplitFiles
+from ats_detr.data.layout import Role
 from ats_detr.data.loader import EvaluationLoader, TrainingLoader
 from ats_detr.data.sources import find_split
 from ats_detr.data.synthetic import synthetic_dataset
@@ -156,7 +156,7 @@ def describe_images(dataset: CocoDetection) -> dict[str, Any]:
 
 def open_dataset(config: DataConfig, role: Role, class_map: ClassMap | None = None) -> CocoDetection:
     """The images to train, evaluate or test on. Raises UserError."""
-    split = _find_split(config, role)
+    split = find_split(dataclasses.replace(config, kind="coco", root=str(data_root(config))), role)
     return CocoDetection(
         split.images,
         split.annotations,
@@ -168,10 +168,6 @@ def open_dataset(config: DataConfig, role: Role, class_map: ClassMap | None = No
         need_objects=role == "train",
         max_image_pixels=config.max_image_pixels,
     )
-
-
-def _find_split(config: DataConfig, role: Role) -> SplitFiles:
-    return find_split(dataclasses.replace(config, kind="coco", root=str(data_root(config))), role)
 
 
 def data_root(config: DataConfig) -> Path:
