@@ -109,11 +109,8 @@ class CompiledDetr:
 
         A graph holds one `keep_ratio`, and any `cost`.
         """
-
-        def detect(images_B3HW: Tensor, sizes_B2: Tensor, *costs: Tensor) -> DetectorOutput:
-            return self._detect(images_B3HW, sizes_B2, keep_ratio, *costs)
-
         costs = scalars(cost, self.device)
+        detect = functools.partial(self._detect, keep_ratio)
         return self._run((keep_ratio, len(costs)), detect, batch.images_B3HW, batch.sizes_B2, *costs)
 
     def detect(
@@ -128,7 +125,7 @@ class CompiledDetr:
         """Detections of a batch, see `DetectedBatch.from_output`; postprocessing is part of the CUDA graph."""
 
         def detect(images_B3HW: Tensor, sizes_B2: Tensor, scale_B4: Tensor, *costs: Tensor) -> DetectedBatch:
-            output = self._detect(images_B3HW, sizes_B2, keep_ratio, *costs)
+            output = self._detect(keep_ratio, images_B3HW, sizes_B2, *costs)
             return DetectedBatch.from_output(output, scale_B4, max_detections)
 
         costs = scalars(cost, self.device)
@@ -155,11 +152,7 @@ class CompiledDetr:
         return output
 
     def _detect(
-        self,
-        images_B3HW: Tensor,
-        sizes_B2: Tensor,
-        keep_ratio: float | None = None,
-        cost: Tensor | None = None,
+        self, keep_ratio: float | None, images_B3HW: Tensor, sizes_B2: Tensor, cost: Tensor | None = None
     ) -> DetectorOutput:
         images_B3HW = images_B3HW.to(self.dtype, memory_format=torch.channels_last)
         with torch._dynamo.config.patch(recompile_limit=_MAX_TRACES):
