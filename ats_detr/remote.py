@@ -125,13 +125,13 @@ def _options(match: re.Match[str]) -> dict[str, Any]:
 
 def _fetch_file(match: re.Match[str], name: str) -> Path:
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
     try:
         path = Path(hf_hub_download(filename=match["file"], **_options(match)))
-    except EntryNotFoundError as error:
-        if _is_local(error):
-            raise
+    except LocalEntryNotFoundError:  # no network, or offline mode
+        raise
+    except EntryNotFoundError:
         files = [file for file in _list_files(match) if file.endswith(_WEIGHTS)]
         near = difflib.get_close_matches(match["file"], files, n=5, cutoff=0)
         found = f"; its checkpoints are {', '.join(near)}" if near else ""
@@ -195,12 +195,6 @@ def _list_files(match: re.Match[str]) -> list[str]:
     return HfApi(endpoint=options["endpoint"]).list_repo_files(
         options["repo_id"], revision=options["revision"]
     )
-
-
-def _is_local(error: Exception) -> bool:
-    from huggingface_hub.errors import LocalEntryNotFoundError
-
-    return isinstance(error, LocalEntryNotFoundError)
 
 
 @contextmanager
