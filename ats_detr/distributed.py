@@ -186,9 +186,7 @@ class _SumOverProcesses(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
-        total = gradient.clone()
-        dist.all_reduce(total)
-        return total
+        return _SumOverProcesses.apply(gradient)
 
 
 def global_num_boxes(targets: Sequence[Target], device: torch.device) -> torch.Tensor:
@@ -199,6 +197,4 @@ def global_num_boxes(targets: Sequence[Target], device: torch.device) -> torch.T
     there are processes.)
     """
     count = torch.tensor(float(sum(len(target.labels_N) for target in targets))).to(device, non_blocking=True)
-    if world_size() > 1:
-        dist.all_reduce(count)
-    return count.clamp(min=1) / world_size()
+    return sum_over_processes(count).clamp(min=1) / world_size()
