@@ -414,14 +414,8 @@ def _input_projections(
 
 def build_model(config: ModelConfig, num_classes: int) -> Detr:
     """The model described by a configuration, with `num_classes` class logits."""
-    layer = {
-        "width": config.width,
-        "num_heads": config.num_heads,
-        "num_levels": config.num_levels,
-        "num_points": config.num_points,
-        "feedforward_width": config.feedforward_width,
-        "dropout": config.dropout,
-    }
+    settings = ("width", "num_heads", "num_levels", "num_points", "feedforward_width", "dropout")
+    layer = {key: getattr(config, key) for key in settings}
     selector, token_selector = config.selector, None
     if selector is not None:
         budgets: dict[str, Any] = {"min_ratio": selector.keep_ratio, "max_ratio": selector.keep_ratio}
