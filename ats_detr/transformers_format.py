@@ -43,6 +43,13 @@ _DEFAULTS: dict[str, Any] = {
     **{"num_labels": 2, "backbone": "resnet50"},
 }
 """Of settings that config.json omits."""
+_SETTINGS = {
+    **{"d_model": "width", "encoder_layers": "num_encoder_layers", "decoder_layers": "num_decoder_layers"},
+    **{"encoder_attention_heads": "num_heads", "encoder_ffn_dim": "feedforward_width"},
+    **{"encoder_n_points": "num_points", "num_feature_levels": "num_levels", "dropout": "dropout"},
+    **{"two_stage": "two_stage", "with_box_refine": "box_refine"},
+}
+"""Names in config.json, and in `ModelConfig`, of settings of equal values."""
 _PREPROCESSING: dict[str, Any] = {
     **{"do_resize": True, "do_rescale": True, "do_normalize": True, "resample": 2, "rescale_factor": 1 / 255},
     **{"image_mean": list(IMAGE_MEAN), "image_std": list(IMAGE_STD)},
@@ -205,30 +212,17 @@ def _model_config(about: Mapping[str, Any]) -> dict[str, Any]:
     for key, value in required.items():
         if about.get(key, value) != value:
             raise ConfigError(key, about[key], f"must be {value!r}: this package has no other")
-    two_stage, refine = (_flag(about, key) for key in ("two_stage", "with_box_refine"))
+    for key in ("two_stage", "with_box_refine"):
+        if type(about[key]) is not bool:
+            raise ConfigError(key, about[key], "must be true or false")
     encoder_points, decoder_points = about["encoder_n_points"], about["decoder_n_points"]
     return {
         "backbone": {"pretrained": False, **_backbone_config(about)},
-        "width": about["d_model"],
-        "num_heads": about["encoder_attention_heads"],
-        "num_levels": about["num_feature_levels"],
+        **{own: about[key] for key, own in _SETTINGS.items()},
         "num_norm_groups": None if about["d_model"] == 256 else PUBLISHED_NORM_GROUPS,
-        "num_points": encoder_points,
         "num_decoder_points": None if decoder_points == encoder_points else decoder_points,
-        "num_encoder_layers": about["encoder_layers"],
-        "num_decoder_layers": about["decoder_layers"],
-        "feedforward_width": about["encoder_ffn_dim"],
-        "dropout": about["dropout"],
-        "num_queries": about["two_stage_num_proposals"] if two_stage else about["num_queries"],
-        "two_stage": two_stage,
-        "box_refine": refine,
+        "num_queries": about["two_stage_num_proposals" if about["two_stage"] else "num_queries"],
     }
-
-
-def _flag(about: Mapping[str, Any], key: str) -> bool:
-    if type(about[key]) is not bool:
-        raise ConfigError(key, about[key], "must be true or false")
-    return about[key]
 
 
 def _backbone_config(about: Mapping[str, Any]) -> dict[str, Any]:
@@ -482,21 +476,12 @@ def _hub_config(config: Config, classes: ClassMap) -> dict[str, Any]:
         "use_pretrained_backbone": False,
         "backbone": model.backbone.name,
         "backbone_config": None,
-        "d_model": model.width,
-        "encoder_layers": model.num_encoder_layers,
-        "decoder_layers": model.num_decoder_layers,
-        "encoder_attention_heads": model.num_heads,
+        **{key: getattr(model, own) for key, own in _SETTINGS.items()},
         "decoder_attention_heads": model.num_heads,
-        "encoder_ffn_dim": model.feedforward_width,
         "decoder_ffn_dim": model.feedforward_width,
-        "encoder_n_points": model.num_points,
         "decoder_n_points": model.num_decoder_points or model.num_points,
-        "num_feature_levels": model.num_levels,
         "num_queries": model.num_queries,
         "two_stage_num_proposals": model.num_queries,
-        "dropout": model.dropout,
-        "two_stage": model.two_stage,
-        "with_box_refine": model.box_refine,
         "tie_word_embeddings": not model.box_refine,
         "id2label": labels,
         "label2id": {name: int(row) for row, name in labels.items() if name != "N/A"},
