@@ -337,23 +337,17 @@ def _baselines(levels: tuple, extra: list[str], compiled: bool) -> Iterator[tupl
     def grid_sample(value, shapes, starts, locations, weights) -> Tensor:
         return reference.multi_scale_deformable_attention(value, levels, locations, weights)
 
+    def with_flat_weights(function: Callable[..., Tensor]) -> Baseline:
+        return lambda *arguments: function(*arguments[:-1], arguments[-1].flatten(3))
+
     with contextlib.suppress(ImportError):
         from deformops.registry import msda
 
-        yield (
-            "deformops",
-            lambda value, shapes, starts, where, weights: msda(
-                value, shapes, starts, where, weights.flatten(3)
-            ),
-        )
+        yield "deformops", with_flat_weights(msda)
         from deformops.backends.triton import msda_query_tiled_fp32acc
 
-        yield (  # sums the value's gradient in float32, as ours does
-            "deformops, float32 sums",
-            lambda value, shapes, starts, where, weights: msda_query_tiled_fp32acc.forward(
-                value, shapes, starts, where, weights.flatten(3)
-            ),
-        )
+        # Sums the value's gradient in float32, as ours does.
+        yield "deformops, float32 sums", with_flat_weights(msda_query_tiled_fp32acc.forward)
     yield "grid_sample", grid_sample
     if compiled:
         yield "grid_sample compiled", torch.compile(grid_sample)
