@@ -95,14 +95,9 @@ class Result:
 
     def draw(self, *, min_score: float = 0.0) -> Image.Image:
         """The image with boxes, class names and scores. Small images are enlarged by an integer factor."""
-        captions = [f"{name} {score:.2f}" for name, score in zip(self.names, self.scores, strict=True)]
-        shown = self.scores >= min_score
-        return draw_boxes(
-            self.image(),
-            self.boxes_xyxy[shown],
-            self.labels[shown].tolist(),
-            [caption for caption, is_shown in zip(captions, shown, strict=True) if is_shown],
-        )
+        shown = np.flatnonzero(self.scores >= min_score)
+        captions = [f"{self.names[i]} {self.scores[i]:.2f}" for i in shown]
+        return draw_boxes(self.image(), self.boxes_xyxy[shown], self.labels[shown].tolist(), captions)
 
     def to_coco(self, image_id: int) -> list[dict[str, Any]]:
         """The detections as COCO results: a list of JSON-serialisable dictionaries."""
