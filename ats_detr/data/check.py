@@ -7,6 +7,7 @@ decodes every image.
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -251,12 +252,10 @@ def _look_at(path: Path) -> tuple[str | None, bytes, int]:
 
 def _compare(splits: Sequence[Split]) -> None:
     """Images that two splits share."""
-    for i, one in enumerate(splits):
-        for other in splits[i + 1 :]:
-            shared = [
-                f"{one.digests[d]} and {other.digests[d]}" for d in one.digests.keys() & other.digests.keys()
-            ]
-            other.findings.add("warning", f"images that are also in {one.name}", sorted(shared))
+    for one, other in itertools.combinations(splits, 2):
+        digests = one.digests.keys() & other.digests.keys()
+        shared = sorted(f"{one.digests[digest]} and {other.digests[digest]}" for digest in digests)
+        other.findings.add("warning", f"images that are also in {one.name}", shared)
 
 
 # --------------------------------------------------------------------------------------------------------- the picture
