@@ -297,7 +297,8 @@ def read_file(path: str | Path) -> Any:
     try:
         if path.is_dir():
             return _from_folder(path)
-        _require_regular(path)
+        if path.exists() and not path.is_file():  # a FIFO or a device could block forever
+            raise UserError(f"{path}: not a checkpoint (not a regular file)")
         with path.open("rb") as file:
             beginning = file.read(32)
         if beginning[8:9] == b"{":  # after the length of the header
@@ -332,12 +333,6 @@ def read_file(path: str | Path) -> Any:
         raise
     except _DAMAGE as error:
         raise UserError(f"{path}: not a checkpoint, or a damaged one ({first_line(error)})") from error
-
-
-def _require_regular(path: Path) -> None:
-    """Raise UserError for a FIFO or a device, which could block forever."""
-    if path.exists() and not path.is_file():
-        raise UserError(f"{path}: not a checkpoint (not a regular file)")
 
 
 def _from_folder(folder: Path) -> dict[str, Any]:
