@@ -212,8 +212,7 @@ class Sweep:
                 color=COLOURS[4],
                 label="adaptive",
             )
-        axes.set_ylim(bottom=0)
-        axes.set_xlim(left=0)
+        axes.set(xlim=(0, None), ylim=(0, None))
 
     def _draw_savings(self, axes: Axes) -> None:
         frame = pandas.DataFrame(
@@ -224,8 +223,7 @@ class Sweep:
             }
         )
         frame.plot(ax=axes, marker="o", markersize=5, legend=False)
-        axes.set_ylim(bottom=0)
-        axes.set_xlim(left=0)
+        axes.set(xlim=(0, None), ylim=(0, None))
 
     def _stage_times(self) -> pandas.DataFrame:
         """A row for each mode in the order of the run, a column for each stage; other detectors may have no stages."""
