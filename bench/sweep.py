@@ -81,17 +81,10 @@ def main() -> None:
     make_folder(out)
     adaptive = model.selector.budget is not None
     choices: list[Budgets] = [*([None] if adaptive else []), *((ratio,) for ratio in arguments.ratios)]
-    peers = [f"peer:{name}" for name in (PEERS if arguments.peers == ["all"] else arguments.peers)]
-    setting = Setting(
-        config.name,
-        model,
-        load_peers(peers, console),
-        device,
-        arguments.dtype,
-        rounds,
-        arguments.checkpoint is not None,
-        arguments.clock,
-    )
+    names = PEERS if arguments.peers == ["all"] else arguments.peers
+    peers = load_peers([f"peer:{name}" for name in names], console)
+    trained = arguments.checkpoint is not None
+    setting = Setting(config.name, model, peers, device, arguments.dtype, rounds, trained, arguments.clock)
     batch_of = functools.partial(images_of, arguments.images, config, size)
     rows = flops_rows(setting, batch_of(1, "same"), choices, console)
     for count in arguments.batch:
