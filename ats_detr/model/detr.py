@@ -337,29 +337,22 @@ class Detr(nn.Module):
         assert head is not None
         proposals_BS4 = tokens.geometry.proposals_BS4
         embedded_BSC = self._embed_proposals(memory_BSC, tokens.geometry.allowed_BS)
-        prediction = head(embedded_BSC, proposals_BS4) if everywhere else None
-        if prediction is not None:
-            logits = prediction.logits if self.class_specific_proposals else prediction.logits[..., :1]
-        else:
-            ranking = slice(None) if self.class_specific_proposals else slice(1)
-            logits = ranking_logits(embedded_BSC, head.classify.weight[ranking], head.classify.bias[ranking])
-        score_BS = logits.amax(-1)
-        num_queries = self.num_queries * (1 + self.one_to_many) if everywhere else self.num_queries
-        num_queries = min(num_queries, score_BS.shape[1])
-        if prediction is not None:
+        ranking = slice(None) if self.class_specific_proposals else slice(1)
+        if everywhere:
+            prediction = head(embedded_BSC, proposals_BS4)
+            score_BS = prediction.logits[..., ranking].amax(-1)
+            num_queries = min(self.num_queries * (1 + self.one_to_many), score_BS.shape[1])
             index_BQ = score_BS.topk(num_queries, dim=1).indices
             boxes_BQ4 = _take(prediction.boxes, index_BQ).detach()
-            logits_BQ4 = boxes_BQ4.logit(REFERENCE_EPS)
-        else:
-            # Invalid tokens share one score, and small images need some of them as queries. Ties select the lower
-            # index, so the choice does not depend on batch, device or runtime, as it does with top-k.
-            index_BQ = score_BS.sort(dim=1, descending=True, stable=True).indices[:, :num_queries]
-            offsets_BQ4 = head.offsets(_take(embedded_BSC, index_BQ)).detach()
-            reference_BQ4 = _take(proposals_BS4, index_BQ)
-            boxes_BQ4, logits_BQ4, _ = refine_boxes(
-                offsets_BQ4, reference_BQ4, tokens.geometry.valid_ratios_BL2
-            )
-        return prediction, index_BQ, boxes_BQ4, logits_BQ4
+            return prediction, index_BQ, boxes_BQ4, boxes_BQ4.logit(REFERENCE_EPS)
+        logits = ranking_logits(embedded_BSC, head.classify.weight[ranking], head.classify.bias[ranking])
+        # Invalid tokens share one score, and small images need some of them as queries. Ties select the lower index, so
+        # the choice does not depend on batch, device or runtime, as it does with top-k.
+        index_BQ = logits.amax(-1).sort(dim=1, descending=True, stable=True).indices[:, : self.num_queries]
+        offsets_BQ4 = head.offsets(_take(embedded_BSC, index_BQ)).detach()
+        reference_BQ4 = _take(proposals_BS4, index_BQ)
+        boxes_BQ4, logits_BQ4, _ = refine_boxes(offsets_BQ4, reference_BQ4, tokens.geometry.valid_ratios_BL2)
+        return None, index_BQ, boxes_BQ4, logits_BQ4
 
     def _queries(self, memory_BSC: Tensor, index_BQ: Tensor, boxes_BQ4: Tensor) -> tuple[Tensor, Tensor]:
         """Positional part and content, both [B, Q, C], of two-stage queries with these tokens and boxes."""
