@@ -174,10 +174,8 @@ def _msda(
         x, y = offsets[:, :, level].unbind(-1)  # [K, H, P]
         if reference_points is not None:
             # Like `reference.sampling_locations`, without its constant tensors.
-            centre, side = (
-                reference_points[:, level, None, None, :2],
-                reference_points[:, level, None, None, 2:],
-            )
+            box = reference_points[:, level, None, None]
+            centre, side = box[..., :2], box[..., 2:]
             if side.shape[-1]:
                 x, y = (z * side[..., i] * (0.5 / num_points) for i, z in enumerate((x, y)))
             else:

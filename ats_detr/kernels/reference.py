@@ -182,10 +182,8 @@ def _gather(
     height_P, width_P = height_width_L2.to(locations_NHP2.dtype)[level_P].unbind(1)
     x, y = locations_NHP2.unbind(-1)
     x, y = x * width_P - 0.5, y * height_P - 0.5
-    (left, right, left_share, right_share), (top, bottom, top_share, bottom_share) = (
-        _neighbours(x, width_P),
-        _neighbours(y, height_P),
-    )
+    left, right, left_share, right_share = _neighbours(x, width_P)
+    top, bottom, top_share, bottom_share = _neighbours(y, height_P)
     top_share, bottom_share = top_share * weights_NHP, bottom_share * weights_NHP
     if area_L.max() > 2**24:  # beyond the integers that float32 holds
         left, right, top, bottom = (cell.double() for cell in (left, right, top, bottom))
