@@ -36,7 +36,7 @@ from ats_detr.errors import UserError
 from ats_detr.evaluation import MAX_DETECTIONS
 from ats_detr.model import CompiledDetr, Detr
 from ats_detr.model.compiled import MAX_GRAPHS, GraphCache, can_capture, model_state, order_weights, scalars
-from ats_detr.model.output import BudgetOptions, DetectedBatch, TokenBudget, token_budgets
+from ats_detr.model.output import BatchDetections, BudgetOptions, TokenBudget, token_budgets
 from ats_detr.model.self_check import self_check
 from ats_detr.model_card import write_card
 from ats_detr.precompile import compile_kernels
@@ -527,7 +527,7 @@ class Detector:
         *,
         keep_ratio: float | None = None,
         cost: float | None = None,
-    ) -> DetectedBatch:
+    ) -> BatchDetections:
         """One pass over a batch: by the compiled model, by a CUDA graph of the model, or by the model itself."""
         if self.compiled is not None:
             return self.compiled.detect(batch, scale_B4, max_detections, keep_ratio=keep_ratio, cost=cost)
@@ -535,13 +535,13 @@ class Detector:
 
         def detect(
             images_B3HW: Tensor, sizes_B2: Tensor, scale_B4: Tensor, cost: Tensor | None = None
-        ) -> DetectedBatch:
+        ) -> BatchDetections:
             output = model.detect(images_B3HW, sizes_B2, supervision=False, keep_ratio=keep_ratio, cost=cost)
-            return DetectedBatch.from_output(output, scale_B4, max_detections)
+            return BatchDetections.from_output(output, scale_B4, max_detections)
 
-        def detect_eagerly() -> DetectedBatch:  # calls the model, for its hooks
+        def detect_eagerly() -> BatchDetections:  # calls the model, for its hooks
             output = model(batch, supervision=False, keep_ratio=keep_ratio, cost=cost)
-            return DetectedBatch.from_output(output, scale_B4, max_detections)
+            return BatchDetections.from_output(output, scale_B4, max_detections)
 
         dtype = model.level_embed.dtype
         if not self.capture or not can_capture(self.device, dtype, warn=False):
@@ -580,7 +580,7 @@ def _check_number(setting: str, value: int) -> None:
         raise UserError(f"{setting} = {value}: must be in 1..{_MAX_NUMBER}")
 
 
-def _kept_tokens(found: DetectedBatch, batch: ImageBatch) -> list[KeptTokens | None]:
+def _kept_tokens(found: BatchDetections, batch: ImageBatch) -> list[KeptTokens | None]:
     """The kept tokens of each image; None for a dense encoder."""
     if found.kept_BS is None:
         return [None] * len(batch)

@@ -36,7 +36,7 @@ from ats_detr.config import Config, load_config
 from ats_detr.kernels import reference
 from ats_detr.kernels.gpu import tuning
 from ats_detr.model import CompiledDetr, Detr, build_model, compiled, detr, selector, tokens
-from ats_detr.model.output import DetectedBatch
+from ats_detr.model.output import BatchDetections
 from ats_detr.precompile import remove_contents, select_share
 from ats_detr.training import criterion, trainer
 from ats_detr.training.distillation import DualTeacher
@@ -215,7 +215,7 @@ def count_pass(mode: str, dtype: torch.dtype, images: int) -> list[Row]:
         stack.enter_context(counter)
         output = run(batch)
         counter.stage = "detections"
-        DetectedBatch.from_output(output, torch.empty(images, 4, dtype=torch.int64, device="cuda"), 100)
+        BatchDetections.from_output(output, torch.empty(images, 4, dtype=torch.int64, device="cuda"), 100)
     return counter.calls
 
 

@@ -27,7 +27,7 @@ from ats_detr.model.attention import DeformableAttention
 from ats_detr.model.detr import Detr
 from ats_detr.model.encoder import LayerStack
 from ats_detr.model.fusion import fold_batch_norms
-from ats_detr.model.output import DetectedBatch, DetectorOutput
+from ats_detr.model.output import BatchDetections, DetectorOutput
 from ats_detr.model.self_check import self_check
 from ats_detr.text import first_line
 
@@ -121,12 +121,14 @@ class CompiledDetr:
         *,
         keep_ratio: float | None = None,
         cost: float | None = None,
-    ) -> DetectedBatch:
-        """Detections of a batch, see `DetectedBatch.from_output`; postprocessing is part of the CUDA graph."""
+    ) -> BatchDetections:
+        """Detections of a batch, see `BatchDetections.from_output`; postprocessing is part of the CUDA graph."""
 
-        def detect(images_B3HW: Tensor, sizes_B2: Tensor, scale_B4: Tensor, *costs: Tensor) -> DetectedBatch:
+        def detect(
+            images_B3HW: Tensor, sizes_B2: Tensor, scale_B4: Tensor, *costs: Tensor
+        ) -> BatchDetections:
             output = self._detect(keep_ratio, images_B3HW, sizes_B2, *costs)
-            return DetectedBatch.from_output(output, scale_B4, max_detections)
+            return BatchDetections.from_output(output, scale_B4, max_detections)
 
         costs = scalars(cost, self.device)
         key = (max_detections, keep_ratio, len(costs))

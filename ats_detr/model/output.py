@@ -121,7 +121,7 @@ class Detections:
 
 
 @dataclass
-class DetectedBatch:
+class BatchDetections:
     """Detections and budgets of a batch, in few small tensors on the device of the model."""
 
     detections_BN6: Tensor
@@ -134,12 +134,12 @@ class DetectedBatch:
     """(height, width) of each level."""
 
     @staticmethod
-    def from_output(output: DetectorOutput, scale_B4: Tensor, max_detections: int) -> DetectedBatch:
+    def from_output(output: DetectorOutput, scale_B4: Tensor, max_detections: int) -> BatchDetections:
         """Without device-to-host synchronisation. `scale_B4`: width, height, width, height of the original images."""
         scores_BN, labels_BN, boxes_BN4 = top_pairs(output.last, max_detections)
         columns = (boxes_BN4 * scale_B4[:, None], scores_BN[..., None], labels_BN[..., None].float())
         kept_BS = None if output.selection is None else output.selection.plan.slot_BS >= 0
-        return DetectedBatch(torch.cat(columns, -1), budget_table(output), kept_BS, output.level_shapes)
+        return BatchDetections(torch.cat(columns, -1), budget_table(output), kept_BS, output.level_shapes)
 
 
 def budget_table(output: DetectorOutput) -> Tensor:
