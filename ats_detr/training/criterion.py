@@ -65,7 +65,9 @@ def compute_losses(
     pending = criterion.start(output, on_device, metrics=metrics)
     # Between start and finish: the device runs the teachers while the host solves the matching.
     distillation = {}
-    if teachers is not None:
+    if isinstance(teachers, SelfTaught):
+        distillation = teachers(targets, output)
+    elif teachers is not None:
         distillation = teachers(batch, on_device, output, most_of_a_class=most_of_a_class(targets))
     losses = pending.finish(num_boxes) | distillation
     if share != 1.0:

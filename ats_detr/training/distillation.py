@@ -139,52 +139,30 @@ class DualTeacher:
 
 
 class SelfTaught:
-    """Supervision of the budget head by the model itself, without teachers.
+    """Supervision of the budget head by the annotations, without teachers: images with more objects keep more tokens.
 
-    The logit of a budget is the average precision expected at its keep ratio. Each training image gets a random ratio
-    (`draw_ratios`), at which the average precision of its own detections is measured: one value of that curve. Over
-    many images the squared error makes the head predict the mean of images that look alike.
+    The logit of a budget learns n * log(ratio / min_ratio) of an image with n objects, in units of the number of
+    queries. The budget that maximises logit - cost * ratio then has a ratio proportional to the expected number of
+    objects, and the cost sets the mean over images (`calibrated`).
     """
 
-    def __init__(
-        self, min_ratio: float, max_ratio: float, *, num_detections: int = 100, iou_threshold: float = 0.5
-    ) -> None:
+    def __init__(self, min_ratio: float, max_ratio: float, num_queries: int) -> None:
         """
         Args:
             min_ratio: keep ratio of the first logit.
             max_ratio: keep ratio of the last logit.
-            num_detections: detections per image, best first, in its average precision.
-            iou_threshold: IoU from which a detection matches an object.
+            num_queries: of the model; the number of objects is learned in units of it.
         """
-        self.min_ratio, self.max_ratio = min_ratio, max_ratio
-        self.num_detections, self.iou_threshold = num_detections, iou_threshold
+        self.min_ratio, self.max_ratio, self.num_queries = min_ratio, max_ratio, num_queries
 
-    def __call__(
-        self,
-        batch: ImageBatch,
-        targets: Sequence[Target],
-        output: DetectorOutput,
-        *,
-        most_of_a_class: int | None = None,
-    ) -> dict[str, Tensor]:
-        """`loss_budget`, float32 scalar: half the mean squared error of the expected average precision at the ratios of
-        `output`; and `image_precision`, the mean of the measured ones.
-
-        Args:
-            most_of_a_class: see `image_average_precision`.
-        """
-        selection = output.selection
-        assert selection is not None and selection.budget_logits is not None
-        sizes = [target.original_size for target in targets]
-        with torch.no_grad():
-            detections = top_detections(output.last, sizes, self.num_detections)
-            precision_B = image_average_precision(
-                detections, targets, self.iou_threshold, most_of_a_class=most_of_a_class
-            )
-        place_B = (selection.keep_ratio_B - self.min_ratio) / (self.max_ratio - self.min_ratio)
-        expected_B = interpolate(selection.budget_logits.float(), place_B.clamp(0, 1))
-        loss = F.mse_loss(expected_B, precision_B) / 2
-        return {"loss_budget": loss, "image_precision": precision_B.mean()}
+    def __call__(self, targets: Sequence[Target], output: DetectorOutput) -> dict[str, Tensor]:
+        """`loss_budget`, float32 scalar: half the mean squared error of the budget logits over images and budgets."""
+        assert output.selection is not None and output.selection.budget_logits is not None
+        logits_BR = output.selection.budget_logits.float()
+        ratio_R = torch.linspace(self.min_ratio, self.max_ratio, logits_BR.shape[1])
+        share_B = torch.tensor([len(target.labels_N) for target in targets]) / self.num_queries
+        value_BR = share_B[:, None] * (ratio_R / self.min_ratio).log()
+        return {"loss_budget": F.mse_loss(logits_BR, value_BR.to(logits_BR.device, non_blocking=True)) / 2}
 
 
 @contextmanager
@@ -193,8 +171,8 @@ def calibrated(
 ) -> Iterator[None]:
     """Within the context the budgets that the model chooses have this mean keep ratio on the images of `loader`.
 
-    The bias of each budget logit is reduced by cost * ratio of its budget: the expected average precision becomes a
-    value net of the cost of tokens. The cost is found from the logits of all images, in evaluation mode. Collective.
+    The bias of each budget logit is reduced by cost * ratio of its budget: the logit becomes a value net of the cost of
+    tokens. The cost is found from the logits of all images, in evaluation mode. Collective.
     """
     selector, was_training = model.selector, model.training
     assert selector is not None and selector.budget is not None
@@ -228,14 +206,6 @@ def calibrated(
     finally:
         with torch.no_grad():
             bias.copy_(before)
-
-
-def interpolate(values_BR: Tensor, place_B: Tensor) -> Tensor:
-    """[B] linear interpolation in each row of R values, spaced evenly over 0..1, at a place in 0..1."""
-    position_B = place_B * (values_BR.shape[1] - 1)
-    knots_R = torch.arange(values_BR.shape[1], device=values_BR.device)
-    weights_BR = (1 - (position_B[:, None] - knots_R).abs()).clamp(min=0)
-    return (values_BR * weights_BR).sum(1)
 
 
 def draw_ratios(num_images: int, smallest: float, largest: float) -> Tensor:

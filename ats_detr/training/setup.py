@@ -340,7 +340,7 @@ def self_taught(config: Config) -> SelfTaught | None:
         return None
     selector = config.model.selector
     assert selector is not None and selector.min_ratio is not None and selector.max_ratio is not None
-    return SelfTaught(selector.min_ratio, selector.max_ratio, iou_threshold=config.loss.difficulty_iou)
+    return SelfTaught(selector.min_ratio, selector.max_ratio, config.model.num_queries)
 
 
 # ------------------------------------------------------------------------------------------------------------ state
