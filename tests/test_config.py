@@ -88,7 +88,7 @@ def test_null_replaces_a_section_and_an_override_can_fill_it_again(tmp_path: Pat
 def test_teacher_configs_are_found_beside_the_file_that_names_them(tmp_path: Path) -> None:
     write(tmp_path, "seed: 7", "weak.yaml")
     shutil.copy(CONFIGS / "quickstart_strong.yaml", tmp_path)
-    path = write(tmp_path, "base: quickstart\nteachers: {weak: {config: weak.yaml}}", "mine.yaml")
+    path = write(tmp_path, "base: quickstart_chain\nteachers: {weak: {config: weak.yaml}}", "mine.yaml")
     config = load_config(path)
     assert config.teachers is not None
     assert load_config(config.teachers.weak.config).seed == 7
@@ -97,13 +97,15 @@ def test_teacher_configs_are_found_beside_the_file_that_names_them(tmp_path: Pat
     )
 
 
-@pytest.mark.parametrize("name", ["quickstart", "quickstart.yaml", "configs/quickstart.yaml"])
+@pytest.mark.parametrize(
+    "name", ["quickstart_chain", "quickstart_chain.yaml", "configs/quickstart_chain.yaml"]
+)
 def test_a_shipped_config_is_found_by_name_from_any_folder(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    expected = load_config(CONFIGS / "quickstart.yaml")
+    expected = load_config(CONFIGS / "quickstart_chain.yaml")
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "quickstart").mkdir()  # a folder is not a configuration
+    (tmp_path / "quickstart_chain").mkdir()  # a folder is not a configuration
     config = load_config(name)
     assert config == expected
     assert config.teachers is not None

@@ -148,7 +148,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     random = np.random.default_rng(0)
     for name, size in (("beach.jpg", (40, 60)), ("hills.png", (64, 50))):
         Image.fromarray(random.integers(0, 256, (*size, 3), dtype=np.uint8)).save(tmp_path / "holiday" / name)
-    save_small_detector(tmp_path / "runs" / "quickstart" / "student" / "final.pt")
+    save_small_detector(tmp_path / "runs" / "quickstart" / "final.pt")
     backbone = {"name": "resnet18", "options": {"channels": [64, 128, 256, 512], "stem_width": 64}}
     published = {"num_norm_groups": 32, "selector": {"min_tokens": 300}}
     ours = save_small_detector(tmp_path / "drawn" / "ours.pt", backbone=backbone, **published)

@@ -86,7 +86,7 @@ def test_the_logits_learn_the_number_of_objects(tmp_path: Path) -> None:
     logits = output.selection.budget_logits
     ratios, num_queries = torch.tensor([0.1, 0.3, 0.5, 0.7, 0.9]), run.config.model.num_queries
     errors = [
-        (logit - count / num_queries * math.log(ratio / 0.1)) ** 2
+        (logit - math.sqrt(count / num_queries) * math.log(ratio / 0.1)) ** 2
         for count, row in zip([2, 0, 3, 1], logits, strict=True)
         for ratio, logit in zip(ratios, row, strict=True)
     ]
@@ -95,11 +95,11 @@ def test_the_logits_learn_the_number_of_objects(tmp_path: Path) -> None:
     assert (gradient != 0).all()
 
 
-def test_the_learned_budgets_are_proportional_to_the_number_of_objects() -> None:
+def test_the_learned_budgets_grow_with_the_square_root_of_the_number_of_objects() -> None:
     """From a noisy feature of the image, at the cost of tokens of a mean ratio of 0.2."""
     torch.manual_seed(0)
     counts = torch.randint(0, 41, (2000,))
-    features = torch.stack([counts / 40 + 0.02 * torch.randn(2000), torch.ones(2000)], 1)
+    features = torch.stack([(counts / 40).sqrt() + 0.02 * torch.randn(2000), torch.ones(2000)], 1)
     supervision = SelfTaught(0.02, 0.5, num_queries=100)
     targets = [
         Target(0, (8, 8), torch.zeros(n, dtype=torch.int64), torch.rand(n, 4)) for n in counts.tolist()
@@ -116,8 +116,10 @@ def test_the_learned_budgets_are_proportional_to_the_number_of_objects() -> None
 
     optimizer.step(loss)
     selector = TokenSelector(16, 0.02, 0.5, num_budgets=49)
-    budgets = selector.choose_budgets(head(features), cost=1.0)  # the best ratio is then n / num_queries
-    error = selector.ratio_of_budget(budgets) - (counts / 100).clamp(0.02, 0.5)
+    budgets = selector.choose_budgets(
+        head(features), cost=2.0
+    )  # the best ratio is then sqrt(n / num_queries) / 2
+    error = selector.ratio_of_budget(budgets) - ((counts / 100).sqrt() / 2).clamp(0.02, 0.5)
     assert float(error.abs().mean()) < 0.02
 
 
