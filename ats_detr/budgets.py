@@ -64,6 +64,8 @@ def _checked(budget: Any) -> Budget:
         return "auto"
     ratio = budget.keep_ratio if isinstance(budget, MeanBudget) else budget
     try:
+        if isinstance(ratio, bool):
+            raise TypeError
         ratio = float(ratio)
     except (TypeError, ValueError):
         raise UserError(f"budget = {budget!r}: must be 'auto', a number or a MeanBudget") from None

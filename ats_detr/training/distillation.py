@@ -9,7 +9,7 @@ budget; the student's memory is trained to match its memory.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -23,6 +23,7 @@ from ats_detr.budgets import Calibration
 from ats_detr.config import ModelConfig
 from ats_detr.data.loader import EvaluationLoader
 from ats_detr.distributed import sum_over_processes
+from ats_detr.errors import Stopped
 from ats_detr.model import Detr
 from ats_detr.model.compiled import freeze_weights
 from ats_detr.model.output import DetectorOutput, top_detections
@@ -167,17 +168,25 @@ class SelfTaught:
 
 @contextmanager
 def calibrated(
-    model: Detr, loader: EvaluationLoader, mean_ratio: float, device: torch.device
+    model: Detr,
+    loader: EvaluationLoader,
+    mean_ratio: float,
+    device: torch.device,
+    *,
+    should_stop: Callable[[], bool] = lambda: False,
 ) -> Iterator[None]:
     """Within the context the budgets that the model chooses have this mean keep ratio on the images of `loader`.
 
     The bias of each budget logit is reduced by cost * ratio of its budget: the logit becomes a value net of the cost of
     tokens. The cost is found from the logits of all images, in evaluation mode. Collective.
+
+    Args:
+        should_stop: called after each batch; where it is true on a process, all of them raise Stopped.
     """
     selector, was_training = model.selector, model.training
     assert selector is not None and selector.budget is not None
     model.eval()
-    logits, num_valid = [], []
+    logits, num_valid, is_stopping = [], [], False
     with torch.no_grad():
         for host_batch, _ in loader:
             batch = host_batch.to(device)
@@ -185,14 +194,18 @@ def calibrated(
             assert selection is not None and selection.budget_logits is not None
             logits.append(selection.budget_logits.cpu())
             num_valid.append(selection.num_valid_B.cpu())
+            if is_stopping := should_stop():
+                break
     model.train(was_training)
-    shares = distributed.gather((logits, num_valid))
+    shares = distributed.gather((logits, num_valid, is_stopping))
+    if any(stopping for *_, stopping in shares):
+        raise Stopped
     everything = [torch.cat([part for share in shares for part in share[i]]) for i in (0, 1)]
     cost, mean = Calibration.measure(selector, *everything).closest(mean_ratio)
     if abs(mean - mean_ratio) > 0.1 * mean_ratio:
         logger.warning(
             "the budgets keep %.3g of the tokens on average, not model.selector.mean_ratio = %.3g: the budget head does"
-            " not tell the images apart",
+            " not tell the images apart, or model.selector.min_tokens is too large",
             mean,
             mean_ratio,
         )

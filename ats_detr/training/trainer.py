@@ -8,7 +8,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing
+from contextlib import AbstractContextManager, closing, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -310,30 +310,31 @@ def evaluate_run(run: Run, is_last: bool) -> None:
     Self-taught budgets are calibrated before. Raises Stopped after one of the STOP_SIGNALS.
     """
     selector, loader = run.config.model.selector, run.loaders.calibration
-    if loader is None:
-        _evaluate_and_save(run, is_last)
-        return
-    assert selector is not None and selector.mean_ratio is not None
-    with calibrated(run.state.evaluated, loader, selector.mean_ratio, run.device):
-        _evaluate_and_save(run, is_last)
-
-
-def _evaluate_and_save(run: Run, is_last: bool) -> None:
-    state, progress = run.state, run.state.progress
+    budgets: AbstractContextManager[None] = nullcontext()
+    if loader is not None:
+        assert selector is not None and selector.mean_ratio is not None
+        stop = run.signals.is_requested
+        budgets = calibrated(run.state.evaluated, loader, selector.mean_ratio, run.device, should_stop=stop)
     try:
-        found = evaluate(
-            state.evaluated,
-            run.loaders.val,
-            run.device,
-            max_detections=run.config.evaluation.max_detections,
-            should_stop=run.signals.is_requested,
-        )
+        with budgets:
+            _evaluate_and_save(run, is_last)
     except Stopped:
         raise stopped(run) from None
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
         raise UserError("out of memory in the evaluation: lower data.eval_batch_size and resume") from error
+
+
+def _evaluate_and_save(run: Run, is_last: bool) -> None:
+    state, progress = run.state, run.state.progress
+    found = evaluate(
+        state.evaluated,
+        run.loaders.val,
+        run.device,
+        max_detections=run.config.evaluation.max_detections,
+        should_stop=run.signals.is_requested,
+    )
     warn_of_minimum(found, run.config.model.selector)
     metrics = found.to_dict()
     run.log.write(progress.step, progress.epoch, metrics, kind="evaluation")

@@ -15,7 +15,7 @@ import yaml
 from ats_detr.batch import Target
 from ats_detr.cli.eval import compare_stages
 from ats_detr.config import config_from_dict, load_config
-from ats_detr.errors import UserError
+from ats_detr.errors import Stopped, UserError
 from ats_detr.model import TokenScores
 from ats_detr.model.selector import TokenSelector
 from ats_detr.training import resume, trainer
@@ -140,6 +140,16 @@ def test_calibrated_budgets_have_the_mean_and_the_weights_are_restored(tmp_path:
     assert len(ratios) == 60 and len(ratios.unique()) > 1
     assert float(ratios.mean()) == pytest.approx(0.4, rel=0.1)
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_a_signal_stops_a_calibration(tmp_path: Path) -> None:
+    run = small_run(tmp_path, **SELF_TAUGHT)
+    before = {name: tensor.clone() for name, tensor in run.state.model.state_dict().items()}
+    run.signals.is_requested = lambda: True
+    with pytest.raises(Stopped, match="run the same command to resume"):
+        trainer.evaluate_run(run, is_last=True)
+    assert not run.stage.checkpoint.exists()
+    assert all(torch.equal(before[name], tensor) for name, tensor in run.state.model.state_dict().items())
 
 
 def test_budgets_that_cannot_have_the_mean_are_reported(
