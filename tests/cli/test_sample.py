@@ -36,11 +36,11 @@ def test_sample_images_are_drawn_and_their_objects_found(place: Path) -> None:
     annotations = json.loads(file.read_text())["annotations"]
     num_found = sum(len(image["objects"]) for image in content["images"])
     assert 0.7 * len(annotations) < num_found < 1.2 * len(annotations)
-    assert len({image["budget"] for image in content["images"]}) == 2, "both budgets"
+    assert len({image["budget"] for image in content["images"]}) > 4, "budgets by the image"
 
 
 def test_the_shipped_detector_has_the_accuracy_of_its_card(place: Path) -> None:
-    """On 60 images that it has never seen; its card states AP 0.639 and AP50 0.957 on 300 images."""
+    """On 60 images that it has never seen; its card states AP 0.661 and AP50 0.957 on 300 images."""
     data = {"root": "drawn", "synthetic.num_train": 1, "synthetic.num_val": 60, "synthetic.seed": 1}
     overrides = [f"data.{key}={value}" for key, value in data.items()]
     main(["eval", "--checkpoint", "shapes", *overrides, "num_pictures=0", "device=cpu"])
@@ -49,7 +49,7 @@ def test_the_shipped_detector_has_the_accuracy_of_its_card(place: Path) -> None:
     assert metrics["num_images"] == 60
     assert metrics["AP"] == pytest.approx(facts["AP"], abs=0.04)
     assert metrics["AP50"] == pytest.approx(facts["AP50"], abs=0.03)
-    assert metrics["budget_object_spearman"] > 0.75
+    assert metrics["budget_object_spearman"] > 0.85
     assert not (SHIPPED / "evaluation").exists()
 
 
