@@ -72,7 +72,9 @@ def test_the_budget_of_a_detector_is_the_default_of_predict(detector: Detector) 
     assert wide.budget.num_kept_tokens == int(wide.budget.num_valid_tokens * 0.8) + 1
 
 
-@pytest.mark.parametrize("budget", [0, -0.1, 1.0001, float("nan"), MeanBudget(0.0), "half", None, [0.1], True])
+@pytest.mark.parametrize(
+    "budget", [0, -0.1, 1.0001, float("nan"), MeanBudget(0.0), "half", None, [0.1], True]
+)
 def test_unusable_budgets_are_user_errors(budget: Any, detector: Detector) -> None:
     with pytest.raises(UserError, match=r"must be (in \(0, 1\]|'auto', a number or a MeanBudget)"):
         Detector(detector.model, detector.config, detector.classes, budget=budget)
