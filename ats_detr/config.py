@@ -43,6 +43,8 @@ _MAX_LENGTH, _MAX_DEPTH = 1000, 8
 """Of lists and nested values."""
 _SHOWN = 200
 """Characters of a value in an error message."""
+PUBLISHED_NORM_GROUPS = 32
+"""Groups of the norms after the input projections in the published code and in transformers, at every width."""
 
 
 def _check(holds: bool, key: str, value: object, fix: str) -> None:

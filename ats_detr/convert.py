@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ats_detr.config import (
+    PUBLISHED_NORM_GROUPS,
     BackboneConfig,
     ConfigError,
     ModelConfig,
@@ -74,8 +75,6 @@ _SWINS = {
 """(channels of the first stage, blocks of the third) -> name in timm."""
 _OPTIONS_OF_SHAPES = ("channels", "layers", "stem_width")
 """Options of a backbone that differ only where the shapes of its tensors do."""
-PUBLISHED_NORM_GROUPS = 32
-"""Groups of the norms after the input projections in the published code and in transformers, at every width."""
 
 
 def is_official(content: Any) -> bool:

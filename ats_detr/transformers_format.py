@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ats_detr.config import (
+    PUBLISHED_NORM_GROUPS,
     Config,
     ConfigError,
     DataConfig,
@@ -25,7 +26,6 @@ from ats_detr.config import (
     config_from_dict,
     config_to_dict,
 )
-from ats_detr.convert import PUBLISHED_NORM_GROUPS
 from ats_detr.data.classes import MAX_ROWS, ClassMap
 from ats_detr.data.transforms import IMAGE_MEAN, IMAGE_STD
 from ats_detr.errors import UserError
