@@ -243,7 +243,7 @@ def test_info_describes_checkpoints_and_configurations(
     assert "multiply-adds  not counted: an image of 16000 x 12000, padded to" in capsys.readouterr().out
     main(["info", "configs/quickstart.yaml"])
     text = capsys.readouterr().out
-    assert "ATS-DETR, 10% to 40% of the tokens, resnet10t" in text
+    assert "ATS-DETR, 3% to 20% of the tokens in 18 budgets, resnet10t" in text
     assert "synthetic, data/quickstart" in text
     with pytest.raises(UserError, match="no checkpoint"):
         main(["info", "gone"])
