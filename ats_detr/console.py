@@ -68,7 +68,7 @@ def run_cli(main: Callable[[], None]) -> None:
     """Run `main` in UTF-8 and convert exceptions to exit codes.
 
     - UserError, or a file that cannot be read or written: one line on stderr, exit code 2. Under torchrun, ranks above
-      0 wait five seconds before printing; if rank 0 has the same error, torchrun ends them within that time.
+      0 wait ten seconds before printing; if rank 0 has the same error, torchrun ends them within that time.
     - Stopped: one line on stdout, exit code 0, so that a launcher does not restart the run; after Ctrl-C 130.
     - KeyboardInterrupt: exit code 130.
     - All others are bugs and keep their traceback for a report.
@@ -95,6 +95,6 @@ def run_cli(main: Callable[[], None]) -> None:
 
 def _end(message: str) -> NoReturn:
     if os.environ.get("RANK", "0") != "0":
-        time.sleep(5)
+        time.sleep(10)
     complain(message)
     sys.exit(2)
