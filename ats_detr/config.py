@@ -351,7 +351,8 @@ class LossConfig(_Bounded):
     selector_weight: float = _bounded(1.0, ">= 0")
     """Weight of `loss_mask_prediction`, the loss of the token scores."""
     budget_weight: float = _bounded(1.0, ">= 0")
-    """Weight of `loss_budget`, the cross entropy of the budget logits (adaptive only)."""
+    """Weight of `loss_budget`, the cross entropy of the budget logits; with `teachers: self`, half their squared error
+    (adaptive only)."""
     memory_weight: float = _bounded(1.0, ">= 0")
     """Weight of `loss_memory`, the distillation from the strong teacher (adaptive only)."""
     focal_alpha: float = _bounded(0.25, "in (0, 1)")
@@ -618,6 +619,9 @@ def _check_self_taught(config: Config) -> None:
     _check(is_between, "model.selector.mean_ratio", mean, fix)
     fix = "has no effect with teachers: self"
     _check(not config.model.adaption, "model.adaption", config.model.adaption, fix)
+    for key in ("memory_weight", "difficulty_iou"):
+        value = getattr(config.loss, key)
+        _check(value == getattr(LossConfig, key), f"loss.{key}", value, fix)
 
 
 def config_from_dict(tree: Mapping[str, Any]) -> Config:

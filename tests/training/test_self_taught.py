@@ -240,6 +240,8 @@ def test_impossible_settings_are_one_line(tmp_path: Path, changes: dict[str, Any
 def test_settings_of_teachers_have_no_effect_without_teachers(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="model.adaption = True: has no effect with teachers: self"):
         load_config(write(tmp_path / "run", model={"adaption": True}))
+    with pytest.raises(UserError, match="loss.difficulty_iou = 0.6: has no effect with teachers: self"):
+        load_config(write(tmp_path / "run", loss={"difficulty_iou": 0.6}))
     with pytest.raises(UserError, match="teachers = 'selv': must be"):
         load_config(write(tmp_path / "run", teachers="selv"))
     with pytest.raises(UserError, match="teachers = 'set': only an adaptive model has teachers"):
