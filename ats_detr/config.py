@@ -490,10 +490,10 @@ class Config(_Bounded):
     train: TrainConfig = field(default_factory=TrainConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     teachers: TeachersConfig | Literal["self"] | None = None
-    """Of an adaptive model, which needs them. `self`: no teachers; the budget head learns from the average precision of
-    the model's own detections at the keep ratios of `model.selector.train_ratios`."""
+    """Of an adaptive model, which needs them. `self`: no teachers; the budget head learns the number of annotated
+    objects."""
     summary: bool = False
-    """Compare the three stages after training: a table, pictures, and a plot of budgets and numbers of objects."""
+    """Compare the stages, or with `teachers: self` the budgets, after training: a table, pictures, and a plot of budgets and numbers of objects."""
     num_pictures: int = _bounded(8, ">= 0", most=100_000)
     """Images drawn with detections and kept tokens after an evaluation."""
     seed: int = _bounded(42, ">= 0", most=2**32 - 1)
