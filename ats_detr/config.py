@@ -493,7 +493,8 @@ class Config(_Bounded):
     """Of an adaptive model, which needs them. `self`: no teachers; the budget head learns the number of annotated
     objects."""
     summary: bool = False
-    """Compare the stages, or with `teachers: self` the budgets, after training: a table, pictures, and a plot of budgets and numbers of objects."""
+    """Compare the stages, or with `teachers: self` the budgets, after training: a table, pictures, and a plot of
+    budgets and numbers of objects."""
     num_pictures: int = _bounded(8, ">= 0", most=100_000)
     """Images drawn with detections and kept tokens after an evaluation."""
     seed: int = _bounded(42, ">= 0", most=2**32 - 1)
