@@ -400,7 +400,8 @@ def resolve_checkpoint(source: str | Path) -> Path:
 
     One of the Hugging Face Hub, or with a short name, is fetched unless it is cached (see `remote`).
 
-    Of a run with teachers it is the student's. Raises UserError.
+    Of a run with teachers it is the student's. Raises UserError, also where a folder has a run with and one without
+    teachers.
     """
     path = Path(source)
     if is_remote(source):
@@ -410,9 +411,13 @@ def resolve_checkpoint(source: str | Path) -> Path:
     for folder in (path, Path("runs") / path, SHIPPED / path):
         if os.path.isfile(folder / MODEL_CONFIG):
             return folder
-        for candidate in (folder / "student" / FINISHED, folder / FINISHED):
-            if os.path.isfile(candidate):
-                return candidate
+        found = [path for path in (folder / "student" / FINISHED, folder / FINISHED) if os.path.isfile(path)]
+        if len(found) > 1:
+            raise UserError(
+                f"{source}: two finished runs; choose {found[0]} or {found[1]}, or delete one of them"
+            )
+        if found:
+            return found[0]
     raise UserError(
         f"{source}: no checkpoint; must be a file, a folder with {MODEL_CONFIG} and {_MODEL_WEIGHTS}, a finished run"
         " (its folder, or its name under runs/), hf://owner/repo, or a name that `ats-detr models` lists"

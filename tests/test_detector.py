@@ -337,6 +337,10 @@ def test_a_run_is_found_by_folder_and_by_name(tmp_path: Path, monkeypatch: pytes
         resolve_checkpoint(run)
     student = save_small_detector(run / "student" / "final.pt")
     assert resolve_checkpoint(run) == student
+    single = save_small_detector(run / "final.pt")
+    with pytest.raises(UserError, match=f"two finished runs; choose {student} or {single}, or delete one"):
+        resolve_checkpoint(run)
+    single.unlink()
     monkeypatch.chdir(tmp_path)
     assert resolve_checkpoint("mine") == Path("runs/mine/student/final.pt")
     assert resolve_checkpoint("mine/weak") == Path("runs/mine/weak/final.pt")
