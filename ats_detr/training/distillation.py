@@ -27,6 +27,7 @@ from ats_detr.errors import Stopped
 from ats_detr.model import Detr
 from ats_detr.model.compiled import freeze_weights
 from ats_detr.model.output import DetectorOutput, top_detections
+from ats_detr.model.selector import TokenSelector
 from ats_detr.training.average_precision import image_average_precision
 from ats_detr.training.frozen_stages import share_frozen_stages
 
@@ -143,26 +144,26 @@ class SelfTaught:
     """Supervision of the budget head by the annotations, without teachers: images with more objects keep more tokens.
 
     The logit of a budget learns sqrt(n / num_queries) * log(ratio / min_ratio) of an image with n objects. The budget
-    that maximises logit - cost * ratio then has a ratio proportional to the square root of the expected number of
-    objects, and the cost sets the mean over images (`calibrated`). docs/budgets.md compares other rules.
+    that maximises logit - cost * ratio then has a ratio proportional to the expected sqrt(n), within the budgets, and
+    the cost sets the mean over images (`calibrated`). docs/budgets.md compares other rules.
     """
 
-    def __init__(self, min_ratio: float, max_ratio: float, num_queries: int) -> None:
+    def __init__(self, selector: TokenSelector, num_queries: int) -> None:
         """
         Args:
-            min_ratio: keep ratio of the first logit.
-            max_ratio: keep ratio of the last logit.
+            selector: of the model, with several budgets.
             num_queries: of the model, the largest number of objects that it can detect.
         """
-        self.min_ratio, self.max_ratio, self.num_queries = min_ratio, max_ratio, num_queries
+        ratio_R = selector.ratio_of_budget(torch.arange(selector.num_budgets))
+        self._gain_R = (ratio_R / ratio_R[0]).log()
+        self._num_queries = num_queries
 
     def __call__(self, targets: Sequence[Target], output: DetectorOutput) -> dict[str, Tensor]:
         """`loss_budget`, float32 scalar: half the mean squared error of the budget logits over images and budgets."""
         assert output.selection is not None and output.selection.budget_logits is not None
         logits_BR = output.selection.budget_logits.float()
-        ratio_R = torch.linspace(self.min_ratio, self.max_ratio, logits_BR.shape[1])
         count_B = torch.tensor([len(target.labels_N) for target in targets])
-        value_BR = (count_B / self.num_queries).sqrt()[:, None] * (ratio_R / self.min_ratio).log()
+        value_BR = (count_B / self._num_queries).sqrt()[:, None] * self._gain_R
         return {"loss_budget": F.mse_loss(logits_BR, value_BR.to(logits_BR.device, non_blocking=True)) / 2}
 
 

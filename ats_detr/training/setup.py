@@ -140,7 +140,7 @@ def prepare(stage: Stage, device: torch.device, teachers: Teachers | None) -> Ru
     if teachers is not None:
         teachers.check_classes(model, loaders.class_map)
     check_data(config, loaders, model)
-    supervision = teachers.supervision if teachers is not None else self_taught(config)
+    supervision = teachers.supervision if teachers is not None else self_taught(config, model)
     state = build_state(config, model, supervision)
     if checkpoint is not None:
         restore(checkpoint, state, device)
@@ -334,13 +334,12 @@ def connect_teachers(supervision: DualTeacher, student: Detr, config: Config) ->
         )
 
 
-def self_taught(config: Config) -> SelfTaught | None:
+def self_taught(config: Config, model: Detr) -> SelfTaught | None:
     """The supervision of `teachers: self`."""
     if config.teachers != "self":
         return None
-    selector = config.model.selector
-    assert selector is not None and selector.min_ratio is not None and selector.max_ratio is not None
-    return SelfTaught(selector.min_ratio, selector.max_ratio, config.model.num_queries)
+    assert model.selector is not None
+    return SelfTaught(model.selector, config.model.num_queries)
 
 
 # ------------------------------------------------------------------------------------------------------------ state

@@ -39,7 +39,7 @@ def test_training_steps_through_the_kernels(
 def take_steps(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     model = build_model(config.model, 7).to(DEVICE).train()
-    teachers: DualTeacher | SelfTaught | None = self_taught(config)
+    teachers: DualTeacher | SelfTaught | None = self_taught(config, model)
     if isinstance(config.teachers, TeachersConfig):
         teachers = DualTeacher(copy.deepcopy(model), copy.deepcopy(model))
     batch, targets = random_batch(1, [3, 5], size=256, num_classes=7)

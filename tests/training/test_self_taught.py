@@ -96,11 +96,12 @@ def test_the_logits_learn_the_number_of_objects(tmp_path: Path) -> None:
 
 
 def test_the_learned_budgets_grow_with_the_square_root_of_the_number_of_objects() -> None:
-    """From a noisy feature of the image, at the cost of tokens of a mean ratio of 0.2."""
+    """From a noisy feature of the image."""
     torch.manual_seed(0)
     counts = torch.randint(0, 41, (2000,))
     features = torch.stack([(counts / 40).sqrt() + 0.02 * torch.randn(2000), torch.ones(2000)], 1)
-    supervision = SelfTaught(0.02, 0.5, num_queries=100)
+    selector = TokenSelector(16, 0.02, 0.5, num_budgets=49)
+    supervision = SelfTaught(selector, num_queries=100)
     targets = [
         Target(0, (8, 8), torch.zeros(n, dtype=torch.int64), torch.rand(n, 4)) for n in counts.tolist()
     ]
@@ -115,10 +116,7 @@ def test_the_learned_budgets_grow_with_the_square_root_of_the_number_of_objects(
         return value
 
     optimizer.step(loss)
-    selector = TokenSelector(16, 0.02, 0.5, num_budgets=49)
-    budgets = selector.choose_budgets(
-        head(features), cost=2.0
-    )  # the best ratio is then sqrt(n / num_queries) / 2
+    budgets = selector.choose_budgets(head(features), cost=2.0)  # best ratio: sqrt(n / num_queries) / 2
     error = selector.ratio_of_budget(budgets) - ((counts / 100).sqrt() / 2).clamp(0.02, 0.5)
     assert float(error.abs().mean()) < 0.02
 
