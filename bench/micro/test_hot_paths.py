@@ -77,8 +77,9 @@ def test_matching(benchmark: Any) -> None:
 
 
 def test_criterion(benchmark: Any) -> None:
-    """Matching and losses of all layers of the quickstart's model, and their gradients by its outputs."""
-    config = load_config(ROOT / "configs/quickstart_weak.yaml")
+    """Matching and losses of 2 encoder and 3 decoder layers, and their gradients by the outputs of a small model."""
+    overrides = ["model.num_encoder_layers=2", "model.num_decoder_layers=3"]
+    config = load_config(ROOT / "configs/quickstart_weak.yaml", overrides)
     torch.manual_seed(0)
     model = build_without_fetching(config, 8)
     batch = ImageBatch.collate(list(torch.randn(4, 3, 128, 128)))
