@@ -8,7 +8,7 @@ SHAPES = Detector.from_checkpoint('quickstart').save('ats_detr/shipped/shapes', 
 
 .PHONY: demo shapes test check lint format typecheck docs hub clean
 
-demo: $(VENV)/.installed  ## a gallery, then the training of the quickstart: seven minutes on a CPU
+demo: $(VENV)/.installed  ## a gallery, then the training of the quickstart: seven minutes on one core
 	$(BIN)/ats-detr predict --checkpoint shapes --sample --out predictions
 	$(BIN)/python train.py --config configs/quickstart.yaml
 
