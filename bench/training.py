@@ -1,30 +1,49 @@
 """Cost of the parts of a training step other than the student's network.
 
     python -m bench.training [--rounds 7] [--json rows.jsonl]
+    python -m bench.training --config quickstart [--rounds 7] [overrides]
 
 Matching, losses and labels are compared with the plain definitions of tests/training/definitions.py, on a synthetic
 batch of 4 like those of the R50 configurations: 300 queries, about 10,000 tokens of which 10 % are kept, 10 to 30
 objects. Whole steps (losses and gradients) of ATS-DETR R50 on 2 small images are compared with the student alone: with
 the weak teacher, with both teachers, and with both teachers sharing the student's frozen stages. On a GPU the elapsed
 time of such a step on 2 images of 800x1333 in bfloat16 is compared with that of its kernels.
+
+With `--config`, the images per second of each stage of a training are measured instead, on its own images, from loading
+a batch to the optimiser step, with the threads that OMP_NUM_THREADS sets. Weights are random, also those of teachers.
 """
 
 from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable
+import itertools
+import tempfile
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from pathlib import Path
 
 import torch
 
 from ats_detr.batch import ImageBatch, Target, most_of_a_class
 from ats_detr.boxes import cxcywh_to_xyxy
-from ats_detr.config import SelectorConfig, load_config
+from ats_detr.config import SelectorConfig, TeachersConfig, load_config
 from ats_detr.kernels import TokenPlan
-from ats_detr.model import Detections, DetectorOutput, Prediction, TokenScores, build_model, top_detections
+from ats_detr.model import (
+    Detections,
+    DetectorOutput,
+    Detr,
+    Prediction,
+    TokenScores,
+    build_model,
+    top_detections,
+)
 from ats_detr.training.average_precision import image_average_precision
 from ats_detr.training.criterion import SetCriterion, build_criterion, compute_losses
 from ats_detr.training.distillation import DualTeacher, budget_labels
+from ats_detr.training.setup import Teachers, prepare
+from ats_detr.training.stages import plan_stages
+from ats_detr.training.trainer import train_step
 from bench.measure import (
     CONFIGS,
     Row,
@@ -108,11 +127,13 @@ def losses_and_gradients(losses_of: Callable[[], dict[str, torch.Tensor]]) -> No
     sum(value for value in losses.values() if value.requires_grad).backward()
 
 
-def median_times(functions: dict[str, Callable[[], object]], rounds: int, device: str) -> dict[str, float]:
-    """Median milliseconds of each: elapsed time on a GPU, CPU time of the process on the CPU."""
+def median_times(
+    functions: dict[str, Callable[[], object]], rounds: int, device: str, clock: str = "cpu"
+) -> dict[str, float]:
+    """Median milliseconds of each: elapsed time on a GPU or of the clock `wall`, otherwise CPU time of the process."""
     passes = {name: timed(function) for name, function in functions.items()}
     take_turns(passes, torch.device(device), 1)  # warm-up
-    samples = take_turns(passes, torch.device(device), rounds, "cpu", least_ms=50)
+    samples = take_turns(passes, torch.device(device), rounds, clock, least_ms=50)
     return {name: percentile(stages["total"], 50) for name, stages in samples.items()}
 
 
@@ -199,12 +220,61 @@ def steps_of(
     }
 
 
+def compare_stages(source: str, overrides: Sequence[str], rounds: int, device: str = "cpu") -> dict[str, Row]:
+    """Median milliseconds of a step of each stage of a configuration, and images per second."""
+    config = load_config(source, overrides)
+    steps: dict[str, Callable[[], object]] = {}
+    models: dict[str, Detr] = {}
+    batch_sizes = {}
+    with ExitStack() as resources:
+        folder = Path(resources.enter_context(tempfile.TemporaryDirectory()))
+        for name, planned in plan_stages(config, overrides).items():
+            stage = dataclasses.replace(planned, folder=folder / name, init_from=None)
+            teachers = None
+            if isinstance(stage.config.teachers, TeachersConfig):
+                supervision = DualTeacher(
+                    models["weak"], models["strong"], bias=config.teachers.difficulty_bias
+                )
+                teachers = Teachers(supervision, weights={}, classes={})
+            run = prepare(stage, torch.device(device), teachers)
+            resources.enter_context(run.resources)
+            resources.callback(run.loaders.close)
+            models[name] = copy.deepcopy(run.state.model)
+            loader = run.loaders.train
+            batches = itertools.chain.from_iterable(map(loader.epoch, itertools.count()))
+            steps[name] = lambda run=run, batches=batches: train_step(run, 0, [next(batches)], metrics=False)
+            batch_sizes[name] = stage.config.data.batch_size
+        times = median_times(steps, rounds, device, "wall")
+    return {
+        name: {
+            "p50_ms": ms,
+            "batch": batch_sizes[name],
+            "images_per_second": round(1e3 * batch_sizes[name] / ms, 1),
+        }
+        for name, ms in times.items()
+    }
+
+
 def main() -> None:
     parser = new_parser("training", __doc__)
     parser.add_argument("--rounds", type=positive, default=7)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--config", help="measure the stages of this configuration instead")
+    parser.add_argument("overrides", nargs="*", help="settings of the configuration")
     parser.add_argument("--json", type=row_file, help="append rows to this file, one JSON object a line")
     arguments = parser.parse_args()
+    if arguments.config:
+        stages = compare_stages(arguments.config, arguments.overrides, arguments.rounds, arguments.device)
+        facts = {
+            "config": arguments.config,
+            "rounds": arguments.rounds,
+            **environment(torch.device(arguments.device)),
+        }
+        report(
+            [{"kind": "training", "part": part, **figures, **facts} for part, figures in stages.items()],
+            arguments.json,
+        )
+        return
     torch.set_num_threads(1)
     steps = median_times(steps_of(arguments.device), arguments.rounds, arguments.device)
     compared = compare_with_definitions(arguments.rounds, arguments.device)
@@ -220,8 +290,12 @@ def main() -> None:
          "ratio": round(ms / baseline_ms, 3), **facts}
         for part, ms, baseline, baseline_ms in figures
     ]  # fmt: skip
+    report(rows, arguments.json)
+
+
+def report(rows: Sequence[Row], path: Path | None) -> None:
     print(to_markdown(plain_table(rows)))
-    append_rows(rows, arguments.json)
+    append_rows(rows, path)
 
 
 if __name__ == "__main__":
