@@ -49,17 +49,24 @@ class Point:
     encoder_gflops: float = math.nan
     latency_ms: float = math.nan
     """Of one image, a mean over images."""
+    ap_without: tuple[float, ...] = ()
+    """AP without each group of images. The groups depend on the number of images only, so that these values of two
+    models on the same images give the paired error of the difference of their AP."""
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready; None for unknown values."""
         values = dataclasses.asdict(self)
-        return {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in values.items()}
+        return {
+            **{key: _or_none(value) for key, value in values.items()},
+            "ap_without": list(map(_or_none, self.ap_without)),
+        }
 
     @staticmethod
     def from_dict(values: dict[str, Any]) -> Point:
         """The inverse of `to_dict`."""
         known: dict[str, Any] = {k: math.nan if v is None else v for k, v in values.items()}
-        return Point(**known)
+        without = tuple(math.nan if ap is None else ap for ap in known.pop("ap_without", ()))
+        return Point(**known, ap_without=without)
 
 
 def budget_curve(
@@ -100,9 +107,14 @@ def budget_curve(
                 ap_error=_error(value[0, 1:]),
                 gain=float(gains[0]),
                 gain_error=_error(gains[1:]),
+                ap_without=tuple(value[0, 1:].tolist()),
             )
         )
     return points
+
+
+def _or_none(value: Any) -> Any:
+    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 def _groups(num_images: int) -> np.ndarray:

@@ -41,7 +41,7 @@ from ats_detr.model import (
 from ats_detr.training.average_precision import image_average_precision
 from ats_detr.training.criterion import SetCriterion, build_criterion, compute_losses
 from ats_detr.training.distillation import DualTeacher, budget_labels
-from ats_detr.training.setup import Teachers, prepare
+from ats_detr.training.setup import Run, Teachers, prepare
 from ats_detr.training.stages import plan_stages
 from ats_detr.training.trainer import train_step
 from bench.measure import (
@@ -220,39 +220,42 @@ def steps_of(
     }
 
 
-def compare_stages(source: str, overrides: Sequence[str], rounds: int, device: str = "cpu") -> dict[str, Row]:
-    """Median milliseconds of a step of each stage of a configuration, and images per second."""
-    config = load_config(source, overrides)
+def stage_rows(source: str, overrides: Sequence[str], rounds: int, device: str = "cpu") -> list[Row]:
+    """Images per second of each stage of a configuration, and the median milliseconds of a step."""
     steps: dict[str, Callable[[], object]] = {}
     models: dict[str, Detr] = {}
-    batch_sizes = {}
+    images: dict[str, int] = {}
     with ExitStack() as resources:
         folder = Path(resources.enter_context(tempfile.TemporaryDirectory()))
-        for name, planned in plan_stages(config, overrides).items():
+        for name, planned in plan_stages(load_config(source, overrides), overrides).items():
             stage = dataclasses.replace(planned, folder=folder / name, init_from=None)
             teachers = None
             if isinstance(stage.config.teachers, TeachersConfig):
-                supervision = DualTeacher(
-                    models["weak"], models["strong"], bias=config.teachers.difficulty_bias
-                )
+                bias = stage.config.teachers.difficulty_bias
+                supervision = DualTeacher(models["weak"], models["strong"], bias=bias)
                 teachers = Teachers(supervision, weights={}, classes={})
             run = prepare(stage, torch.device(device), teachers)
             resources.enter_context(run.resources)
             resources.callback(run.loaders.close)
             models[name] = copy.deepcopy(run.state.model)
-            loader = run.loaders.train
-            batches = itertools.chain.from_iterable(map(loader.epoch, itertools.count()))
-            steps[name] = lambda run=run, batches=batches: train_step(run, 0, [next(batches)], metrics=False)
-            batch_sizes[name] = stage.config.data.batch_size
+            steps[name] = steps_from_images(run)
+            images[name] = stage.config.data.batch_size * stage.config.train.accumulate
         times = median_times(steps, rounds, device, "wall")
-    return {
-        name: {
-            "p50_ms": ms,
-            "batch": batch_sizes[name],
-            "images_per_second": round(1e3 * batch_sizes[name] / ms, 1),
-        }
+    return [
+        {"kind": "training", "config": source, "part": name, "images": images[name], "p50_ms": ms,
+         "images_per_second": round(1e3 * images[name] / ms, 1)}
         for name, ms in times.items()
-    }
+    ]  # fmt: skip
+
+
+def steps_from_images(run: Run) -> Callable[[], object]:
+    """A function that loads the next images of a training and makes an optimiser step."""
+    batches = itertools.chain.from_iterable(map(run.loaders.train.epoch, itertools.count()))
+
+    def step() -> None:
+        train_step(run, 0, list(itertools.islice(batches, run.config.train.accumulate)), metrics=False)
+
+    return step
 
 
 def main() -> None:
@@ -264,16 +267,9 @@ def main() -> None:
     parser.add_argument("--json", type=row_file, help="append rows to this file, one JSON object a line")
     arguments = parser.parse_args()
     if arguments.config:
-        stages = compare_stages(arguments.config, arguments.overrides, arguments.rounds, arguments.device)
-        facts = {
-            "config": arguments.config,
-            "rounds": arguments.rounds,
-            **environment(torch.device(arguments.device)),
-        }
-        report(
-            [{"kind": "training", "part": part, **figures, **facts} for part, figures in stages.items()],
-            arguments.json,
-        )
+        rows = stage_rows(arguments.config, arguments.overrides, arguments.rounds, arguments.device)
+        facts = {"rounds": arguments.rounds, **environment(torch.device(arguments.device))}
+        report([{**row, **facts} for row in rows], arguments.json)
         return
     torch.set_num_threads(1)
     steps = median_times(steps_of(arguments.device), arguments.rounds, arguments.device)
@@ -285,7 +281,7 @@ def main() -> None:
         times = operator_times(step, torch.device(arguments.device))
         figures.append(("step at 800x1333, bfloat16", times["wall_ms"], "its kernels", times["device_ms"]))
     facts = {"rounds": arguments.rounds, "clock": "cpu", **environment(torch.device(arguments.device))}
-    rows: list[Row] = [
+    rows = [
         {"kind": "training", "part": part, "p50_ms": ms, "baseline": baseline, "baseline_ms": baseline_ms,
          "ratio": round(ms / baseline_ms, 3), **facts}
         for part, ms, baseline, baseline_ms in figures

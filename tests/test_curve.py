@@ -105,7 +105,7 @@ def test_gains_compare_with_static_ratios_at_an_equal_mean(dataset: CocoDetectio
     first, second = curve_findings([low, high, auto, beyond])
     assert f"{auto.gain:+.4f} +- {auto.gain_error:.4f} against static ratios" in first
     assert "no static ratios on both sides" in second
-    assert Point.from_dict(json.loads(json.dumps(auto.to_dict()))).gain == auto.gain
+    assert Point.from_dict(json.loads(json.dumps(auto.to_dict()))) == auto
 
     # An adaptive budget with the detections of a static one at its ratio has no gain, in every replicate.
     same = dataclasses.replace(results[0][1], num_budgets=2)

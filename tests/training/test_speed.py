@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from ats_detr.training.criterion import SetCriterion
-from bench.training import compare_with_definitions, r50_output
+from bench.training import compare_with_definitions, r50_output, stage_rows
 from tests.training.definitions import set_losses
 
 
@@ -24,3 +26,11 @@ def test_labels_matching_and_criterion_are_faster_than_their_definitions() -> No
     assert ratios["labels"] >= 50, "0.8 ms instead of 53 to 63"
     assert ratios["losses"] >= 1.5
     assert ratios["losses and gradients"] >= 1.5
+
+
+def test_all_stages_of_a_chain_are_timed_on_their_own_images(tmp_path: Path) -> None:
+    data = [f"data.root={tmp_path}", "data.synthetic.num_train=8", "data.synthetic.num_val=1"]
+    rows = stage_rows("quickstart_chain", [*data, "data.batch_size=2"], rounds=1)
+    assert [row["part"] for row in rows] == ["weak", "strong", "student"]
+    for row in rows:
+        assert row["images_per_second"] == pytest.approx(2e3 / row["p50_ms"], rel=0.05)
