@@ -3,10 +3,11 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-# The detector `shapes` of the package, from a finished quickstart.
-SHAPES = Detector.from_checkpoint('quickstart').save('ats_detr/shipped/shapes', dtype=torch.bfloat16)
+# A detector of the package, from a finished run: $(call ship,RUN,NAME)
+ship = $(BIN)/python -c "import torch; from ats_detr import Detector; \
+	Detector.from_checkpoint('$(1)').save('ats_detr/shipped/$(2)', dtype=torch.bfloat16)"
 
-.PHONY: demo shapes test check lint format typecheck docs hub clean
+.PHONY: demo shapes trees test check lint format typecheck docs hub clean
 
 demo: $(VENV)/.installed  ## a gallery, then the training of the quickstart: seven minutes on one core
 	$(BIN)/ats-detr predict --checkpoint shapes --sample --out predictions
@@ -33,7 +34,10 @@ docs: $(VENV)/.installed-docs  ## the documentation with the API reference, in s
 
 shapes: $(VENV)/.installed  ## the detector that the package contains, from runs/quickstart
 	$(BIN)/ats-detr calibrate quickstart data/quickstart/*/val2017
-	$(BIN)/python -c "import torch; from ats_detr import Detector; $(SHAPES)"
+	$(call ship,quickstart,shapes)
+
+trees: $(VENV)/.installed  ## the detector of trees that the package contains, from runs/trees
+	$(call ship,trees,trees)
 
 hub:  ## the operator as a repository of the `kernels` library, in build/hub
 	$(PYTHON) hub/build.py

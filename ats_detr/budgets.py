@@ -60,8 +60,8 @@ def parse_budget(text: str) -> Budget:
 
 def _checked(budget: Any) -> Budget:
     """A valid budget with Python numbers. Raises UserError."""
-    if budget == "auto":
-        return "auto"
+    if isinstance(budget, str):
+        return parse_budget(budget)
     ratio = budget.keep_ratio if isinstance(budget, MeanBudget) else budget
     try:
         if isinstance(ratio, bool):

@@ -55,7 +55,8 @@ def write_card(folder: Path, config: Config, classes: ClassMap, facts: Mapping[s
 def _lines(config: Config, classes: ClassMap, facts: Mapping[str, Any]) -> Iterator[str]:
     yield from ("---", "library_name: ats_detr", "pipeline_tag: object-detection")
     yield from ("tags:", "- object-detection", "- ats-detr", "---", _MARK)
-    summary = f"{name_of_model(config.model)}; {len(classes.names)} classes."
+    count = len(classes.names)
+    summary = f"{name_of_model(config.model)}; {count} class{'es' * (count != 1)}."
     yield from (f"# {_text(config.name)}", "", summary, "")
     yield from ("## Use", "", "```sh", "pip install ats_detr", "```", "", "```python")
     yield "from ats_detr import Detector"

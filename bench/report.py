@@ -15,6 +15,7 @@ from pathlib import Path
 import pandas
 
 from ats_detr.console import run_cli
+from ats_detr.curve import Point, curve_table
 from ats_detr.errors import UserError
 from bench.charts import Sweep
 from bench.latency import targets_of
@@ -92,7 +93,11 @@ def section(path: Path, *, pictures: str | None = None) -> str:
         if kind == "latency":
             parts += [to_markdown(latency_table(mine)), f"*{source(mine)}*"]
             parts.append("\n".join(f"- {target.sentence}" for target in targets_of(mine)))
-        elif kind in ("precision", "training", "launches"):
+        elif kind == "precision":
+            points = [Point.from_dict(row["point"]) for row in mine]
+            header, *lines = curve_table(points)
+            parts += [to_markdown(pandas.DataFrame(lines, columns=header)), f"*{source(mine)}*"]
+        elif kind in ("training", "stages", "launches"):
             parts += [to_markdown(plain_table(mine)), f"*{source(mine)}*"]
     if mine := [row for row in measured if "operator" in row]:
         parts += [*operator_tables(mine), f"*{source(mine)}*"]

@@ -10,7 +10,8 @@ the weak teacher, with both teachers, and with both teachers sharing the student
 time of such a step on 2 images of 800x1333 in bfloat16 is compared with that of its kernels.
 
 With `--config`, the images per second of each stage of a training are measured instead, on its own images, from loading
-a batch to the optimiser step, with the threads that OMP_NUM_THREADS sets. Weights are random, also those of teachers.
+a batch to the optimiser step, with the threads that OMP_NUM_THREADS sets. No stage starts from another one: weights are
+those before the first training, also those of teachers.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ import torch
 from ats_detr.batch import ImageBatch, Target, most_of_a_class
 from ats_detr.boxes import cxcywh_to_xyxy
 from ats_detr.config import SelectorConfig, TeachersConfig, load_config
+from ats_detr.console import run_cli
 from ats_detr.kernels import TokenPlan
 from ats_detr.model import (
     Detections,
@@ -242,7 +244,7 @@ def stage_rows(source: str, overrides: Sequence[str], rounds: int, device: str =
             images[name] = stage.config.data.batch_size * stage.config.train.accumulate
         times = median_times(steps, rounds, device, "wall")
     return [
-        {"kind": "training", "config": source, "part": name, "images": images[name], "p50_ms": ms,
+        {"kind": "stages", "config": source, "part": name, "images": images[name], "p50_ms": ms,
          "images_per_second": round(1e3 * images[name] / ms, 1)}
         for name, ms in times.items()
     ]  # fmt: skip
@@ -266,9 +268,12 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", help="settings of the configuration")
     parser.add_argument("--json", type=row_file, help="append rows to this file, one JSON object a line")
     arguments = parser.parse_args()
+    if arguments.overrides and not arguments.config:
+        parser.error(f"{arguments.overrides[0]}: settings need --config")
     if arguments.config:
         rows = stage_rows(arguments.config, arguments.overrides, arguments.rounds, arguments.device)
-        facts = {"rounds": arguments.rounds, **environment(torch.device(arguments.device))}
+        measured = {"overrides": " ".join(arguments.overrides), "rounds": arguments.rounds, "clock": "wall"}
+        facts = {**measured, **environment(torch.device(arguments.device))}
         report([{**row, **facts} for row in rows], arguments.json)
         return
     torch.set_num_threads(1)
@@ -295,4 +300,4 @@ def report(rows: Sequence[Row], path: Path | None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_cli(main)

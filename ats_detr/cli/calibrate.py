@@ -39,17 +39,22 @@ def run(arguments: Namespace) -> None:
             f" convert {arguments.checkpoint} FOLDER"
         )
     read_own_file(path)  # before the work
-    images = find_inputs(arguments.paths).images
+    inputs = find_inputs(arguments.paths)
+    if inputs.videos:
+        raise UserError(f"{inputs.videos[0]}: videos are not calibrated with; give images")
+    images = inputs.images
     detector = Detector.from_checkpoint(path, device=arguments.device)
     failures: list[Exception] = []
-    calibration = detector.calibrate(
-        track(images, "calibrating", len(images)),
-        batch_size=arguments.batch_size,
-        on_bad_image=failures.append,
-    )
+    try:
+        calibration = detector.calibrate(
+            track(images, "calibrating", len(images)),
+            batch_size=arguments.batch_size,
+            on_bad_image=failures.append,
+        )
+    finally:
+        for failure in failures:
+            complain(str(failure))
     add_to_checkpoint({CALIBRATION: calibration.to_dict()}, path)
-    for failure in failures:
-        complain(str(failure))
     means = calibration.mean_keep_ratios
     say(
         f"{path}: calibrated on {calibration.num_images} images; mean budgets of {min(means):.3g} to {max(means):.3g},"

@@ -194,7 +194,7 @@ def dataset_images(folder: Path) -> list[Path]:
     has_test = any(split.role == "test" for split in layout.splits)
     split = choose_split(layout.splits, "test" if has_test else "val")
     dataset = CocoDetection(split.images, split.annotations, on_bad_image="skip", on_bad_annotation="skip")
-    say(f"{folder}: {layout.title}; predicting the {len(dataset)} images of {split.name}")
+    say(f"{folder}: {layout.title}; using the {len(dataset)} images of {split.name}")
     return [dataset.path(index) for index in range(len(dataset))]
 
 

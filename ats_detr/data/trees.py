@@ -83,8 +83,8 @@ def fetch_trees(folder: str | Path, *, wheels: str | Path | None = None) -> Path
     """
     folder = Path(folder)
     if folder.is_dir() and any(folder.iterdir()):
-        if not (folder / BACKBONE_FILE).exists():
-            raise UserError(f"{folder}: contains other files; choose another folder")
+        if not (folder / BACKBONE_FILE).exists() or not (folder / "photographs").is_dir():
+            raise UserError(f"{folder}: contains other files, or an older dataset; choose another folder")
         return folder
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""The detector that the package contains: it works without data, network or training, and as well as its card says."""
+"""The detectors that the package contains: they work without data, network or training, and as well as a card says."""
 
 from __future__ import annotations
 
@@ -51,6 +51,16 @@ def test_the_shipped_detector_has_the_accuracy_of_its_card(place: Path) -> None:
     assert metrics["AP50"] == pytest.approx(facts["AP50"], abs=0.03)
     assert metrics["budget_object_spearman"] > 0.85
     assert not (SHIPPED / "evaluation").exists()
+
+
+def test_the_tree_detector_needs_no_other_file(place: Path) -> None:
+    """Its accuracy is tested where its photographs are: tests/data/test_trees.py."""
+    detector = Detector.from_checkpoint("trees", device="cpu")
+    assert detector.classes.names == ("tree",)
+    assert sum(file.stat().st_size for file in (SHIPPED / "trees").iterdir()) < 12e6
+    pixels = np.random.default_rng(0).integers(0, 255, (256, 256, 3), np.uint8)
+    (result,) = detector.predict(pixels)
+    assert min(abs(result.budget.keep_ratio - ratio) for ratio in (0.1, 0.4)) < 0.01
 
 
 def test_a_saved_detector_in_bfloat16_has_half_the_size_and_the_same_files(tmp_path: Path) -> None:
