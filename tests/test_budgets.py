@@ -72,11 +72,17 @@ def test_the_budget_of_a_detector_is_the_default_of_predict(detector: Detector) 
     assert wide.budget.num_kept_tokens == int(wide.budget.num_valid_tokens * 0.8) + 1
 
 
+def test_texts_are_those_of_the_command_line(detector: Detector) -> None:
+    image = pictures(1)[0]
+    (text,), (number,) = (detector.predict(image, budget=budget) for budget in ("0.1", 0.1))
+    assert text.budget == number.budget
+
+
 @pytest.mark.parametrize(
-    "budget", [0, -0.1, 1.0001, float("nan"), MeanBudget(0.0), "half", None, [0.1], True]
+    "budget", [0, -0.1, 1.0001, float("nan"), MeanBudget(0.0), "half", None, [0.1], True, np.ones(2)]
 )
 def test_unusable_budgets_are_user_errors(budget: Any, detector: Detector) -> None:
-    with pytest.raises(UserError, match=r"must be (in \(0, 1\]|'auto', a number or a MeanBudget)"):
+    with pytest.raises(UserError, match=r"must be (in \(0, 1\]|'?auto'?, )"):
         Detector(detector.model, detector.config, detector.classes, budget=budget)
 
 
