@@ -9,7 +9,7 @@ ship = $(BIN)/python -c "import torch; from ats_detr import Detector; \
 
 .PHONY: demo shapes trees test check lint format typecheck docs hub clean
 
-demo: $(VENV)/.installed  ## a gallery, then the training of the quickstart: seven minutes on one core
+demo: $(VENV)/.installed  ## a gallery, then the training of the quickstart: eight minutes on two cores
 	$(BIN)/ats-detr predict --checkpoint shapes --sample --out predictions
 	$(BIN)/python train.py --config configs/quickstart.yaml
 
