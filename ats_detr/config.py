@@ -121,10 +121,10 @@ class SelectorConfig(_Bounded):
     num_budgets: int = _bounded(2, most=1000)
     """Number of budgets, evenly spaced from `min_ratio` to `max_ratio` inclusive (adaptive only; 2 as published)."""
     min_tokens: int = 300
-    """Minimum number of kept tokens per image (adaptive only). Should be >= `num_queries`."""
+    """Minimum number of kept tokens per image (adaptive only)."""
     train_ratios: tuple[float, float] | None = None
     """Smallest and largest keep ratio in training, where each image then gets a random one between them instead of its
-    budget: the trained model has useful results at every ratio. None: budgets in training as in evaluation."""
+    budget: the trained model serves every ratio between them. None: budgets in training as in evaluation."""
     mean_ratio: float | None = _bounded(None, "in (0, 1]")
     """Mean keep ratio over the training images, to which the budgets are calibrated (with `teachers: self` only)."""
     masked_mean: bool = True

@@ -15,6 +15,7 @@ from ats_detr.checkpoint import SHIPPED, add_to_checkpoint, read_own_file, resol
 from ats_detr.cli.options import CHECKPOINT, FAILURES
 from ats_detr.cli.predict import find_inputs
 from ats_detr.console import complain, say, track
+from ats_detr.data.images import is_url
 from ats_detr.detector import Detector
 from ats_detr.errors import UserError
 from ats_detr.remote import is_remote
@@ -40,8 +41,10 @@ def run(arguments: Namespace) -> None:
         )
     read_own_file(path)  # before the work
     inputs = find_inputs(arguments.paths)
-    if inputs.videos:
-        raise UserError(f"{inputs.videos[0]}: videos are not calibrated with; give images")
+    if others := [*inputs.videos, *filter(is_url, inputs.images)]:
+        raise UserError(
+            f"{others[0]}: calibration needs image files, not videos or URLs; store them as images"
+        )
     images = inputs.images
     detector = Detector.from_checkpoint(path, device=arguments.device)
     failures: list[Exception] = []

@@ -150,3 +150,18 @@ def test_a_model_that_is_trained_from_a_calibrated_one_is_not_calibrated(tmp_pat
     (trained,) = (tmp_path / "run").rglob("final.pt")
     assert "budget_calibration" in load_checkpoint(path)
     assert "budget_calibration" not in load_checkpoint(trained)
+
+
+def test_what_cannot_be_calibrated_with_is_named(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = save_small_detector(tmp_path / "model.pt")
+    (tmp_path / "film.mp4").touch()
+    for other in (str(tmp_path / "film.mp4"), "https://example.org/photo.jpg"):
+        with pytest.raises(UserError, match=f"{Path(other).name}: calibration needs image files"):
+            main(["calibrate", str(path), str(images), other])
+    (tmp_path / "broken.png").write_bytes(b"not a picture")
+    with pytest.raises(UserError, match="no images to calibrate with"):
+        main(["calibrate", str(path), str(tmp_path / "broken.png")])
+    assert "broken.png" in "".join(capsys.readouterr())
+    assert Detector.from_checkpoint(path).calibration is None
