@@ -148,6 +148,9 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     random = np.random.default_rng(0)
     for name, size in (("beach.jpg", (40, 60)), ("hills.png", (64, 50))):
         Image.fromarray(random.integers(0, 256, (*size, 3), dtype=np.uint8)).save(tmp_path / "holiday" / name)
+    photographs = tmp_path / "data" / "trees" / "photographs"
+    photographs.mkdir(parents=True)
+    Image.new("RGB", (300, 260), "green").save(photographs / "2019_YELL_2_541000_4977000_image_crop.png")
     save_small_detector(tmp_path / "runs" / "quickstart" / "final.pt")
     backbone = {"name": "resnet18", "options": {"channels": [64, 128, 256, 512], "stem_width": 64}}
     published = {"num_norm_groups": 32, "selector": {"min_tokens": 300}}

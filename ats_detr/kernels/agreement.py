@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 TOLERANCE = {torch.float32: 2e-3, torch.float16: 2e-3, torch.bfloat16: 8e-3}
-"""Largest root mean square of the differences of a result, relative to that of the result itself, by the dtype of the
-arguments. float32 includes products in TF32, of 11 bits; 16-bit dtypes include intermediate results that only the
-definition rounds. In the interpreter at most 3e-7, 4e-4 and 5e-3 were measured."""
+"""Largest root mean square of the differences of a result, relative to that of the result itself, by the dtypes of the
+arguments and results. float32 includes products in TF32, of 11 bits; 16-bit dtypes include intermediate results that
+only the definition rounds. In the interpreter at most 3e-7, 4e-4 and 5e-3 were measured."""
 _PEAK = 32
 """Single differences may be so many times larger."""
 

@@ -79,7 +79,8 @@ def find_faults(detect: Callable[[], DetectorOutput], dtype: torch.dtype) -> dic
         if fault is None:
             results, wanted = tensors_of([result]), tensors_of([expected])
             pairs = [*zip(results, wanted, strict=True), *changed]
-            tolerance = max([TOLERANCE.get(tensor.dtype, 0.0) for tensor in tensors_of(arguments)])
+            dtypes = {tensor.dtype for tensor in [*tensors_of(arguments), *wanted]}
+            tolerance = max(TOLERANCE.get(dtype, 0.0) for dtype in dtypes)
             fault = difference(pairs, operator.rows_in_use(arguments), tolerance)
         if fault is None:
             return result
